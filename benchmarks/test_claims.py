@@ -1,0 +1,190 @@
+"""Which claims of the teaching material hold, on which model, by which figure?
+
+Every claim of ``fixtures/claims.toml`` has a case for each model it is asked of. Its verdict comes from a measurement
+taken here; a claim that no measurement decides yet is a skip that says so. What fails is a verdict that differs from
+the recorded one: then either the ledger is wrong, or a library has changed what is true.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from peft_gauge import identity, methods, models, quantization
+from peft_gauge.cases import count_on_meta
+from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Decider = Callable[[Claim, str], Finding]
+
+DECIDERS: dict[str, Decider] = {}
+
+
+def decides(*ids: str) -> Callable[[Decider], Decider]:
+    """Register a function as the one that decides the claims with these ids."""
+
+    def register(decider: Decider) -> Decider:
+        DECIDERS.update(dict.fromkeys(ids, decider))
+        return decider
+
+    return register
+
+
+QUESTIONS = [(claim, model) for claim in ledger().values() for model in claim.models]
+
+
+@pytest.mark.parametrize(("claim", "model"), QUESTIONS, ids=[f"{claim.id}-{model}" for claim, model in QUESTIONS])
+def test_claim(claim: Claim, model: str, record: Callable[..., None]) -> None:
+    entry = {"id": claim.id, "model": model, "statement": claim.statement}
+    if claim.id not in DECIDERS:
+        record(claim={**entry, "verdict": NOT_MEASURED, "figure": None, "conditions": None})
+        pytest.skip(f"{NOT_MEASURED}: {claim.decided_by}")
+
+    finding = DECIDERS[claim.id](claim, model)
+
+    record(claim={**entry, "verdict": finding.verdict, "figure": finding.figure, "conditions": finding.conditions})
+    recorded = claim.recorded[model]
+    assert finding.verdict == recorded, f"{claim.id} on {model}: recorded {recorded!r}, but {finding.figure}"
+
+
+@decides("identity")
+def identity_holds(claim: Claim, model: str) -> Finding:
+    check = identity.textbook_case(seed=0)
+    figure = f"largest error {check.max_error:.2e}, {check.share_of_bound:.2f} of the rounding-error bound"
+    return Finding.of(check.holds, figure, "512×512, r=8, α=16, float32, A and B drawn at random")
+
+
+@decides("decomposed-cheaper")
+def decomposed_is_cheaper(claim: Claim, model: str) -> Finding:
+    large, small = claim.bounds["large"], claim.bounds["small"]
+    full, lora = square_layer(large["size"], large["rank"])
+    fewer_percent = 100 * (1 - square_layer(small["size"], small["rank"])[1] / small["size"] ** 2)
+    figure = f"{full:,} against {lora:,} parameters, {full / lora:g} times fewer; {fewer_percent:.3f} % fewer"
+    holds = full / lora == large["factor"] and abs(fewer_percent - small["percent_fewer"]) < 0.05
+    return Finding.of(holds, figure, "counted on one linear layer with PEFT's LoRA, on meta")
+
+
+def square_layer(size: int, rank: int) -> tuple[int, int]:
+    """Parameters of one size×size linear layer, and those of PEFT's LoRA of this rank on it."""
+    import peft
+    import torch
+    from torch import nn
+
+    with torch.device("meta"):
+        layer = nn.Sequential(nn.Linear(size, size, bias=False))
+        adapted = peft.get_peft_model(layer, peft.LoraConfig(r=rank, target_modules=["0"]))
+    return size * size, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@decides("four-million")
+def four_million_will_do(claim: Claim, model: str) -> Finding:
+    lora = methods.get("lora-qv").differs("lora-qv-r8", "LoRA r=8 on q,v", peft_config={"r": 8, "lora_alpha": 16})
+    trained = count_on_meta(models.resolve(model, weights="random"), lora).trainable_params
+    holds = round(trained / 1e6) == claim.bounds["millions"]
+    return Finding.of(holds, f"{trained:,} trainable parameters", "r=8 on q,v, counted on meta")
+
+
+@decides("lora-ratio", "qlora-ratio", "adapter-ratio", "prefix-ratio", "prompt-ratio", "ia3-ratio")
+def share_is_in_range(claim: Claim, model: str) -> Finding:
+    record = models.resolve(model, weights="random")
+    counted = count_on_meta(record, methods.get(claim.bounds["method"]))
+    percent = counted.percent_of_base(models.logical_params(record))
+    low, high = claim.bounds["low_percent"], claim.bounds["high_percent"]
+    figure = f"{counted.trainable_params:,} trainable, {percent:.4f} % of the base"
+    return Finding.of(low <= percent <= high, figure, f"{low}–{high} % claimed; counted on meta")
+
+
+@decides("nf4-beats-int4")
+def nf4_loses_less(claim: Claim, model: str) -> Finding:
+    if model in quantization.FOUR_BIT_FORMATS:
+        comparisons = [
+            quantization.nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)
+        ]
+        conditions = "normal weights, 8 seeds; NF4 without and with double quantisation"
+    else:
+        comparisons, conditions = real_comparisons(claim, model)
+    verdicts = {comparison.holds for comparison in comparisons}
+    spans = [f"{min(c.ratios):.3f}–{max(c.ratios):.3f}" for c in comparisons]
+    figure = f"NF4's error is {' and '.join(spans)} of the rival's"
+    return Finding.of(verdicts.pop() if len(verdicts) == 1 else None, figure, conditions)
+
+
+def real_comparisons(claim: Claim, model: str) -> tuple[list[quantization.Comparison], str]:
+    """The same on the one large matrix of the real weights that the GGUF file has not rounded to 4 bit."""
+    try:
+        base = models.build(models.resolve(model, weights="real"))
+    except GaugeError as error:
+        pytest.skip(str(error))
+    rival, name = claim.bounds["real_rival"], claim.bounds["real_matrix"]
+    samples = base.get_parameter(name).detach().split(1024)[::4]
+    found = [quantization.compare_nf4(samples, rival=rival, double_quant=double) for double in (False, True)]
+    return found, f"against {rival} on {name}, {len(samples)} samples; NF4 without and with double quantisation"
+
+
+@decides("prefix-shape")
+def prefix_has_the_width_of_the_model(claim: Claim, model: str) -> Finding:
+    import torch
+
+    record = models.resolve(model, weights="random")
+    attached: Any = methods.attach(models.build(record, device="meta"), methods.PREFIX)
+    with torch.device("meta"):
+        prompt = attached.get_prompt(batch_size=1)
+    tokens = claim.bounds["virtual_tokens"]
+    layers = (
+        [layer.keys.shape for layer in prompt.layers] if hasattr(prompt, "layers") else [kv[0].shape for kv in prompt]
+    )
+    width = record.config["hidden_size"]
+    found = {(shape[-2], shape[-3] * shape[-1]) for shape in layers}
+    every_layer = len(layers) == record.config["num_hidden_layers"]
+    shapes = " and ".join(f"{length}×{key_width}" for length, key_width in sorted(found))
+    figure = f"P_K is {shapes} in {len(layers)} layers; the model is {width} wide"
+    return Finding.of(
+        every_layer and found == {(tokens, width)}, figure, "key width is kv_heads × head_dim; built on meta"
+    )
+
+
+@decides("prompt-shape")
+def prompt_goes_before_the_input_only(claim: Claim, model: str) -> Finding:
+    import torch
+
+    record = models.resolve(model, weights="random")
+    attached: Any = methods.attach(models.build(record), methods.PROMPT)
+    trained = [tuple(p.shape) for p in attached.parameters() if p.requires_grad]
+    seen: list[int] = []
+    for block in attached.get_base_model().model.layers:
+        block.register_forward_pre_hook(lambda _, hidden_states: seen.append(hidden_states[0].shape[1]))
+    length, tokens = 8, claim.bounds["virtual_tokens"]
+    attached(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    holds = trained == [(tokens, record.config["hidden_size"])] and set(seen) == {tokens + length}
+    figure = (
+        f"one trained tensor of shape {trained}; {length} tokens become {sorted(set(seen))} in all {len(seen)} blocks"
+    )
+    return Finding.of(holds, figure, "20 virtual tokens, one forward on cpu")
+
+
+@decides("ia3-scaling")
+def ia3_scales_activations(claim: Claim, model: str) -> Finding:
+    import torch
+
+    record = models.resolve(model, weights="random")
+    ids = torch.arange(8).unsqueeze(0)
+    base = models.build(record).eval()
+    with torch.no_grad():
+        before = base(input_ids=ids, use_cache=False).logits
+        attached: Any = methods.attach(base, methods.IA3).eval()
+        same_at_start = torch.equal(attached(input_ids=ids, use_cache=False).logits, before)
+        vectors = [p for p in attached.parameters() if p.requires_grad]
+        all_vectors = all(max(p.shape) == p.numel() for p in vectors)
+        layer = attached.base_model.model.model.layers[0].self_attn.v_proj
+        x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0))
+        once = layer(x)
+        layer.ia3_l["default"].mul_(2)
+        doubles = torch.equal(layer(x), 2 * once)
+    figure = (
+        f"{len(vectors)} vectors; start equals base: {same_at_start}; a doubled vector doubles the output: {doubles}"
+    )
+    return Finding.of(same_at_start and all_vectors and doubles, figure, "float32 on cpu, to the last bit")

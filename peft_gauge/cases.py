@@ -1,0 +1,98 @@
+"""A case: one model × method × shape on one device, as data, and the training job that is built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge import methods, models
+from peft_gauge.step import StepSettings, TrainingJob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peft_gauge.counting import ParameterCount
+    from peft_gauge.methods import Method
+    from peft_gauge.models import ModelRecord
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is built and measured; two equal cases take the same steps over the same bytes.
+
+    ``dtype`` is that of the base weights and of a quantised base's arithmetic; ``seed`` draws random weights,
+    adapters and, where the model has no tokenizer, token ids.
+    """
+
+    model: ModelRecord
+    method: Method
+    settings: StepSettings
+    device: str
+    dtype: str
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """The case's name in test ids and tables."""
+        return f"{self.method.name}-{self.model.name.replace('/', '--')}-{self.device}"
+
+
+def build_job(case: Case, *, base: PreTrainedModel | None = None) -> TrainingJob:
+    """The training job of ``case``, on its device; ``base``: a freshly built base model to use up."""
+    import torch
+
+    from peft_gauge.texts import batches
+
+    case.model.check_sequence(case.settings.seq)
+    if base is None:
+        base = models.build(case.model, dtype=case.dtype)
+    vocab_size = base.get_input_embeddings().num_embeddings
+    model = methods.attach(
+        base.to(case.device), case.method, grad_checkpointing=case.settings.grad_checkpointing, seed=case.seed
+    )
+    data = batches(
+        models.tokenizer(case.model),
+        vocab_size=vocab_size,
+        batch=case.settings.batch,
+        seq=case.settings.seq,
+        seed=case.seed,
+        device=case.device,
+    )
+    # Dropout draws from the global stream; the same seed gives every run of a case the same masks.
+    torch.manual_seed(case.seed)
+    return TrainingJob(model, data, case.settings)
+
+
+def described(case: Case, job: TrainingJob) -> dict[str, Any]:
+    """What a figure of ``case`` is a figure of: names, and every setting that changes the outcome, read back from
+    what was built."""
+    from peft_gauge.counting import trainable_dtypes
+
+    settings = {
+        "dtype": case.dtype,
+        "trainable_dtypes": sorted(trainable_dtypes(job.model)),
+        "weights": case.model.weights,
+        "seed": case.seed,
+        **methods.effective_settings(job.model, case.method),
+        **job.effective_settings(),
+    }
+    return {
+        "method": case.method.name,
+        "title": case.method.title,
+        "model": case.model.name,
+        "device": case.device,
+        "settings": settings,
+    }
+
+
+@cache
+def count_on_meta(model: ModelRecord, method: Method) -> ParameterCount:
+    """The parameters of ``model`` with ``method`` attached, counted on ``meta``: no memory, a second or so for 70B.
+
+    A quantised base is left unquantised here: packing changes how weights are stored, not how many there are.
+    """
+    from peft_gauge.counting import count
+
+    unquantised = replace(method, quantization=None, prepare_kbit=False)
+    return count(methods.attach(models.build(model, device="meta"), unquantised))

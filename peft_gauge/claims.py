@@ -1,0 +1,83 @@
+"""The ledger of claims: sentences from teaching material with something in them that can be measured.
+
+``fixtures/claims.toml`` holds each claim with the models it is asked of, how it is decided, and the recorded verdict.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from peft_gauge import paths
+from peft_gauge.errors import GaugeError, unknown
+
+Verdict = Literal["holds", "refuted", "cannot tell"]
+VERDICTS = get_args(Verdict)
+
+# What a claim's entry says until some case has decided it.
+NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a measurement says of a claim: the verdict, the figure it rests on, and under which conditions."""
+
+    verdict: Verdict
+    figure: str
+    conditions: str
+
+    @classmethod
+    def of(cls, holds: bool | None, figure: str, conditions: str) -> Finding:
+        """The finding whose verdict is ``holds``: True, False, or ``None`` for "cannot tell"."""
+        verdicts: dict[bool | None, Verdict] = {True: "holds", False: "refuted", None: "cannot tell"}
+        return cls(verdicts[holds], figure, conditions)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the ledger.
+
+    ``models`` are record names, or ``("any",)`` where the claim does not depend on one; ``bounds`` are the numbers in
+    the sentence, as its decider needs them; ``recorded`` is the verdict for each model, or "not measured yet".
+    """
+
+    id: str
+    statement: str
+    decided_by: str
+    models: tuple[str, ...]
+    recorded: dict[str, str]
+    bounds: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def ledger(path: Path | None = None) -> dict[str, Claim]:
+    """All claims by id, in the order of the file; raises `GaugeError` for an entry that is not complete."""
+    source = path or paths.fixture("claims.toml")
+    try:
+        entries = tomllib.loads(source.read_text(encoding="utf-8"))["claim"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise GaugeError(f"{source} is no ledger of claims: {error}") from error
+    claims: dict[str, Claim] = {}
+    for entry in entries:
+        claim = _claim(entry, source)
+        if claim.id in claims:
+            raise GaugeError(f"{source}: the claim {claim.id} stands twice")
+        claims[claim.id] = claim
+    return claims
+
+
+def _claim(entry: dict[str, Any], source: Path) -> Claim:
+    missing = {"id", "statement", "decided_by", "models", "recorded"} - entry.keys()
+    if missing:
+        raise GaugeError(f"{source}: the claim {entry.get('id', '?')} lacks {', '.join(sorted(missing))}")
+    models = tuple(entry["models"])
+    recorded = {model: entry["recorded"].get(model, NOT_MEASURED) for model in models}
+    for model in entry["recorded"].keys() - set(models):
+        raise unknown(f"model in the verdicts of {entry['id']}", model, models)
+    for verdict in recorded.values():
+        if verdict not in (*VERDICTS, NOT_MEASURED):
+            raise unknown(f"verdict of {entry['id']}", cast("str", verdict), (*VERDICTS, NOT_MEASURED))
+    return Claim(entry["id"], entry["statement"], entry["decided_by"], models, recorded, entry.get("bounds", {}))

@@ -1,0 +1,55 @@
+"""The ``peft-gauge`` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peft_gauge.errors import GaugeError
+
+app = typer.Typer(
+    help="Measure, predict and compare parameter-efficient fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def doctor(
+    results: Annotated[Path, typer.Option(help="Where runs are to be saved.")] = Path("results"),
+) -> None:
+    """Print what this machine can run and what is missing, with how to get it."""
+    from peft_gauge.doctor import examine
+
+    lines = list(examine(results))
+    for line in lines:
+        print(f"{line.status:9}{line.subject:18}{line.text}")
+    if any(line.status == "missing" for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Which weights: smollm2.")],
+) -> None:
+    """Bring real weights into the user's cache, with a checksum."""
+    from peft_gauge.fetch import fetch as fetch_weights
+
+    print(fetch_weights(name))
+
+
+def main() -> None:
+    """The entry point: bad input is one line on standard error and exit code 2."""
+    try:
+        app()
+    except GaugeError as error:
+        print(f"peft-gauge: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

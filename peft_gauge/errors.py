@@ -1,0 +1,28 @@
+"""What a user can get wrong, said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GaugeError(Exception):
+    """Bad input or a machine that cannot do what was asked; the message is one line: what is wrong, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: object, limit: int = 400) -> str:
+    """``text`` folded to a single line of at most ``limit`` characters (library errors can be pages long)."""
+    folded = " ".join(str(text).split())
+    return folded if len(folded) <= limit else folded[: limit - 1] + "…"
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> GaugeError:
+    """The error for a ``name`` that is none of the ``known``, with the nearest names (or all of a short list)."""
+    choices = sorted(known)
+    by_lower = {choice.lower(): choice for choice in choices}
+    nearest = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known: {', '.join(choices)}"
+    return GaugeError(f"unknown {kind} {name!r}; {hint}")

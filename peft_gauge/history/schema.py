@@ -1,0 +1,37 @@
+"""What a saved run holds.
+
+A run is one JSON file in pytest-benchmark's own format, so that its ``list`` and ``compare`` commands read it: timed
+cases stand under ``benchmarks``, and everything else under one further key, `KEY`, which pytest-benchmark passes over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+KEY = "peft_gauge"
+
+# 1: cases with outcome and figures, claims with verdicts.
+VERSION = 1
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+
+@dataclass
+class CaseRecord:
+    """One case of a run.
+
+    ``id``: the test id; ``question``: the module's name; ``outcome`` and, unless it passed, the ``reason``;
+    ``figures``: what was counted or measured, by name, units in the names.
+    """
+
+    id: str
+    question: str
+    outcome: Outcome
+    reason: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def as_json(cases: list[CaseRecord], claims: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    """The value stored under `KEY`: schema version, options of the run, cases and claims."""
+    return {"schema": VERSION, "options": options, "cases": [asdict(case) for case in cases], "claims": claims}

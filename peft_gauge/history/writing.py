@@ -1,0 +1,93 @@
+"""Write a run whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from peft_gauge.errors import GaugeError, one_line
+
+
+def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datetime | None = None) -> Path:
+    """Save ``run`` as ``results/<machine>/NNNN_<commit>_<time>.json`` and return the path.
+
+    The file appears complete or not at all: it is written under a temporary name, flushed to the disk and renamed. Two
+    runs that end at once get two numbers. Raises `GaugeError` for a value JSON cannot hold (NaN among them), a full
+    disk or a folder that cannot be written; nothing is left behind then.
+    """
+    try:
+        text = json.dumps(run, indent=2, allow_nan=False, default=_refuse)
+    except (TypeError, ValueError) as error:
+        raise GaugeError(f"this run cannot be saved as JSON: {one_line(error)}") from error
+    folder = results / machine
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _claimed_number(folder) as number:
+            target = folder / f"{number:04d}_{_commit(run)}_{(now or datetime.now(UTC)):%Y%m%d_%H%M%S}.json"
+            _write_whole(target, text)
+    except OSError as error:
+        raise GaugeError(
+            f"cannot save the run under {folder}: {error.strerror or error}; --results moves it"
+        ) from error
+    return target
+
+
+def _refuse(value: object) -> Any:
+    raise TypeError(f"a {type(value).__name__} is no JSON value")
+
+
+def _commit(run: Mapping[str, Any]) -> str:
+    info = run.get("commit_info") or {}
+    commit = re.sub(r"[^0-9A-Za-z]", "", str(info.get("id") or "unversioned"))[:12]
+    return f"{commit}-dirty" if info.get("dirty") else commit
+
+
+@contextmanager
+def _claimed_number(folder: Path) -> Iterator[int]:
+    """The next free number in ``folder``, held against other processes by an exclusively created file."""
+    number = 1 + max((int(match[0]) for match in _numbers(folder)), default=0)
+    while True:
+        claim = folder / f".{number:04d}.claim"
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            number += 1
+            continue
+        # The holder before us may have saved its run and let go between our look and our claim.
+        if any(folder.glob(f"{number:04d}_*.json")):
+            claim.unlink()
+            number += 1
+            continue
+        break
+    try:
+        yield number
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _numbers(folder: Path) -> Iterator[re.Match[str]]:
+    for path in folder.iterdir():
+        match = re.match(r"\d+(?=_)", path.name)
+        if match:
+            yield match
+
+
+def _write_whole(target: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes it private; a result is to be read by others
+        Path(temporary).replace(target)
+    except BaseException:  # also Ctrl-C: no broken file stays
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,320 @@
+"""The fine-tuning methods as data: how each attaches to a base model, what it trains, what it promises.
+
+A variant is a short difference from a parent. A method says how to change a model; what is then measured is the same
+training step for all (`peft_gauge.step`).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from peft_gauge.bottleneck import BottleneckConfig
+from peft_gauge.errors import GaugeError, one_line, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Target sets by the names that Llama-like models give their linear layers. A model that has none of them gets PEFT's
+# own default for its architecture.
+ATTENTION_QV = ("q_proj", "v_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = "all-linear"
+
+RANKS = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen base is stored: ``quant_format`` nf4, fp4 or int8; double quantisation for the 4-bit ones."""
+
+    quant_format: Literal["nf4", "fp4", "int8"] = "nf4"
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    ``kind``: full, peft (``peft_config`` is the content of an ``adapter_config.json``) or bottleneck (``bottleneck``).
+    ``prepare_kbit``: cast what is not quantised to float32, as `peft.prepare_model_for_kbit_training` does.
+    ``autocast_adapter_dtype``: PEFT's default keeps 16-bit adapters in float32.
+    ``starts_as_base``: the output before the first step is the base model's (LoRA, IA³, zero-initialised bottleneck).
+    ``merges``: the trained update can be folded into the base weights.
+    """
+
+    name: str
+    title: str
+    kind: Literal["full", "peft", "bottleneck"]
+    peft_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    bottleneck: BottleneckConfig | None = None
+    quantization: Quantization | None = None
+    prepare_kbit: bool = False
+    autocast_adapter_dtype: bool = True
+    starts_as_base: bool = True
+    merges: bool = False
+
+    def differs(self, name: str, title: str, **changes: Any) -> Method:
+        """A variant: this method under another ``name``, with ``changes``; those of ``peft_config`` are merged in."""
+        if "peft_config" in changes:
+            changes["peft_config"] = {**self.peft_config, **changes["peft_config"]}
+        return replace(self, name=name, title=title, **changes)
+
+
+_LORA_CONFIG = {
+    "peft_type": "LORA",
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "target_modules": ATTENTION,
+    "task_type": "CAUSAL_LM",
+}
+
+FULL = Method("full", "full fine-tuning", "full")
+LORA = Method("lora", "LoRA", "peft", peft_config=_LORA_CONFIG, merges=True)
+QLORA = LORA.differs("qlora", "QLoRA", quantization=Quantization(), prepare_kbit=True)
+BOTTLENECK = Method(
+    "bottleneck", "bottleneck adapters (Houlsby)", "bottleneck", bottleneck=BottleneckConfig(style="houlsby")
+)
+PREFIX = Method(
+    "prefix",
+    "prefix tuning",
+    "peft",
+    peft_config={"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
+    starts_as_base=False,
+)
+PROMPT = Method(
+    "prompt",
+    "prompt tuning",
+    "peft",
+    peft_config={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
+    starts_as_base=False,
+)
+IA3 = Method("ia3", "IA³", "peft", peft_config={"peft_type": "IA3", "task_type": "CAUSAL_LM"}, merges=True)
+
+# The seven that every table shows, in the order it shows them.
+SEVEN = (FULL, LORA, QLORA, BOTTLENECK, PREFIX, PROMPT, IA3)
+
+VARIANTS = (
+    *(
+        LORA.differs(f"lora-r{r}", f"LoRA r={r}", peft_config={"r": r, "lora_alpha": 2 * r})
+        for r in RANKS
+        if r != LORA.peft_config["r"]
+    ),
+    LORA.differs("lora-qv", "LoRA on q,v", peft_config={"target_modules": ATTENTION_QV}),
+    LORA.differs("lora-all-linear", "LoRA on all linear layers", peft_config={"target_modules": ALL_LINEAR}),
+    LORA.differs("lora-no-dropout", "LoRA without dropout", peft_config={"lora_dropout": 0.0}),
+    LORA.differs("lora-16bit", "LoRA, adapters kept in 16 bit", autocast_adapter_dtype=False),
+    QLORA.differs("qlora-unprepared", "QLoRA, not prepared for k-bit training", prepare_kbit=False),
+    replace(
+        BOTTLENECK,
+        name="bottleneck-pfeiffer",
+        title="bottleneck adapters (Pfeiffer)",
+        bottleneck=BottleneckConfig(style="pfeiffer"),
+    ),
+)
+
+METHODS = {method.name: method for method in (*SEVEN, *VARIANTS)}
+
+
+def get(name: str) -> Method:
+    """The method called ``name``; raises `GaugeError` with the nearest names."""
+    if name.lower() not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name.lower()]
+
+
+def from_adapter_config(path: Path) -> Method:
+    """A method of any PEFT type from the ``adapter_config.json`` at ``path``; named after its folder or file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GaugeError(f"no adapter config at {path}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise GaugeError(f"{path} is not readable JSON: {one_line(error, 120)}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+        raise GaugeError(f"{path} is no adapter config: it names no peft_type")
+    from peft import PeftType
+
+    if values["peft_type"] not in list(PeftType):
+        raise unknown("PEFT type", values["peft_type"], [kind.value for kind in PeftType])
+    name = path.resolve().parent.name if path.name == "adapter_config.json" else path.stem
+    settings = {**values, "inference_mode": False, "task_type": values.get("task_type") or "CAUSAL_LM"}
+    return Method(name, f"{values['peft_type']} from {path.name}", "peft", peft_config=settings, starts_as_base=False)
+
+
+def attach(
+    model: PreTrainedModel,
+    method: Method,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    grad_checkpointing: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Make ``model`` ready to be trained by ``method``, in place, and return what is to be called.
+
+    ``compute_dtype``: what 4-bit weights are dequantised to (default: the model's own dtype). New weights are drawn
+    from ``seed``. Gradient checkpointing is a setting of the step and off unless asked for, also where a library's
+    preparation would turn it on silently. Raises `GaugeError` where the method does not fit the model.
+    """
+    model = prepare_base(model, method, compute_dtype=compute_dtype)
+    with _seeded(seed):
+        attached = _attach_adapter(model, method, seed)
+    if grad_checkpointing:
+        # Without an input that needs a gradient, reentrant checkpointing never trains an adapter (peft#1142); the
+        # non-reentrant kind has no such trap.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    attached.train()
+    return attached
+
+
+def prepare_base(
+    model: PreTrainedModel, method: Method, *, compute_dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Quantise the base and cast it for k-bit training, in place, as far as ``method`` says."""
+    if method.quantization is not None:
+        from peft_gauge.quantization import quantize_
+
+        quantize_(
+            model,
+            quant_format=method.quantization.quant_format,
+            double_quant=method.quantization.double_quant,
+            compute_dtype=compute_dtype or model.dtype,
+        )
+    if method.prepare_kbit:
+        from peft import prepare_model_for_kbit_training
+
+        with _without_notices():
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def _attach_adapter(model: PreTrainedModel, method: Method, seed: int) -> nn.Module:
+    if method.kind == "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model
+    if method.kind == "bottleneck":
+        from peft_gauge.bottleneck import attach_
+
+        assert method.bottleneck is not None, "a bottleneck method has a bottleneck config"
+        attach_(model, method.bottleneck, seed=seed)
+        return model
+    return _attach_peft(model, method)
+
+
+def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
+    import peft
+
+    settings = _fitted(dict(method.peft_config), model, method.name)
+    try:
+        config = peft.PeftConfig.from_peft_type(**settings)
+        with _without_notices():
+            attached = peft.get_peft_model(model, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
+    except Exception as error:  # each tuner validates in its own way; the reader needs the sentence, not the stack
+        raise GaugeError(f"{method.name} does not fit {model.config.model_type}: {one_line(error, 240)}") from error
+    if not any(parameter.requires_grad for parameter in attached.parameters()):
+        raise GaugeError(f"{method.name} leaves nothing to train in this model; check its target modules")
+    return attached
+
+
+def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """``settings`` with the target modules named as this architecture names them, and a rank that can exist."""
+    from torch import nn
+
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = settings.get("target_modules")
+    if targets in (ATTENTION, ATTENTION_QV):
+        has_llama_names = any(path.endswith(tuple(targets)) for path in linears)
+        settings["target_modules"] = list(targets) if has_llama_names else None
+    rank = settings.get("r")
+    if rank is not None:
+        largest = max((min(m.in_features, m.out_features) for m in linears.values()), default=0)
+        _check_rank(rank, largest, name)
+    return settings
+
+
+def _check_rank(rank: object, largest: int, name: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise GaugeError(f"{name}: rank {rank!r} is not a whole number of at least 1")
+    if largest and rank > largest:
+        raise GaugeError(f"{name}: rank {rank} is above the largest matrix rank in this model, {largest}")
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Between PEFT and transformers: an attribute that the one still asks for, and the other has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed`` inside, the caller's own stream untouched outside."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def effective_settings(model: nn.Module, method: Method) -> dict[str, Any]:
+    """What was really attached, read back from the model: PEFT type, rank, alpha, dropout, targets, quantisation."""
+    found: dict[str, Any] = {"kind": method.kind, "prepare_kbit": method.prepare_kbit}
+    if method.kind == "peft":
+        config = cast("Any", model).peft_config["default"].to_dict()
+        wanted = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "num_virtual_tokens")
+        found |= {key: _plain(config[key]) for key in wanted if config.get(key) is not None}
+        found["autocast_adapter_dtype"] = method.autocast_adapter_dtype
+    if method.bottleneck is not None:
+        found |= {"style": method.bottleneck.style, "reduction_factor": method.bottleneck.reduction_factor}
+    if method.quantization is not None:
+        found |= {"quant_format": method.quantization.quant_format, "double_quant": method.quantization.double_quant}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: sets sorted, enums by their value."""
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def save(model: nn.Module, method: Method, folder: Path) -> int:
+    """Write what ``method`` trained into ``folder`` as safetensors and return the bytes of the weights on disk."""
+    if method.kind == "bottleneck":
+        from peft_gauge.bottleneck import save as save_bottleneck
+
+        save_bottleneck(model, folder)
+    else:
+        # Full fine-tuning saves the whole model; PEFT saves the adapter alone. Both are `save_pretrained`.
+        cast("Any", model).save_pretrained(str(folder))
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def load(model: PreTrainedModel, method: Method, folder: Path) -> nn.Module:
+    """Attach to the fresh base ``model`` what `save` wrote into ``folder``.
+
+    A quantised method's base must be given unquantised, as to `attach`. Raises `GaugeError` for a folder without it.
+    """
+    if method.kind == "full":
+        return type(model).from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
+    if method.kind == "bottleneck":
+        from peft_gauge.bottleneck import load as load_bottleneck
+
+        load_bottleneck(model, folder)
+        return model
+    from peft import PeftModel
+
+    model = prepare_base(model, method)
+    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=method.autocast_adapter_dtype)

@@ -1,0 +1,22 @@
+"""Where the project's data files and the user's cache are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def fixture(name: str) -> Path:
+    """The data file or folder ``name`` of ``fixtures/``: in the checkout, or the copy inside an installed wheel."""
+    in_checkout = PROJECT / "fixtures" / name
+    return in_checkout if in_checkout.exists() else Path(__file__).resolve().parent / "_data" / name
+
+
+def cache() -> Path:
+    """The user's cache folder for fetched weights; ``PEFT_GAUGE_CACHE`` moves it."""
+    override = os.environ.get("PEFT_GAUGE_CACHE")
+    return Path(override) if override else platformdirs.user_cache_path("peft-gauge")

@@ -1,0 +1,570 @@
+"""4-bit weights: bitsandbytes' layers put into a model, and the number formats as instruments of their own.
+
+The first half quantises a model in place, so that QLoRA (Dettmers et al. 2023, arXiv:2305.14314) can be
+measured on any weights: drawn, GGUF or safetensors. The second half takes single weight matrices and says
+what a format loses on them and how many bits it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
+
+from peft_gauge.errors import GaugeError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import ModuleType
+
+BLOCK_SIZE = 64  # weights that share one absmax: QLoRA's choice and bitsandbytes' default
+NESTED_BLOCK_SIZE = 256  # absmax values that share one second-level absmax; fixed in bitsandbytes
+LAYER_FORMATS = ("nf4", "fp4", "int8")
+FOUR_BIT_FORMATS = ("nf4", "fp4", "int4", "int4-minmax")
+MINIMUM_BITSANDBYTES = (0, 46, 1)  # the first that trains 4-bit layers on CPU
+
+
+# --- bitsandbytes -------------------------------------------------------------------------------------------
+
+
+def load_bitsandbytes() -> ModuleType:
+    """The bitsandbytes module, imported without its notice about an optional CPU kernel; its other messages
+    pass.
+
+    Call it before PEFT is imported, which imports bitsandbytes by itself. Raises `GaugeError` where
+    bitsandbytes is missing or older than 0.46.1.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_notice)
+    try:
+        installed = version("bitsandbytes")
+        # bitsandbytes makes lookup tables when imported; made under a fake mode they would stay fake for good.
+        with unset_fake_temporarily():
+            import bitsandbytes
+    except (ImportError, PackageNotFoundError) as error:
+        raise GaugeError(f"bitsandbytes cannot be imported ({error}); run: pip install bitsandbytes") from error
+    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    if numbers < MINIMUM_BITSANDBYTES:
+        raise GaugeError(f"bitsandbytes {installed} is too old for 4 bit on CPU; 0.46.1 or newer is needed")
+    module: ModuleType = bitsandbytes
+    return module
+
+
+def _is_no_kernel_notice(message: logging.LogRecord) -> bool:
+    return not message.msg.startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+# --- a model's layers ---------------------------------------------------------------------------------------
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    quant_format: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    skip: Sequence[str] = ("lm_head",),
+) -> None:
+    """Replace ``model``'s linear layers in place by bitsandbytes' ``Linear4bit`` (``"int8"``: ``Linear8bitLt``).
+
+    Each weight is quantised on its own device in blocks of 64 and its full-precision tensor is let go before
+    the next one is touched. Biases stay as they are. Left alone: layers whose name is, or ends in, an entry
+    of ``skip``; layers whose weight is tied to another module's; subclasses of ``nn.Linear`` and
+    transformers' ``Conv1D`` (GPT-2). ``double_quant`` and ``compute_dtype`` concern the 4-bit formats.
+    The backward pass dequantises to the dtype that the weight had before. The model is marked as transformers
+    marks one that it loaded quantised, so PEFT picks its own layers for it.
+
+    Two things to know when reading memory:
+
+    - Under ``FakeTensorMode`` the layers are the same, but each weight is a plain fake parameter
+      (bitsandbytes' own parameter classes cannot hold a fake tensor) with the same shape, dtype and
+      attributes as the real one.
+    - On a CPU with AVX-512 BF16, recent bitsandbytes repacks a layer on its first forward in ``eval()`` mode
+      without input gradients: double quantisation is undone and the layer then computes in bfloat16. Steps in
+      ``train()`` mode are not touched by this.
+
+    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantised already or
+    on ``meta``, weights that are not 16- or 32-bit floats, and, in 4 bit, rows that do not divide into whole
+    blocks.
+    """
+    if quant_format not in LAYER_FORMATS:
+        raise unknown("quantised layer format", quant_format, LAYER_FORMATS)
+    if getattr(model, "is_quantized", False):
+        raise GaugeError("the model is quantised already; start from one in 16 or 32 bit")
+    load_bitsandbytes()
+    names = _linear_names(model, skip)
+    if not names:
+        raise GaugeError(
+            f"no linear layer to quantise in {type(model).__name__} (Conv1D is not; skipped: {list(skip)})"
+        )
+    for name in names:  # all are checked first: a refused model is left whole
+        _check(name, model.get_submodule(name), quant_format)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, _quantised_layer(linear, quant_format, double_quant, compute_dtype))
+    _mark(model, quant_format, double_quant, compute_dtype, skip)
+
+
+def _linear_names(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    return [
+        name
+        for name, module in model.named_modules()
+        # A subclass may be used for its weight only, without a call to its forward.
+        if type(module) is nn.Linear
+        and not any(f".{name}".endswith(f".{part}") for part in skip)
+        and len(owners[id(module.weight)]) == 1
+    ]
+
+
+def _check(name: str, linear: nn.Module, quant_format: str) -> None:
+    assert isinstance(linear, nn.Linear)
+    weight = linear.weight
+    if weight.device.type == "meta":
+        raise GaugeError(f"{name} is on the meta device: nothing to quantise; build the model on cpu or cuda")
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise GaugeError(f"{name} is {weight.dtype}; only float32, float16 and bfloat16 weights can be quantised")
+    if quant_format != "int8" and linear.in_features % BLOCK_SIZE:
+        raise GaugeError(
+            f"{name} has in_features {linear.in_features}, no multiple of the block size {BLOCK_SIZE}: blocks would "
+            f"run across rows, for which bitsandbytes has no fast kernels; skip it or use int8"
+        )
+
+
+def _quantised_layer(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
+    eight_bit = quant_format == "int8"
+    # The constructors allocate a weight of their own; on meta, outside any fake mode, that costs nothing.
+    with unset_fake_temporarily():
+        layer = _empty_8bit(linear) if eight_bit else _empty_4bit(linear, quant_format, double_quant, compute_dtype)
+    weight = linear.weight.detach()
+    if is_fake(weight):
+        layer.weight = _fake_weight(weight, quant_format, double_quant)
+    elif eight_bit:
+        # bitsandbytes quantises an 8-bit weight only on its way from the CPU.
+        layer.weight = load_bitsandbytes().nn.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
+    else:
+        make: Any = load_bitsandbytes().nn.Params4bit
+        settings = {"quant_type": quant_format, "compress_statistics": double_quant, "blocksize": BLOCK_SIZE}
+        layer.weight = make(weight, module=layer, **settings).to(weight.device)
+    layer.bias = linear.bias
+    return layer.train(linear.training)
+
+
+def _empty_8bit(linear: nn.Linear) -> Any:
+    return load_bitsandbytes().nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=6.0,  # LLM.int8()'s outlier threshold, transformers' default too
+        device="meta",
+    )
+
+
+def _empty_4bit(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> Any:
+    return load_bitsandbytes().nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=compute_dtype,
+        compress_statistics=double_quant,
+        quant_type=quant_format,
+        device="meta",
+    )
+
+
+def _fake_weight(weight: Tensor, quant_format: str, double_quant: bool) -> nn.Parameter:
+    """A fake parameter with the attributes of ``Params4bit`` / ``Int8Params`` that layers, PEFT and counts read."""
+    attributes: dict[str, Any]
+    if quant_format == "int8":
+        data, row_scales, _ = load_bitsandbytes().functional.int8_vectorwise_quant(weight.half())
+        attributes = {"CB": data, "SCB": row_scales, "has_fp16_weights": False}
+    else:
+        with _fake_dynamic_code(weight.device):
+            data, state = pack(weight, quant_format, double_quant=double_quant)
+        attributes = {"quant_state": state, "bnb_quantized": True, "quant_storage": data.dtype}
+        attributes |= {"quant_type": quant_format, "compress_statistics": double_quant, "blocksize": BLOCK_SIZE}
+    parameter = nn.Parameter(data, requires_grad=False)
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+    return parameter
+
+
+@contextmanager
+def _fake_dynamic_code(device: torch.device) -> Iterator[None]:
+    """Lend bitsandbytes a fake copy of its cached 8-bit code: it cannot compute one in a fake mode nor use
+    the real.
+    """
+    name2qmap = load_bitsandbytes().functional.name2qmap
+    name2qmap["dynamic"] = torch.empty(256, device=device)
+    try:
+        yield
+    finally:
+        del name2qmap["dynamic"]  # bitsandbytes computes it again when it next needs one
+
+
+def _mark(
+    model: nn.Module, quant_format: str, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]
+) -> None:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+    eight_bit = quant_format == "int8"
+    config = BitsAndBytesConfig(
+        load_in_8bit=eight_bit,
+        load_in_4bit=not eight_bit,
+        llm_int8_skip_modules=list(skip),
+        bnb_4bit_quant_type="nf4" if eight_bit else quant_format,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    marks = {
+        f"is_loaded_in_{8 if eight_bit else 4}bit": True,
+        "is_quantized": True,
+        "quantization_method": config.quant_method,
+    }
+    for name, value in marks.items():
+        setattr(model, name, value)
+    if isinstance(model, PreTrainedModel):
+        model.config.quantization_config = config
+        # Flash attention asks a quantised model's config, not its (packed) weights, for the dtype to compute in:
+        # transformers 5 looks for the first of these, transformers 4 for the second.
+        model.config._is_quantized = True
+        model.config._pre_quantization_dtype = model.dtype
+
+
+# --- the formats --------------------------------------------------------------------------------------------
+
+
+def pack(
+    weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
+) -> tuple[Tensor, Any]:
+    """``weight`` as bitsandbytes stores it in ``"nf4"`` or ``"fp4"``: the packed bytes and their
+    ``QuantState``.
+    """
+    packed, state = load_bitsandbytes().functional.quantize_4bit(
+        weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_format
+    )
+    return packed, state
+
+
+def dequantised(
+    weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
+) -> Tensor:
+    """``weight`` rounded to ``quant_format`` in blocks and back, as a float32 tensor of the same shape.
+
+    ``"nf4"`` and ``"fp4"`` are bitsandbytes' own. Two kinds of uniform 4-bit integer stand beside them,
+    because "INT4" names both: ``"int4"``, symmetric, -7 to 7 times absmax/7 (15 levels, zero among them; a
+    float32 absmax, so 4.5 bits a weight in blocks of 64); and ``"int4-minmax"``, 16 levels in equal steps
+    from the block's minimum to its maximum, minimum and step in float16 as in GGUF's Q4_1 (4.5 bits too).
+
+    Raises `GaugeError` for an unknown format, a number of weights that is no multiple of ``block_size``, and
+    ``double_quant`` with an integer format, which nobody stores that way.
+    """
+    if quant_format not in FOUR_BIT_FORMATS:
+        raise unknown("4-bit format", quant_format, FOUR_BIT_FORMATS)
+    if weight.numel() % block_size:
+        raise GaugeError(f"{weight.numel()} weights do not divide into blocks of {block_size}")
+    weight = weight.detach().float().contiguous()
+    if quant_format in ("nf4", "fp4"):
+        packed, state = pack(weight, quant_format, double_quant=double_quant, block_size=block_size)
+        restored: Tensor = load_bitsandbytes().functional.dequantize_4bit(packed, state)
+        return restored
+    if double_quant:
+        raise GaugeError(f"double quantisation belongs to nf4 and fp4, not to {quant_format}")
+    blocks = weight.view(-1, block_size)
+    return (_symmetric(blocks) if quant_format == "int4" else _minmax(blocks)).view_as(weight)
+
+
+def _symmetric(blocks: Tensor) -> Tensor:
+    step = _no_zero(blocks.abs().amax(dim=1, keepdim=True) / 7)
+    return (blocks / step).round() * step
+
+
+def _minmax(blocks: Tensor) -> Tensor:
+    low = blocks.amin(dim=1, keepdim=True).half().float()
+    step = _no_zero(((blocks.amax(dim=1, keepdim=True) - low) / 15).half().float())
+    return ((blocks - low) / step).round().clamp(0, 15) * step + low
+
+
+def _no_zero(step: Tensor) -> Tensor:
+    """A block of equal weights can have step 0; with 1 in its place they are 0 steps away instead of NaN."""
+    return step.where(step > 0, 1.0)
+
+
+def levels(quant_format: str) -> Tensor:
+    """The values that ``quant_format`` has for a block of absmax 1, ascending; not for ``"int4-minmax"``,
+    whose levels depend on the block.
+    """
+    if quant_format == "int4":
+        return torch.arange(-7, 8) / 7
+    if quant_format not in ("nf4", "fp4"):
+        raise unknown("4-bit format with levels of its own", quant_format, ("nf4", "fp4", "int4"))
+    code: Tensor = load_bitsandbytes().functional.get_4bit_type(quant_format, device="cpu")
+    return code.unique()  # sorted; fp4 has two codes for zero
+
+
+def error_bound(quant_format: str) -> float:
+    """The most that one weight can change, in units of its block's absmax, without double quantisation.
+
+    Half the widest gap between two levels. For ``"int4-minmax"`` the range is at most twice absmax, so 1/15,
+    and rounding minimum and step to float16 adds at most 2⁻¹¹ of absmax and of the range (constants of normal
+    size).
+    """
+    if quant_format == "int4-minmax":
+        return 1 / 15 + 3 * 2**-11
+    return levels(quant_format).diff().max().item() / 2
+
+
+@dataclass(frozen=True)
+class QuantisationError:
+    """What rounding to a format lost: ``relative_rms`` is ‖W − Q(W)‖ / ‖W‖, ``max_over_absmax`` the largest
+    change of one weight in units of its block's absmax, ``mean_abs`` the mean change in the weights' own
+    unit.
+    """
+
+    relative_rms: float
+    max_over_absmax: float
+    mean_abs: float
+
+
+def quantisation_error(
+    weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
+) -> QuantisationError:
+    """The error of `dequantised` on ``weight``; raises `GaugeError` as it does, and for a weight of zeros."""
+    weight = weight.detach().float()
+    norm = weight.norm().item()
+    if norm == 0:
+        raise GaugeError("all weights are zero: a relative error has no meaning")
+    change = (weight - dequantised(weight, quant_format, double_quant=double_quant, block_size=block_size)).abs()
+    absmax = _no_zero(weight.reshape(-1, block_size).abs().amax(dim=1))
+    largest = change.view(-1, block_size).amax(dim=1)
+    return QuantisationError(change.norm().item() / norm, (largest / absmax).max().item(), change.mean().item())
+
+
+def absmax_shift(weight: Tensor, quant_format: str = "nf4") -> tuple[float, float]:
+    """How far double quantisation moves a block's absmax, and how far it may: both in units of the nested
+    absmax.
+
+    The largest shift found in ``weight``, and half the widest gap of bitsandbytes' 8-bit dynamic code.
+    """
+    functional = load_bitsandbytes().functional
+    exact = pack(weight, quant_format)[1].absmax
+    state = pack(weight, quant_format, double_quant=True)[1]
+    rounded = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    unit = state.state2.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: exact.numel()]
+    code = state.state2.code.cpu()
+    # Where the code ends short of -1, what lies beyond its first value is rounded up to it: the whole way.
+    allowed = max(code.diff().max().item() / 2, code[0].item() + 1)
+    return ((rounded - exact).abs() / unit).max().item(), allowed
+
+
+# --- bits a parameter ---------------------------------------------------------------------------------------
+
+
+def bits_per_parameter(
+    quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE, numel: int | None = None
+) -> float:
+    """Bits that one weight takes with its share of the quantisation constants, by arithmetic.
+
+    For ``"nf4"``, ``"fp4"`` and ``"int4"`` 4 + 32/64 = 4.5; with double quantisation 4 + 8/64 + 32/(64·256) ≈
+    4.127 (QLoRA, section 3); for ``"int4-minmax"`` 4 + (16 + 16)/64. That is the limit for a large matrix;
+    with ``numel`` weights the last, partly filled blocks and the 32-bit offset of double quantisation count
+    too. Codebooks are not in it.
+    """
+    if quant_format not in FOUR_BIT_FORMATS:
+        raise unknown("4-bit format", quant_format, FOUR_BIT_FORMATS)
+    if numel is None:
+        constants = 8 / block_size + 32 / (block_size * NESTED_BLOCK_SIZE) if double_quant else 32 / block_size
+        return 4 + constants
+    blocks = math.ceil(numel / block_size)
+    constant_bits = 8 * blocks + 32 * math.ceil(blocks / NESTED_BLOCK_SIZE) + 32 if double_quant else 32 * blocks
+    return (8 * math.ceil(numel / 2) + constant_bits) / numel
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """The bytes of one packed 4-bit weight of ``params`` parameters, tensor by tensor.
+
+    ``codebook_bytes`` hold the same values in every layer, though bitsandbytes stores a copy with each: the
+    16 levels in float32 and, with double quantisation, the 256 values of the 8-bit code.
+    """
+
+    params: int
+    packed_bytes: int
+    absmax_bytes: int
+    nested_absmax_bytes: int
+    offset_bytes: int
+    codebook_bytes: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """All but the codebooks, which do not grow with the weight."""
+        held = self.packed_bytes + self.absmax_bytes + self.nested_absmax_bytes + self.offset_bytes
+        return 8 * held / self.params
+
+    @property
+    def bits_per_parameter_with_codebooks(self) -> float:
+        """As `bits_per_parameter`, with the copy of the codebooks that this weight carries."""
+        return self.bits_per_parameter + 8 * self.codebook_bytes / self.params
+
+
+def stored_bytes(packed: Tensor, state: Any) -> StoredBytes:
+    """Count the tensors that hold a packed weight: what `pack` returns, or a layer's weight and its
+    ``quant_state``.
+    """
+    nested = getattr(state, "state2", None)
+    return StoredBytes(
+        params=math.prod(state.shape),
+        packed_bytes=packed.nbytes,
+        absmax_bytes=state.absmax.nbytes,
+        nested_absmax_bytes=nested.absmax.nbytes if nested is not None else 0,
+        offset_bytes=state.offset.nbytes if nested is not None else 0,
+        codebook_bytes=state.code.nbytes + (nested.code.nbytes if nested is not None else 0),
+    )
+
+
+# --- weights to try them on, and the claim ------------------------------------------------------------------
+
+SAMPLE_SHAPE = (256, 1024)
+WEIGHT_STD = 0.02  # Llama's initialisation; the relative error does not depend on it
+
+
+def _normal(generator: torch.Generator) -> Tensor:
+    return torch.randn(SAMPLE_SHAPE, generator=generator)
+
+
+def _uniform(generator: torch.Generator) -> Tensor:
+    return (torch.rand(SAMPLE_SHAPE, generator=generator) * 2 - 1) * math.sqrt(3)
+
+
+def _student_t3(generator: torch.Generator) -> Tensor:
+    """Student's t with 3 degrees of freedom (heavy tails) over its standard deviation, which is √3."""
+    chi_squared = torch.randn((3, *SAMPLE_SHAPE), generator=generator).square().sum(dim=0)
+    return torch.randn(SAMPLE_SHAPE, generator=generator) / chi_squared.sqrt()
+
+
+DISTRIBUTIONS: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "student-t3": _student_t3,
+}
+
+
+def drawn_weight(distribution: str, seed: int) -> Tensor:
+    """A 256×1024 float32 weight from ``distribution`` with mean 0 and standard deviation 0.02."""
+    if distribution not in DISTRIBUTIONS:
+        raise unknown("weight distribution", distribution, DISTRIBUTIONS)
+    return DISTRIBUTIONS[distribution](torch.Generator().manual_seed(seed)) * WEIGHT_STD
+
+
+def already_rounded(weight: Tensor, block_size: int = 32) -> bool:
+    """Whether no block of ``weight`` holds more than 16 different values, as after 4-bit rounding in such
+    blocks.
+
+    GGUF's 4-bit types have blocks of 32. Weights read from one lie on a uniform grid already, so rounding
+    them to a uniform format again costs less than it cost the first time: no fair ground for a comparison of
+    formats.
+    """
+    if weight.numel() % block_size:
+        raise GaugeError(f"{weight.numel()} weights do not divide into blocks of {block_size}")
+    ordered = weight.detach().float().reshape(-1, block_size).sort(dim=1).values
+    most_values = 1 + (ordered.diff(dim=1) != 0).sum(dim=1).max().item()
+    return most_values <= 16
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """NF4 against a rival format on the same weights, sample by sample.
+
+    ``nf4_errors`` and ``rival_errors`` are relative RMS errors, in pairs; ``nf4_bits`` and ``rival_bits`` are
+    bits a parameter; ``unfair`` says why the samples cannot decide, if they cannot.
+    """
+
+    rival: str
+    nf4_errors: tuple[float, ...]
+    rival_errors: tuple[float, ...]
+    nf4_bits: float
+    rival_bits: float
+    unfair: str | None = None
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """NF4's error over the rival's, a sample each: below 1 where NF4 loses less."""
+        return tuple(ours / theirs for ours, theirs in zip(self.nf4_errors, self.rival_errors, strict=True))
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided sign test: how likely a split at least this uneven is if both formats were equally good."""
+        decided = [ratio for ratio in self.ratios if ratio != 1]
+        count, wins = len(decided), sum(ratio < 1 for ratio in decided)
+        tail = sum(math.comb(count, k) for k in range(min(wins, count - wins) + 1)) / 2**count
+        return min(1.0, 2 * tail)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether NF4 loses less than the rival; ``None`` (cannot tell) at p ≥ 0.05 or on unfair samples."""
+        if self.unfair is not None or self.p_value >= 0.05:
+            return None
+        return sum(ratio < 1 for ratio in self.ratios) * 2 > len(self.ratios)
+
+    def figures(self) -> dict[str, float | str | None]:
+        """The numbers behind `holds`, flat, for a result file."""
+        return {
+            "rival": self.rival,
+            "samples": len(self.ratios),
+            "nf4_relative_rms": mean(self.nf4_errors),
+            "rival_relative_rms": mean(self.rival_errors),
+            "ratio_least": min(self.ratios),
+            "ratio_most": max(self.ratios),
+            "nf4_bits_per_parameter": self.nf4_bits,
+            "rival_bits_per_parameter": self.rival_bits,
+            "p_value": self.p_value,
+            "unfair": self.unfair,
+        }
+
+
+def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant: bool = False) -> Comparison:
+    """NF4 (``double_quant``: with double quantisation, as a ``"fp4"`` rival then has too) against ``rival``.
+
+    Blocks of 64 on both sides. ``samples``: weight matrices, one pair of errors each; six or more are needed
+    to tell.
+    """
+    rival_double_quant = double_quant and rival == "fp4"
+    nf4_errors, rival_errors, rounded = [], [], 0
+    for weight in samples:
+        nf4_errors.append(quantisation_error(weight, "nf4", double_quant=double_quant).relative_rms)
+        rival_errors.append(quantisation_error(weight, rival, double_quant=rival_double_quant).relative_rms)
+        rounded += already_rounded(weight)
+    if not nf4_errors:
+        raise GaugeError("no weights to compare the formats on")
+    unfair = f"{rounded} of {len(nf4_errors)} samples hold at most 16 values a block: rounded to 4 bit before"
+    return Comparison(
+        rival=rival,
+        nf4_errors=tuple(nf4_errors),
+        rival_errors=tuple(rival_errors),
+        nf4_bits=bits_per_parameter("nf4", double_quant=double_quant),
+        rival_bits=bits_per_parameter(rival, double_quant=rival_double_quant),
+        unfair=unfair if rounded else None,
+    )
+
+
+def nf4_against_int4(
+    distribution: str, seeds: Iterable[int] = range(8), *, rival: str = "int4", double_quant: bool = False
+) -> Comparison:
+    """`compare_nf4` on weights drawn from ``distribution``, one sample a seed.
+
+    The literature's INT4 (QLoRA, table 4) is symmetric, here ``"int4"``; ``rival="int4-minmax"`` asks the
+    harder question.
+    """
+    samples = (drawn_weight(distribution, seed) for seed in seeds)
+    return compare_nf4(samples, rival=rival, double_quant=double_quant)

@@ -1,0 +1,114 @@
+"""The summary at the end of a run, for the terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from peft_gauge.history.schema import CaseRecord
+
+# Shown where a run did not measure a figure; never 0.
+ABSENT = "–"
+
+# The method table's own width: a narrower terminal wraps it, rather than losing digits.
+WIDTH = 124
+
+
+def summary(cases: Iterable[CaseRecord], claims: Iterable[Mapping[str, Any]], width: int) -> str:
+    """The tables of one run as text of at most ``width`` columns: methods, then claims with their verdicts."""
+    out = io.StringIO()
+    console = Console(file=out, width=max(width, WIDTH), force_terminal=False, highlight=False)
+    rows = method_rows(cases)
+    for (model, device), group in _by_model(rows).items():
+        console.print(_method_table(group, f"{model} on {device}, {_conditions(group)}"))
+    claims = list(claims)
+    if claims:
+        console.print(_claim_table(claims))
+    return out.getvalue()
+
+
+def method_rows(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
+    """One row for each method × model × device, the figures of all its passed cases merged."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for case in cases:
+        figures = case.figures
+        if "method" in figures and case.outcome == "passed":
+            key = (figures["method"], figures["model"], figures["device"])
+            rows.setdefault(key, {}).update(figures)
+    return list(rows.values())
+
+
+def _by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["device"]), []).append(row)
+    return groups
+
+
+def _conditions(rows: list[dict[str, Any]]) -> str:
+    settings = rows[0].get("settings", {})
+    return (
+        f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}, "
+        f"{settings.get('weights')} weights"
+    )
+
+
+def _method_table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = (
+        "medians of this run; × is the median over rounds against a bare-base forward timed beside each round"
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("trainable", "% of base", "on disk", "forward", "backward", "step", "step ×", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["method"],
+            shown(row.get("trainable_params"), "{:,}"),
+            shown(row.get("percent_of_base"), "{:.4f}"),
+            shown_bytes(row.get("adapter_disk_bytes")),
+            *(shown_seconds(row.get(f"{phase}_seconds")) for phase in ("forward", "backward", "step")),
+            shown(row.get("step_over_control"), "{:.2f}"),
+            shown(row.get("tokens_per_second"), "{:.0f}"),
+        )
+    return table
+
+
+def _claim_table(claims: list[Mapping[str, Any]]) -> Table:
+    table = Table(title="claims", title_justify="left")
+    for heading in ("claim", "model", "verdict"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("figure", overflow="fold")
+    for claim in claims:
+        table.add_row(claim["id"], claim["model"], claim["verdict"], claim.get("figure") or ABSENT)
+    return table
+
+
+def shown(value: float | None, form: str) -> str:
+    """``value`` in ``form``, or a dash where it was not measured."""
+    return ABSENT if value is None else form.format(value)
+
+
+def shown_bytes(value: float | None) -> str:
+    """Bytes in kB, MB or GB (powers of ten), to three digits or more."""
+    if value is None:
+        return ABSENT
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def shown_seconds(value: float | None) -> str:
+    """Seconds as s, ms or µs, to three digits or more."""
+    if value is None:
+        return ABSENT
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value / 1e-6:.2f} µs"

@@ -1,0 +1,176 @@
+"""The thing that is measured: one training step, the same code for every method and device.
+
+A step is forward, backward and optimizer update over the same batches; gradients are cleared at its start, so that the
+memory between two steps is what stays, and a peak can be taken over whole steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_gauge.errors import GaugeError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+OptimizerName = Literal["adamw", "adamw-fused", "adamw-foreach-off", "adamw8bit", "paged-adamw8bit", "sgd"]
+OPTIMIZERS: tuple[OptimizerName, ...] = (
+    "adamw",
+    "adamw-fused",
+    "adamw-foreach-off",
+    "adamw8bit",
+    "paged-adamw8bit",
+    "sgd",
+)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is taken; every field changes the outcome, so all of them are stored with a result.
+
+    ``batch`` × ``seq`` tokens; ``learning_rate``; ``optimizer``, one of `OPTIMIZERS`; ``grad_checkpointing``
+    (non-reentrant); ``grad_accumulation`` micro-batches an update; ``clip_grad_norm``, a norm or ``None``.
+    """
+
+    batch: int
+    seq: int
+    learning_rate: float = 1e-4
+    optimizer: OptimizerName = "adamw"
+    grad_checkpointing: bool = False
+    grad_accumulation: int = 1
+    clip_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "grad_accumulation"):
+            if getattr(self, name) < 1:
+                raise GaugeError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that one optimizer update sees."""
+        return self.batch * self.seq * self.grad_accumulation
+
+
+def build_optimizer(parameters: Sequence[nn.Parameter], settings: StepSettings) -> torch.optim.Optimizer:
+    """The optimizer over ``parameters``; AdamW takes torch's default implementation unless the name says otherwise.
+
+    Raises `GaugeError` where bitsandbytes has no 8-bit optimizer for the parameters' device.
+    """
+    rate = settings.learning_rate
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate)
+    if settings.optimizer in ("adamw8bit", "paged-adamw8bit"):
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit if settings.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+        return kind(parameters, lr=rate)
+    fused = True if settings.optimizer == "adamw-fused" else None
+    foreach = False if settings.optimizer == "adamw-foreach-off" else None
+    return torch.optim.AdamW(parameters, lr=rate, fused=fused, foreach=foreach)
+
+
+class TrainingJob:
+    """A model in training: ``step()`` takes one whole step, and its three phases can be called one by one.
+
+    ``batches`` are dictionaries of tensors with at least ``input_ids`` and ``labels`` of shape (batch, seq), on the
+    model's device; they are used in turn, the same for every method.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings) -> None:
+        if not batches:
+            raise GaugeError("there is no batch to train on")
+        self.model = model
+        self.batches = batches
+        self.settings = settings
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(self.trainable, settings)
+        self.losses: list[float] = []
+        self.loss: Tensor | None = None
+        self._micro_batches = 0
+        self._at_start: list[Tensor] = []
+
+    def forward(self) -> Tensor:
+        """Run the model on the next batch and return its loss, a scalar with a graph."""
+        batch = self.batches[self._micro_batches % len(self.batches)]
+        self._micro_batches += 1
+        # Without use_cache=False the output carries the key-value cache, alive as long as the logits.
+        self.loss = self.model(**batch, use_cache=False).loss
+        return self.loss
+
+    def backward(self) -> None:
+        """Add the gradients of the last `forward` to the trainable parameters, and let its graph go."""
+        assert self.loss is not None, "forward comes before backward"
+        (self.loss / self.settings.grad_accumulation).backward()
+        self.loss = self.loss.detach()
+
+    def optimizer_step(self) -> None:
+        """Clip, where that is asked for, and update the trainable parameters."""
+        if self.settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad_norm)
+        self.optimizer.step()
+
+    def clear(self) -> None:
+        """Drop gradients and graph, as they are between two steps."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = None
+
+    def step(self) -> None:
+        """One whole training step."""
+        self.clear()
+        for _ in range(self.settings.grad_accumulation):
+            self.forward()
+            self.backward()
+        self.optimizer_step()
+
+    def warm_up(self, steps: int = 2) -> None:
+        """Take ``steps`` steps, after which the optimizer's state exists, and remember where learning began.
+
+        The loss of each warm-up step is kept in ``losses``.
+        """
+        self._at_start = [_digest(parameter) for parameter in self.trainable]
+        for _ in range(steps):
+            self.step()
+            assert self.loss is not None
+            self.losses.append(float(self.loss))
+        self.clear()
+
+    def learned(self) -> bool:
+        """Whether every trainable parameter has moved since `warm_up` began."""
+        if not self._at_start:
+            raise GaugeError("learned() compares with the start of warm_up(), which has not run")
+        return all(
+            not torch.equal(before, _digest(parameter))
+            for before, parameter in zip(self._at_start, self.trainable, strict=True)
+        )
+
+    def effective_settings(self) -> dict[str, Any]:
+        """What was really in force, for the record: optimizer and its implementation, attention, checkpointing."""
+        group = self.optimizer.param_groups[0]
+        config = getattr(self.model, "config", None)
+        return {
+            "batch": self.settings.batch,
+            "seq": self.settings.seq,
+            "optimizer": type(self.optimizer).__name__,
+            "optimizer_foreach": group.get("foreach"),
+            "optimizer_fused": group.get("fused"),
+            "learning_rate": group["lr"],
+            "grad_accumulation": self.settings.grad_accumulation,
+            "clip_grad_norm": self.settings.clip_grad_norm,
+            "grad_checkpointing": self.settings.grad_checkpointing,
+            "attention": getattr(config, "_attn_implementation", None),
+        }
+
+
+def _digest(parameter: Tensor) -> Tensor:
+    """Two sums that change when the parameter does: cheaper to keep than a copy of a whole model."""
+    values = parameter.detach()
+    weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+    flat = values.reshape(-1).to(torch.float64)
+    return torch.stack((flat.sum(), torch.dot(flat, weights)))

@@ -1,0 +1,69 @@
+"""The batches that every method trains on: the same tokens, in the same order."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peft_gauge import paths
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+
+
+def chat_examples() -> Dataset:
+    """The shared chat-style dataset: 100 rows with the columns ``prompt`` and ``response``."""
+    from datasets import Dataset
+
+    lines = paths.fixture("texts/chat.jsonl").read_text(encoding="utf-8").splitlines()
+    return Dataset.from_list([json.loads(line) for line in lines])
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab_size: int,
+    batch: int,
+    seq: int,
+    number: int = 4,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Batch]:
+    """``number`` batches of ``input_ids`` and ``labels``, each int64 of shape (``batch``, ``seq``), on ``device``.
+
+    With a tokenizer the chat examples are tokenised, joined and cut into rows without padding (repeating them where
+    they run out); without one the ids are drawn uniformly from ``vocab_size`` by ``seed``. The two have the same shape.
+    """
+    if batch < 1 or seq < 2 or number < 1:
+        raise GaugeError(f"a batch needs at least 1 row of 2 tokens, not {batch} × {seq}")
+    needed = number * batch * seq
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, vocab_size, (needed,), generator=generator)
+    else:
+        stream = torch.tensor(_tokenised(tokenizer))
+        tokens = stream.repeat(-(-needed // len(stream)))[:needed]
+    rows = tokens.view(number, batch, seq).to(device)
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    stream: list[int] = []
+    for example in chat_examples():
+        if tokenizer.chat_template:
+            turns = [
+                {"role": "user", "content": example["prompt"]},
+                {"role": "assistant", "content": example["response"]},
+            ]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        else:
+            text = f"{example['prompt']}\n{example['response']}\n{tokenizer.eos_token or ''}"
+        stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+    return stream

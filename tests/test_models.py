@@ -1,0 +1,190 @@
+"""Records resolve to what they name, build what they say, and refuse what cannot be built."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_gauge import models, paths
+from peft_gauge.errors import GaugeError
+
+TOY = paths.fixture("models") / "toy-llama" / "config.json"
+
+
+def toy_config(**changes: Any) -> dict[str, Any]:
+    return {**json.loads(TOY.read_text()), **changes}
+
+
+def folder_with(tmp_path: Path, config: object) -> Path:
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", models.record_names())
+def test_every_record_passes_the_checks_that_strangers_must(name: str) -> None:
+    models.read_config(paths.fixture("models") / name / "config.json")
+
+
+def test_70b_on_meta_takes_seconds_and_no_memory() -> None:
+    record = models.resolve("llama-2-70b")
+    models.build(models.resolve("toy-llama"), device="meta")  # imports are not what is timed
+    start = time.perf_counter()
+    model = models.build(record, device="meta")
+    assert time.perf_counter() - start < 15
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        return models.build(models.resolve("toy-llama", seed=seed)).state_dict()
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_16_bit_weights_are_the_rounded_float32_ones() -> None:
+    record = models.resolve("toy-llama")
+    exact, rounded = models.build(record), models.build(record, dtype="bfloat16")
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(exact.lm_head.weight.to(torch.bfloat16), rounded.lm_head.weight)
+
+
+def test_building_leaves_the_callers_random_stream_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    models.build(models.resolve("toy-llama"))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_folder_with_config_only_gets_random_weights(tmp_path: Path) -> None:
+    record = models.resolve(str(folder_with(tmp_path, toy_config())))
+    assert (record.source, record.weights) == ("folder", "random")
+    assert models.build(record).num_parameters() == 106_816
+    with pytest.raises(GaugeError, match=r"no \.safetensors weights"):
+        models.resolve(str(tmp_path), weights="real")
+
+
+def test_a_folder_with_safetensors_gets_its_own_weights(tmp_path: Path) -> None:
+    saved = models.build(models.resolve("toy-llama", seed=7))
+    saved.save_pretrained(tmp_path)
+    record = models.resolve(str(tmp_path))
+    assert record.weights == "real"
+    assert torch.equal(models.build(record).lm_head.weight, saved.lm_head.weight)
+    assert models.resolve(str(tmp_path), weights="random").weights == "random"
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
+    models.build(models.resolve("toy-llama")).save_pretrained(tmp_path)
+    folder_with(tmp_path, toy_config(num_hidden_layers=3))
+    with pytest.raises(GaugeError, match="do not fit its config|cannot load the weights"):
+        models.build(models.resolve(str(tmp_path)))
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    models.build(models.resolve("toy-llama")).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(GaugeError, match="cannot load the weights"):
+        models.build(models.resolve(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
+        ("[]", "holds no JSON object"),
+        (toy_config(hidden_size=2**40), "hidden_size = 1099511627776 is not a whole number from 1 to"),
+        (toy_config(num_hidden_layers=-1), "num_hidden_layers = -1"),
+        (toy_config(vocab_size=0), "vocab_size = 0"),
+        (toy_config(hidden_size="64"), "hidden_size = '64'"),
+        (toy_config(hidden_size=True), "hidden_size = True"),
+        ({k: v for k, v in toy_config().items() if k != "hidden_size"}, "hidden_size is missing"),
+        (toy_config(num_attention_heads=5), "no multiple of 5 attention heads"),
+        (toy_config(num_key_value_heads=3), "no multiple of 3 key-value heads"),
+        (toy_config(model_type="mystery", auto_map={"AutoModel": "x.Y"}), "needs custom code"),
+        (toy_config(model_type="mystery"), "model_type 'mystery' is no causal LM"),
+        (toy_config(model_type="vit"), "model_type 'vit' is no causal LM"),
+        (toy_config(model_type="bart", is_encoder_decoder=True), "encoder-decoder models are not supported"),
+        (toy_config(rms_norm_eps="small", hidden_act="no such activation"), "cannot be built|not usable"),
+    ],
+)
+def test_an_unusable_config_is_one_line(config: object, said: str, tmp_path: Path) -> None:
+    with pytest.raises(GaugeError, match=said) as caught:
+        models.build(models.resolve(str(folder_with(tmp_path, config))), device="meta")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(GaugeError, match="did you mean tinyllama"):
+        models.resolve("tinylama")
+    with pytest.raises(GaugeError, match="no config.json in"):
+        models.resolve(str(tmp_path))
+    with pytest.raises(GaugeError, match="no such model folder"):
+        models.resolve("./nowhere/at/all")
+    with pytest.raises(GaugeError, match="no such GGUF file"):
+        models.resolve("nowhere.gguf")
+    with pytest.raises(GaugeError, match="unknown kind of weights 'imaginary'"):
+        models.resolve("tinyllama", weights="imaginary")
+    with pytest.raises(GaugeError, match="no real weights of tinyllama"):
+        models.resolve("tinyllama", weights="real")
+
+
+def test_a_config_too_large_to_be_one_is_not_read(tmp_path: Path) -> None:
+    folder_with(tmp_path, " " * (models.CONFIG_FILE_LIMIT_BYTES + 1))
+    with pytest.raises(GaugeError, match="far more than any config"):
+        models.resolve(str(tmp_path))
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built() -> None:
+    with pytest.raises(GaugeError, match="of host memory to build"):
+        models.build(models.resolve("llama-2-70b"))
+
+
+def write_gguf(path: Path, architecture: str) -> Path:
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GaugeError, match="is not a GGUF that transformers can read"):
+        models.resolve(str(write_gguf(tmp_path / "odd.gguf", "whisper")))
+
+
+def test_a_file_that_only_calls_itself_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 20)
+    with pytest.raises(GaugeError, match="is not a GGUF that transformers can read"):
+        models.resolve(str(path))
+
+
+def test_a_sequence_beyond_the_model_is_refused() -> None:
+    record = models.resolve("tinyllama")
+    record.check_sequence(2048)
+    with pytest.raises(GaugeError, match="2049 tokens is beyond tinyllama's limit of 2048"):
+        record.check_sequence(2049)
+
+
+def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(GaugeError, match="cannot reach some/model on the hub") as caught:
+        models.resolve("some/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_dtypes_name_the_known() -> None:
+    with pytest.raises(GaugeError, match="unknown dtype 'float23'; did you mean float32"):
+        models.torch_dtype("float23")
