@@ -54,8 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     cases = metafunc.config.stash[CASES]
     marked = [pytest.param(case, id=case.id, marks=pytest.mark.gpu if case.device == "cuda" else ()) for case in cases]
-    # In module scope, so that one job serves all the questions that a module puts to a case.
-    metafunc.parametrize("case", marked, scope="module")
+    # In session scope pytest puts the questions to one case next to each other, and one job serves them all.
+    metafunc.parametrize("case", marked, scope="session")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -68,7 +68,7 @@ class Clock:
     def __call__(self):
         return Clock.now
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def control():
     def forward():
         Clock.now += 0.0625
