@@ -14,12 +14,12 @@ from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
 from peft_gauge.history.writing import write_run
-from peft_gauge.report import terminal
+from peft_gauge.report import published_table, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-pytest_plugins = ["pytester", "fixtures.jobs", "fixtures.timing"]
+pytest_plugins = ["pytester", "fixtures.jobs", "fixtures.timing", "fixtures.plans"]
 
 # When this file is imported, Hypothesis has not yet read --hypothesis-profile, which can name one of these.
 hypothesis_profiles.register()
@@ -66,6 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = [item for item in items if _device_of(item) not in (None, device)]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
+    if "slow" not in config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = machine.why_no_cuda() if gpu_items else None
     if reason is not None:
@@ -160,7 +164,9 @@ class Recorder:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.cases:
-            terminalreporter.write(terminal.summary(self.cases, self.claims, terminalreporter._tw.fullwidth))
+            width = terminalreporter._tw.fullwidth
+            terminalreporter.write(terminal.summary(self.cases, self.claims, width))
+            terminalreporter.write(published_table.published_table(self.cases, width))
         for note in self.notes:
             terminalreporter.write_line(note)
 

@@ -15,11 +15,16 @@ from peft_gauge import identity, methods, models, quantization
 from peft_gauge.cases import count_on_meta
 from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
 from peft_gauge.errors import GaugeError
+from peft_gauge.plan import gpus
+from peft_gauge.plan.record import PlanRequest
+from peft_gauge.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Decider = Callable[[Claim, str], Finding]
+    from fixtures.plans import Plans
+
+    Decider = Callable[[Claim, str, Plans], Finding]
 
 DECIDERS: dict[str, Decider] = {}
 
@@ -38,13 +43,13 @@ QUESTIONS = [(claim, model) for claim in ledger().values() for model in claim.mo
 
 
 @pytest.mark.parametrize(("claim", "model"), QUESTIONS, ids=[f"{claim.id}-{model}" for claim, model in QUESTIONS])
-def test_claim(claim: Claim, model: str, record: Callable[..., None]) -> None:
+def test_claim(claim: Claim, model: str, plans: Plans, record: Callable[..., None]) -> None:
     entry = {"id": claim.id, "model": model, "statement": claim.statement}
     if claim.id not in DECIDERS:
         record(claim={**entry, "verdict": NOT_MEASURED, "figure": None, "conditions": None})
         pytest.skip(f"{NOT_MEASURED}: {claim.decided_by}")
 
-    finding = DECIDERS[claim.id](claim, model)
+    finding = DECIDERS[claim.id](claim, model, plans)
 
     record(claim={**entry, "verdict": finding.verdict, "figure": finding.figure, "conditions": finding.conditions})
     recorded = claim.recorded[model]
@@ -52,14 +57,14 @@ def test_claim(claim: Claim, model: str, record: Callable[..., None]) -> None:
 
 
 @decides("identity")
-def identity_holds(claim: Claim, model: str) -> Finding:
+def identity_holds(claim: Claim, model: str, plans: Plans) -> Finding:
     check = identity.textbook_case(seed=0)
     figure = f"largest error {check.max_error:.2e}, {check.share_of_bound:.2f} of the rounding-error bound"
     return Finding.of(check.holds, figure, "512×512, r=8, α=16, float32, A and B drawn at random")
 
 
 @decides("decomposed-cheaper")
-def decomposed_is_cheaper(claim: Claim, model: str) -> Finding:
+def decomposed_is_cheaper(claim: Claim, model: str, plans: Plans) -> Finding:
     large, small = claim.bounds["large"], claim.bounds["small"]
     full, lora = square_layer(large["size"], large["rank"])
     fewer_percent = 100 * (1 - square_layer(small["size"], small["rank"])[1] / small["size"] ** 2)
@@ -81,7 +86,7 @@ def square_layer(size: int, rank: int) -> tuple[int, int]:
 
 
 @decides("four-million")
-def four_million_will_do(claim: Claim, model: str) -> Finding:
+def four_million_will_do(claim: Claim, model: str, plans: Plans) -> Finding:
     lora = methods.get("lora-qv").differs("lora-qv-r8", "LoRA r=8 on q,v", peft_config={"r": 8, "lora_alpha": 16})
     trained = count_on_meta(models.resolve(model, weights="random"), lora).trainable_params
     holds = round(trained / 1e6) == claim.bounds["millions"]
@@ -89,7 +94,7 @@ def four_million_will_do(claim: Claim, model: str) -> Finding:
 
 
 @decides("lora-ratio", "qlora-ratio", "adapter-ratio", "prefix-ratio", "prompt-ratio", "ia3-ratio")
-def share_is_in_range(claim: Claim, model: str) -> Finding:
+def share_is_in_range(claim: Claim, model: str, plans: Plans) -> Finding:
     record = models.resolve(model, weights="random")
     counted = count_on_meta(record, methods.get(claim.bounds["method"]))
     percent = counted.percent_of_base(models.logical_params(record))
@@ -99,7 +104,7 @@ def share_is_in_range(claim: Claim, model: str) -> Finding:
 
 
 @decides("nf4-beats-int4")
-def nf4_loses_less(claim: Claim, model: str) -> Finding:
+def nf4_loses_less(claim: Claim, model: str, plans: Plans) -> Finding:
     if model in quantization.FOUR_BIT_FORMATS:
         comparisons = [
             quantization.nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)
@@ -126,7 +131,7 @@ def real_comparisons(claim: Claim, model: str) -> tuple[list[quantization.Compar
 
 
 @decides("prefix-shape")
-def prefix_has_the_width_of_the_model(claim: Claim, model: str) -> Finding:
+def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: Plans) -> Finding:
     import torch
 
     record = models.resolve(model, weights="random")
@@ -148,7 +153,7 @@ def prefix_has_the_width_of_the_model(claim: Claim, model: str) -> Finding:
 
 
 @decides("prompt-shape")
-def prompt_goes_before_the_input_only(claim: Claim, model: str) -> Finding:
+def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: Plans) -> Finding:
     import torch
 
     record = models.resolve(model, weights="random")
@@ -167,7 +172,7 @@ def prompt_goes_before_the_input_only(claim: Claim, model: str) -> Finding:
 
 
 @decides("ia3-scaling")
-def ia3_scales_activations(claim: Claim, model: str) -> Finding:
+def ia3_scales_activations(claim: Claim, model: str, plans: Plans) -> Finding:
     import torch
 
     record = models.resolve(model, weights="random")
@@ -188,3 +193,82 @@ def ia3_scales_activations(claim: Claim, model: str) -> Finding:
         f"{len(vectors)} vectors; start equals base: {same_at_start}; a doubled vector doubles the output: {doubles}"
     )
     return Finding.of(same_at_start and all_vectors and doubles, figure, "float32 on cpu, to the last bit")
+
+
+@decides("full-memory")
+def full_memory_is_as_stated(claim: Claim, model: str, plans: Plans) -> Finding:
+    (plan,) = plans([planned_step(model, methods.FULL)])
+    stated, peak = claim.bounds["stated_gb"][model], plan.peak_bytes / 1e9
+    figure = (
+        f"{plan.resident_live_outputs_bytes / 1e9:.1f} GB of weights, gradients and moments, {stated} stated; "
+        f"the peak is {peak:.1f} GB, with {plan.peak_by_category['optimizer_temporaries'] / 1e9:.1f} GB of temporaries"
+    )
+    return Finding.of(within(peak, stated, claim), figure, f"{CONDITIONS}, moments in 16 bit too")
+
+
+@decides("full-impractical")
+def full_does_not_fit(claim: Claim, model: str, plans: Plans) -> Finding:
+    (plan,) = plans([planned_step(model, methods.FULL)])
+    card = gpus.lookup(claim.bounds["largest_gpu"])
+    needed, usable = plan.device_bytes_estimate, card.usable_bytes
+    figure = f"the step needs {needed / 1e9:.1f} GB; one {card.name} has {usable / 1e9:.1f}"
+    # Half of the step each is the least that two cards can hold; what sharding adds is not planned.
+    holds = False if needed <= usable else True if needed / 2 > usable else None
+    return Finding.of(holds, figure, f"{CONDITIONS}; two cards: at least half of it each")
+
+
+@decides("lora-memory", "qlora-memory")
+def adapter_memory_is_as_stated(claim: Claim, model: str, plans: Plans) -> Finding:
+    quantised = methods.QLORA if claim.bounds["quantised"] else methods.LORA
+    method = quantised.differs(
+        f"{quantised.name}-qv-r8",
+        "r=8 on q,v",
+        peft_config={"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV},
+    )
+    (plan,) = plans([planned_step(model, method)])
+    stated, peak = claim.bounds["stated_gb"], plan.peak_bytes / 1e9
+    figure = f"{plan.resident_bytes / 1e9:.2f} GB stay between steps, the peak is {peak:.2f} GB; {stated} stated"
+    return Finding.of(within(peak, stated, claim), figure, f"{CONDITIONS}, r=8 on q,v, adapters in float32")
+
+
+@decides("qlora-4gb")
+def seven_billion_on_four_gb(claim: Claim, model: str, plans: Plans) -> Finding:
+    frugal = methods.get("qlora-unprepared").differs(
+        "qlora-frugal", "the least", peft_config={"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV}
+    )
+    settings = StepSettings(batch=1, seq=8, grad_checkpointing=True, optimizer="paged-adamw8bit")
+    (plan,) = plans([PlanRequest(models.resolve(model, weights="random"), frugal, settings)])
+    limit = claim.bounds["limit_bytes"]
+    figure = (
+        f"peak {plan.peak_bytes / 1e9:.2f} GB, reserved {plan.reserved_bytes_estimate / 1e9:.2f} GB, "
+        f"with the CUDA context about {plan.device_bytes_estimate / 1e9:.2f} GB"
+    )
+    conditions = "planned: 1×8 tokens, NF4 with double quantisation, not prepared, checkpointing, paged 8-bit AdamW"
+    # The context is an estimate, so only what is reserved can refute, and only the whole can confirm.
+    holds = True if plan.device_bytes_estimate <= limit else False if plan.reserved_bytes_estimate > limit else None
+    return Finding.of(holds, figure, conditions)
+
+
+@decides("memory-order")
+def full_above_lora_above_qlora(claim: Claim, model: str, plans: Plans) -> Finding:
+    compared = (methods.FULL, methods.LORA, methods.QLORA)
+    rows = []
+    for seq in claim.bounds["lengths"]:
+        peaks = [plan.peak_bytes for plan in plans([planned_step(model, method, seq) for method in compared])]
+        rows.append((seq, peaks, peaks[0] > peaks[1] > peaks[2]))
+    figure = "; ".join(f"{seq} tokens: " + " / ".join(f"{peak / 1e9:.2f}" for peak in peaks) for seq, peaks, _ in rows)
+    conditions = (
+        "planned peak GB of full / LoRA / QLoRA, batch 1, bfloat16, no autocast, QLoRA prepared for k-bit training"
+    )
+    return Finding.of(all(in_order for *_, in_order in rows), figure, conditions)
+
+
+CONDITIONS = "planned: 1×512 tokens, 16 bit (bfloat16), AdamW"
+
+
+def planned_step(model: str, method: methods.Method, seq: int = 512) -> PlanRequest:
+    return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=1, seq=seq))
+
+
+def within(found: float, stated: float, claim: Claim) -> bool:
+    return abs(found / stated - 1) <= claim.bounds["tolerance"]

@@ -124,8 +124,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
-        _write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+        write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
+        write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise GaugeError(f"cannot save adapters in {folder}: {one_line(error)}") from error
 
@@ -233,7 +233,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from peft_gauge.ceilings_command import ceilings
 from peft_gauge.errors import GaugeError
+from peft_gauge.memory_curve_command import memory_curve
+from peft_gauge.plan_command import plan
 
 app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",
@@ -16,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(plan)
+app.command()(ceilings)
+app.command()(memory_curve)
 
 
 @app.command()

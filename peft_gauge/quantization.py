@@ -83,16 +83,15 @@ def quantize_(
 
     Two things to know when reading memory:
 
-    - Under ``FakeTensorMode`` the layers are the same, but each weight is a plain fake parameter
+    - Under ``FakeTensorMode`` and on ``meta`` the layers are the same, but each weight is a plain parameter
       (bitsandbytes' own parameter classes cannot hold a fake tensor) with the same shape, dtype and
       attributes as the real one.
     - On a CPU with AVX-512 BF16, recent bitsandbytes repacks a layer on its first forward in ``eval()`` mode
       without input gradients: double quantisation is undone and the layer then computes in bfloat16. Steps in
       ``train()`` mode are not touched by this.
 
-    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantised already or
-    on ``meta``, weights that are not 16- or 32-bit floats, and, in 4 bit, rows that do not divide into whole
-    blocks.
+    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantised already,
+    weights that are not 16- or 32-bit floats, and, in 4 bit, rows that do not divide into whole blocks.
     """
     if quant_format not in LAYER_FORMATS:
         raise unknown("quantised layer format", quant_format, LAYER_FORMATS)
@@ -130,8 +129,6 @@ def _linear_names(model: nn.Module, skip: Sequence[str]) -> list[str]:
 def _check(name: str, linear: nn.Module, quant_format: str) -> None:
     assert isinstance(linear, nn.Linear)
     weight = linear.weight
-    if weight.device.type == "meta":
-        raise GaugeError(f"{name} is on the meta device: nothing to quantise; build the model on cpu or cuda")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise GaugeError(f"{name} is {weight.dtype}; only float32, float16 and bfloat16 weights can be quantised")
     if quant_format != "int8" and linear.in_features % BLOCK_SIZE:
@@ -147,7 +144,7 @@ def _quantised_layer(linear: nn.Linear, quant_format: str, double_quant: bool, c
     with unset_fake_temporarily():
         layer = _empty_8bit(linear) if eight_bit else _empty_4bit(linear, quant_format, double_quant, compute_dtype)
     weight = linear.weight.detach()
-    if is_fake(weight):
+    if weight.is_meta or is_fake(weight):
         layer.weight = _fake_weight(weight, quant_format, double_quant)
     elif eight_bit:
         # bitsandbytes quantises an 8-bit weight only on its way from the CPU.
@@ -184,7 +181,7 @@ def _empty_4bit(linear: nn.Linear, quant_format: str, double_quant: bool, comput
 
 
 def _fake_weight(weight: Tensor, quant_format: str, double_quant: bool) -> nn.Parameter:
-    """A fake parameter with the attributes of ``Params4bit`` / ``Int8Params`` that layers, PEFT and counts read."""
+    """A parameter without data, with the attributes of ``Params4bit`` / ``Int8Params`` that layers and PEFT read."""
     attributes: dict[str, Any]
     if quant_format == "int8":
         data, row_scales, _ = load_bitsandbytes().functional.int8_vectorwise_quant(weight.half())

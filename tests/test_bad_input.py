@@ -138,6 +138,17 @@ def test_a_toy_run_is_saved_and_shown(tmp_path: Path) -> None:
     assert settings["attention"] == "sdpa"
 
 
+def test_a_bare_run_takes_paths_in_the_form_that_readme_gives(tmp_path: Path) -> None:
+    """pytest looks for its configuration beside every existing path among its arguments, unless it follows a ``=``."""
+    folder = toy_folder(tmp_path)
+    options = [f"--model={folder}", f"--results={tmp_path}", "--method=prompt", "--rounds=1", "-k", "test_forward"]
+    command = [sys.executable, "-m", "pytest", "-q", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    assert list(tmp_path.glob("*/0001_*.json"))
+
+
 def test_no_save_saves_nothing(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, *TOY, "--no-save")
     assert done.returncode == 0

@@ -56,7 +56,7 @@ def test_findings_have_three_verdicts() -> None:
 def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
     """The ledger's own test, with a planted decider that says the opposite of what is recorded."""
     source = (ROOT / "benchmarks" / "test_claims.py").read_text()
-    planted = source + '\n\nDECIDERS["identity"] = lambda claim, model: Finding.of(False, "planted", "none")\n'
+    planted = source + '\n\nDECIDERS["identity"] = lambda claim, model, plans: Finding.of(False, "planted", "none")\n'
     pytester.makepyfile(test_planted=planted)
     pytester.makeconftest(
         """
@@ -65,10 +65,14 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
         @pytest.fixture
         def record(request):
             return lambda **figures: request.node.user_properties.append(("figures", figures))
+
+        @pytest.fixture
+        def plans():
+            return None  # neither claim needs one
         """
     )
-    result = pytester.runpytest_inprocess("-k", "identity or full-memory", "-p", "no:benchmark")
-    result.assert_outcomes(failed=1, skipped=3)
+    result = pytester.runpytest_inprocess("-k", "identity or many-adapters", "-p", "no:benchmark")
+    result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*recorded 'holds', but planted*"])
 
 

@@ -31,7 +31,7 @@ def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datet
         folder.mkdir(parents=True, exist_ok=True)
         with _claimed_number(folder) as number:
             target = folder / f"{number:04d}_{_commit(run)}_{(now or datetime.now(UTC)):%Y%m%d_%H%M%S}.json"
-            _write_whole(target, text)
+            write_whole(target, text)
     except OSError as error:
         raise GaugeError(
             f"cannot save the run under {folder}: {error.strerror or error}; --results moves it"
@@ -79,7 +79,8 @@ def _numbers(folder: Path) -> Iterator[re.Match[str]]:
             yield match
 
 
-def _write_whole(target: Path, text: str) -> None:
+def write_whole(target: Path, text: str) -> None:
+    """Write ``text`` to ``target`` so that at no moment a part of it is there: under another name, flushed, renamed."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

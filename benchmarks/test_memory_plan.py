@@ -1,0 +1,66 @@
+"""How much memory will a training step need, method by method, and at which length of sequence do methods cross?
+
+Planned without a GPU: the real step of each method is run on tensors without data, and every storage is followed from
+birth to death (`peft_gauge.plan`). GB are 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise, permutations
+from typing import TYPE_CHECKING
+
+import pytest
+
+from peft_gauge import methods, models
+from peft_gauge.plan.record import PlanRequest
+from peft_gauge.step import StepSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fixtures.plans import Plans
+
+BATCH, SEQ = 1, 512
+
+# A plan of 13B or 70B takes two to ten times as long as one of 7B; the claims plan what they need of them.
+MODELS = [
+    "tinyllama",
+    "llama-2-7b",
+    pytest.param("llama-2-13b", marks=pytest.mark.slow),
+    pytest.param("llama-2-70b", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("model", MODELS)
+def test_planned_memory(model: str, method: methods.Method, plans: Plans, record: Callable[..., None]) -> None:
+    seven = plans([request(model, each, SEQ) for each in methods.SEVEN])
+
+    plan = seven[methods.SEVEN.index(method)]
+
+    record(plan=plan.as_json())
+    assert sum(plan.peak_by_category.values()) == plan.peak_bytes
+    assert sum(plan.resident_by_category.values()) == plan.resident_bytes
+    assert plan.resident_bytes < plan.peak_bytes <= plan.reserved_bytes_estimate < plan.device_bytes_estimate
+
+
+@pytest.mark.parametrize("model", ["tinyllama", "llama-2-7b"])
+def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
+    """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
+    lengths = (64, 512, 2048)
+    compared = (methods.FULL, methods.LORA, methods.QLORA)
+    found = plans([request(model, method, seq) for seq in lengths for method in compared])
+    peaks = {seq: {plan.method: plan.peak_bytes for plan in found if plan.settings["seq"] == seq} for seq in lengths}
+
+    crossings = [
+        {"overtaken": first, "by": second, "between": [short, long]}
+        for short, long in pairwise(lengths)
+        for first, second in permutations(peaks[short], 2)
+        if peaks[short][first] > peaks[short][second] and peaks[long][first] < peaks[long][second]
+    ]
+    record(peak_bytes_by_seq={str(seq): peaks[seq] for seq in lengths}, crossings=crossings)
+    assert all(peaks[short][name] <= peaks[long][name] for short, long in pairwise(lengths) for name in peaks[short])
+
+
+def request(model: str, method: methods.Method, seq: int) -> PlanRequest:
+    return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=BATCH, seq=seq))

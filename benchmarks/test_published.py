@@ -1,0 +1,246 @@
+"""How far are the plans from figures that others have measured and published?
+
+Each figure of ``fixtures/published.toml`` is planned or counted with the settings that its source states, and the
+distance, planned over published less 1, is recorded and shown. A figure is asserted as far as its settings are known.
+
+What came out, with torch 2.13, transformers 5.24 and PEFT 0.21:
+
+- Counts of parameters, torchtune's LoRALinear, the bits that quantisation constants cost, and what double quantisation
+  saves in litgpt's table agree to the last printed digit.
+- The peaks of litgpt's 16-bit runs are planned 2.6 to 5.4 % too low. Weights agree: the published peaks of batches 1
+  and 2 of Llama 2 7B, extrapolated to none, leave 13.53 GB, and weights and adapters are 13.49. What is missing grows
+  with the tokens. Of the known differences, blocks that CUDA's allocator hands out without splitting them are 0.03 to
+  0.5 % (a plan's peak leaves them out, `max_memory_allocated` counts them) and cuBLAS workspaces less than 0.2 %. The
+  model's code is not the reason: transformers keeps float32 copies in each RMSNorm and in the loss, litgpt its fused
+  q, k and v and the LoRA update, and litgpt's own code, followed by the same tracker, came out 3.7 to 6.3 % low on
+  Llama 2 and 5.5 % on phi-1.5. The rest is unexplained; what torch 2.1 itself keeps, and cuDNN's workspaces (litgpt
+  computes the product with B as a convolution), are not visible to a trace.
+- Its 4-bit runs are planned 20 to 22 % too low: bitsandbytes 0.41.1 kept the input of every 4-bit layer for backward,
+  as today's does not. For Llama 2 7B that is tokens × layers × (2·4096 + 11008) × 2 bytes = 1.60 GB of the 2.95; the
+  same unknown as above is 0.80. litgpt also quantises the head, which is left in 16 bit here.
+- Two figures are context: torchao's NF4 layer has constants of its own layout (13,312 bytes beside packed weights and
+  adapters, against 6,656 here), and the QLoRA paper does not say what its 5,048 MB of base weights contain.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from peft_gauge import methods, models, paths
+from peft_gauge.cases import count_on_meta
+from peft_gauge.counting import logical_numel, nbytes, quantisation_constants
+from peft_gauge.methods import Method
+from peft_gauge.plan.record import PlanRequest
+from peft_gauge.plan.tracker import rounded
+from peft_gauge.quantization import quantize_
+from peft_gauge.step import StepSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from fixtures.plans import Plans
+
+PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+UNITS = {"": 1, "bytes": 1, "bits": 1, "million": 10**6, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One entry of ``fixtures/published.toml``: the figure as printed, and what its source says about it."""
+
+    id: str
+    quantity: str
+    published: Decimal
+    unit: str
+    asserted: str
+    stated: Mapping[str, Any]
+
+    def quantization(self, kind: str | None = None) -> methods.Quantization | None:
+        """How the base is stored; ``kind`` (nf4, nf4-dq) replaces what is stated."""
+        kind = kind or self.stated.get("quantized")
+        return None if kind is None else methods.Quantization("nf4", double_quant=kind == "nf4-dq")
+
+    def method(self, quantized: str | None = None) -> Method:
+        """LoRA as stated on q and v, its weights in the base's dtype; of a base quantised as stated, or as given."""
+        settings = {PEFT_NAMES[name]: value for name, value in self.stated.items() if name in PEFT_NAMES}
+        return Method(
+            name="lora-as-published",
+            title="LoRA as published",
+            kind="peft",
+            peft_config={
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "target_modules": methods.ATTENTION_QV,
+                **settings,
+            },
+            quantization=self.quantization(quantized),
+            autocast_adapter_dtype=False,
+        )
+
+    def request(self, quantized: str | None = None) -> PlanRequest:
+        """The step that the figure was measured on."""
+        settings = StepSettings(self.stated["batch"], self.stated["seq"], optimizer=self.stated["optimizer"])
+        return PlanRequest(self.model(), self.method(quantized), settings)
+
+    def model(self) -> models.ModelRecord:
+        """The architecture: a record of the project, or the config that stands beside the figures."""
+        name = self.stated["model"]
+        if name not in PUBLISHED["model"]:
+            return models.resolve(name, weights="random")
+        return models.ModelRecord(name, "folder", json.dumps(PUBLISHED["model"][name]["config"]), "random")
+
+
+def read_figures(published: dict[str, Any]) -> Iterator[Figure]:
+    for entry in published["figure"]:
+        stated = {**published["source"][entry["source"]], **entry}
+        yield Figure(
+            id=entry["id"],
+            quantity=entry["quantity"],
+            published=Decimal(entry["published"]),
+            unit=entry.get("unit", ""),
+            asserted=entry["asserted"],
+            stated=stated,
+        )
+
+
+PUBLISHED = tomllib.loads(paths.fixture("published.toml").read_text(encoding="utf-8"))
+FIGURES = tuple(read_figures(PUBLISHED))
+
+
+# A step of 7B or 13B takes seconds to plan; what is only counted is part of every run.
+PLANNED = ("peak of a step", "saved by double quantisation")
+CASES = [
+    pytest.param(figure, id=figure.id, marks=pytest.mark.slow if figure.quantity in PLANNED else ())
+    for figure in FIGURES
+]
+
+
+@pytest.mark.parametrize("figure", CASES)
+def test_published(figure: Figure, peaks: Callable[[PlanRequest], int], record: Callable[..., None]) -> None:
+    planned = Decimal(PROCEDURES[figure.quantity](figure, peaks)) / UNITS[figure.unit]
+    distance = 100 * (planned / figure.published - 1)
+
+    record(
+        figure=figure.id,
+        quantity=figure.quantity,
+        published=float(figure.published),
+        planned=float(planned),
+        unit=figure.unit,
+        distance_percent=float(distance),
+        asserted=figure.asserted,
+        **{key: figure.stated[key] for key in ("url", "why", "unstated") if key in figure.stated},
+    )
+    assert_agreement(figure, planned, distance)
+
+
+def assert_agreement(figure: Figure, planned: Decimal, distance: Decimal) -> None:
+    """Hold ``planned`` to as much of the published figure as its source's settings allow."""
+    match figure.asserted:
+        case "exact":
+            assert abs(planned - figure.published) <= printed_to(figure) / 2
+        case "within":
+            assert abs(distance) <= figure.stated["within_percent"]
+        case "below":
+            assert figure.stated["why"]
+            assert -figure.stated["within_percent"] <= distance < 0
+        case "nothing":
+            assert figure.stated["unstated"], "a figure whose settings are all stated is held to something"
+        case other:
+            pytest.fail(f"{figure.id}: asserted = {other!r} is unknown", pytrace=False)
+
+
+def printed_to(figure: Figure) -> Decimal:
+    """The unit of the last printed digit; a difference of two printed figures is known half as well."""
+    last = Decimal(1).scaleb(int(figure.published.as_tuple().exponent))
+    return 2 * last if figure.quantity == "saved by double quantisation" else last
+
+
+# --- how each quantity is reproduced --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peaks(plans: Plans) -> Callable[[PlanRequest], int]:
+    """``peaks(request)``: the planned peak in bytes. All steps of the file are planned at the first call."""
+
+    def peak(request: PlanRequest) -> int:
+        steps = [figure.request() for figure in FIGURES if figure.quantity == "peak of a step"]
+        found = dict(zip(steps, plans(steps), strict=True))
+        return found[request].peak_bytes
+
+    return peak
+
+
+def peak_of_a_step(figure: Figure, peaks: Callable[[PlanRequest], int]) -> int:
+    return peaks(figure.request())
+
+
+def saved_by_double_quantisation(figure: Figure, peaks: Callable[[PlanRequest], int]) -> int:
+    return peaks(figure.request("nf4")) - peaks(figure.request("nf4-dq"))
+
+
+def trainable_params(figure: Figure, _: object) -> int:
+    return count_on_meta(figure.model(), figure.method()).trainable_params
+
+
+def all_params(figure: Figure, _: object) -> int:
+    return count_on_meta(figure.model(), figure.method()).total_params
+
+
+def bytes_of_a_layer(figure: Figure, _: object) -> int:
+    """A linear layer with PEFT's LoRA in float32, each tensor in the blocks of 512 bytes that CUDA hands out."""
+    import peft
+    import torch
+    from torch import nn
+
+    size, quantization = figure.stated["size"], figure.quantization()
+    with torch.device("meta"):
+        layer = nn.Sequential(nn.Linear(size, size, bias=False))
+    if quantization is not None:
+        quantize_(layer, double_quant=quantization.double_quant)
+    adapted = peft.get_peft_model(layer, peft.LoraConfig(r=figure.stated["rank"], target_modules=["0"]))
+    return sum(rounded(nbytes(tensor)) for tensor in stored(adapted))
+
+
+def bytes_of_the_base(figure: Figure, _: object) -> int:
+    """All weights with their constants: the linear layers but for the head in 4 bit, the rest in bfloat16."""
+    return sum(map(nbytes, stored(quantised_base(figure))))
+
+
+def bits_of_constants(figure: Figure, _: object) -> float:
+    """Bits beside the 4 of each quantised weight, averaged over the model."""
+    quantised = [parameter for parameter in quantised_base(figure).parameters() if hasattr(parameter, "quant_state")]
+    constants = sum(nbytes(tensor) for parameter in quantised for tensor in quantisation_constants(parameter))
+    return 8 * constants / sum(map(logical_numel, quantised))
+
+
+def quantised_base(figure: Figure) -> nn.Module:
+    model = models.build(figure.model(), device="meta", dtype="bfloat16")
+    quantization = figure.quantization()
+    assert quantization is not None, f"{figure.id} does not say how the base is quantised"
+    quantize_(model, double_quant=quantization.double_quant, compute_dtype=model.dtype)
+    return model
+
+
+def stored(model: nn.Module) -> Iterator[Tensor]:
+    for parameter in model.parameters():
+        yield parameter
+        yield from quantisation_constants(parameter)
+
+
+PROCEDURES: Mapping[str, Callable[[Figure, Callable[[PlanRequest], int]], float]] = {
+    "peak of a step": peak_of_a_step,
+    "saved by double quantisation": saved_by_double_quantisation,
+    "trainable parameters": trainable_params,
+    "all parameters": all_params,
+    "bytes of a layer": bytes_of_a_layer,
+    "bytes of the base": bytes_of_the_base,
+    "bits of constants a weight": bits_of_constants,
+}

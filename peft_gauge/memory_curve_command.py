@@ -1,0 +1,90 @@
+"""``peft-gauge memory-curve``: a picture of planned memory against sequence length, method by method."""
+
+from __future__ import annotations
+
+from pathlib import Path  # typer reads the annotations at run time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from peft_gauge.report.memory_picture import Card, Point
+
+CARDS = ("RTX 4090", "H100 80GB")
+
+
+def memory_curve(
+    model: Annotated[str, typer.Option(help="A record's name, a folder or file with a config, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The picture, .svg or .png; its figures come beside it as .csv.")],
+    seqs: Annotated[str, typer.Option(help="Tokens of a row, with commas.")] = "128,256,512,1024,2048",
+    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of base weights and arithmetic.")] = "bfloat16",
+    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: the seven.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help=f"A card to draw as a line; repeatable. Default: {', '.join(CARDS)}.")
+    ] = None,
+) -> None:
+    """Plan each method at each length and draw the peak memory of a step."""
+    from peft_gauge.report import memory_picture
+
+    memory_picture.check_destination(out)
+    cards = [card(name) for name in gpu or CARDS]
+    points = planned_points(model, parse_seqs(seqs), batch, dtype, method or [])
+    figures = memory_picture.save(points, cards, out)
+    print(f"wrote {out} and, with its figures, {figures}")
+
+
+def parse_seqs(text: str) -> tuple[int, ...]:
+    """``"128,256"`` as (128, 256), sorted; raises `GaugeError` for anything but two or more lengths from 2 up."""
+    try:
+        seqs = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise GaugeError(f"--seqs takes whole numbers with commas, such as 128,256,512, not {text!r}") from error
+    if len(seqs) < 2 or seqs[0] < 2:
+        raise GaugeError(f"--seqs {text}: a curve needs at least two lengths, of at least 2 tokens each")
+    return tuple(seqs)
+
+
+def card(name: str) -> Card:
+    """The card called ``name``, or of this size, with what it offers; raises `GaugeError` for an unknown one."""
+    from peft_gauge.plan.gpus import lookup
+    from peft_gauge.report.memory_picture import Card
+
+    gpu = lookup(name)
+    # The box's figure is what readers know a card by; some names carry it already.
+    memory = gpu.marketing_memory
+    if memory is None or memory.replace(" ", "") in gpu.name:
+        return Card(gpu.name, gpu.usable_bytes)
+    return Card(f"{gpu.name} {memory.replace(' ', '')}", gpu.usable_bytes)
+
+
+def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, method_names: list[str]) -> list[Point]:
+    """The seven methods, or those named, on ``model`` at each length, planned in one process of its own."""
+    from peft_gauge import methods, models
+    from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.plan.sweep import sweep
+    from peft_gauge.report.memory_picture import Point
+    from peft_gauge.step import StepSettings
+
+    models.check_dtype(dtype)
+    chosen = [methods.get(name) for name in method_names] or methods.SEVEN
+    record = models.resolve(model)
+    record.check_sequence(seqs[-1])
+    requests = [PlanRequest(record, method, StepSettings(batch, seq), dtype=dtype) for method in chosen for seq in seqs]
+    return [
+        Point(
+            model=plan.model,
+            method=plan.method,
+            title=request.method.title,
+            dtype=dtype,
+            batch=batch,
+            seq=request.settings.seq,
+            phase_of_peak=plan.phase_of_peak,
+            peak_bytes=plan.peak_bytes,
+            resident_bytes=plan.resident_bytes,
+            device_bytes_estimate=plan.device_bytes_estimate,
+        )
+        for request, plan in zip(requests, sweep(requests), strict=True)
+    ]

@@ -1,0 +1,102 @@
+"""How the planned step calls the model: as the measured step does, or with a variation that was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LOSS_CHUNKS = 8
+"""Chunks along the sequence of the chunked loss; torchtune's `CEWithChunkedOutputLoss` has the same default."""
+IGNORED_LABEL = -100
+
+
+class ModelCall(nn.Module):
+    """Stands between a `TrainingJob` and its model.
+
+    ``use_cache`` overrides what the job says; with ``hold_outputs`` what the model returned lives until `let_go`.
+    ``output_bytes``: the last call's outputs, one entry a storage, the loss left out.
+    """
+
+    def __init__(self, model: nn.Module, *, use_cache: bool = False, hold_outputs: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.use_cache = use_cache
+        self.hold_outputs = hold_outputs
+        self.output_bytes: list[int] = []
+        self._held: list[Any] = []
+
+    def forward(self, use_cache: bool = False, **batch: Tensor) -> Any:
+        outputs = self.model(**batch, use_cache=use_cache or self.use_cache)
+        storages = {}
+        for tensor in _tensors({name: value for name, value in outputs.items() if name != "loss"}):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        self.output_bytes = list(storages.values())
+        if self.hold_outputs:
+            self._held = [outputs]
+        return outputs
+
+    def let_go(self) -> None:
+        """Drop held outputs, as the next assignment to a training loop's variable does."""
+        self._held = []
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "layers"):  # a transformers cache: key and value tensors a layer
+        for layer in value.layers:
+            yield from _tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
+
+
+class _HiddenStates(nn.Module):
+    """Around the output projection, whose weights stay the model's: the model hands hidden states to its loss."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def chunk_loss(base: nn.Module) -> None:
+    """Make ``base``, a causal LM of transformers, compute its loss in chunks along the sequence, in place.
+
+    A stand-in for chunked and fused losses (torchtune, Liger Kernel): logits exist for one chunk at a time, in
+    forward and, recomputed, in backward. The loss's value is the same; kernels that fuse more may need less.
+    Raises `GaugeError` where the model has no output projection of its own or no exchangeable loss.
+    """
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in base.named_children() if module is head), None)
+    if head is None or name is None or not isinstance(getattr(type(base), "loss_function", None), property):
+        raise GaugeError(f"--loss chunked cannot be planned for {type(base).__name__}: its loss cannot be exchanged")
+    base._modules[name] = _HiddenStates(head)
+
+    def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+    def loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for hidden, target in zip(logits.chunk(LOSS_CHUNKS, dim=1), targets.chunk(LOSS_CHUNKS, dim=1), strict=True):
+            total = total + checkpoint(of_chunk, hidden, target, use_reentrant=False)
+        return total / (targets != IGNORED_LABEL).sum()
+
+    base.loss_function = loss  # type: ignore[assignment]

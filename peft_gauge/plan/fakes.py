@@ -1,0 +1,409 @@
+"""A real training step without its memory: fake tensors that behave as a CUDA device would have them.
+
+Fake tensors have shapes, strides, storages and autograd, and no data. They say they live on device `cpu`, because a
+CPU build of torch has no autograd thread for a `cuda` device; where the CPU's operators would keep other tensors
+than CUDA's, `cuda_kernels` routes to CUDA's operator, whose shape rules torch ships with every build.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+FLASH_ROW_MULTIPLE = 128  # flash attention's backward pads the sequence of its FP32 buffers to this
+FLASH_WIDTH_MULTIPLE = 32  # and the head dimension to this
+FUSED_4BIT_ROWS = 4  # bitsandbytes multiplies up to this many rows without a dequantised copy on every GPU
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which small real tensors (constants of a closure) may meet fake ones."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:
+    """Replaces, in place, each parameter, buffer and quantisation constant of `model` by a fake on device `cpu`.
+
+    Shapes, strides, dtypes, `requires_grad` and attributes stay, and so do ties: what was one parameter is one
+    fake, what shared a storage shares one. The originals may be on `meta` or real. Unpacked 4-bit parameters are
+    packed as bitsandbytes does it on the first move to a device.
+
+    Returns:
+        id of each original tensor -> its fake.
+    """
+    faker = _Faker(mode)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = faker.parameter(parameter)  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = faker.tensor(buffer)
+        for name, value in list(vars(module).items()):
+            if name not in _REGISTRIES:
+                module.__dict__[name] = faker.value(value)
+    return faker.made
+
+
+def prime(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer's lazy state by one step on fake gradients, so that one traced step is a steady one."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def quantisation_constants(model: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors that 4-bit parameters need beside their packed weight, nested ones included."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield from (t for t in vars(state).values() if isinstance(t, torch.Tensor))
+            state = state.state2
+
+
+# What `nn.Module` keeps in its dictionary beside a module's own attributes.
+_REGISTRIES = frozenset(vars(nn.Module()))
+
+
+class _Faker:
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self.made: dict[int, torch.Tensor] = {}
+        self._originals: list[Any] = []  # an id is unique only while its object lives
+        self._storages: dict[int, torch.Tensor] = {}
+        self._states: dict[int, Any] = {}
+
+    def value(self, value: Any) -> Any:
+        """A module's attribute; dictionaries, lists and a library's helper objects are changed in place."""
+        if isinstance(value, torch.Tensor):
+            return self.parameter(value) if isinstance(value, nn.Parameter) else self.tensor(value)
+        if _is_quant_state(value):
+            return self.quant_state(value)
+        if isinstance(value, tuple) and type(value) is tuple:
+            return tuple(self.value(item) for item in value)
+        inner = _inside(value)
+        if isinstance(inner, dict):
+            inner.update({key: self.value(item) for key, item in inner.items()})
+        elif inner is not None:
+            inner[:] = [self.value(item) for item in inner]
+        return value
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        known = self.made.get(id(tensor))
+        if known is None:
+            known = self._remember(tensor, self._view(tensor))
+        return known
+
+    def parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        if isinstance(parameter, FakeTensor):
+            return parameter
+        known = self.made.get(id(parameter))
+        if known is not None:
+            return known
+        if getattr(parameter, "bnb_quantized", True):
+            data, attributes = self._view(parameter), dict(vars(parameter))
+        else:
+            data, attributes = self._packed(parameter)
+        with self.mode:
+            fake = nn.Parameter(data, requires_grad=parameter.requires_grad)
+        if _is_quant_state(attributes.get("quant_state")):
+            attributes["quant_state"] = self.quant_state(attributes["quant_state"])
+            if attributes.get("module") is not None:
+                attributes["module"].quant_state = attributes["quant_state"]
+        for name, value in attributes.items():
+            setattr(fake, name, self.tensor(value) if isinstance(value, torch.Tensor) else value)
+        _carry_hooks(parameter, fake)
+        return self._remember(parameter, fake)
+
+    def quant_state(self, state: Any) -> Any:
+        """bitsandbytes' `QuantState` with fake tensors; the nested state likewise."""
+        if id(state) not in self._states:
+            copy = object.__new__(type(state))
+            for name, value in vars(state).items():
+                if isinstance(value, torch.Tensor):
+                    value = self.tensor(value)
+                elif _is_quant_state(value):
+                    value = self.quant_state(value)
+                setattr(copy, name, value)
+            self._states[id(state)] = self._states[id(copy)] = copy
+            self._originals += [state, copy]
+        return self._states[id(state)]
+
+    def _remember(self, original: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        self.made[id(original)] = fake
+        self._originals.append(original)
+        return fake
+
+    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        with self.mode, torch.no_grad():
+            base = self._storages.get(storage._cdata)
+            if base is None:
+                base = torch.empty(storage.nbytes(), dtype=torch.uint8)
+                self._storages[storage._cdata] = base
+                self._originals.append(storage)
+            # Not `set_`: a fake that was set to a storage keeps it for good, also after `parameter.data = other`.
+            typed = base[: base.numel() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
+            return typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach()
+
+    def _packed(self, parameter: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What `Params4bit._quantize` makes of a 16- or 32-bit weight, by its own code on a fake."""
+        from bitsandbytes import functional
+
+        if "dynamic" not in functional.name2qmap:  # a code book that needs values, cached by the library for good
+            functional.name2qmap["dynamic"] = functional.create_dynamic_map()
+        with self.mode, torch.no_grad():
+            weight = torch.empty(parameter.shape, dtype=parameter.dtype)
+            packed, state = functional.quantize_4bit(
+                weight,
+                blocksize=parameter.blocksize,
+                compress_statistics=parameter.compress_statistics,
+                quant_type=parameter.quant_type,
+                quant_storage=parameter.quant_storage,
+            )
+        return packed, {**vars(parameter), "quant_state": state, "bnb_quantized": True}
+
+
+def plain_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors that modules hold neither as parameters nor as buffers: attributes, also within containers."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _REGISTRIES:
+                yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    inner = value if type(value) is tuple else _inside(value)
+    for item in inner.values() if isinstance(inner, dict) else inner or ():
+        yield from _tensors_in(item)
+
+
+def _inside(value: Any) -> dict[Any, Any] | list[Any] | None:
+    """What a container holds; for a PEFT helper object (a sampler, an allocator of ranks) its attributes."""
+    if type(value) in (dict, list):
+        return value
+    is_helper = type(value).__module__.startswith("peft.") and hasattr(value, "__dict__")
+    return vars(value) if is_helper and not isinstance(value, (nn.Module, type)) else None
+
+
+def _carry_hooks(original: torch.Tensor, fake: torch.Tensor) -> None:
+    """Gradient hooks work on the step's memory too: a projection of the gradient, a mask."""
+    for hook in (original._backward_hooks or {}).values():
+        fake.register_hook(hook)
+    for hook in (original._post_accumulate_grad_hooks or {}).values():
+        fake.register_post_accumulate_grad_hook(hook)
+
+
+def _is_quant_state(value: Any) -> bool:
+    return type(value).__name__ == "QuantState"
+
+
+@contextmanager
+def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
+    """While active, fake tensors keep what CUDA's operators keep; real CPU tensors go the CPU's way.
+
+    - attention: flash or memory-efficient attention as CUDA chooses between them (no quadratic matrix), with the mask
+      converted and padded as there; the math path where CUDA would take it;
+    - dropout: one byte an element for the mask;
+    - 4-bit products: a dequantised copy of the weight inside the operator, for more than `fused_4bit_rows` rows.
+      Between 4 and 1536 rows bitsandbytes chooses by GPU and shape, so this is an upper bound there.
+    """
+    routes: dict[str, dict[str, Callable[..., Any]]] = {
+        "aten": {"scaled_dot_product_attention": _attention, "dropout": _dropout}
+    }
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        routes["bitsandbytes"] = {"gemm_4bit": _product_4bit(fused_4bit_rows)}
+    libraries = []
+    try:
+        for namespace, kernels in routes.items():
+            library = torch.library.Library(namespace, "IMPL")
+            libraries.append(library)
+            for name, kernel in kernels.items():
+                library.impl(name, kernel, "AutogradCPU")
+        yield
+    finally:
+        for library in libraries:
+            library._destroy()
+
+
+@contextmanager
+def unpacked_sequences() -> Iterator[None]:
+    """While active, transformers takes no row of a batch for several packed sequences.
+
+    It decides by the values of `position_ids`, which fakes lack; without this it would build the mask of a packed
+    batch, and attention would take the memory-efficient kernel with a mask a layer in place of flash.
+    """
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+@contextmanager
+def cuda_int8_products() -> Iterator[None]:
+    """While active, bitsandbytes' 8-bit layers multiply as on CUDA (by the tensors' device they would as on a CPU).
+
+    LLM.int8()'s outlier columns are left out: which they are depends on values.
+    """
+    import bitsandbytes
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
+        state.threshold = 0.0
+        return MatMul8bitLt.apply(A, B, out, bias, state)
+
+    original = bitsandbytes.matmul
+    bitsandbytes.matmul = matmul
+    try:
+        yield
+    finally:
+        bitsandbytes.matmul = original
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    if isinstance(input, FakeTensor) and train and 0 < p < 1 and input.numel():
+        return torch.native_dropout(input, p, train)[0]
+    return _composite(torch.ops.aten.dropout.default, input, p, train)
+
+
+def _composite(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """The operator's own decomposition, as if no route were there."""
+    return operator._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """CUDA's choice (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): flash, else efficient, else math."""
+    if not isinstance(query, FakeTensor):
+        return _composite(
+            torch.ops.aten.scaled_dot_product_attention.default,
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    if _flash_fits(query, key, value, attn_mask):
+        width = query.shape[-1]
+        scale = width**-0.5 if scale is None else scale
+        padded = [_pad_last(t, 8) for t in (query, key, value)]
+        out = torch.ops.aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
+        return out[..., :width] if out.shape[-1] != width else out
+    if _efficient_fits(query, key, value):
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        mask = None if attn_mask is None else _additive_mask(attn_mask, query, key)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, keep, dropout_p, is_causal, scale=scale
+        )[0]
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = _float_mask(attn_mask, query.dtype)
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def _flash_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return mask is None and half and query.dim() == 4 and len(widths) == 1 and max(widths) <= 256
+
+
+def _efficient_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    if query.dim() != 4 or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    if not query.shape[1] == key.shape[1] == value.shape[1]:
+        return False
+    multiple = 4 if query.dtype is torch.float32 else 8
+    return all(t.shape[-1] % multiple == 0 for t in (query, key, value))
+
+
+def _float_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.where(mask.logical_not(), float("-inf"), torch.zeros((), dtype=dtype))
+
+
+def _additive_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A mask as efficient attention wants it: additive, rows padded to 16 elements, expanded as a view."""
+    if mask.dtype is torch.bool:
+        mask = _float_mask(mask, query.dtype)
+    columns = mask.shape[-1]
+    mask = _pad_last(mask, 16)[..., :columns]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _pad_last(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    missing = -tensor.shape[-1] % multiple
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _product_4bit(fused_rows: int) -> Callable[..., torch.Tensor]:
+    """`bitsandbytes::gemm_4bit` as its CUDA backend does it for many rows (backends/cuda/ops.py)."""
+
+    def product(
+        A: torch.Tensor,
+        B: torch.Tensor,
+        shapeB: Sequence[int],
+        absmax: torch.Tensor,
+        blocksize: int,
+        quant_type: str,
+        bias: torch.Tensor | None = None,
+        absmax_8bit: torch.Tensor | None = None,
+        absmax_code: torch.Tensor | None = None,
+        absmax_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        fake = isinstance(A, FakeTensor)
+        if not fake or A.numel() // A.shape[-1] <= fused_rows:
+            with torch._C._AutoDispatchBelowAutograd():
+                return torch.ops.bitsandbytes.gemm_4bit.default(
+                    A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
+                )
+        if absmax_8bit is not None:
+            # Both stay until the product is done: the backend's function holds them as locals.
+            blocks = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                absmax_8bit, absmax, absmax_code, 256, torch.float32
+            )
+            absmax = blocks + absmax_offset
+        weight = torch.ops.bitsandbytes.dequantize_4bit.default(B, absmax, blocksize, quant_type, shapeB, A.dtype)
+        return torch.nn.functional.linear(A, weight, bias)
+
+    return product
+
+
+def _flash_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
+    """FP32 `dq` accumulator and row sums, and `dk`, `dv` once a query head where heads share keys.
+
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`.
+    """
+    _, query, key = args[:3]
+    batch, heads, rows, width = query.shape
+    padded_rows = -(-rows // FLASH_ROW_MULTIPLE) * FLASH_ROW_MULTIPLE
+    padded_width = -(-width // FLASH_WIDTH_MULTIPLE) * FLASH_WIDTH_MULTIPLE
+    scratch = [batch * heads * padded_rows * 4, batch * heads * padded_rows * padded_width * 4]
+    if key.shape[1] != heads:
+        scratch += 2 * [batch * key.shape[2] * heads * width * key.element_size()]
+    return scratch
+
+
+CUDA_WORKSPACES = {"aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch}
+"""Scratch memory that CUDA kernels are known to take, for `StorageTracker(workspaces=...)`."""

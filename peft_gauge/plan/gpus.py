@@ -1,0 +1,129 @@
+"""How many bytes a card really offers: a table of common GPUs, each figure with its source."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass
+from decimal import Decimal, DecimalException
+from functools import cache
+from typing import Any
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.paths import fixture
+
+_UNITS = {"b": 1} | {
+    f"{prefix}{kind}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.ASCII)
+_MAKER_WORDS = ("nvidia", "geforce", "tesla", "quadro")
+_LEAST_BYTES = 2 << 20  # less than one allocator segment holds no tensor: surely a forgotten unit
+_MOST_BYTES = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card, or just a size.
+
+    `usable_bytes` is the total that the driver reports (`torch.cuda.get_device_properties().total_memory`),
+    to two decimals of a GiB or a whole MiB, as its `source` printed it. `nominal` marks a figure taken from
+    the vendor's data sheet: the driver will report a few per cent less.
+    """
+
+    name: str
+    usable_bytes: int
+    marketing_memory: str | None
+    compute_capability: tuple[int, int] | None
+    source: str
+    url: str | None = None
+    nominal: bool = False
+
+
+def table() -> tuple[Gpu, ...]:
+    """Every card of `fixtures/gpus.toml`, from the smallest to the largest."""
+    return tuple(sorted(set(_by_key().values()), key=lambda gpu: (gpu.usable_bytes, gpu.name)))
+
+
+def lookup(text: str) -> Gpu:
+    """The card with this name, or a nameless one of this size.
+
+    Names ignore case, spaces, dashes and the maker's words, so that `torch.cuda.get_device_name()` can be
+    passed as it is. Sizes are `24GB` (10⁹), `24GiB` (2³⁰), or plain bytes: `80e9`, `17179869184`.
+    Raises `GaugeError` for a name that is not in the table (with the nearest) and for an unusable size.
+    """
+    key = _key(text)
+    gpu = _by_key().get(key)
+    if gpu is not None:
+        return gpu
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is not None and (match[2] or "b") in _UNITS:
+        return Gpu(text.strip(), parse_bytes(text), None, None, source="a size given by the user")
+    raise GaugeError(f"no GPU is called {text!r}; {_nearest(key)}, or give a size such as 24GB")
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as `24GB`, `1.5 GiB` or `80e9` as a whole number of bytes, rounded down."""
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None:
+        raise GaugeError(f"{text!r} is no memory size; write 24GB, 24GiB or a number of bytes")
+    unit = match[2] or "b"
+    if unit not in _UNITS:
+        raise GaugeError(f"{text!r} has an unknown unit; write GB (10^9 bytes) or GiB (2^30 bytes)")
+    try:
+        # Compared before it becomes an int: 1e999999999 would take all the memory there is.
+        size = Decimal(match[1]) * _UNITS[unit]
+        too_much, too_little = size > _MOST_BYTES, size < _LEAST_BYTES
+    except DecimalException:  # an exponent beyond what Decimal holds
+        too_much, too_little = "-" not in match[1], True
+    if too_much:
+        raise GaugeError(f"{text!r} is more than 2^63 bytes; give the memory of one GPU, such as 24GB")
+    if too_little:
+        raise GaugeError(f"{text!r} is less than 2 MiB; give the memory of one GPU with a unit, such as 24GB")
+    return int(size)
+
+
+def _key(name: str) -> str:
+    key = re.sub(r"[^a-z0-9.]", "", name.lower())
+    for word in _MAKER_WORDS:
+        key = key.removeprefix(word)
+    return key
+
+
+def _nearest(key: str) -> str:
+    by_key = _by_key()
+    containing = [known for known in by_key if key and key in known]
+    close = difflib.get_close_matches(key, by_key, n=3, cutoff=0.5)
+    names = list(dict.fromkeys(by_key[known].name for known in [*containing, *close]))[:3]
+    return f"nearest: {', '.join(names)}" if names else "nothing in fixtures/gpus.toml comes near"
+
+
+@cache
+def _by_key() -> dict[str, Gpu]:
+    path = fixture("gpus.toml")
+    try:
+        rows = tomllib.loads(path.read_text(encoding="utf-8"))["gpu"]
+        found: dict[str, Gpu] = {}
+        for row in rows:
+            gpu = _from_row(row)
+            for name in (gpu.name, *row.get("aliases", ())):
+                if found.setdefault(_key(name), gpu) is not gpu:
+                    raise ValueError(f"{name!r} names two cards")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GaugeError(f"the GPU table {path} cannot be read ({error}); restore it") from error
+    return found
+
+
+def _from_row(row: dict[str, Any]) -> Gpu:
+    major, minor = row["compute_capability"]
+    return Gpu(
+        name=row["name"],
+        usable_bytes=parse_bytes(row["reported"]),
+        marketing_memory=row["marketing_memory"],
+        compute_capability=(major, minor),
+        source=row["source"],
+        url=row["url"],
+        nominal=row.get("nominal", False),
+    )

@@ -1,0 +1,369 @@
+"""Plans a training step: the very code that is measured, run on tensors without data, and followed storage by storage.
+
+The model is built and adapted on ``meta``; its parameters become fake tensors that behave as CUDA's
+(`peft_gauge.plan.fakes`); one steady step of `peft_gauge.step.TrainingJob` runs on them while every storage's birth and
+death is noted (`peft_gauge.plan.tracker`); and the log is replayed through a model of CUDA's caching allocator
+(`peft_gauge.plan.allocator`). Every transformer block is traced: no result is extrapolated from fewer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import time
+import warnings
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from peft_gauge import methods, models
+from peft_gauge.counting import ParameterCount, count, quantisation_constants
+from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.plan import fakes, policies
+from peft_gauge.plan.call import ModelCall, chunk_loss
+from peft_gauge.plan.record import Plan
+from peft_gauge.plan.reserve import Steps, device_estimate, fit
+from peft_gauge.plan.tracker import (
+    ACTIVATIONS,
+    ADAPTER_WEIGHTS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    BUFFERS,
+    FORWARD,
+    HOST,
+    INPUTS,
+    LOGITS_AND_LOSS,
+    OPERATOR_CATEGORY,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    QUANTISATION_CONSTANTS,
+    Snapshot,
+    StorageTracker,
+    rounded,
+)
+from peft_gauge.step import StepSettings, TrainingJob
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from peft_gauge.models import ModelRecord
+    from peft_gauge.plan.record import PlanRequest
+
+TRACED_MICRO_BATCHES = 3
+"""Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
+the third shows that the second was steady."""
+
+ELEMENTWISE = (*OPERATOR_CATEGORY, "bitsandbytes::optimizer_", "bitsandbytes::int8_vectorwise_quant")
+"""Names, or their beginnings, of library operators without matrix products."""
+
+PAGED_FROM_ELEMENTS = 100_000  # bitsandbytes: smaller states are not paged (optim/optimizer.py, get_state_buffer)
+LARGEST_TENSOR_BYTES = 2**62  # what a step may ask of one tensor before sizes overflow 64 bits
+
+
+def plan(request: PlanRequest) -> Plan:
+    """What the step of ``request`` will need; on any machine, without a GPU, in seconds.
+
+    Raises `GaugeError` for what does not fit together, and where an operation needs values that a plan has not (the
+    message names it).
+    """
+    started = time.perf_counter()
+    notes = [*_check_sizes(request)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' advice on training; what matters here is in `notes`
+        try:
+            traced = _trace(request, notes)
+        except policies.CannotPlan as error:
+            raise GaugeError(f"{request.name} cannot be planned: {error}") from error
+        except GaugeError:
+            raise
+        except Exception as error:  # an operation without a shape rule, or one that needs values
+            raise GaugeError(f"{request.name} cannot be planned: {_operation(error)}") from error
+    return _as_plan(request, traced, notes, started)
+
+
+@contextlib.contextmanager
+def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Entered around the step on fake tensors, inside the fake mode, for what it needs beyond shapes; adds to ``notes``
+    what is done in place of the library's own code."""
+    quantization = request.method.quantization
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(policies.stepping(model))
+        if quantization is not None and quantization.quant_format == "int8":
+            notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
+            stack.enter_context(fakes.cuda_int8_products())
+        yield
+    notes += said
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One steady step: its log, and what was alive at the moments that a plan reports."""
+
+    tracker: StorageTracker
+    counted: ParameterCount
+    peak: Snapshot
+    resident: Snapshot
+    live_outputs_bytes: int
+    saved_activation_bytes: int
+    flops: int
+
+
+def _check_sizes(request: PlanRequest) -> Iterator[str]:
+    settings = request.settings
+    limit = request.model.max_positions
+    if limit is not None and settings.seq > limit:
+        yield f"a sequence of {settings.seq} tokens is beyond {request.model.name}'s {limit} positions"
+    config = request.model.config
+    width = max(int(config.get("vocab_size") or 1), int(config.get("hidden_size") or 1), settings.seq)
+    if settings.batch * settings.seq * width * 8 > LARGEST_TENSOR_BYTES:
+        raise GaugeError(f"batch {settings.batch} × sequence {settings.seq} overflows 64-bit sizes; make them smaller")
+
+
+def _operation(error: BaseException) -> str:
+    """The operation that failed, out of torch's error about it."""
+    operator = getattr(error, "func", None)
+    detail = f"{type(error).__name__}: {one_line(error, 200)}"
+    return f"{operator} needs values ({detail})" if operator is not None else detail
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _meta_base(record: ModelRecord, dtype: str, attention: str) -> PreTrainedModel:
+    return models.build(record, device="meta", dtype=dtype, attn_implementation=attention)
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    model: nn.Module
+    base_parameters: frozenset[int]  # ids
+
+
+def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
+    """The model on ``meta`` with its method attached; the base is built once for all methods and copied."""
+    method, settings = request.method, request.settings
+    if method.quantization is not None or settings.optimizer.endswith("8bit"):
+        from peft_gauge.quantization import load_bitsandbytes
+
+        load_bitsandbytes()
+    base = methods.prepare_base(copy.deepcopy(_meta_base(request.model, request.dtype, request.attention)), method)
+    ids = frozenset(map(id, base.parameters()))
+    reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
+    with policies.attaching(method) as said:
+        attached = methods.attach(
+            base,
+            replace(method, quantization=None, prepare_kbit=False),  # done just above
+            grad_checkpointing=settings.grad_checkpointing and not reentrant,
+        )
+    notes += said
+    if reentrant:
+        base.enable_input_require_grads()  # else reentrant checkpointing trains nothing but the last block
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        attached.train()
+    if request.loss == "chunked":
+        chunk_loss(base)
+    return _Adapted(attached, ids)
+
+
+# --- the step -----------------------------------------------------------------------------------------------
+
+
+def _trace(request: PlanRequest, notes: list[str]) -> Trace:
+    adapted = _adapt(request, notes)
+    counted = count(adapted.model)
+    mode = fakes.fake_mode()
+    made = fakes.to_fake(adapted.model, mode)
+    base = [made[key] for key in adapted.base_parameters if key in made]
+    with mode, fakes.cuda_kernels(), fakes.unpacked_sequences(), stepping(request, adapted.model, notes):
+        return follow(request, adapted.model, base, counted, notes)
+
+
+def follow(
+    request: PlanRequest, model: nn.Module, base: Iterable[Tensor], counted: ParameterCount, notes: list[str]
+) -> Trace:
+    """Follow one steady step of ``model``, adapted as ``request`` says; ``base`` are its parameters from before.
+
+    The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see.
+    """
+    tracker = StorageTracker(vocabulary=request.model.config.get("vocab_size"), workspaces=fakes.CUDA_WORKSPACES)
+    _adopt_model(tracker, model, base)
+    job, call = _job(request, model, tracker)
+    _prime(job, tracker, request.settings, notes)
+    _prime_importance(job, model, tracker, notes)
+    with _no_collector():
+        trace = _step(job, call, tracker, request, counted)
+    tracker.close()
+    uncounted = sorted(name for name in tracker.operators_without_flops if not name.startswith(ELEMENTWISE))
+    notes += [f"{name}: its operations are not in flops_per_step" for name in uncounted]
+    return trace
+
+
+def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
+    tracker.adopt(model.buffers(), BUFFERS)
+    tracker.adopt(fakes.plain_tensors(model), BUFFERS)
+    known = set(map(id, base))
+    for parameter in model.parameters():
+        tracker.adopt(parameter, BASE_WEIGHTS if id(parameter) in known else ADAPTER_WEIGHTS)
+        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+
+
+def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tuple[TrainingJob, ModelCall]:
+    settings = request.settings
+    tokens = torch.zeros(settings.batch, settings.seq, dtype=torch.long)
+    batch = {"input_ids": tokens, "labels": tokens}
+    batch |= policies.extra_inputs(model, settings.batch, settings.seq)
+    if request.padded:
+        batch["attention_mask"] = torch.ones_like(tokens)
+    tracker.adopt(batch.values(), INPUTS)
+    call = ModelCall(model, use_cache=request.use_cache, hold_outputs=request.hold_outputs or request.use_cache)
+    with unset_fake_temporarily():  # 8-bit optimizers come with code books that are made from values
+        job = TrainingJob(call, [batch], settings)
+    if settings.optimizer in ("adamw", "sgd"):
+        # On CUDA this is torch's own choice; fakes say they are on the CPU, where it would be another.
+        for group in job.optimizer.param_groups:
+            group["foreach"] = True
+    return job, call
+
+
+def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:
+    """Make the optimizer's state, as after the first step of a run, and say which of it the device holds."""
+    fakes.prime(job.optimizer)
+    fused = job.optimizer.param_groups[0].get("fused")
+    paged = 0
+    for parameter, state in job.optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            on_host = name == "step" and not fused  # torch keeps the counter of an unfused AdamW on the CPU
+            if settings.optimizer.startswith("paged") and name in ("state1", "state2"):
+                on_host = parameter.numel() >= PAGED_FROM_ELEMENTS
+                paged += value.nbytes if on_host else 0
+            tracker.adopt(value, HOST if on_host else OPTIMIZER_STATE)
+    if paged:
+        notes.append(
+            f"paged optimizer: {paged} bytes of its state are managed memory, outside the allocator; they come to the "
+            f"device while an update runs, as far as there is room, and are not counted"
+        )
+
+
+def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracker, notes: list[str]) -> None:
+    """Make what AdaLoRA and AdaMSS remember of each weight's importance from step to step: a training loop does it
+    through ``update_and_allocate``, which `TrainingJob` leaves out because it reads values."""
+    known = set(map(id, fakes.plain_tensors(model)))
+    for parameter in job.trainable:
+        parameter.grad = torch.empty_like(parameter)
+    policies.update_importance(model)
+    job.clear()
+    made = [tensor for tensor in fakes.plain_tensors(model) if id(tensor) not in known]
+    if made:
+        tracker.adopt(made, BUFFERS)
+        notes.append("importance of each weight: its buffers are counted; their update after a step is not traced")
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """When Python's collector runs depends on what ran before; a plan must not."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _step(
+    job: TrainingJob, call: ModelCall, tracker: StorageTracker, request: PlanRequest, counted: ParameterCount
+) -> Trace:
+    """One step as `TrainingJob.step` takes it, its phases named, and the moments after it."""
+    micro_batches = request.settings.grad_accumulation
+    traced = min(micro_batches, TRACED_MICRO_BATCHES)
+    tracker.start_over()
+    with tracker:
+        for _ in range(traced):
+            with tracker.phase(FORWARD):
+                tracker.label(job.forward(), LOGITS_AND_LOSS)
+            with tracker.phase(BACKWARD):
+                job.backward()
+        with tracker.phase(OPTIMIZER):
+            job.optimizer_step()
+        after = tracker.live(blocks=True)
+        job.clear()
+        call.let_go()
+        resident = tracker.live(blocks=True)
+    held = 0 if call.hold_outputs else sum(map(rounded, call.output_bytes))
+    return Trace(
+        tracker=tracker,
+        counted=counted,
+        peak=tracker.peak(blocks=True),
+        resident=resident,
+        live_outputs_bytes=after.bytes + held,
+        saved_activation_bytes=tracker.kept_bytes(FORWARD, (ACTIVATIONS,)),
+        flops=tracker.flops // traced * micro_batches,
+    )
+
+
+# --- the answer ---------------------------------------------------------------------------------------------
+
+
+def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: float) -> Plan:
+    steps = Steps(trace.tracker.events)
+    device = device_estimate(steps)
+    gpus = tuple(fit(steps, gpu, request.calibration_folder) for gpu in request.gpus)
+    for found in gpus:
+        if found.fits and found.retries:
+            notes.append(f"{found.gpu}: fits only because cached segments are given back on the way, which costs time")
+    return Plan(
+        model=request.model.name,
+        method=request.method.name,
+        settings=_settings(request),
+        trainable_params=trace.counted.trainable_params,
+        total_params=trace.counted.total_params,
+        phase_of_peak=trace.peak.phase,
+        peak_bytes=trace.peak.bytes,
+        resident_bytes=trace.resident.bytes,
+        resident_live_outputs_bytes=trace.live_outputs_bytes,
+        reserved_bytes_estimate=device.reserved_bytes,
+        device_bytes_estimate=device.total_bytes,
+        device=device,
+        peak_by_category=trace.peak.by_category,
+        resident_by_category=trace.resident.by_category,
+        saved_activation_bytes_per_token=trace.saved_activation_bytes / (request.settings.batch * request.settings.seq),
+        flops_per_step=trace.flops,
+        gpus=gpus,
+        warnings=tuple(notes),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _settings(request: PlanRequest) -> dict[str, Any]:
+    settings, method = request.settings, request.method
+    quantization = method.quantization
+    return {
+        "batch": settings.batch,
+        "seq": settings.seq,
+        "dtype": request.dtype,
+        "optimizer": settings.optimizer,
+        "grad_checkpointing": settings.grad_checkpointing,
+        "checkpoint_reentrant": request.checkpoint_reentrant,
+        "grad_accumulation": settings.grad_accumulation,
+        "clip_grad_norm": settings.clip_grad_norm,
+        "quant_format": None if quantization is None else quantization.quant_format,
+        "double_quant": None if quantization is None else quantization.double_quant,
+        "prepare_kbit": method.prepare_kbit,
+        "autocast_adapter_dtype": method.autocast_adapter_dtype,
+        "rank": method.peft_config.get("r"),
+        "loss": request.loss,
+        "padded": request.padded,
+        "use_cache": request.use_cache,
+        "hold_outputs": request.hold_outputs,
+        "attention": request.attention,
+    }

@@ -1,0 +1,102 @@
+"""From a step's log to the segments that CUDA's caching allocator reserves, and to whether a card holds them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_gauge.plan import gpus
+from peft_gauge.plan.allocator import Event, ReplayResult, replay
+from peft_gauge.plan.overheads import DeviceOverheads, default_overheads, overheads_for
+from peft_gauge.plan.record import DeviceEstimate, GpuFit
+from peft_gauge.plan.tracker import OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from peft_gauge.plan.tracker import Event as StorageEvent
+
+PASSES = 3
+"""Steps that are replayed. The first meets an allocator without cached blocks and makes the optimizer's state; a later
+one may still reserve more, where best fit has broken up a block that the step before had whole."""
+
+
+class Steps:
+    """The allocations of a run of `PASSES` equal steps.
+
+    The log starts with what is there between two steps. Of that, the optimizer's state is allocated where a run does
+    it: in the optimizer phase of the first step, between the blocks that forward and backward left behind.
+    """
+
+    def __init__(self, events: Sequence[StorageEvent]) -> None:
+        self._before = [event for event in events if event.phase == OUTSIDE and event.sign > 0]
+        present = {event.storage for event in self._before}
+        self._step = [event for event in events if not (event.sign > 0 and event.storage in present)]
+        self._present = present
+
+    def allocations(self, overheads: DeviceOverheads) -> Iterator[Event]:
+        """The sequence for `replay`; library workspaces come with the first step and are never freed."""
+        late = [event for event in self._before if event.category == OPTIMIZER_STATE]
+        early = [event for event in self._before if event.category != OPTIMIZER_STATE]
+        yield from (("alloc", event.storage, event.nbytes) for event in early)
+        yield ("alloc", "cublas", overheads.cublas_workspace_bytes)
+        yield ("alloc", "cublaslt", overheads.cublaslt_workspace_bytes)
+        left: dict[tuple[int, int], None] = {}
+        for number in range(PASSES):
+            alive: dict[tuple[int, int], None] = {}
+            for event in self._step:
+                if late and event.phase == OPTIMIZER:
+                    yield from (("alloc", state.storage, state.nbytes) for state in late)
+                    late = []
+                key = (number, event.storage)
+                if event.sign > 0:
+                    alive[key] = None
+                    yield ("alloc", key, event.nbytes)
+                elif event.storage not in self._present:
+                    del alive[key]
+                    yield ("free", key)
+                elif number == 0:
+                    yield ("free", event.storage)
+            # What a step replaced (a buffer assigned anew) is freed by the next step's replacement.
+            yield from (("free", key) for key in left)
+            left = alive
+        yield from (("alloc", state.storage, state.nbytes) for state in late)
+
+    @cached_property
+    def _results(self) -> dict[tuple[int, int, int | None], ReplayResult]:
+        return {}
+
+    def replayed(self, overheads: DeviceOverheads, capacity_bytes: int | None = None) -> ReplayResult:
+        """The allocator after these steps; equal questions are answered once."""
+        key = (overheads.cublas_workspace_bytes, overheads.cublaslt_workspace_bytes, capacity_bytes)
+        if key not in self._results:
+            self._results[key] = replay(self.allocations(overheads), capacity_bytes=capacity_bytes)
+        return self._results[key]
+
+
+def device_estimate(steps: Steps, overheads: DeviceOverheads | None = None) -> DeviceEstimate:
+    """What a device without a limit would report, by parts."""
+    overheads = overheads or default_overheads(None)
+    return DeviceEstimate(
+        reserved_bytes=steps.replayed(overheads).peak_reserved_bytes,
+        context_bytes=overheads.context_bytes,
+        cublas_workspace_bytes=overheads.cublas_workspace_bytes,
+        cublaslt_workspace_bytes=overheads.cublaslt_workspace_bytes,
+        origins=dict(overheads.origins),
+    )
+
+
+def fit(steps: Steps, gpu_name: str, calibration_folder: str | None = None) -> GpuFit:
+    """Whether the steps fit the card called (or as large as) ``gpu_name``; raises `GaugeError` for an unknown one."""
+    gpu = gpus.lookup(gpu_name)
+    overheads = overheads_for(gpu_name, Path(calibration_folder) if calibration_folder else None)
+    unlimited = device_estimate(steps, overheads)
+    capacity = gpu.usable_bytes - overheads.context_bytes
+    if unlimited.reserved_bytes <= capacity:
+        free, fits, retries = capacity - unlimited.reserved_bytes, True, 0
+    else:
+        limited = steps.replayed(overheads, max(capacity, 0))
+        fits, retries = limited.out_of_memory is None, limited.num_alloc_retries
+        free = capacity - (limited.peak_reserved_bytes if fits else unlimited.reserved_bytes)
+    return GpuFit(gpu.name, gpu.usable_bytes, unlimited.total_bytes, fits, free, retries)

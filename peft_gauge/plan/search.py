@@ -1,0 +1,90 @@
+"""The largest batch, sequence or rank that fits a GPU, by bisection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.plan.record import Found, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft_gauge.plan.record import PlanRequest
+
+QUANTITIES = ("batch", "seq", "rank")
+SMALLEST = {"batch": 1, "seq": 2, "rank": 1}  # the loss predicts the next token, so a sequence has two
+LARGEST = 2**24  # beyond any device: where nothing else ends the search, this does
+
+
+def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], Plan]) -> Found:
+    """The largest value of ``quantity`` with which ``request`` fits its one GPU.
+
+    Taken to be monotone: what fits with n fits with fewer. The allocator's rounding can break that by a step or two
+    near the limit; the value found fits, and the next one does not. Raises `GaugeError` without exactly one GPU, and
+    where ``planner`` cannot plan the smallest step.
+    """
+    if len(request.gpus) != 1:
+        raise GaugeError(f"searching a {quantity} needs exactly one GPU; add --gpu")
+    plans: dict[int, Plan] = {}
+
+    def fits(value: int) -> bool:
+        plans[value] = planner(request.with_value(quantity, value))
+        return plans[value].fits
+
+    smallest, limit = SMALLEST[quantity], _limit(request, quantity)
+    value, at_limit = largest_that_fits(fits, smallest, limit)
+    return Found(
+        quantity=quantity,
+        gpu=request.gpus[0],
+        value=value,
+        at_limit=at_limit,
+        plan=plans[smallest if value is None else value],
+        tried={tried: plan.fits for tried, plan in plans.items()},
+    )
+
+
+def find_each(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], Plan]) -> list[Found]:
+    """`find` for each GPU of ``request``."""
+    search = partial(find, quantity=quantity, planner=planner)
+    return [search(replace(request, gpus=(gpu,))) for gpu in request.gpus]
+
+
+def largest_that_fits(fits: Callable[[int], bool], smallest: int, limit: int) -> tuple[int | None, bool]:
+    """The largest value in [``smallest``, ``limit``] for which ``fits`` holds, and whether it is ``limit`` itself.
+
+    Doubles until something does not fit, then bisects; ``None`` where nothing fits.
+    """
+    if not fits(smallest):
+        return None, False
+    good, bad = smallest, limit + 1
+    while good < limit:
+        value = min(2 * good, limit) if bad > limit else (good + bad) // 2
+        if value == good:
+            break
+        if fits(value):
+            good = value
+        else:
+            bad = value
+    return good, good == limit
+
+
+def _limit(request: PlanRequest, quantity: str) -> int:
+    if quantity == "seq":
+        return request.model.max_positions or LARGEST
+    if quantity == "rank":
+        return _largest_rank(request)
+    return LARGEST
+
+
+def _largest_rank(request: PlanRequest) -> int:
+    """The largest rank that a matrix of the model can have (`peft_gauge.methods` refuses more)."""
+    from torch import nn
+
+    from peft_gauge import models
+
+    model = models.build(request.model, device="meta")
+    sizes = [min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    return max(sizes, default=LARGEST)

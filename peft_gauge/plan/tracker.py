@@ -1,0 +1,517 @@
+"""Every storage's birth and death during a training step, for real and for fake tensors alike.
+
+A tensor is a view of a storage; only storages take memory. The tracker sees each operator's outputs (a dispatch
+mode), notes storages that are new, and learns of their end from a weak reference on the storage itself. It keeps
+a log and nothing else: live bytes, peaks and their breakdown are worked out by replaying the log, so a storage
+whose purpose shows only later (a gradient, an optimizer state) counts under its right name from its birth on.
+
+What happens inside one operator (a kernel's scratch memory) is not dispatched and cannot be seen; `workspaces`
+takes formulas for operators where it is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+BASE_WEIGHTS = "base_weights"
+QUANTISATION_CONSTANTS = "quantisation_constants"
+ADAPTER_WEIGHTS = "adapter_weights"
+BUFFERS = "buffers"
+GRADIENTS = "gradients"
+OPTIMIZER_STATE = "optimizer_state"
+ACTIVATIONS = "activations"
+LOGITS_AND_LOSS = "logits_and_loss"
+DEQUANTISED_TEMPORARIES = "dequantised_temporaries"
+OPTIMIZER_TEMPORARIES = "optimizer_temporaries"
+INPUTS = "inputs"
+OTHER = "other"
+HOST = "host"  # on the host in the run that is modelled: kept in the log, never counted
+
+CATEGORIES = (
+    BASE_WEIGHTS,
+    QUANTISATION_CONSTANTS,
+    ADAPTER_WEIGHTS,
+    BUFFERS,
+    GRADIENTS,
+    OPTIMIZER_STATE,
+    ACTIVATIONS,
+    LOGITS_AND_LOSS,
+    DEQUANTISED_TEMPORARIES,
+    OPTIMIZER_TEMPORARIES,
+    INPUTS,
+    OTHER,
+)
+
+FORWARD = "forward"
+BACKWARD = "backward"
+OPTIMIZER = "optimizer"
+OUTSIDE = "outside"
+
+BLOCK_BYTES = 512  # torch's CUDA caching allocator rounds every request up to a multiple of this
+
+_PHASE_CATEGORY = {FORWARD: ACTIVATIONS, BACKWARD: ACTIVATIONS, OPTIMIZER: OPTIMIZER_TEMPORARIES}
+
+OPERATOR_CATEGORY: Mapping[str, str] = {
+    "bitsandbytes::dequantize_4bit": DEQUANTISED_TEMPORARIES,
+    "bitsandbytes::dequantize_blockwise": DEQUANTISED_TEMPORARIES,
+    "bitsandbytes::int8_vectorwise_dequant": DEQUANTISED_TEMPORARIES,
+}
+
+Workspace = Callable[[Sequence[Any], Any], Sequence[int]]
+"""(operator's arguments, its output) -> bytes of each scratch buffer held while the kernel runs."""
+
+
+def rounded(nbytes: int) -> int:
+    """`nbytes` as CUDA's `memory_allocated` counts them: in blocks of 512."""
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+class Event(NamedTuple):
+    """One line of the log. `sign` is +1 for a birth, -1 for a death."""
+
+    sign: int
+    storage: int
+    nbytes: int
+    category: str
+    phase: str
+
+
+@dataclass(slots=True)
+class StorageRecord:
+    """One storage's life; `operator` is the name of what made it ('' if it was there before)."""
+
+    nbytes: int
+    category: str
+    phase: str
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Live bytes at one moment, in all and by category; `event` is the index in the log."""
+
+    bytes: int
+    by_category: dict[str, int]
+    phase: str
+    event: int
+
+
+class _Watch(weakref.ref):
+    """A weak reference that knows which storage it stands for once that is gone."""
+
+    __slots__ = ("key", "record")
+
+    key: int
+    record: int
+
+
+class _Ledger:
+    """The log. Apart from the mode so that a storage's finalizer holds no operator, frame or tensor."""
+
+    def __init__(self) -> None:
+        self.records: list[StorageRecord] = []
+        self.log: list[tuple[int, int, str]] = []  # (sign, record, phase); sign 0 marks the start of a phase
+        self.alive: dict[int, _Watch] = {}  # StorageImpl address -> watch
+        self.phase = OUTSIDE
+
+    def born(self, storage: torch.UntypedStorage, key: int, category: str, operator: str) -> int:
+        record = self.note(storage.nbytes(), category, operator)
+        watch = _Watch(storage, self._died)
+        watch.key, watch.record = key, record
+        self.alive[key] = watch
+        return record
+
+    def note(self, nbytes: int, category: str, operator: str) -> int:
+        record = len(self.records)
+        self.records.append(StorageRecord(nbytes, category, self.phase, operator))
+        self.log.append((1, record, self.phase))
+        return record
+
+    def end(self, record: int) -> None:
+        self.log.append((-1, record, self.phase))
+
+    def resized(self, storage: torch.UntypedStorage, key: int) -> None:
+        """A resize allocates the new block before it frees the old one; the storage object stays the same."""
+        watch = self.alive[key]
+        old = self.records[watch.record]
+        if storage.nbytes() != old.nbytes:
+            before, watch.record = watch.record, self.note(storage.nbytes(), old.category, old.operator)
+            self.end(before)
+
+    def _died(self, watch: weakref.ref[Any]) -> None:
+        if isinstance(watch, _Watch):
+            del self.alive[watch.key]
+            self.log.append((-1, watch.record, self.phase))
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follows storages while active (``with tracker:``); nest it *inside* a `FakeTensorMode` if there is one.
+
+    Args:
+        vocabulary: width of the logits; tensors of two or more dimensions whose last one has this width and that
+            are born in forward or backward count as logits and loss.
+        operator_categories: operator name ("namespace::name") -> category of what it makes.
+        workspaces: operator name -> scratch memory of its kernel.
+        device_type: follow only storages on such a device; None follows all (fake tensors: all).
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int | None = None,
+        operator_categories: Mapping[str, str] = OPERATOR_CATEGORY,
+        workspaces: Mapping[str, Workspace] | None = None,
+        device_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        _lone_holders()  # measured now, since it cannot be from within an operator
+        self.flops = 0
+        self.flops_by_phase: Counter[str] = Counter()
+        self.operators_without_flops: Counter[str] = Counter()
+        self._vocabulary = vocabulary
+        self._operator_categories = operator_categories
+        self._workspaces = workspaces or {}
+        self._device_type = device_type
+        self._ledger = _Ledger()
+        self._kept: dict[str, list[int]] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._plans: dict[Any, _OperatorPlan] = {}
+
+    # What the caller knows
+
+    def adopt(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
+        """Registers storages that exist already (a second adoption relabels): views and ties count once."""
+        for tensor in _each(tensors):
+            if self._follows(tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                watch = self._ledger.alive.get(key)
+                if watch is None:
+                    self._ledger.born(storage, key, category, "")
+                else:
+                    self._ledger.records[watch.record].category = category
+
+    def label(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
+        """Names storages, followed already or not, also in every event that is past."""
+        self.adopt(tensors, category)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on, each phase ends by naming what `optimizer.state` holds (gradients need no such help)."""
+        self._optimizer = optimizer
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Everything until the end of the block happens in phase `name`."""
+        before, self._ledger.phase = self._ledger.phase, name
+        self._ledger.log.append((0, -1, name))
+        try:
+            yield
+        finally:
+            self._name_optimizer_state()
+            born_here = {i for i, r in enumerate(self._ledger.records) if r.phase == name}
+            self._kept[name] = [w.record for w in self._ledger.alive.values() if w.record in born_here]
+            self._ledger.phase = before
+            self._ledger.log.append((0, -1, before))
+
+    def start_over(self) -> None:
+        """Forgets all events so far; what is alive becomes the start of a new log (as `reset_peak_memory_stats`)."""
+        ledger = self._ledger
+        watches = sorted(ledger.alive.values(), key=lambda watch: watch.record)
+        records = [ledger.records[watch.record] for watch in watches]
+        for record, watch in enumerate(watches):
+            watch.record = record
+        for entry in records:
+            entry.phase = OUTSIDE
+        ledger.records[:] = records
+        ledger.log[:] = [(1, record, ledger.phase) for record in range(len(records))]
+        self._kept.clear()
+        self.flops = 0
+        self.flops_by_phase.clear()
+        self.operators_without_flops.clear()
+
+    def close(self) -> None:
+        """Stops following; the log stays readable."""
+        self._ledger.alive.clear()
+        self._optimizer = None
+
+    # What was seen
+
+    @property
+    def events(self) -> list[Event]:
+        """The log with the categories as they are known now; host storages are left out."""
+        records = self._ledger.records
+        return [
+            Event(sign, i, records[i].nbytes, records[i].category, phase)
+            for sign, i, phase in self._ledger.log
+            if sign and records[i].category != HOST
+        ]
+
+    @property
+    def records(self) -> Sequence[StorageRecord]:
+        """Every storage of this log; `Event.storage` is the index."""
+        return self._ledger.records
+
+    def live(self, *, blocks: bool = False) -> Snapshot:
+        """What is alive now; with `blocks`, each storage rounded up to 512 bytes."""
+        totals: Counter[str] = Counter()
+        for watch in self._ledger.alive.values():
+            record = self._ledger.records[watch.record]
+            if record.category != HOST:
+                totals[record.category] += rounded(record.nbytes) if blocks else record.nbytes
+        return Snapshot(sum(totals.values()), dict(totals), self._ledger.phase, len(self._ledger.log) - 1)
+
+    def peak(self, phase: str | None = None, *, blocks: bool = False) -> Snapshot:
+        """The first moment of most live bytes, in all or within one phase (its start included).
+
+        Raises:
+            ValueError: the phase did not occur.
+        """
+        size = rounded if blocks else int
+        records = self._ledger.records
+        live, most, at = 0, -1, -1
+        for index, (sign, i, now) in enumerate(self._ledger.log):
+            if sign and records[i].category != HOST:
+                live += sign * size(records[i].nbytes)
+            if live > most and (phase is None or now == phase):
+                most, at = live, index
+        if at < 0:
+            raise ValueError(f"no event in phase {phase!r}")
+        totals: Counter[str] = Counter()
+        for sign, i, _ in self._ledger.log[: at + 1]:
+            if sign and records[i].category != HOST:
+                totals[records[i].category] += sign * size(records[i].nbytes)
+        breakdown = {category: nbytes for category, nbytes in totals.items() if nbytes}
+        return Snapshot(most, breakdown, self._ledger.log[at][2], at)
+
+    def kept_bytes(self, phase: str = FORWARD, categories: Iterable[str] = (ACTIVATIONS,)) -> int:
+        """Bytes born in the last run of `phase` and alive at its end: for forward, the saved activations."""
+        wanted = set(categories)
+        records = (self._ledger.records[i] for i in self._kept.get(phase, ()))
+        return sum(record.nbytes for record in records if record.category in wanted)
+
+    # The watching itself
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no compiler runs here, and its guard would double the cost of each call
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _DEVICE_OF:  # fake tensors ask for their device this way, more often than for anything else
+            return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
+        plan = self._plans.get(func) or self._plan(func)
+        if func is _ADD and self._ledger.phase != FORWARD and _engine_accumulates(args, kwargs):
+            return _ADD_IN_PLACE(*args)
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                self._see(arg, _BORN_BEFORE)
+            elif isinstance(arg, (list, tuple)):
+                for item in arg:
+                    if isinstance(item, torch.Tensor):
+                        self._see(item, _BORN_BEFORE)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(out, torch.Tensor):
+            self._see(out, plan, args)
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                if isinstance(item, torch.Tensor):
+                    self._see(item, plan, args)
+        if plan.special:
+            self._after(plan, args, kwargs or {}, out)
+        return out
+
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        return self._device_type is None or tensor.device.type == self._device_type
+
+    def _plan(self, func: Any) -> _OperatorPlan:
+        plan = self._plans[func] = _OperatorPlan(func, self._operator_categories, self._workspaces)
+        return plan
+
+    def _see(self, tensor: torch.Tensor, plan: _OperatorPlan, args: Sequence[Any] = ()) -> None:
+        if tensor.layout is not torch.strided:
+            self._see_parts(tensor, plan)
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        ledger = self._ledger
+        if key in ledger.alive:
+            if plan.resizes:
+                ledger.resized(storage, key)
+        elif self._device_type is None or tensor.device.type == self._device_type:
+            ledger.born(storage, key, self._category(tensor, plan, args), plan.name)
+
+    def _see_parts(self, tensor: torch.Tensor, plan: _OperatorPlan) -> None:
+        if tensor.layout is torch.sparse_coo:
+            self._see(tensor._indices(), plan)
+            self._see(tensor._values(), plan)
+
+    def _category(self, tensor: torch.Tensor, plan: _OperatorPlan, args: Sequence[Any]) -> str:
+        if plan.category is not None:
+            return plan.category
+        phase = self._ledger.phase
+        if plan.copies and args and isinstance(args[0], torch.Tensor):
+            source = self._ledger.alive.get(args[0].untyped_storage()._cdata)
+            if source is not None:
+                category = self._ledger.records[source.record].category
+                if category == DEQUANTISED_TEMPORARIES:
+                    return category
+        if phase in (FORWARD, BACKWARD) and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
+            return LOGITS_AND_LOSS
+        return _PHASE_CATEGORY.get(phase, OTHER)
+
+    def _after(self, plan: _OperatorPlan, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        if plan.reaches_gradient and self._ledger.phase == BACKWARD:
+            node = torch._C._current_autograd_node()
+            if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+                self.label((t for t in (*args[:2], out) if isinstance(t, torch.Tensor)), GRADIENTS)
+        if plan.workspace is not None:
+            scratch = [
+                self._ledger.note(n, _PHASE_CATEGORY.get(self._ledger.phase, OTHER), plan.name)
+                for n in plan.workspace(args, out)
+            ]
+            for record in scratch:
+                self._ledger.end(record)
+        if plan.flops is not None:
+            flops = int(plan.flops(*args, **kwargs, out_val=out))
+            self.flops += flops
+            self.flops_by_phase[self._ledger.phase] += flops
+        elif plan.foreign:
+            self.operators_without_flops[plan.name] += 1
+
+    def _name_optimizer_state(self) -> None:
+        if self._optimizer is not None:
+            for state in self._optimizer.state.values():
+                self.label((t for t in state.values() if isinstance(t, torch.Tensor)), OPTIMIZER_STATE)
+
+
+_ADD = torch.ops.aten.add.Tensor
+_ADD_IN_PLACE = torch.ops.aten.add_.Tensor
+_DEVICE_OF = torch.ops.prim.device.default
+_COPIES = {"aten::_to_copy", "aten::clone"}
+_GRADIENT_STEPS = {"aten::detach", "aten::add_", "aten::copy_", "aten::clone", "aten::new_empty_strided"}
+_FLOP_FREE_NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "inductor"}
+
+
+class _OperatorPlan:
+    """What to do after one operator, looked up once: the hot path then only reads attributes."""
+
+    __slots__ = (
+        "category",
+        "copies",
+        "flops",
+        "foreign",
+        "name",
+        "reaches_gradient",
+        "resizes",
+        "special",
+        "workspace",
+    )
+
+    def __init__(
+        self,
+        func: Any,
+        categories: Mapping[str, str],
+        workspaces: Mapping[str, Workspace],
+        name: str | None = None,
+    ) -> None:
+        self.name = func._schema.name if name is None else name
+        self.category = categories.get(self.name)
+        self.copies = self.name in _COPIES
+        self.resizes = "resize" in self.name or "set_" in self.name
+        self.reaches_gradient = self.name in _GRADIENT_STEPS
+        self.workspace = workspaces.get(self.name)
+        self.flops = None if func is None else flop_registry.get(func._overloadpacket)
+        self.foreign = func is not None and self.name.split("::")[0] not in _FLOP_FREE_NAMESPACES
+        self.special = bool(self.reaches_gradient or self.workspace or self.flops or self.foreign)
+
+
+_BORN_BEFORE = _OperatorPlan(None, {"": OTHER}, {}, name="")
+
+
+def _each(tensors: torch.Tensor | Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+
+
+# The autograd engine sums two gradients of one tensor in place if nothing else holds the first. With any dispatch
+# mode active it never does (torch/csrc/autograd/input_buffer.cpp asks `isTensorSubclassLike`), so a tracked step
+# would hold one more activation than an untracked one. The tracker does what the engine would have done.
+
+
+def _engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether this addition is the engine's own, and its left operand is held by nothing else."""
+    if kwargs or len(args) != 2 or torch.is_grad_enabled():
+        return False
+    left, right = args
+    if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
+        return False
+    if left.shape != right.shape or left.dtype != right.dtype or left.layout is not torch.strided:
+        return False
+    if torch._C._current_autograd_node() is None or not _called_by_engine(sys._getframe(2)):
+        return False
+    if not _dense(left):
+        return False
+    lone_tensor, lone_storage = _lone_holders()
+    tensor_holders, storage_holders = _holders(left)
+    return tensor_holders <= lone_tensor and storage_holders <= lone_storage
+
+
+def _called_by_engine(frame: Any) -> bool:
+    """True if no Python code stands between the engine and the operator (device threads have no frames at all)."""
+    while frame is not None and frame.f_code.co_filename.endswith("eval_frame.py"):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their storage range without gaps or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    count = tensor._use_count()  # type: ignore[attr-defined]
+    return count, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def _lone_holders() -> tuple[int, int]:
+    """Reference counts of a gradient that only the engine's buffer holds, as this torch version shows them."""
+
+    class Probe(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: deque[tuple[int, int]] = deque()
+
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is _ADD and torch._C._current_autograd_node() is not None:
+                self.seen.append(_holders(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with _disable_current_modes(), torch.enable_grad():
+        x = torch.zeros(2, requires_grad=True)
+        y = x * 1.0
+        total = y * 2.0 + y * 3.0
+        with Probe() as probe:
+            total.backward(torch.ones(2))
+    return probe.seen[0]

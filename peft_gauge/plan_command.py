@@ -1,0 +1,171 @@
+"""``peft-gauge plan``: what a training step will need, for any model and method, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peft_gauge.errors import GaugeError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft_gauge.methods import Method
+    from peft_gauge.plan.record import Outcome
+
+FINDABLE = ("batch", "seq", "rank")
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A record's name, a folder or file with a config, or a hub id.")],
+    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: the seven.")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="An adapter_config.json; repeatable.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Store the base in nf4, fp4 or int8.")] = None,
+    double_quant: Annotated[bool | None, typer.Option(help="Quantise the 4-bit base's constants too.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of base weights and arithmetic.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Rows of a micro-batch.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens of a row.")] = 768,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw-fused, adamw-foreach-off, adamw8bit, paged-adamw8bit or sgd.")
+    ] = "adamw",
+    grad_checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = False,
+    checkpoint_reentrant: Annotated[bool, typer.Option(help="The reentrant kind of checkpointing.")] = False,
+    grad_accumulation: Annotated[int, typer.Option(help="Micro-batches an update.")] = 1,
+    clip_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradients' norm to this.")] = None,
+    autocast_adapter_dtype: Annotated[bool | None, typer.Option(help="Keep 16-bit adapters in float32.")] = None,
+    prepare_kbit: Annotated[bool | None, typer.Option(help="Cast what is not quantised to float32.")] = None,
+    loss: Annotated[str, typer.Option(help="full, or chunked along the sequence.")] = "full",
+    padded: Annotated[bool, typer.Option("--padded/--unpadded", help="Give the batch an attention mask.")] = False,
+    use_cache: Annotated[bool, typer.Option(help="Let the model return its key-value cache.")] = False,
+    hold_outputs: Annotated[bool, typer.Option(help="Keep the model's outputs alive until the step's end.")] = False,
+    gpu: Annotated[list[str] | None, typer.Option(help="A GPU's name or its memory; repeatable.")] = None,
+    find: Annotated[str | None, typer.Option(help="The largest batch, seq or rank that fits --gpu.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A folder of measured overheads by GPU.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a case.")] = False,
+) -> None:
+    """Plan a training step: peak, resident and device memory by category.
+
+    Exit code 1 where a step does not fit a --gpu, 2 where a case cannot be planned.
+    """
+    from peft_gauge import methods, models
+    from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.plan.worker import plan_all, plan_in_parallel
+    from peft_gauge.step import StepSettings
+
+    gpus = _checked_gpus(gpu or [], find)
+    models.check_dtype(dtype)
+    settings = StepSettings(
+        batch=batch,
+        seq=_checked_seq(seq),
+        optimizer=optimizer,  # type: ignore[arg-type]
+        grad_checkpointing=grad_checkpointing,
+        grad_accumulation=grad_accumulation,
+        clip_grad_norm=_checked_norm(clip_grad_norm),
+    )
+    chosen: list[Method] = [*map(methods.get, method or []), *map(methods.from_adapter_config, adapter or [])]
+    record = models.resolve(model)
+    requests = [
+        PlanRequest(
+            model=record,
+            method=adjusted(each, quantize, double_quant, autocast_adapter_dtype, prepare_kbit),
+            settings=settings,
+            dtype=dtype,
+            loss=loss,  # type: ignore[arg-type]
+            padded=padded,
+            use_cache=use_cache,
+            hold_outputs=hold_outputs,
+            checkpoint_reentrant=checkpoint_reentrant,
+            gpus=gpus,
+            calibration_folder=None if calibration is None else str(calibration),
+        )
+        for each in chosen or methods.SEVEN
+    ]
+    if find is not None:
+        for request in requests:
+            request.with_value(find, 2)  # refused now, not after minutes
+    outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
+    _show(outcomes, as_json)
+
+
+def adjusted(
+    method: Method,
+    quantize: str | None,
+    double_quant: bool | None,
+    autocast_adapter_dtype: bool | None,
+    prepare_kbit: bool | None,
+) -> Method:
+    """``method`` with what the options say; ``None`` leaves its own setting.
+
+    A base that ``quantize`` quantises is prepared for k-bit training, as QLoRA's is, unless told otherwise.
+    """
+    from peft_gauge.methods import Quantization
+    from peft_gauge.quantization import LAYER_FORMATS
+
+    changes: dict[str, Any] = {}
+    quantization = method.quantization
+    if quantize is not None:
+        if quantize not in LAYER_FORMATS:
+            raise unknown("quantised layer format", quantize, LAYER_FORMATS)
+        if quantization is None:
+            changes["prepare_kbit"] = True
+        quantization = replace(quantization or Quantization(), quant_format=quantize)  # type: ignore[arg-type]
+    if double_quant is not None and quantization is not None:
+        quantization = replace(quantization, double_quant=double_quant)
+    changes["quantization"] = quantization
+    if autocast_adapter_dtype is not None:
+        changes["autocast_adapter_dtype"] = autocast_adapter_dtype
+    if prepare_kbit is not None:
+        changes["prepare_kbit"] = prepare_kbit
+    return replace(method, **changes)
+
+
+def _checked_gpus(names: Sequence[str], find: str | None) -> tuple[str, ...]:
+    from peft_gauge.plan import gpus
+
+    if find is not None and find not in FINDABLE:
+        raise unknown("quantity to find", find, FINDABLE)
+    if find is not None and not names:
+        raise GaugeError(f"--find {find} needs to know for what; add --gpu with a name or a size")
+    for name in names:
+        gpus.lookup(name)
+    return tuple(names)
+
+
+def _checked_seq(seq: int) -> int:
+    if seq < 2:
+        raise GaugeError(f"a sequence of {seq} tokens has no next token to predict; use --seq 2 or more")
+    return seq
+
+
+def _checked_norm(norm: float | None) -> float | None:
+    if norm is not None and not norm > 0:
+        raise GaugeError(f"--clip-grad-norm must be above 0, not {norm}")
+    return norm
+
+
+def _show(outcomes: Sequence[Outcome], as_json: bool) -> None:
+    from peft_gauge.plan.record import PlanFailure
+
+    failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]
+    objects = [outcome.as_json() for outcome in outcomes]
+    if as_json:
+        print(json.dumps(objects, indent=2))
+    else:
+        from peft_gauge.report.plan_table import show
+
+        show([each for each in objects if "error" not in each])
+    for failure in failures:
+        print(f"peft-gauge: {failure.error}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(2)
+    if not all(_fits(each) for each in objects):
+        raise typer.Exit(1)
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    return all(record["fits"].values())

@@ -1,0 +1,145 @@
+"""Plans in the terminal: a table, and a stacked bar of the peak by category for each case."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from peft_gauge.report.terminal import ABSENT, shown, shown_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import RenderableType
+
+# Each category as (heading, glyph, colour): the glyphs tell them apart where there is no colour.
+LOOKS = {
+    "base_weights": ("base weights", "█", "blue"),
+    "quantisation_constants": ("quantisation constants", "▙", "bright_blue"),
+    "adapter_weights": ("adapter weights", "▓", "cyan"),
+    "buffers": ("buffers", "▖", "white"),
+    "gradients": ("gradients", "▒", "yellow"),
+    "optimizer_state": ("optimizer state", "▚", "magenta"),
+    "optimizer_temporaries": ("optimizer temporaries", "▘", "bright_magenta"),
+    "activations": ("activations", "░", "green"),
+    "logits_and_loss": ("logits and loss", "╬", "red"),
+    "dequantised_temporaries": ("dequantised temporaries", "▝", "bright_green"),
+    "inputs": ("inputs", "▗", "bright_black"),
+    "other": ("other", "·", "bright_black"),
+}
+BAR_WIDTH = 60
+LEAST_WIDTH = 100  # columns, or what the table needs: a terminal that wraps lines reads better than cut figures
+
+
+def show(plans: Sequence[Mapping[str, Any]]) -> None:
+    """Print ``plans`` on standard output."""
+    console = Console(highlight=False)
+    shown_as = render(plans)
+    without_limit = console.options.update(width=10_000)
+    widths = [Measurement.get(console, without_limit, part).maximum for part in shown_as if isinstance(part, Table)]
+    console.width = max(console.width, LEAST_WIDTH, *widths)
+    console.print(*shown_as, sep="\n")
+
+
+def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[RenderableType]:
+    """The renderables for ``plans`` (objects as `--json` prints them): table, bars with legend, warnings."""
+    if not plans:
+        return []
+    return [_table(plans), *_bars(plans, width), *_warnings(plans)]
+
+
+def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=_title(plans), title_justify="left", caption_justify="left")
+    table.caption = "peak, resident: as memory_allocated counts; device: estimated, with CUDA context and workspaces"
+    if plans[0]["gpus"]:
+        table.caption += "; + is what the GPU has left, − what it lacks"
+    table.add_column("method", no_wrap=True)
+    table.add_column("peak in", no_wrap=True)
+    gpus = [fit["gpu"] for fit in plans[0]["gpus"]]
+    searched = "find" in plans[0]
+    for heading in [*(["largest"] if searched else []), "trainable", "peak", "resident", "saved/token", "device"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for gpu in gpus:
+        table.add_column(f"on {gpu}", justify="right", no_wrap=True)
+    for plan in plans:
+        found = [_found(plan["find"])] if searched else []
+        table.add_row(plan["method"], plan["phase_of_peak"], *found, *_cells(plan))
+    return table
+
+
+def _title(plans: Sequence[Mapping[str, Any]]) -> str:
+    settings = plans[0]["settings"]
+    parts = [f"{settings['batch']}×{settings['seq']} tokens"] if "find" not in plans[0] else []
+    parts += [settings["dtype"], settings["optimizer"]]
+    if settings["grad_checkpointing"]:
+        parts.append("gradient checkpointing")
+    return f"{plans[0]['model']}, {', '.join(parts)}"
+
+
+def _cells(plan: Mapping[str, Any]) -> list[str]:
+    sizes = ("peak_bytes", "resident_bytes", "saved_activation_bytes_per_token")
+    return [
+        shown(plan["trainable_params"], "{:,}"),
+        *(shown_bytes(plan[name]) for name in sizes),
+        shown_bytes(plan["device_bytes_estimate"]),
+        *(_fit(fit) for fit in plan["gpus"]),
+    ]
+
+
+def _fit(fit: Mapping[str, Any]) -> str:
+    """What remains free (+), or is missing (−)."""
+    size = shown_bytes(abs(fit["headroom_bytes"]))
+    return f"+{size}" if fit["fits"] else f"−{size}"
+
+
+def _found(found: Mapping[str, Any]) -> str:
+    if found["value"] is None:
+        return ABSENT
+    limit = " (the model's limit)" if found["at_limit"] else ""
+    return f"{found['quantity']} {found['value']}{limit}"
+
+
+def _bars(plans: Sequence[Mapping[str, Any]], width: int) -> list[Text]:
+    largest = max(plan["peak_bytes"] for plan in plans)
+    label = max(len(plan["method"]) for plan in plans)
+    lines = [Text("peak by category")]
+    for plan in plans:
+        line = Text(f"{plan['method']:<{label}} ")
+        line.append_text(bar(plan["peak_by_category"], largest, width))
+        lines.append(line.append(f" {shown_bytes(plan['peak_bytes'])}"))
+    return [*lines, _legend(plans)]
+
+
+def bar(by_category: Mapping[str, int], full_bytes: int, width: int) -> Text:
+    """A bar in which ``full_bytes`` take ``width`` cells.
+
+    Ends of parts are rounded, not their lengths, so that the whole bar has the right length whatever its parts.
+    """
+    line, total, drawn = Text(), 0, 0
+    for category, (_, glyph, colour) in LOOKS.items():
+        total += by_category.get(category, 0)
+        end = round(width * total / full_bytes)
+        line.append(glyph * (end - drawn), style=colour)
+        drawn = end
+    return line
+
+
+def _legend(plans: Sequence[Mapping[str, Any]]) -> Text:
+    line = Text()
+    for category, (heading, glyph, colour) in LOOKS.items():
+        if any(plan["peak_by_category"].get(category) for plan in plans):
+            line.append(glyph, style=colour).append(f" {heading}  ")
+    return line
+
+
+def _warnings(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Each warning once, with the methods that it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for plan in plans:
+        for warning in plan["warnings"]:
+            concerned.setdefault(warning, []).append(plan["method"])
+    return [Text(f"note ({', '.join(names)}): {warning}") for warning, names in concerned.items()]
