@@ -14,7 +14,7 @@ from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
 from peft_gauge.history.writing import write_run
-from peft_gauge.report import published_table, terminal
+from peft_gauge.report import plan_table, published_table, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -166,6 +166,7 @@ class Recorder:
         if self.cases:
             width = terminalreporter._tw.fullwidth
             terminalreporter.write(terminal.summary(self.cases, self.claims, width))
+            terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))
         for note in self.notes:
             terminalreporter.write_line(note)

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from peft_gauge.ceilings_command import ceilings
+from peft_gauge.commands.ceilings import ceilings
+from peft_gauge.commands.memory_curve import memory_curve
+from peft_gauge.commands.plan import plan
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory_curve_command import memory_curve
-from peft_gauge.plan_command import plan
 
 app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from peft_gauge import ceilings, ceilings_command, cli, methods
+from peft_gauge import ceilings, cli, methods
 from peft_gauge.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
+from peft_gauge.commands import ceilings as ceilings_command
 from peft_gauge.errors import GaugeError
 from peft_gauge.models import resolve
 from peft_gauge.plan import worker

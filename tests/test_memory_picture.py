@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_gauge import cli, methods, models
+from peft_gauge.commands.memory_curve import card, parse_seqs
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory_curve_command import card, parse_seqs
 from peft_gauge.plan import worker
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from peft_gauge import cli, methods, models
+from peft_gauge.commands.plan import adjusted
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
 from peft_gauge.plan.tracker import CATEGORIES
-from peft_gauge.plan_command import adjusted
 from peft_gauge.report import plan_table
 from peft_gauge.step import StepSettings
 

@@ -13,7 +13,7 @@ import pytest
 
 from peft_gauge import clock
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report import terminal
+from peft_gauge.report import plan_table, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,3 +160,23 @@ def test_a_failed_case_lends_no_figures_to_the_table() -> None:
         CaseRecord("b", "test_speed", "passed", None, {**figures, "step_seconds": 2.0}),
     ]
     assert [row["step_seconds"] for row in terminal.method_rows(cases)] == [2.0]
+
+
+def test_planned_cases_have_a_table_of_their_own() -> None:
+    plan = {
+        "model": "toy",
+        "method": "lora",
+        "settings": {"batch": 1, "seq": 8, "dtype": "bfloat16", "optimizer": "adamw", "grad_checkpointing": False},
+        "phase_of_peak": "backward",
+        "trainable_params": 1234,
+        "peak_bytes": 17_373_248_000,
+        "resident_bytes": 13_678_162_944,
+        "saved_activation_bytes_per_token": 512.0,
+        "device_bytes_estimate": 18_249_416_704,
+        "gpus": [],
+    }
+    shown = plan_table.summary([CaseRecord("a", "test_memory_plan", "passed", None, {"plan": plan})], 80)
+    row = next(line for line in shown.splitlines() if line.startswith("│ lora"))
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["lora", "backward", "1,234", "17.37 GB", "13.68 GB", "512 B", "18.25 GB"]
+    assert plan_table.summary([], 80) == ""

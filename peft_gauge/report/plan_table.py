@@ -9,12 +9,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from peft_gauge.report.terminal import ABSENT, shown, shown_bytes
+from peft_gauge.report.terminal import ABSENT, as_text, shown, shown_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import RenderableType
+
+    from peft_gauge.history.schema import CaseRecord
 
 # Each category as (heading, glyph, colour): the glyphs tell them apart where there is no colour.
 LOOKS = {
@@ -43,6 +45,15 @@ def show(plans: Sequence[Mapping[str, Any]]) -> None:
     widths = [Measurement.get(console, without_limit, part).maximum for part in shown_as if isinstance(part, Table)]
     console.width = max(console.width, LEAST_WIDTH, *widths)
     console.print(*shown_as, sep="\n")
+
+
+def summary(cases: Iterable[CaseRecord], width: int) -> str:
+    """A table for each model and shape that a run's cases planned, as text."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for case in cases:
+        if "plan" in case.figures:
+            groups.setdefault(_title([case.figures["plan"]]), []).append(case.figures["plan"])
+    return as_text(map(_table, groups.values()), width)
 
 
 def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[RenderableType]:
@@ -77,7 +88,7 @@ def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     parts += [settings["dtype"], settings["optimizer"]]
     if settings["grad_checkpointing"]:
         parts.append("gradient checkpointing")
-    return f"{plans[0]['model']}, {', '.join(parts)}"
+    return f"{plans[0]['model']} planned, {', '.join(parts)}"
 
 
 def _cells(plan: Mapping[str, Any]) -> list[str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
+
+from peft_gauge.report.terminal import WIDTH, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from peft_gauge.history.schema import CaseRecord
-
-WIDTH = 110  # the table's own width: a narrower terminal wraps it, rather than losing digits
 
 
 def published_table(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
@@ -40,9 +38,7 @@ def published_table(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
             f"{figures['distance_percent']:+.2f} %",
             figures["asserted"] + mark,
         )
-    out = io.StringIO()
-    Console(file=out, width=max(width, WIDTH), force_terminal=False, highlight=False).print(table)
-    return out.getvalue()
+    return as_text([table], width)
 
 
 def _number(value: float, unit: str) -> str:

@@ -21,14 +21,20 @@ WIDTH = 124
 
 def summary(cases: Iterable[CaseRecord], claims: Iterable[Mapping[str, Any]], width: int) -> str:
     """The tables of one run as text of at most ``width`` columns: methods, then claims with their verdicts."""
+    tables = [
+        _method_table(group, f"{model} on {device}, {_conditions(group)}")
+        for (model, device), group in _by_model(method_rows(cases)).items()
+    ]
+    claims = list(claims)
+    return as_text([*tables, *([_claim_table(claims)] if claims else [])], width)
+
+
+def as_text(tables: Iterable[Table], width: int) -> str:
+    """``tables`` as plain text of ``width`` columns, or of `WIDTH` where that is more; empty where there are none."""
     out = io.StringIO()
     console = Console(file=out, width=max(width, WIDTH), force_terminal=False, highlight=False)
-    rows = method_rows(cases)
-    for (model, device), group in _by_model(rows).items():
-        console.print(_method_table(group, f"{model} on {device}, {_conditions(group)}"))
-    claims = list(claims)
-    if claims:
-        console.print(_claim_table(claims))
+    for table in tables:
+        console.print(table)
     return out.getvalue()
 
 
