@@ -23,33 +23,53 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fixtures.plans import Plans
+    from peft_gauge.plan.record import Plan
 
-    Decider = Callable[[Claim, str, Plans], Finding]
+    Steps = Callable[[Claim, str], list[PlanRequest]]
+    Decider = Callable[[Claim, str, list[Plan]], Finding]
 
 DECIDERS: dict[str, Decider] = {}
+STEPS: dict[str, Steps] = {}
 
 
-def decides(*ids: str) -> Callable[[Decider], Decider]:
-    """Register a function as the one that decides the claims with these ids."""
+def decides(*ids: str, steps: Steps | None = None) -> Callable[[Decider], Decider]:
+    """Register a function as the one that decides the claims with these ids.
+
+    ``steps``: the training steps whose plans it is given, in their order.
+    """
 
     def register(decider: Decider) -> Decider:
         DECIDERS.update(dict.fromkeys(ids, decider))
+        if steps is not None:
+            STEPS.update(dict.fromkeys(ids, steps))
         return decider
 
     return register
+
+
+def steps_of(claim: Claim, model: str) -> list[PlanRequest]:
+    return STEPS[claim.id](claim, model) if claim.id in STEPS else []
+
+
+@pytest.fixture(scope="module")
+def planned(plans: Plans, request: pytest.FixtureRequest) -> Plans:
+    """`plans`, in which every step that this run's claims need has been planned at one go, on all cores."""
+    asked = [item.callspec.params for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
+    plans([step for each in asked for step in steps_of(each["claim"], each["model"])])
+    return plans
 
 
 QUESTIONS = [(claim, model) for claim in ledger().values() for model in claim.models]
 
 
 @pytest.mark.parametrize(("claim", "model"), QUESTIONS, ids=[f"{claim.id}-{model}" for claim, model in QUESTIONS])
-def test_claim(claim: Claim, model: str, plans: Plans, record: Callable[..., None]) -> None:
+def test_claim(claim: Claim, model: str, planned: Plans, record: Callable[..., None]) -> None:
     entry = {"id": claim.id, "model": model, "statement": claim.statement}
     if claim.id not in DECIDERS:
         record(claim={**entry, "verdict": NOT_MEASURED, "figure": None, "conditions": None})
         pytest.skip(f"{NOT_MEASURED}: {claim.decided_by}")
 
-    finding = DECIDERS[claim.id](claim, model, plans)
+    finding = DECIDERS[claim.id](claim, model, planned(steps_of(claim, model)))
 
     record(claim={**entry, "verdict": finding.verdict, "figure": finding.figure, "conditions": finding.conditions})
     recorded = claim.recorded[model]
@@ -57,14 +77,14 @@ def test_claim(claim: Claim, model: str, plans: Plans, record: Callable[..., Non
 
 
 @decides("identity")
-def identity_holds(claim: Claim, model: str, plans: Plans) -> Finding:
+def identity_holds(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     check = identity.textbook_case(seed=0)
     figure = f"largest error {check.max_error:.2e}, {check.share_of_bound:.2f} of the rounding-error bound"
     return Finding.of(check.holds, figure, "512×512, r=8, α=16, float32, A and B drawn at random")
 
 
 @decides("decomposed-cheaper")
-def decomposed_is_cheaper(claim: Claim, model: str, plans: Plans) -> Finding:
+def decomposed_is_cheaper(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     large, small = claim.bounds["large"], claim.bounds["small"]
     full, lora = square_layer(large["size"], large["rank"])
     fewer_percent = 100 * (1 - square_layer(small["size"], small["rank"])[1] / small["size"] ** 2)
@@ -86,7 +106,7 @@ def square_layer(size: int, rank: int) -> tuple[int, int]:
 
 
 @decides("four-million")
-def four_million_will_do(claim: Claim, model: str, plans: Plans) -> Finding:
+def four_million_will_do(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     lora = methods.get("lora-qv").differs("lora-qv-r8", "LoRA r=8 on q,v", peft_config={"r": 8, "lora_alpha": 16})
     trained = count_on_meta(models.resolve(model, weights="random"), lora).trainable_params
     holds = round(trained / 1e6) == claim.bounds["millions"]
@@ -94,7 +114,7 @@ def four_million_will_do(claim: Claim, model: str, plans: Plans) -> Finding:
 
 
 @decides("lora-ratio", "qlora-ratio", "adapter-ratio", "prefix-ratio", "prompt-ratio", "ia3-ratio")
-def share_is_in_range(claim: Claim, model: str, plans: Plans) -> Finding:
+def share_is_in_range(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     record = models.resolve(model, weights="random")
     counted = count_on_meta(record, methods.get(claim.bounds["method"]))
     percent = counted.percent_of_base(models.logical_params(record))
@@ -104,7 +124,7 @@ def share_is_in_range(claim: Claim, model: str, plans: Plans) -> Finding:
 
 
 @decides("nf4-beats-int4")
-def nf4_loses_less(claim: Claim, model: str, plans: Plans) -> Finding:
+def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     if model in quantization.FOUR_BIT_FORMATS:
         comparisons = [
             quantization.nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)
@@ -131,7 +151,7 @@ def real_comparisons(claim: Claim, model: str) -> tuple[list[quantization.Compar
 
 
 @decides("prefix-shape")
-def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: Plans) -> Finding:
+def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     import torch
 
     record = models.resolve(model, weights="random")
@@ -153,7 +173,7 @@ def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: Plans) ->
 
 
 @decides("prompt-shape")
-def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: Plans) -> Finding:
+def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     import torch
 
     record = models.resolve(model, weights="random")
@@ -172,7 +192,7 @@ def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: Plans) ->
 
 
 @decides("ia3-scaling")
-def ia3_scales_activations(claim: Claim, model: str, plans: Plans) -> Finding:
+def ia3_scales_activations(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     import torch
 
     record = models.resolve(model, weights="random")
@@ -195,9 +215,24 @@ def ia3_scales_activations(claim: Claim, model: str, plans: Plans) -> Finding:
     return Finding.of(same_at_start and all_vectors and doubles, figure, "float32 on cpu, to the last bit")
 
 
-@decides("full-memory")
-def full_memory_is_as_stated(claim: Claim, model: str, plans: Plans) -> Finding:
-    (plan,) = plans([planned_step(model, methods.FULL)])
+def planned_step(model: str, method: methods.Method, seq: int = 512) -> PlanRequest:
+    return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=1, seq=seq))
+
+
+CONDITIONS = "planned: 1×512 tokens, 16 bit (bfloat16), AdamW"
+
+
+def within(found: float, stated: float, claim: Claim) -> bool:
+    return abs(found / stated - 1) <= claim.bounds["tolerance"]
+
+
+def full_step(claim: Claim, model: str) -> list[PlanRequest]:
+    return [planned_step(model, methods.FULL)]
+
+
+@decides("full-memory", steps=full_step)
+def full_memory_is_as_stated(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    (plan,) = plans
     stated, peak = claim.bounds["stated_gb"][model], plan.peak_bytes / 1e9
     figure = (
         f"{plan.resident_live_outputs_bytes / 1e9:.1f} GB of weights, gradients and moments, {stated} stated; "
@@ -206,9 +241,9 @@ def full_memory_is_as_stated(claim: Claim, model: str, plans: Plans) -> Finding:
     return Finding.of(within(peak, stated, claim), figure, f"{CONDITIONS}, moments in 16 bit too")
 
 
-@decides("full-impractical")
-def full_does_not_fit(claim: Claim, model: str, plans: Plans) -> Finding:
-    (plan,) = plans([planned_step(model, methods.FULL)])
+@decides("full-impractical", steps=full_step)
+def full_does_not_fit(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    (plan,) = plans
     card = gpus.lookup(claim.bounds["largest_gpu"])
     needed, usable = plan.device_bytes_estimate, card.usable_bytes
     figure = f"the step needs {needed / 1e9:.1f} GB; one {card.name} has {usable / 1e9:.1f}"
@@ -217,27 +252,31 @@ def full_does_not_fit(claim: Claim, model: str, plans: Plans) -> Finding:
     return Finding.of(holds, figure, f"{CONDITIONS}; two cards: at least half of it each")
 
 
-@decides("lora-memory", "qlora-memory")
-def adapter_memory_is_as_stated(claim: Claim, model: str, plans: Plans) -> Finding:
-    quantised = methods.QLORA if claim.bounds["quantised"] else methods.LORA
-    method = quantised.differs(
-        f"{quantised.name}-qv-r8",
-        "r=8 on q,v",
-        peft_config={"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV},
-    )
-    (plan,) = plans([planned_step(model, method)])
+SMALL_LORA = {"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV}
+
+
+def small_lora_step(claim: Claim, model: str) -> list[PlanRequest]:
+    parent = methods.QLORA if claim.bounds["quantised"] else methods.LORA
+    return [planned_step(model, parent.differs(f"{parent.name}-qv-r8", "r=8 on q,v", peft_config=SMALL_LORA))]
+
+
+@decides("lora-memory", "qlora-memory", steps=small_lora_step)
+def adapter_memory_is_as_stated(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    (plan,) = plans
     stated, peak = claim.bounds["stated_gb"], plan.peak_bytes / 1e9
     figure = f"{plan.resident_bytes / 1e9:.2f} GB stay between steps, the peak is {peak:.2f} GB; {stated} stated"
     return Finding.of(within(peak, stated, claim), figure, f"{CONDITIONS}, r=8 on q,v, adapters in float32")
 
 
-@decides("qlora-4gb")
-def seven_billion_on_four_gb(claim: Claim, model: str, plans: Plans) -> Finding:
-    frugal = methods.get("qlora-unprepared").differs(
-        "qlora-frugal", "the least", peft_config={"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV}
-    )
+def frugal_step(claim: Claim, model: str) -> list[PlanRequest]:
+    method = methods.get("qlora-unprepared").differs("qlora-frugal", "the least", peft_config=SMALL_LORA)
     settings = StepSettings(batch=1, seq=8, grad_checkpointing=True, optimizer="paged-adamw8bit")
-    (plan,) = plans([PlanRequest(models.resolve(model, weights="random"), frugal, settings)])
+    return [PlanRequest(models.resolve(model, weights="random"), method, settings)]
+
+
+@decides("qlora-4gb", steps=frugal_step)
+def seven_billion_on_four_gb(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    (plan,) = plans
     limit = claim.bounds["limit_bytes"]
     figure = (
         f"peak {plan.peak_bytes / 1e9:.2f} GB, reserved {plan.reserved_bytes_estimate / 1e9:.2f} GB, "
@@ -249,26 +288,19 @@ def seven_billion_on_four_gb(claim: Claim, model: str, plans: Plans) -> Finding:
     return Finding.of(holds, figure, conditions)
 
 
-@decides("memory-order")
-def full_above_lora_above_qlora(claim: Claim, model: str, plans: Plans) -> Finding:
+def steps_by_length(claim: Claim, model: str) -> list[PlanRequest]:
     compared = (methods.FULL, methods.LORA, methods.QLORA)
-    rows = []
-    for seq in claim.bounds["lengths"]:
-        peaks = [plan.peak_bytes for plan in plans([planned_step(model, method, seq) for method in compared])]
-        rows.append((seq, peaks, peaks[0] > peaks[1] > peaks[2]))
-    figure = "; ".join(f"{seq} tokens: " + " / ".join(f"{peak / 1e9:.2f}" for peak in peaks) for seq, peaks, _ in rows)
+    return [planned_step(model, method, seq) for seq in claim.bounds["lengths"] for method in compared]
+
+
+@decides("memory-order", steps=steps_by_length)
+def full_above_lora_above_qlora(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    rows = {
+        plans[first].settings["seq"]: [plan.peak_bytes for plan in plans[first : first + 3]]
+        for first in range(0, len(plans), 3)
+    }
+    figure = "; ".join(f"{seq} tokens: " + " / ".join(f"{p / 1e9:.2f}" for p in peaks) for seq, peaks in rows.items())
     conditions = (
         "planned peak GB of full / LoRA / QLoRA, batch 1, bfloat16, no autocast, QLoRA prepared for k-bit training"
     )
-    return Finding.of(all(in_order for *_, in_order in rows), figure, conditions)
-
-
-CONDITIONS = "planned: 1×512 tokens, 16 bit (bfloat16), AdamW"
-
-
-def planned_step(model: str, method: methods.Method, seq: int = 512) -> PlanRequest:
-    return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=1, seq=seq))
-
-
-def within(found: float, stated: float, claim: Claim) -> bool:
-    return abs(found / stated - 1) <= claim.bounds["tolerance"]
+    return Finding.of(all(full > lora > qlora for full, lora, qlora in rows.values()), figure, conditions)

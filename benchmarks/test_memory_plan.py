@@ -44,7 +44,7 @@ def test_planned_memory(model: str, method: methods.Method, plans: Plans, record
     assert plan.resident_bytes < plan.peak_bytes <= plan.reserved_bytes_estimate < plan.device_bytes_estimate
 
 
-@pytest.mark.parametrize("model", ["tinyllama", "llama-2-7b"])
+@pytest.mark.parametrize("model", ["tinyllama", pytest.param("llama-2-7b", marks=pytest.mark.slow)])
 def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
     """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
     lengths = (64, 512, 2048)

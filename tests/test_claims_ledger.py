@@ -68,7 +68,7 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
 
         @pytest.fixture
         def plans():
-            return None  # neither claim needs one
+            return lambda requests: []  # neither claim needs one
         """
     )
     result = pytester.runpytest_inprocess("-k", "identity or many-adapters", "-p", "no:benchmark")
