@@ -31,12 +31,24 @@ MODELS = [
 ]
 
 
+COMPARED = (methods.FULL, methods.LORA, methods.QLORA)
+LENGTHS = (64, 512, 2048)
+
+
+@pytest.fixture(scope="module")
+def planned(plans: Plans, request: pytest.FixtureRequest) -> Plans:
+    """`plans`, in which every step that this run's cases need has been planned at one go, on all cores."""
+    names = {item.callspec.params["model"] for item in request.session.items if item.path == request.path}  # type: ignore[attr-defined]
+    at_one_length = [step(model, method, SEQ) for model in sorted(names) for method in methods.SEVEN]
+    crossing = [step("tinyllama", method, seq) for seq in LENGTHS for method in COMPARED]
+    plans(at_one_length + crossing)
+    return plans
+
+
 @pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
 @pytest.mark.parametrize("model", MODELS)
-def test_planned_memory(model: str, method: methods.Method, plans: Plans, record: Callable[..., None]) -> None:
-    seven = plans([request(model, each, SEQ) for each in methods.SEVEN])
-
-    plan = seven[methods.SEVEN.index(method)]
+def test_planned_memory(model: str, method: methods.Method, planned: Plans, record: Callable[..., None]) -> None:
+    (plan,) = planned([step(model, method, SEQ)])
 
     record(plan=plan.as_json())
     assert sum(plan.peak_by_category.values()) == plan.peak_bytes
@@ -45,22 +57,20 @@ def test_planned_memory(model: str, method: methods.Method, plans: Plans, record
 
 
 @pytest.mark.parametrize("model", ["tinyllama", pytest.param("llama-2-7b", marks=pytest.mark.slow)])
-def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
+def test_where_methods_cross(model: str, planned: Plans, record: Callable[..., None]) -> None:
     """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
-    lengths = (64, 512, 2048)
-    compared = (methods.FULL, methods.LORA, methods.QLORA)
-    found = plans([request(model, method, seq) for seq in lengths for method in compared])
-    peaks = {seq: {plan.method: plan.peak_bytes for plan in found if plan.settings["seq"] == seq} for seq in lengths}
+    found = planned([step(model, method, seq) for seq in LENGTHS for method in COMPARED])
+    peaks = {seq: {plan.method: plan.peak_bytes for plan in found if plan.settings["seq"] == seq} for seq in LENGTHS}
 
     crossings = [
         {"overtaken": first, "by": second, "between": [short, long]}
-        for short, long in pairwise(lengths)
+        for short, long in pairwise(LENGTHS)
         for first, second in permutations(peaks[short], 2)
         if peaks[short][first] > peaks[short][second] and peaks[long][first] < peaks[long][second]
     ]
-    record(peak_bytes_by_seq={str(seq): peaks[seq] for seq in lengths}, crossings=crossings)
-    assert all(peaks[short][name] <= peaks[long][name] for short, long in pairwise(lengths) for name in peaks[short])
+    record(peak_bytes_by_seq={str(seq): peaks[seq] for seq in LENGTHS}, crossings=crossings)
+    assert all(peaks[short][name] <= peaks[long][name] for short, long in pairwise(LENGTHS) for name in peaks[short])
 
 
-def request(model: str, method: methods.Method, seq: int) -> PlanRequest:
+def step(model: str, method: methods.Method, seq: int) -> PlanRequest:
     return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=BATCH, seq=seq))

@@ -66,7 +66,7 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
         def record(request):
             return lambda **figures: request.node.user_properties.append(("figures", figures))
 
-        @pytest.fixture
+        @pytest.fixture(scope="session")
         def plans():
             return lambda requests: []  # neither claim needs one
         """
