@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -124,8 +125,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
-        write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+        _write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
+        _write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise GaugeError(f"cannot save adapters in {folder}: {one_line(error)}") from error
 
@@ -138,7 +139,7 @@ def load(model: nn.Module, folder: str | Path) -> None:
     import torch
 
     folder = Path(folder)
-    config = _read_config(folder / CONFIG_FILE, _sizes(model))
+    config = read_config(folder / CONFIG_FILE, _sizes(model))
     saved = _read_weights(folder / WEIGHTS_FILE)
     present = adapter_state(model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -203,14 +204,15 @@ def _check_fit(path: Path, saved: dict[str, torch.Tensor], expected: dict[str, t
         raise GaugeError(f"{path} does not fit the model: {faults[0]}{more}")
 
 
-def _read_config(path: Path, sizes: dict[str, int]) -> BottleneckConfig:
+def read_config(path: Path, sizes: Mapping[str, int] | None = None) -> BottleneckConfig:
+    """The config in the ``adapter_config.json`` at ``path``; ``sizes``: what it must say of the model it is for."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(described, dict) or described.get("adapter_type") != "bottleneck":
         raise GaugeError(f"{path} does not describe bottleneck adapters")
-    for key, size in sizes.items():
+    for key, size in (sizes or {}).items():
         if described.get(key) != size:
             raise GaugeError(f"{path} was saved from a model with {key} {described.get(key)}; this one has {size}")
     try:
@@ -233,7 +235,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from peft_gauge import bottleneck
 from peft_gauge.bottleneck import BottleneckConfig
 from peft_gauge.errors import GaugeError, one_line, unknown
 
@@ -134,20 +135,24 @@ def get(name: str) -> Method:
 
 
 def from_adapter_config(path: Path) -> Method:
-    """A method of any PEFT type from the ``adapter_config.json`` at ``path``; named after its folder or file."""
+    """A method of any PEFT type, or bottleneck adapters, from the ``adapter_config.json`` at ``path``; named after its
+    folder or file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GaugeError(f"no adapter config at {path}") from None
     except (ValueError, RecursionError, OSError) as error:
         raise GaugeError(f"{path} is not readable JSON: {one_line(error, 120)}") from error
+    name = path.resolve().parent.name if path.name == "adapter_config.json" else path.stem
+    if isinstance(values, dict) and values.get("adapter_type") == "bottleneck":
+        config = bottleneck.read_config(path)
+        return replace(BOTTLENECK, name=name, title=f"bottleneck adapters from {path.name}", bottleneck=config)
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise GaugeError(f"{path} is no adapter config: it names no peft_type")
     from peft import PeftType
 
     if values["peft_type"] not in list(PeftType):
         raise unknown("PEFT type", values["peft_type"], [kind.value for kind in PeftType])
-    name = path.resolve().parent.name if path.name == "adapter_config.json" else path.stem
     settings = {**values, "inference_mode": False, "task_type": values.get("task_type") or "CAUSAL_LM"}
     return Method(name, f"{values['peft_type']} from {path.name}", "peft", peft_config=settings, starts_as_base=False)
 

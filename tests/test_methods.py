@@ -233,6 +233,14 @@ def test_an_unusable_adapter_config_is_one_line(values: dict[str, Any], said: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_bottleneck_config_is_a_method_too(tmp_path: Path, base: Base) -> None:
+    values = {"adapter_type": "bottleneck", "style": "pfeiffer", "reduction_factor": 8, "nonlinearity": "relu"}
+    method = methods.from_adapter_config(config_file(tmp_path, **values))
+    job = job_for(method, "toy-llama", base("toy-llama"))
+    m, d, blocks = 64 // 8, 64, 2
+    assert sum(p.numel() for p in job.trainable) == blocks * (2 * m * d + d + m)
+
+
 def test_broken_and_missing_adapter_configs(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
