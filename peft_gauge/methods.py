@@ -301,9 +301,11 @@ def save(model: nn.Module, method: Method, folder: Path) -> int:
         from peft_gauge.bottleneck import save as save_bottleneck
 
         save_bottleneck(model, folder)
-    else:
-        # Full fine-tuning saves the whole model; PEFT saves the adapter alone. Both are `save_pretrained`.
+    elif method.kind == "full":
         cast("Any", model).save_pretrained(str(folder))
+    else:
+        # No method resizes the vocabulary; asked to find that out for itself, PEFT looks the base up on the hub.
+        cast("Any", model).save_pretrained(str(folder), save_embedding_layers=False)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
