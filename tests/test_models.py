@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,11 @@ def test_every_record_passes_the_checks_that_strangers_must(name: str) -> None:
     models.read_config(paths.fixture("models") / name / "config.json")
 
 
-def test_70b_on_meta_takes_seconds_and_no_memory() -> None:
-    record = models.resolve("llama-2-70b")
-    models.build(models.resolve("toy-llama"), device="meta")  # imports are not what is timed
-    start = time.perf_counter()
-    model = models.build(record, device="meta")
-    assert time.perf_counter() - start < 15
-    assert {p.device.type for p in model.parameters()} == {"meta"}
+def test_70b_on_meta_takes_no_memory() -> None:
+    """Its float32 weights are 276 GB: more than this test's machine has, so a build that allocates fails."""
+    model = models.build(models.resolve("llama-2-70b"), device="meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert model.num_parameters() == 68_976_648_192
 
 
 def test_the_same_seed_gives_the_same_bytes() -> None:
