@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peft_gauge import ceilings, cli, methods
+from peft_gauge import ceilings, methods
 from peft_gauge.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 from peft_gauge.commands import ceilings as ceilings_command
 from peft_gauge.errors import GaugeError
@@ -187,17 +186,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, run_command: Run, tmp_path: Path) -> Run:
     """``run("--write")``: exit code, standard output and error, over two small models and ``c.toml``."""
     monkeypatch.setattr(ceilings_command, "SHAPES", {"toy-llama": ((2, 16),), "smollm2-135m": ((1, 8),)})
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-gauge", "ceilings", "--file", str(tmp_path / "c.toml"), *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, captured.out, captured.err
+        return run_command("ceilings", "--file", str(tmp_path / "c.toml"), *arguments)
 
     return command
 

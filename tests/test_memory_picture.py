@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_gauge import cli, methods, models
+from peft_gauge import methods, models
 from peft_gauge.commands.memory_curve import card, parse_seqs
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import worker
@@ -159,7 +159,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, run_command: Run) -> Run:
     """``run(…)`` is ``peft-gauge memory-curve --model toy-llama …``, planning in this process: code, output, error."""
 
     def plan_all(requests: Sequence[PlanRequest]) -> Iterator[Any]:
@@ -169,12 +169,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setattr(worker, "plan_all", plan_all)
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-gauge", "memory-curve", "--model", "toy-llama", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, captured.out, captured.err
+        return run_command("memory-curve", "--model", "toy-llama", *arguments)
 
     return command
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from peft_gauge import cli, methods, models
+from peft_gauge import methods, models
 from peft_gauge.commands.plan import adjusted
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
@@ -51,16 +51,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[PlanRequest]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_command: Run) -> Run:
     """``run("--json", …)`` is ``peft-gauge plan --model toy-llama …``: exit code, standard output, standard error."""
 
     def command(*arguments: str, model: str = "toy-llama") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-gauge", "plan", "--model", model, "--seq", "32", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, captured.out, captured.err
+        return run_command("plan", "--model", model, "--seq", "32", *arguments)
 
     return command
 
