@@ -12,9 +12,15 @@ from typing import Any, Literal
 KEY = "peft_gauge"
 
 # 1: cases with outcome and figures, claims with verdicts.
-VERSION = 1
+# 2: measured cases run in a process of their own and can end in ways of their own; raw samples stand with the figures.
+VERSION = 2
 
-Outcome = Literal["passed", "failed", "skipped"]
+Outcome = Literal["passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted"]
+
+SAMPLES = "samples"
+"""The figure under which raw times stand: metric -> one list of seconds for each process that measured it."""
+CONTROL_SAMPLES = "control_samples"
+"""The same for the unchanged control, round by round beside `SAMPLES`."""
 
 
 @dataclass
@@ -32,6 +38,23 @@ class CaseRecord:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def as_json(cases: list[CaseRecord], claims: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """The value stored under `KEY`: schema version, options of the run, cases and claims."""
-    return {"schema": VERSION, "options": options, "cases": [asdict(case) for case in cases], "claims": claims}
+def as_json(
+    cases: list[CaseRecord],
+    claims: list[dict[str, Any]],
+    options: dict[str, Any],
+    *,
+    interrupted: bool = False,
+    resumed_from: str | None = None,
+) -> dict[str, Any]:
+    """The value stored under `KEY`: schema version, options of the run, cases and claims.
+
+    ``interrupted``: whether the run ended before all its cases; ``resumed_from``: the file whose cases it took over.
+    """
+    return {
+        "schema": VERSION,
+        "options": options,
+        "interrupted": interrupted,
+        "resumed_from": resumed_from,
+        "cases": [asdict(case) for case in cases],
+        "claims": claims,
+    }
