@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
 
 # The measured side knows methods and models; the measuring side takes a callable or a module.
 MEASURED = {"models", "methods", "bottleneck", "bottleneck_layers", "step", "cases", "texts", "quality"}
-MEASURING = {"clock", "counting", "meters", "fingerprint", "identity"}
+MEASURING = {"clock", "counting", "meters", "fingerprint", "identity", "isolation"}
 RECORDS = {"history", "report", "claims", "machine"}
 
 
@@ -75,7 +75,7 @@ def test_the_command_is_on_top() -> None:
 def test_a_planted_import_is_seen(tmp_path: Path) -> None:
     tree = ast.parse("def f():\n    from peft_gauge.methods import get\n")
     assert isinstance(tree.body[0], ast.FunctionDef)
-    planted = PACKAGE / "clock.py"
+    planted = PACKAGE / "clock" / "__init__.py"
     assert "methods" not in rooms_of(planted)
     path = tmp_path / "x.py"
     path.write_text("def f():\n    from peft_gauge.methods import get\n")
@@ -100,6 +100,9 @@ def _absolute_imports(path: Path) -> set[str]:
         "peft_gauge.history.writing",
         "peft_gauge.report.terminal",
         "peft_gauge.claims",
+        "peft_gauge.isolation",
+        "peft_gauge.history.reading",
+        "peft_gauge.history.resuming",
     ],
 )
 def test_listing_needs_no_heavy_library(module: str) -> None:
