@@ -17,9 +17,9 @@ VERSION = 2
 
 Outcome = Literal["passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted"]
 
-SAMPLES = "samples"
+SAMPLES = "sampled_seconds"
 """The figure under which raw times stand: metric -> one list of seconds for each process that measured it."""
-CONTROL_SAMPLES = "control_samples"
+CONTROL_SAMPLES = "sampled_control_seconds"
 """The same for the unchanged control, round by round beside `SAMPLES`."""
 
 

@@ -1,0 +1,303 @@
+"""Read saved runs: ours, of every schema so far, and those that pytest-benchmark wrote without us.
+
+A file is parsed once and its parts are handed on as they stand, since a history can have a thousand of them. What is
+read is checked: whoever compares runs may rely on the types that `Run` states.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseRecord, Outcome
+
+OUTCOMES = frozenset(get_args(Outcome))
+
+_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One saved run.
+
+    ``machine`` and ``commit``: what ``machine_info`` and ``commit_info`` held; ``when``: its end, with its time zone;
+    ``options``: what shaped it; ``cases`` and ``claims``: its records; ``benchmarks``: pytest-benchmark's own entries;
+    ``interrupted``: whether it ended before all its cases.
+
+    ``schema`` is ``None`` for a file of plain pytest-benchmark. Each of its benchmarks is a passed case with the figure
+    ``seconds``, the median, and its rounds as samples where they were saved; it has no options and no claims.
+    """
+
+    path: Path
+    machine: Mapping[str, Any]
+    commit: Mapping[str, Any]
+    when: datetime
+    options: Mapping[str, Any]
+    cases: tuple[CaseRecord, ...]
+    claims: tuple[Mapping[str, Any], ...]
+    benchmarks: tuple[Mapping[str, Any], ...]
+    schema: int | None
+    interrupted: bool
+
+    @property
+    def libraries(self) -> Mapping[str, str | None]:
+        """The versions of the libraries by name, ``None`` for one that was not installed; empty where none are told."""
+        libraries = self.machine.get("libraries")
+        return libraries if isinstance(libraries, Mapping) else {}
+
+    @property
+    def name(self) -> str:
+        """The run's number where its file has one, else the file's stem: short enough for a table."""
+        return _number(self.path) or self.path.stem
+
+
+class _Malformed(Exception):
+    """What is wrong with a file, to be said after its path."""
+
+
+def read_run(path: Path) -> Run:
+    """The run saved in ``path``.
+
+    Rounds that schema 1 kept only under ``benchmarks`` are put among the figures of their case, as one process's
+    samples. Raises `GaugeError` for a file that cannot be read, holds no run, or one of a newer schema than ours.
+    """
+    try:
+        return _run(path, _parsed(_text(path)))
+    except _Malformed as problem:
+        raise GaugeError(f"{path} {problem}") from problem
+
+
+def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
+    """The files of all runs under ``folder``, or of one ``machine``'s: machine by machine, the newest last.
+
+    ``folder`` is a folder of machine folders, or one of these. Runs follow each other by number; a file without one
+    comes before them. Hidden files, temporary ones among them, are left out. The files are not opened. Raises
+    `GaugeError` where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise GaugeError(f"{folder} is no folder of saved runs; name one that a run was saved in")
+    try:
+        if machine is not None:
+            return _files(folder / machine) if (folder / machine).is_dir() else []
+        machines = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
+        return [path for each in (folder, *machines) for path in _files(each)]
+    except OSError as error:
+        raise GaugeError(f"{folder} cannot be listed: {error.strerror or error}") from error
+
+
+def last_run(results: Path, machine: str) -> Run | None:
+    """The newest run of ``machine`` under ``results``, or ``None``; raises `GaugeError` where it cannot be read."""
+    paths = runs_in(results, machine) if results.exists() else []
+    return read_run(paths[-1]) if paths else None
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (path for path in folder.iterdir() if path.suffix == ".json" and not _hidden(path) and path.is_file())
+    return sorted(found, key=lambda path: (int(_number(path) or -1), path.name))
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _number(path: Path) -> str | None:
+    match = re.match(r"[0-9]+(?=_)", path.name)
+    return match[0] if match else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise _Malformed("does not exist") from None
+    except IsADirectoryError:
+        raise _Malformed("is a folder; name one of the runs in it") from None
+    except OSError as error:
+        raise _Malformed(f"cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise _Malformed("is not JSON: it holds bytes that are no UTF-8 text") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text, parse_constant=_refused, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            raise _Malformed("is empty") from None
+        if _is_cut_off(text.rstrip(), error):
+            raise _Malformed(f"is truncated: it ends in line {error.lineno}, in the middle of a run") from None
+        raise _Malformed(f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a whole number of thousands of digits; nested past all bounds
+        raise _Malformed(f"is not JSON that can be read: {one_line(error, 100)}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
+        raise _Malformed("is JSON, but no benchmark run: it has no list of benchmarks")
+    return document
+
+
+def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether ``text`` began as a JSON object and the parser stopped because nothing more came."""
+    if not text.lstrip().startswith("{") or (text.endswith("}") and error.pos < len(text)):
+        return False
+    # A string without an end is reported where it starts; half a number, constant or escape a few characters early.
+    return error.msg.startswith("Unterminated string") or len(text) - error.pos < len("\\u1234")
+
+
+def _refused(constant: str) -> float:
+    raise _Malformed(f"holds {constant}, which is no figure and not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _Malformed(f"holds {digits[:40]}, which is more than a number can be")
+    return value
+
+
+def _run(path: Path, document: dict[str, Any]) -> Run:
+    section = _field(document, KEY, dict) if KEY in document else None
+    schema = None if section is None else _schema(section)
+    benchmarks = _benchmarks(document)
+    if section is None:
+        cases = [_plain_case(entry) for entry in benchmarks]
+    else:
+        rounds = {entry["fullname"]: entry["stats"]["data"] for entry in benchmarks if "data" in entry["stats"]}
+        cases = [_case(entry, rounds) for entry in _objects(section, "cases", f"{KEY}.")]
+    machine = _field(document, "machine_info", dict)
+    if section is not None:
+        _check_machine(machine)
+    return Run(
+        path=path,
+        machine=machine,
+        commit=_field({"commit_info": {}} | document, "commit_info", dict),
+        when=_when(_field(document, "datetime", str)),
+        options={} if section is None else _field(section, "options", dict, f"{KEY}."),
+        cases=tuple(cases),
+        claims=() if section is None else _claims(section),
+        benchmarks=tuple(benchmarks),
+        schema=schema,
+        # Schema 1 saved no run that had been interrupted.
+        interrupted=_field({"interrupted": False} | (section or {}), "interrupted", bool, f"{KEY}."),
+    )
+
+
+def _schema(section: dict[str, Any]) -> int:
+    schema: int = _field(section, "schema", int, f"{KEY}.")
+    if schema > VERSION:
+        raise _Malformed(f"was written by a newer peft-gauge (schema {schema}, {VERSION} is known here); upgrade")
+    if schema < 1:
+        raise _Malformed(f"is malformed: {KEY}.schema is {schema}, and the first was 1")
+    return schema
+
+
+def _when(text: str) -> datetime:
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        raise _Malformed(f"is malformed: datetime is {text[:40]!r}, which is no date") from None
+    # pytest-benchmark 3 and 4 wrote UTC without saying so.
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def _check_machine(machine: dict[str, Any]) -> None:
+    """The parts of our own ``machine_info`` by which runs are told apart; other people's may hold anything."""
+    _field(machine, "name", str, "machine_info.")
+    _field({"accelerator": {}} | machine, "accelerator", dict, "machine_info.")
+    libraries = _field({"libraries": {}} | machine, "libraries", dict, "machine_info.")
+    for library, version in libraries.items():
+        if version is not None:
+            _field(libraries, library, str, "machine_info.libraries.")
+
+
+def _case(entry: dict[str, Any], rounds: Mapping[str, list[float]]) -> CaseRecord:
+    id_ = _field(entry, "id", str, "a case's ")
+    where = f"case {id_}: "
+    outcome = _field(entry, "outcome", str, where)
+    if outcome not in OUTCOMES:
+        raise _Malformed(f"is malformed: {where}outcome is {outcome[:40]!r}, none of {', '.join(sorted(OUTCOMES))}")
+    reason = entry.get("reason")
+    if reason is not None:
+        _field(entry, "reason", str, where)
+    figures = _field(entry, "figures", dict, where)
+    for kind in (SAMPLES, CONTROL_SAMPLES):
+        if kind in figures:
+            _check_samples(_field(figures, kind, dict, where), f"{where}{kind}")
+    if SAMPLES not in figures and id_ in rounds:
+        figures |= _samples_of(figures, rounds[id_])
+    return CaseRecord(id_, _field(entry, "question", str, where), cast("Outcome", outcome), reason, figures)
+
+
+def _check_samples(samples: dict[str, Any], where: str) -> None:
+    for metric, processes in samples.items():
+        if type(processes) is not list or not all(_are_seconds(process) for process in processes):
+            raise _Malformed(f"is malformed: {where} of {metric} are not one list of seconds for each process")
+
+
+def _samples_of(figures: dict[str, Any], rounds: list[float]) -> dict[str, Any]:
+    """``rounds`` as samples of the time that a case of schema 1 was about; nothing where that is not plain."""
+    times = {name for name, value in figures.items() if name.endswith("_seconds") and _are_seconds([value])}
+    metrics = [*(times - {"control_seconds"})]
+    return {SAMPLES: {metrics[0]: [rounds]}} if len(metrics) == 1 else {}
+
+
+def _plain_case(entry: dict[str, Any]) -> CaseRecord:
+    fullname, stats = entry["fullname"], entry["stats"]
+    if not _are_seconds([stats.get("median")]):
+        raise _Malformed(f"is malformed: benchmark {fullname}: stats.median is no time in seconds")
+    figures = {"seconds": stats["median"]} | ({SAMPLES: {"seconds": [stats["data"]]}} if "data" in stats else {})
+    return CaseRecord(fullname, Path(fullname.partition("::")[0]).stem, "passed", None, figures)
+
+
+def _benchmarks(document: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = _objects(document, "benchmarks")
+    for entry in entries:
+        fullname = _field(entry, "fullname", str, "a benchmark's ")
+        stats = _field(entry, "stats", dict, f"benchmark {fullname}: ")
+        if not _are_seconds(stats.get("data", [])):
+            raise _Malformed(f"is malformed: benchmark {fullname}: stats.data is no list of seconds")
+    return entries
+
+
+def _claims(section: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    claims = _objects(section, "claims", f"{KEY}.")
+    for claim in claims:
+        id_ = _field(claim, "id", str, "a claim's ")
+        for name in ("model", "verdict"):
+            _field(claim, name, str, f"claim {id_}: ")
+    return tuple(claims)
+
+
+def _objects(holder: dict[str, Any], name: str, where: str = "") -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = _field(holder, name, list, where)
+    for place, entry in enumerate(entries):
+        if type(entry) is not dict:
+            raise _Malformed(f"is malformed: {where}{name}[{place}] is {_shown(entry)}, not an object")
+    return entries
+
+
+def _are_seconds(values: object) -> bool:
+    """Whether ``values`` is a list of times; a whole number too big for a float is none."""
+    return type(values) is list and all(
+        type(value) in (float, int) and 0 <= value <= sys.float_info.max for value in values
+    )
+
+
+def _field(holder: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
+    """The value of ``name``, which must be of exactly this ``kind``: JSON's true is no whole number."""
+    if name not in holder:
+        raise _Malformed(f"is malformed: {where}{name} is missing")
+    value = holder[name]
+    if type(value) is not kind:
+        raise _Malformed(f"is malformed: {where}{name} is {_shown(value)}, not {_NAMES[kind]}")
+    return value
+
+
+def _shown(value: object) -> str:
+    return one_line(json.dumps(value), 40)
