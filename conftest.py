@@ -8,24 +8,35 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures import hypothesis_profiles
-from fixtures.selection import add_options, run_options, selected_cases, selected_device
+from fixtures.cards import case_scheduling, check_workers, is_worker
+from fixtures.measured import LAST_WORDS
+from fixtures.selection import add_options, run_options, selected_cases, selected_device, selected_variations
 from peft_gauge import machine
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
+from peft_gauge.history.resuming import Resumption, merged, resumable
 from peft_gauge.history.writing import write_run
-from peft_gauge.report import plan_table, published_table, terminal
+from peft_gauge.report import memory_table, plan_table, published_table, terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-pytest_plugins = ["pytester", "fixtures.jobs", "fixtures.timing", "fixtures.plans"]
+pytest_plugins = [
+    "pytester",
+    "fixtures.measured",
+    "fixtures.plans",
+    "fixtures.replay",
+    "fixtures.weights",
+]
 
 # When this file is imported, Hypothesis has not yet read --hypothesis-profile, which can name one of these.
 hypothesis_profiles.register()
 
 CASES = pytest.StashKey[list[Case]]()
+VARIATIONS = pytest.StashKey[list[Case]]()
 DEVICE = pytest.StashKey[str]()
+RESUMPTION = pytest.StashKey[Resumption | None]()
 
 FIGURES = "figures"  # the name of the user property in which a case's figures travel on its report
 
@@ -41,18 +52,33 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Settle what is to be run before any file is looked at: a mistake in the options is one line, not a traceback."""
+    config = session.config
     try:
-        session.config.stash[CASES] = selected_cases(session.config)
-        session.config.stash[DEVICE] = selected_device(session.config)
+        config.stash[CASES] = selected_cases(config)
+        config.stash[VARIATIONS] = selected_variations(config)
+        config.stash[DEVICE] = selected_device(config)
+        check_workers(config, config.stash[DEVICE])
+        config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
     except GaugeError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _resumption(config: pytest.Config) -> Resumption:
+    return resumable(Path(config.getoption("--results")), machine.machine_info(), run_options(config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``, all questions to one case go to one worker, unless the user chose another way to share them out."""
+    return case_scheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One instance of a test for each selected method and device; ids come from the data."""
     if "case" not in metafunc.fixturenames:
         return
-    cases = metafunc.config.stash[CASES]
+    varies = metafunc.definition.get_closest_marker("variations") is not None
+    cases = metafunc.config.stash[VARIATIONS if varies else CASES]
     marked = [pytest.param(case, id=case.id, marks=pytest.mark.gpu if case.device == "cuda" else ()) for case in cases]
     # In session scope pytest puts the questions to one case next to each other, and one job serves them all.
     metafunc.parametrize("case", marked, scope="session")
@@ -63,18 +89,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the cases of this machine's device, unless the user chose by marker; say why GPU cases cannot run."""
     device = config.stash[DEVICE]
     if "gpu" not in config.getoption("markexpr"):
-        elsewhere = [item for item in items if _device_of(item) not in (None, device)]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if item not in elsewhere]
+        _deselect(config, items, lambda item: _device_of(item) not in (None, device))
     if "slow" not in config.getoption("markexpr"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        _deselect(config, items, _is_slow)
+    resumption = config.stash[RESUMPTION]
+    if resumption is not None:
+        _deselect(config, items, lambda item: item.nodeid in resumption.done)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = machine.why_no_cuda() if gpu_items else None
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _deselect(config: pytest.Config, items: list[pytest.Item], out: Callable[[pytest.Item], bool]) -> None:
+    left_out = [item for item in items if out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    on_cpu = _device_of(item) == "cpu" and item.get_closest_marker("slow_on_cpu") is not None
+    return on_cpu or item.get_closest_marker("slow") is not None
 
 
 def _device_of(item: pytest.Item) -> str | None:
@@ -127,18 +163,33 @@ class Recorder:
         if claim is not None:
             self.claims.append(claim)
         question = Path(report.nodeid.partition("::")[0]).stem
-        self.cases.append(schema.CaseRecord(report.nodeid, question, report.outcome, _reason(report), figures))
+        # How a process of the case's own ended says more than that the test failed.
+        outcome = figures.pop("ended", report.outcome)
+        self.cases.append(schema.CaseRecord(report.nodeid, question, outcome, _reason(report), figures))
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
-        if not any(case.outcome == "passed" for case in self.cases):
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        interrupted: list[schema.CaseRecord] | None = self.config.stash.get(LAST_WORDS, None)
+        self.cases += interrupted or []
+        if is_worker() or all(case.outcome == "skipped" for case in self.cases):
             return
         if self.config.getoption("--no-save"):
             self.notes.append("not saved (--no-save)")
             return
         info = machine.machine_info()
+        run = self._run(info, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
+        try:
+            path = write_run(Path(self.config.getoption("--results")), info["name"], run)
+        except GaugeError as error:
+            self.notes.append(f"NOT SAVED: {error}")
+            self._fail()
+        else:
+            self.notes.append(f"saved {path}")
+
+    def _run(self, info: dict[str, Any], *, interrupted: bool) -> dict[str, Any]:
+        """The run in pytest-benchmark's format, with everything else under `schema.KEY`."""
         hook = self.config.hook
-        run = hook.pytest_benchmark_generate_json(
+        run: dict[str, Any] = hook.pytest_benchmark_generate_json(
             config=self.config,
             benchmarks=self.timings,
             include_data=True,  # the raw rounds: without them a later comparison has no intervals
@@ -148,14 +199,19 @@ class Recorder:
         for timed in run["benchmarks"]:
             # pytest-benchmark keeps the parameters as they are; a case is known by its id.
             timed["params"] = {name: getattr(value, "id", value) for name, value in (timed["params"] or {}).items()}
-        run[schema.KEY] = schema.as_json(self.cases, self.claims, run_options(self.config))
-        try:
-            path = write_run(Path(self.config.getoption("--results")), info["name"], run)
-        except GaugeError as error:
-            self.notes.append(f"NOT SAVED: {error}")
-            self._fail()
-        else:
-            self.notes.append(f"saved {path}")
+        cases, claims = self.cases, self.claims
+        resumption = self.config.stash.get(RESUMPTION, None)
+        if resumption is not None:
+            cases, claims, run["benchmarks"] = merged(resumption, cases, claims, run["benchmarks"])
+            self.cases, self.claims = cases, claims  # the summary, too, is of the whole run
+        run[schema.KEY] = schema.as_json(
+            cases,
+            claims,
+            run_options(self.config),
+            interrupted=interrupted,
+            resumed_from=resumption.run.path.name if resumption is not None else None,
+        )
+        return run
 
     def _fail(self) -> None:
         session = self.config.pluginmanager.get_plugin("session")
@@ -166,6 +222,7 @@ class Recorder:
         if self.cases:
             width = terminalreporter._tw.fullwidth
             terminalreporter.write(terminal.summary(self.cases, self.claims, width))
+            terminalreporter.write(memory_table.summary(self.cases, width))
             terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))
         for note in self.notes:

@@ -304,3 +304,23 @@ def full_above_lora_above_qlora(claim: Claim, model: str, plans: list[Plan]) -> 
         "planned peak GB of full / LoRA / QLoRA, batch 1, bfloat16, no autocast, QLoRA prepared for k-bit training"
     )
     return Finding.of(all(full > lora > qlora for full, lora, qlora in rows.values()), figure, conditions)
+
+
+LOADED = ("base_weights", "adapter_weights", "quantisation_constants", "buffers")
+
+
+def compared_steps(claim: Claim, model: str) -> list[PlanRequest]:
+    return [planned_step(model, method) for method in (methods.FULL, methods.LORA, methods.QLORA)]
+
+
+@decides("method-comparison", steps=compared_steps)
+def reading_after_loading_is_the_cost(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    """The table's memory column is read after loading; it holds if training needs no more than a tolerance above."""
+    loaded = [sum(plan.resident_by_category.get(name, 0) for name in LOADED) for plan in plans]
+    shown = [
+        f"{plan.method} {plan.trainable_params:,} trainable of {plan.total_params:,}, "
+        f"{before / 1e9:.2f} GB after loading, {plan.peak_bytes / 1e9:.2f} GB in a step"
+        for plan, before in zip(plans, loaded, strict=True)
+    ]
+    holds = all(within(plan.peak_bytes, before, claim) for plan, before in zip(plans, loaded, strict=True))
+    return Finding.of(holds, "; ".join(shown), CONDITIONS)

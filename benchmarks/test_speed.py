@@ -1,61 +1,88 @@
-"""How long do forward, backward and a whole training step take, method by method?
+"""How long do forward, backward, the optimizer's update and a whole training step take, method by method?
 
-Each phase is timed by pytest-benchmark with a clock that waits for the device. A fresh graph and cleared gradients are
-made outside the clock. Before every round a forward of the bare base model is timed as a control, so that each time
-also stands as a multiple of something that no method changes.
+Measured in a process of the case's own, on CUDA by the device's events with the host's clock beside them. A round is
+one step, its phases timed at their ends, after warm-up until rounds no longer become faster; there are rounds until
+their noise is low, or has settled. Before every round a forward of the bare base model is timed as a control, so that
+each time also stands as a multiple of something that no method changes. Throttling, a shared card and a busy host are
+said beside the times.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import statistics
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peft_gauge.cases import Case, described
-from peft_gauge.clock import synchronised_clock, tokens_per_second
+from fixtures.replay import REPLAY_CLOCK
+from peft_gauge.clock import median_ratio, tokens_per_second
+from peft_gauge.clock.card import impossible, share_of_copy, share_of_product
+from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from fixtures.timing import Timing
-    from peft_gauge.step import TrainingJob
+    from fixtures.measured import Measured
+    from peft_gauge.clock.card import CardSpeed
 
-    Stopwatch = Callable[[Callable[[], object], Callable[[], object]], Timing]
+    Replay = Callable[[Sequence[float]], None]
+    Record = Callable[..., None]
 
-pytestmark = pytest.mark.benchmark(timer=synchronised_clock)
-
-
-def test_forward(case: Case, job: TrainingJob, stopwatch: Stopwatch, record: Callable[..., None]) -> None:
-    timing = stopwatch(job.forward, job.clear)
-
-    job.clear()
-    record(**described(case, job), **figures("forward", timing))
+pytestmark = pytest.mark.benchmark(timer=REPLAY_CLOCK)
 
 
-def test_backward(case: Case, job: TrainingJob, stopwatch: Stopwatch, record: Callable[..., None]) -> None:
-    def fresh_graph() -> None:
-        job.clear()
-        job.forward()
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+def test_phase(phase: str, measured: Measured, replay: Replay, record: Record) -> None:
+    speed = measured.figures["speed"]
+    name = f"{phase}_seconds"
 
-    timing = stopwatch(job.backward, fresh_graph)
+    replay(speed["samples"][name])
 
-    job.clear()
-    record(**described(case, job), **figures("backward", timing))
-
-
-def test_step(case: Case, job: TrainingJob, stopwatch: Stopwatch, record: Callable[..., None]) -> None:
-    timing = stopwatch(job.step, job.clear)
-
-    job.clear()
-    assert job.learned(), "a trainable weight never moved: this was no training step"
-    figure = figures("step", timing)
-    figure["tokens_per_second"] = tokens_per_second(job.settings.tokens, figure["step_seconds"])
-    record(**described(case, job), **figure)
+    record(**figures(speed, name))
 
 
-def figures(phase: str, timing: Timing) -> dict[str, float]:
-    return {
-        f"{phase}_seconds": timing.median_seconds,
-        f"{phase}_over_control": timing.over_control,
-        "control_seconds": timing.median_control_seconds,
+def test_step(measured: Measured, replay: Replay, record: Record, card_speed: CardSpeed) -> None:
+    speed = measured.figures["speed"]
+
+    replay(speed["samples"]["step_seconds"])
+
+    figure = figures(speed, "step_seconds")
+    seconds = figure["step_seconds"]
+    forward_seconds = statistics.median(speed["samples"]["forward_seconds"])
+    of_product = share_of_product(measured.plan.flops_per_step, seconds, card_speed)
+    of_copy = share_of_copy(speed["weights_read_bytes"], forward_seconds, card_speed)
+    record(
+        **figure,
+        tokens_per_second=tokens_per_second(measured.case.settings.tokens, seconds),
+        flops_per_second=measured.plan.flops_per_step / seconds,
+        share_of_product=of_product,
+        weights_read_per_second_bytes=speed["weights_read_bytes"] / forward_seconds,
+        share_of_copy=of_copy,
+        card=card_speed.as_json(),
+    )
+    assert measured.figures["learned"], "a trainable weight never moved: this was no training step"
+    doubts = [impossible(of_product, "FLOPs of a step"), impossible(of_copy, "weights read by a forward")]
+    assert doubts == [None, None]
+
+
+def figures(speed: dict[str, Any], name: str) -> dict[str, Any]:
+    samples, control = speed["samples"][name], speed["control_seconds"]
+    found: dict[str, Any] = {
+        name: statistics.median(samples),
+        SAMPLES: {name: [samples]},
+        "warm_up_rounds": speed["warm_up_rounds"],
+        "stopped": speed["stopped"],
+        "unsteady": speed["unsteady"],
     }
+    if control:
+        found |= {
+            name.replace("_seconds", "_over_control"): median_ratio(samples, control),
+            "control_seconds": statistics.median(control),
+            CONTROL_SAMPLES: {name: [control]},
+        }
+    if name == "step_seconds" and "host_step_seconds" in speed:
+        found["host_step_seconds"] = statistics.median(speed["host_step_seconds"])
+    for optional in ("relative_noise", "states", "states_unavailable"):
+        if speed.get(optional) is not None:
+            found[optional] = speed[optional]
+    return found

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peft_gauge import methods, models
-from peft_gauge.cases import Case, count_on_meta, described
-from peft_gauge.counting import count
+from peft_gauge.cases import count_on_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from peft_gauge.step import TrainingJob
+    from fixtures.measured import Measured
 
 ARCHITECTURES = ("tinyllama", "llama-2-7b", "llama-2-13b", "llama-2-70b", "smollm2-135m")
 
@@ -116,25 +114,9 @@ def test_trainable_params(method: methods.Method, architecture: str, record: Cal
     assert counted.total_params == base_params + added
 
 
-def test_params_of_the_built_model(case: Case, job: TrainingJob, tmp_path: Path, record: Callable[..., None]) -> None:
-    built = count(job.model)
+def test_params_of_the_built_model(measured: Measured, record: Callable[..., None]) -> None:
+    built = measured.figures["counted"]
 
-    base_params = models.logical_params(case.model)
-    record(
-        **described(case, job),
-        trainable_params=built.trainable_params,
-        total_params=built.total_params,
-        percent_of_base=built.percent_of_base(base_params),
-        trainable_bytes=built.trainable_bytes,
-        weight_bytes=built.weight_bytes,
-        adapter_disk_bytes=bytes_on_disk(case, job, tmp_path),
-    )
-    planned = count_on_meta(case.model, case.method)
-    assert (built.trainable_params, built.total_params) == (planned.trainable_params, planned.total_params)
-
-
-def bytes_on_disk(case: Case, job: TrainingJob, folder: Path) -> int:
-    """What the method saves; a fully trained model is as large as its weights, and is not written to find that out."""
-    if case.method.kind == "full":
-        return count(job.model).weight_bytes
-    return methods.save(job.model, case.method, folder)
+    record(**built)
+    planned = count_on_meta(measured.case.model, measured.case.method)
+    assert (built["trainable_params"], built["total_params"]) == (planned.trainable_params, planned.total_params)

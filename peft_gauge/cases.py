@@ -10,11 +10,15 @@ from peft_gauge import methods, models
 from peft_gauge.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from peft_gauge.counting import ParameterCount
     from peft_gauge.methods import Method
     from peft_gauge.models import ModelRecord
+
+BATCHES = 4
+"""How many different batches a job trains on in turn."""
 
 
 @dataclass(frozen=True)
@@ -35,33 +39,40 @@ class Case:
     @property
     def id(self) -> str:
         """The case's name in test ids and tables."""
-        return f"{self.method.name}-{self.model.name.replace('/', '--')}-{self.device}"
+        checkpointing = "-checkpointing" if self.settings.grad_checkpointing else ""
+        return f"{self.method.name}{checkpointing}-{self.model.name.replace('/', '--')}-{self.device}"
 
 
-def build_job(case: Case, *, base: PreTrainedModel | None = None) -> TrainingJob:
-    """The training job of ``case``, on its device; ``base``: a freshly built base model to use up."""
+def build_job(
+    case: Case, *, base: PreTrainedModel | None = None, prepared: bool = False, stream: Tensor | None = None
+) -> TrainingJob:
+    """The training job of ``case``, on its device.
+
+    ``base``: a freshly built base model to use up; with ``prepared`` it has gone through `methods.prepare_base`
+    already. ``stream``: the token ids to train on, of one dimension, where the caller has them.
+    """
     import torch
 
-    from peft_gauge.texts import batches
+    from peft_gauge.texts import cut, token_stream
 
-    case.model.check_sequence(case.settings.seq)
+    settings, method = case.settings, case.method
+    case.model.check_sequence(settings.seq)
     if base is None:
         base = models.build(case.model, dtype=case.dtype)
+    if prepared:
+        method = replace(method, quantization=None, prepare_kbit=False)
     vocab_size = base.get_input_embeddings().num_embeddings
     model = methods.attach(
-        base.to(case.device), case.method, grad_checkpointing=case.settings.grad_checkpointing, seed=case.seed
+        base, method, grad_checkpointing=settings.grad_checkpointing, seed=case.seed, device=case.device
     )
-    data = batches(
-        models.tokenizer(case.model),
-        vocab_size=vocab_size,
-        batch=case.settings.batch,
-        seq=case.settings.seq,
-        seed=case.seed,
-        device=case.device,
-    )
+    model.to(case.device)  # a new adapter is made where PEFT makes it
+    if stream is None:
+        needed = BATCHES * settings.batch * settings.seq
+        stream = token_stream(models.tokenizer(case.model), vocab_size=vocab_size, tokens=needed, seed=case.seed)
+    data = cut(stream, batch=settings.batch, seq=settings.seq, device=case.device)
     # Dropout draws from the global stream; the same seed gives every run of a case the same masks.
     torch.manual_seed(case.seed)
-    return TrainingJob(model, data, case.settings)
+    return TrainingJob(model, data, settings)
 
 
 def described(case: Case, job: TrainingJob) -> dict[str, Any]:

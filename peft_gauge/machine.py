@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import subprocess
+import sys
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+from peft_gauge.errors import GaugeError, one_line
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pytest-benchmark")
 
@@ -88,16 +94,57 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+@dataclass(frozen=True)
+class Accelerator:
+    """A CUDA device as torch sees it; ``uuid`` names it whatever ``CUDA_VISIBLE_DEVICES`` says, with NVML's prefix."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    uuid: str | None
+
+
+_ASK_TORCH = """
+import json, torch
+found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+print(json.dumps([[each.name, each.total_memory, each.major, each.minor, str(getattr(each, "uuid", ""))]
+                  for each in found]))
+"""
+
+
+@cache
+def accelerators() -> tuple[Accelerator, ...]:
+    """The CUDA devices that torch can use here, in its order; none where `why_no_cuda` has a reason.
+
+    A process of its own asks: this one has to stay without a CUDA context, which would take memory on the very card
+    that is measured, and count there as another process. Raises `GaugeError` where torch fails at it.
+    """
+    if why_no_cuda() is not None:
+        return ()
+    done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise GaugeError(f"torch cannot read the CUDA devices here: {one_line(last[0])}; run peft-gauge doctor")
+    return tuple(
+        Accelerator(name, memory_bytes, (major, minor), _with_prefix(uuid) if uuid else None)
+        for name, memory_bytes, major, minor, uuid in json.loads(done.stdout)
+    )
+
+
+def _with_prefix(uuid: str) -> str:
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
 def _accelerator() -> dict[str, Any]:
     """The first CUDA device and its driver; all ``None`` without one."""
     import torch
 
-    if not torch.cuda.is_available():
+    cards = accelerators()
+    if not cards:
         return {"name": None, "memory_bytes": None, "driver": None, "cuda": torch.version.cuda}
-    properties = torch.cuda.get_device_properties(0)
     return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
+        "name": cards[0].name,
+        "memory_bytes": cards[0].memory_bytes,
         "driver": _driver_version(),
         "cuda": torch.version.cuda,
     }

@@ -164,14 +164,16 @@ def attach(
     compute_dtype: torch.dtype | None = None,
     grad_checkpointing: bool = False,
     seed: int = 0,
+    device: str | None = None,
 ) -> nn.Module:
     """Make ``model`` ready to be trained by ``method``, in place, and return what is to be called.
 
     ``compute_dtype``: what 4-bit weights are dequantised to (default: the model's own dtype). New weights are drawn
-    from ``seed``. Gradient checkpointing is a setting of the step and off unless asked for, also where a library's
+    from ``seed``. ``device`` is where the base goes first, layer by layer where it is quantised (default: it stays
+    where it is). Gradient checkpointing is a setting of the step and off unless asked for, also where a library's
     preparation would turn it on silently. Raises `GaugeError` where the method does not fit the model.
     """
-    model = prepare_base(model, method, compute_dtype=compute_dtype)
+    model = prepare_base(model, method, compute_dtype=compute_dtype, device=device)
     with _seeded(seed):
         attached = _attach_adapter(model, method, seed)
     if grad_checkpointing:
@@ -183,9 +185,14 @@ def attach(
 
 
 def prepare_base(
-    model: PreTrainedModel, method: Method, *, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    method: Method,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: str | None = None,
 ) -> PreTrainedModel:
-    """Quantise the base and cast it for k-bit training, in place, as far as ``method`` says."""
+    """Quantise the base and cast it for k-bit training, in place, as far as ``method`` says, and bring it to
+    ``device``."""
     if method.quantization is not None:
         from peft_gauge.quantization import quantize_
 
@@ -194,7 +201,10 @@ def prepare_base(
             quant_format=method.quantization.quant_format,
             double_quant=method.quantization.double_quant,
             compute_dtype=compute_dtype or model.dtype,
+            device=device,
         )
+    if device is not None:
+        model = model.to(device)
     if method.prepare_kbit:
         from peft import prepare_model_for_kbit_training
 

@@ -11,13 +11,14 @@ import contextlib
 import io
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.machine import accelerators
 
 if TYPE_CHECKING:
     import torch
@@ -255,9 +256,8 @@ def default_dtype(device: str) -> str:
     """
     if device != "cuda":
         return "float32"
-    import torch
-
-    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    cards = accelerators()
+    return "float16" if cards and cards[0].compute_capability < (8, 0) else "bfloat16"
 
 
 def default_model(device: str) -> str:
@@ -300,6 +300,18 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.seed)
         return _from_config(record, attn_implementation).to(wanted).to(device)
+
+
+def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
+    """``record`` with its very weights as safetensors in ``dtype`` in ``folder``, from which they load in a moment.
+
+    For whoever builds the same base many times, in processes of their own: drawing weights and dequantising a GGUF
+    take longer than reading them. A record that loads from safetensors already comes back as it is.
+    """
+    if record.weights == "real" and not str(record.location).endswith(".gguf"):
+        return record
+    build(record, dtype=dtype).save_pretrained(folder)
+    return replace(record, source="folder", weights="real", location=str(folder))
 
 
 def _from_config(record: ModelRecord, attn_implementation: str) -> PreTrainedModel:

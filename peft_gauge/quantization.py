@@ -71,15 +71,16 @@ def quantize_(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.float32,
     skip: Sequence[str] = ("lm_head",),
+    device: str | None = None,
 ) -> None:
     """Replace ``model``'s linear layers in place by bitsandbytes' ``Linear4bit`` (``"int8"``: ``Linear8bitLt``).
 
-    Each weight is quantised on its own device in blocks of 64 and its full-precision tensor is let go before
-    the next one is touched. Biases stay as they are. Left alone: layers whose name is, or ends in, an entry
-    of ``skip``; layers whose weight is tied to another module's; subclasses of ``nn.Linear`` and
-    transformers' ``Conv1D`` (GPT-2). ``double_quant`` and ``compute_dtype`` concern the 4-bit formats.
-    The backward pass dequantises to the dtype that the weight had before. The model is marked as transformers
-    marks one that it loaded quantised, so PEFT picks its own layers for it.
+    Each weight is quantised in blocks of 64 on ``device`` (default: where it is) and its full-precision tensor is let
+    go before the next one is touched; so a model that does not fit a GPU in 16 bit is brought there in 4. Biases stay
+    as they are. Left alone: layers whose name is, or ends in, an entry of ``skip``; layers whose weight is tied to
+    another module's; subclasses of ``nn.Linear`` and transformers' ``Conv1D`` (GPT-2). ``double_quant`` and
+    ``compute_dtype`` concern the 4-bit formats. The backward pass dequantises to the dtype that the weight had before.
+    The model is marked as transformers marks one that it loaded quantised, so PEFT picks its own layers for it.
 
     Two things to know when reading memory:
 
@@ -108,6 +109,8 @@ def quantize_(
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        if device is not None:
+            linear.to(device)
         model.set_submodule(name, _quantised_layer(linear, quant_format, double_quant, compute_dtype))
     _mark(model, quant_format, double_quant, compute_dtype, skip)
 

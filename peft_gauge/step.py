@@ -96,6 +96,12 @@ class TrainingJob:
         self._micro_batches = 0
         self._at_start: list[Tensor] = []
 
+    def train_on(self, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings) -> None:
+        """Go on with other batches, of another shape if need be; the optimizer and its state stay."""
+        if not batches:
+            raise GaugeError("there is no batch to train on")
+        self.batches, self.settings, self._micro_batches = batches, settings, 0
+
     def forward(self) -> Tensor:
         """Run the model on the next batch and return its loss, a scalar with a graph."""
         batch = self.batches[self._micro_batches % len(self.batches)]

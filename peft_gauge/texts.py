@@ -41,16 +41,27 @@ def batches(
     With a tokenizer the chat examples are tokenised, joined and cut into rows without padding (repeating them where
     they run out); without one the ids are drawn uniformly from ``vocab_size`` by ``seed``. The two have the same shape.
     """
-    if batch < 1 or seq < 2 or number < 1:
-        raise GaugeError(f"a batch needs at least 1 row of 2 tokens, not {batch} × {seq}")
-    needed = number * batch * seq
+    if number < 1:
+        raise GaugeError(f"at least 1 batch is needed, not {number}")
+    stream = token_stream(tokenizer, vocab_size=vocab_size, tokens=number * batch * seq, seed=seed)
+    return cut(stream, batch=batch, seq=seq, device=device)
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, tokens: int, seed: int = 0) -> Tensor:
+    """``tokens`` token ids, int64 of one dimension, as `batches` cuts them into rows."""
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, vocab_size, (needed,), generator=generator)
-    else:
-        stream = torch.tensor(_tokenised(tokenizer))
-        tokens = stream.repeat(-(-needed // len(stream)))[:needed]
-    rows = tokens.view(number, batch, seq).to(device)
+        return torch.randint(0, vocab_size, (tokens,), generator=generator)
+    stream = torch.tensor(_tokenised(tokenizer))
+    return stream.repeat(-(-tokens // len(stream)))[:tokens]
+
+
+def cut(stream: Tensor, *, batch: int, seq: int, device: str = "cpu") -> list[Batch]:
+    """As many batches of ``batch`` × ``seq`` tokens as ``stream`` has; the rest of it is left out."""
+    if batch < 1 or seq < 2:
+        raise GaugeError(f"a batch needs at least 1 row of 2 tokens, not {batch} × {seq}")
+    number = len(stream) // (batch * seq)
+    rows = stream[: number * batch * seq].view(number, batch, seq).to(device)
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 

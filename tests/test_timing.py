@@ -59,37 +59,21 @@ def test_the_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     assert clock.synchronised_clock() >= first
 
 
-# Runs the suite's own fixture and recorder with a clock of known steps: forward 0.125 s, control 0.0625 s.
-PLANTED = """
+# Runs the suite's own fixture and recorder on rounds that "another process" measured, each of another length.
+ROUNDS = [0.1, 0.125, 0.3, 0.125, 0.2]
+PLANTED = f"""
+import statistics
 import pytest
+from fixtures.replay import REPLAY_CLOCK
 
-class Clock:
-    now = 0.0
-    def __call__(self):
-        return Clock.now
+ROUNDS = {ROUNDS}
 
-@pytest.fixture(scope="session")
-def control():
-    def forward():
-        Clock.now += 0.0625
-    return forward
-
-@pytest.mark.benchmark(timer=Clock())
-def test_planted(stopwatch, record, monkeypatch):
-    monkeypatch.setattr("fixtures.timing.timed", lambda work: _timed(work))
-    def phase():
-        Clock.now += 0.125
-    def prepare():
-        Clock.now += 7.0
-    timing = stopwatch(phase, prepare)
-    record(method="lora", model="toy", device="cpu", forward_seconds=timing.median_seconds,
-           step_seconds=timing.median_seconds, step_over_control=timing.over_control,
-           tokens_per_second=64 / timing.median_seconds)
-
-def _timed(work):
-    start = Clock.now
-    work()
-    return Clock.now - start
+@pytest.mark.benchmark(timer=REPLAY_CLOCK)
+def test_planted(replay, record):
+    replay(ROUNDS)
+    median = statistics.median(ROUNDS)
+    record(method="lora", model="toy", device="cpu", forward_seconds=median, step_seconds=median,
+           step_over_control=2.0, tokens_per_second=64 / median)
 """
 
 
@@ -109,12 +93,13 @@ def planted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
     return done.stdout, json.loads(saved.read_text())
 
 
-def test_set_up_and_control_stay_outside_the_clock(planted_run: tuple[str, dict[str, Any]]) -> None:
+def test_replayed_rounds_are_saved_to_the_last_digit(planted_run: tuple[str, dict[str, Any]]) -> None:
     _, run = planted_run
     (benchmark,) = run["benchmarks"]
-    assert benchmark["stats"]["data"] == [0.125] * 5
+    assert benchmark["stats"]["data"] == ROUNDS
     assert benchmark["stats"]["rounds"] == 5
     assert benchmark["stats"]["median"] == 0.125
+    assert benchmark["stats"]["max"] == 0.3
 
 
 def test_derived_and_shown_figures_agree_with_the_stored(planted_run: tuple[str, dict[str, Any]]) -> None:
@@ -126,7 +111,7 @@ def test_derived_and_shown_figures_agree_with_the_stored(planted_run: tuple[str,
     assert case["figures"]["tokens_per_second"] == 512
     row = next(line for line in shown.splitlines() if line.startswith("│ lora"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells == ["lora", "–", "–", "–", "125.00 ms", "–", "125.00 ms", "2.00", "512"]
+    assert cells == ["lora", "–", "–", "–", "125.00 ms", "–", "–", "125.00 ms", "2.00", "512"]
 
 
 @pytest.mark.parametrize(

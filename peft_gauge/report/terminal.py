@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 # Shown where a run did not measure a figure; never 0.
 ABSENT = "–"
 
+PHASES = ("forward", "backward", "optimizer", "step")
+
 # The method table's own width: a narrower terminal wraps it, rather than losing digits.
-WIDTH = 124
+WIDTH = 136
 
 
 def summary(cases: Iterable[CaseRecord], claims: Iterable[Mapping[str, Any]], width: int) -> str:
     """The tables of one run as text of at most ``width`` columns: methods, then claims with their verdicts."""
     tables = [
-        _method_table(group, f"{model} on {device}, {_conditions(group)}")
-        for (model, device), group in _by_model(method_rows(cases)).items()
+        _method_table(group, f"{model} on {device}, {conditions(group)}")
+        for (model, device), group in by_model(_timed_or_counted(cases)).items()
     ]
     claims = list(claims)
     return as_text([*tables, *([_claim_table(claims)] if claims else [])], width)
@@ -39,24 +41,40 @@ def as_text(tables: Iterable[Table], width: int) -> str:
 
 
 def method_rows(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
-    """One row for each method × model × device, the figures of all its passed cases merged."""
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    """One row for each method × model × device, with and without gradient checkpointing, the figures of all its
+    passed cases merged."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for case in cases:
         figures = case.figures
         if "method" in figures and case.outcome == "passed":
-            key = (figures["method"], figures["model"], figures["device"])
+            key = (figures["method"], figures["model"], figures["device"], _is_checkpointed(figures))
             rows.setdefault(key, {}).update(figures)
     return list(rows.values())
 
 
-def _by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def label(row: Mapping[str, Any]) -> str:
+    """The row's method, and what sets it apart from the method as it is by default."""
+    return f"{row['method']}, checkpointing" if _is_checkpointed(row) else str(row["method"])
+
+
+def _is_checkpointed(figures: Mapping[str, Any]) -> bool:
+    return bool((figures.get("settings") or {}).get("grad_checkpointing"))
+
+
+def _timed_or_counted(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
+    return [row for row in method_rows(cases) if row.keys() & {"trainable_params", *(f"{p}_seconds" for p in PHASES)}]
+
+
+def by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """``rows`` by model and device."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["device"]), []).append(row)
     return groups
 
 
-def _conditions(rows: list[dict[str, Any]]) -> str:
+def conditions(rows: list[dict[str, Any]]) -> str:
+    """Shape, dtype and weights of ``rows``, which are of one model on one device."""
     settings = rows[0].get("settings", {})
     return (
         f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}, "
@@ -66,23 +84,27 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
 
 def _method_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = (
-        "medians of this run; × is the median over rounds against a bare-base forward timed beside each round"
-    )
+    told = "medians of this run; × is the median over rounds against a bare-base forward timed beside each round"
+    table.caption = "\n".join([told, *_unsteady(rows)])
     table.add_column("method", no_wrap=True)
-    for heading in ("trainable", "% of base", "on disk", "forward", "backward", "step", "step ×", "tokens/s"):
+    for heading in ("trainable", "% of base", "on disk", *PHASES, "step ×", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["method"],
+            f"{label(row)} (unsteady)" if row.get("unsteady") else label(row),
             shown(row.get("trainable_params"), "{:,}"),
             shown(row.get("percent_of_base"), "{:.4f}"),
             shown_bytes(row.get("adapter_disk_bytes")),
-            *(shown_seconds(row.get(f"{phase}_seconds")) for phase in ("forward", "backward", "step")),
+            *(shown_seconds(row.get(f"{phase}_seconds")) for phase in PHASES),
             shown(row.get("step_over_control"), "{:.2f}"),
             shown(row.get("tokens_per_second"), "{:.0f}"),
         )
     return table
+
+
+def _unsteady(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each row whose times are not to be trusted, and why."""
+    return [f"unsteady: {label(row)}: {'; '.join(row['unsteady'])}" for row in rows if row.get("unsteady")]
 
 
 def _claim_table(claims: list[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,118 @@
+"""How much memory does a training step take, measured, how far is that from its plan, and is it under its ceiling?
+
+Each case runs in a process of its own. On CUDA the caching allocator (allocated, reserved) and the driver (NVML:
+device, process) are read phase by phase, and each peak is held against the plan and the ceiling; on every device the
+storages of tensors are followed, which counts what is alive to the byte. A plan is of CUDA's kernels: on a CPU, whose
+kernels keep other things, its distance is recorded and not judged. GB are 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from peft_gauge.measure.slopes import lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fixtures.measured import Measured
+
+    Record = Callable[..., None]
+
+# measured figure -> the plan's figure, the ceiling's
+COMPARED = {
+    "allocated_peak_bytes": ("peak_bytes", "allocated_bytes"),
+    "reserved_peak_bytes": ("reserved_bytes_estimate", "reserved_bytes"),
+    "own_device_peak_bytes": ("device_bytes_estimate", "device_bytes"),
+}
+
+
+def test_peak(measured: Measured, record: Record) -> None:
+    memory = measured.figures["memory"]
+
+    record(**memory, **against_plan(measured), ceiling=ceiling_of(measured))
+    assert_trained(measured)
+    assert memory["naive_after_loading_bytes"] < memory["tensor_peak_bytes"]
+    assert sum(memory["peak_by_category"].values()) == memory["tensor_peak_bytes"]
+    assert over_ceiling(measured) == []
+
+
+@pytest.mark.slow_on_cpu
+def test_growth(measured: Measured, record: Record) -> None:
+    """Slope and intercept along the batch and along the sequence, planned and measured."""
+    figure = "allocated_peak_bytes" if measured.case.device == "cuda" else "tensor_peak_bytes"
+    points = measured.figures["memory"]["shapes"]
+    plans = [measured.plan, *measured.shape_plans]
+    planned = [
+        {"batch": plan.settings["batch"], "seq": plan.settings["seq"], figure: plan.peak_bytes} for plan in plans
+    ]
+
+    found: list[dict[str, Any]] = [
+        {
+            "along": line.along,
+            "held": line.held,
+            "slope_bytes": line.slope_bytes,
+            "intercept_bytes": line.intercept_bytes,
+            "planned_slope_bytes": plan.slope_bytes,
+            "planned_intercept_bytes": plan.intercept_bytes,
+        }
+        for line, plan in zip(lines(points, figure), lines(planned, figure), strict=True)
+    ]
+
+    record(growth=found, growth_of=figure)
+    assert len(found) == 4
+    assert all(line["slope_bytes"] >= 0 for line in found), "a larger step took less memory"
+
+
+@pytest.mark.variations
+@pytest.mark.slow_on_cpu
+def test_variation(measured: Measured, record: Record) -> None:
+    """One thing changed: the base unprepared for k-bit training, adapters in 16 bit, gradient checkpointing."""
+    memory = measured.figures["memory"]
+
+    record(**memory, **against_plan(measured), ceiling=ceiling_of(measured))
+    assert_trained(measured)
+    assert over_ceiling(measured) == []
+
+
+def assert_trained(measured: Measured) -> None:
+    assert measured.figures["gradients"] == {"missing": [], "not_finite": []}
+    assert measured.figures["learned"], "a trainable weight never moved: this was no training step"
+
+
+def against_plan(measured: Measured) -> dict[str, Any]:
+    """Planned figures, and each measured one's distance from its own as a part of it."""
+    memory, plan = measured.figures["memory"], measured.plan
+    found: dict[str, Any] = {
+        "planned_peak_bytes": plan.peak_bytes,
+        "planned_reserved_bytes": plan.reserved_bytes_estimate,
+        "planned_device_bytes": plan.device_bytes_estimate,
+        "planned_saved_activation_bytes_per_token": plan.saved_activation_bytes_per_token,
+    }
+    errors = {
+        figure: memory[figure] / getattr(plan, planned) - 1
+        for figure, (planned, _) in COMPARED.items()
+        if figure in memory
+    }
+    errors["tensor_peak_bytes"] = memory["tensor_peak_bytes"] / plan.peak_bytes - 1
+    return {**found, "relative_error": errors}
+
+
+def ceiling_of(measured: Measured) -> dict[str, int] | None:
+    """The ceilings by measured figure; none on a CPU, of whose kernels there is no plan."""
+    if measured.case.device != "cuda":
+        return None
+    ceiling = measured.ceiling
+    return {figure: getattr(ceiling, limit) for figure, (_, limit) in COMPARED.items()}
+
+
+def over_ceiling(measured: Measured) -> list[str]:
+    """A line for each measured peak that is above its ceiling."""
+    memory = measured.figures["memory"]
+    return [
+        f"{figure}: {memory[figure]:,} is above the ceiling of {limit:,}"
+        for figure, limit in (ceiling_of(measured) or {}).items()
+        if figure in memory and memory[figure] > limit
+    ]

@@ -1,0 +1,5 @@
+"""A case measured: its memory and its times, by the instruments, in the process that runs this.
+
+Where the measured side (`peft_gauge.cases`, `peft_gauge.step`) and the measuring side (`peft_gauge.meters`,
+`peft_gauge.clock`) meet. `passes.measure` is what a process of its own is started for (`peft_gauge.isolation`).
+"""

@@ -1,0 +1,299 @@
+"""The memory pass: what a step needs, by every meter of the device, phase by phase and at several shapes.
+
+The allocator, the driver and the operating system are read over untouched steps; the tensor tracker, which slows a step
+and follows every storage, over a step of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peft_gauge import isolation, meters
+from peft_gauge.clock import timed
+from peft_gauge.counting import quantisation_constants
+from peft_gauge.meters.cuda import CudaMeter
+from peft_gauge.meters.host import HostMeter
+from peft_gauge.meters.nvml import NvmlMeter
+from peft_gauge.meters.tensors import TensorMeter
+from peft_gauge.plan.tracker import (
+    ACTIVATIONS,
+    ADAPTER_WEIGHTS,
+    BASE_WEIGHTS,
+    BUFFERS,
+    FORWARD,
+    HOST,
+    INPUTS,
+    LOGITS_AND_LOSS,
+    OPTIMIZER_STATE,
+    QUANTISATION_CONSTANTS,
+    StorageTracker,
+)
+from peft_gauge.texts import cut
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from peft_gauge.meters import Meter, Phases
+    from peft_gauge.step import TrainingJob
+
+STEPS = 2
+"""Metered steps; the peak is the greatest of them, since segments can still be split after the first."""
+
+BEFORE = "before"
+"""The phase before anything is built."""
+
+# meter's name -> its figure in a whole step -> the figure's name in the record
+SUMMARY = {
+    "cuda allocator": {
+        "allocated_peak_bytes": "allocated_peak_bytes",
+        "reserved_peak_bytes": "reserved_peak_bytes",
+        "fragmented_peak_bytes": "fragmented_peak_bytes",
+    },
+    "nvml": {"device_peak_bytes": "device_peak_bytes", "process_peak_bytes": "process_peak_bytes"},
+    "host": {"rss_peak_bytes": "rss_peak_bytes"},
+}
+
+
+def meters_of(device: str) -> list[Meter]:
+    """The meters that see something of a step on ``device``, but for the tensor tracker."""
+    return [HostMeter(), CudaMeter(), NvmlMeter()] if device == "cuda" else [HostMeter()]
+
+
+@contextlib.contextmanager
+def watched(device: str) -> Iterator[Phases]:
+    """Meters over what happens in the block; what they see at each moment is noted, lest the process die."""
+    phases = meters.Phases(meters_of(device))
+    with phases.phase(BEFORE):  # what others have on the card
+        pass
+    with isolation.watch(lambda: present(device)):
+        yield phases
+
+
+def present(device: str) -> dict[str, int | None]:
+    """What is known at this moment without touching any meter's peak: for a process that may not live to tell."""
+    if device != "cuda":
+        import psutil
+
+        return {"rss_peak_bytes": psutil.Process().memory_info().rss}
+    if not torch.cuda.is_initialized():
+        return {}
+    stats = torch.cuda.memory_stats()
+    return {
+        "allocated_peak_bytes": stats.get("allocated_bytes.all.peak"),
+        "reserved_peak_bytes": stats.get("reserved_bytes.all.peak"),
+    }
+
+
+def allocated_bytes(model: nn.Module) -> int:
+    """What a reading right after loading shows: the allocator's on CUDA, else the storages of the model."""
+    parameter = next(model.parameters())
+    if parameter.is_cuda:
+        return torch.cuda.memory_allocated(parameter.device)
+    constants = [tensor for each in model.parameters() for tensor in quantisation_constants(each)]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers(), *constants)
+    }
+    return sum(storages.values())
+
+
+def room_for(nbytes: int, device: str) -> bool:
+    """Whether ``nbytes`` and half as much again are free on ``device``."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return nbytes * 3 // 2 < free
+
+
+def memory_pass(
+    job: TrainingJob, phases: Phases, stream: Tensor, shapes: Sequence[tuple[int, int]], *, trains_base: bool
+) -> dict[str, Any]:
+    """Peaks of a step of ``job``, which is warmed up, by phase and meter; then at each of ``shapes``.
+
+    ``stream``: token ids for the other shapes. ``trains_base``: whether the trainable weights are the base's own.
+
+    The record: ``phases`` (phase -> meter -> figure), the whole step's figures by themselves, ``tensors`` (the tracked
+    step: exact peak, resident, by category), ``shapes`` (a peak each), what each meter sees, its resolution, and
+    what it costs, and why a meter of the device could not read. Bytes; a figure that could not be read is absent.
+    """
+    own = (job.batches, job.settings)
+    _empty_cache()
+    plain_seconds = min(timed(lambda: _metered_step(job, phases)) for _ in range(STEPS))
+    whole = phases.peaks().get(meters.WHOLE_STEP, {})
+    found: dict[str, Any] = {
+        name: whole[meter][figure]
+        for meter, figures in SUMMARY.items()
+        for figure, name in figures.items()
+        if figure in whole.get(meter, {})
+    }
+    found |= _own_device_peak(phases, found)
+    counts = _counts(phases)
+    tracked_seconds, tracked = _tracked_step(job, trains_base)
+    found |= {"tensor_peak_bytes": tracked["peak_bytes"], "resident_bytes": tracked["resident_bytes"]}
+    points = [{"batch": own[1].batch, "seq": own[1].seq, **_peak_names(found)}]
+    for batch, seq in shapes:
+        isolation.note(phase=f"step of {batch}×{seq}")
+        points.append({"batch": batch, "seq": seq, **_at_shape(job, stream, batch, seq, trains_base)})
+    job.train_on(*own)
+    _empty_cache()
+    return {
+        **found,
+        **counts,
+        "saved_activation_bytes_per_token": tracked["saved_activation_bytes"] / (own[1].batch * own[1].seq),
+        "peak_by_category": tracked["peak_by_category"],
+        "resident_by_category": tracked["resident_by_category"],
+        "phase_of_peak": tracked["phase_of_peak"],
+        "phases": phases.peaks(),
+        "shapes": points,
+        "meters": _about(phases, meters_of(_device(job)), tracked_seconds / plain_seconds),
+        "unavailable": phases.unavailable,
+    }
+
+
+def _device(job: TrainingJob) -> str:
+    return job.trainable[0].device.type
+
+
+def _metered_step(job: TrainingJob, phases: Phases) -> None:
+    isolation.note(phase=meters.WHOLE_STEP)
+    with phases.phase(meters.WHOLE_STEP):
+        job.clear()
+        for _ in range(job.settings.grad_accumulation):
+            with phases.phase(meters.FORWARD):
+                job.forward()
+            with phases.phase(meters.BACKWARD):
+                job.backward()
+        with phases.phase(meters.OPTIMIZER):
+            job.optimizer_step()
+    job.clear()
+
+
+def _own_device_peak(phases: Phases, found: dict[str, Any]) -> dict[str, int]:
+    """What the driver counts for this process; where it does not tell, what the card had more than before it."""
+    if "process_peak_bytes" in found:
+        return {"own_device_peak_bytes": found["process_peak_bytes"]}
+    before = phases.peaks().get(BEFORE, {}).get("nvml", {}).get("device_peak_bytes")
+    if before is None or "device_peak_bytes" not in found:
+        return {}
+    return {"own_device_peak_bytes": found["device_peak_bytes"] - before}
+
+
+def _counts(phases: Phases) -> dict[str, int]:
+    """How often, over all phases so far, the allocator had to give back its cache, and ran out."""
+    steps = [reading for reading in phases.readings if reading.phase == meters.WHOLE_STEP]
+    counts: dict[str, int] = {}
+    for reading in steps:
+        for name in ("alloc_retries", "ooms"):
+            value = reading.by_meter.get("cuda allocator", {}).get(name)
+            if value is not None:
+                counts[name] = counts.get(name, 0) + value
+    return counts
+
+
+def _tracked_step(job: TrainingJob, trains_base: bool) -> tuple[float, dict[str, Any]]:
+    """One step followed storage by storage: its seconds, and the tracked figures."""
+    gc.collect()
+    tracker = StorageTracker(vocabulary=job.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    _adopt(tracker, job, trains_base)
+    tracker.follow(job.optimizer)
+    meter = TensorMeter(tracker)
+    driver = meters.Phases([meter])
+
+    def step() -> None:
+        with driver.phase(meters.WHOLE_STEP):
+            for _ in range(job.settings.grad_accumulation):
+                with driver.phase(meters.FORWARD):
+                    tracker.label(job.forward(), LOGITS_AND_LOSS)
+                with driver.phase(meters.BACKWARD):
+                    job.backward()
+            with driver.phase(meters.OPTIMIZER):
+                job.optimizer_step()
+            job.clear()
+
+    seconds = timed(step)
+    peak, resident = tracker.peak(), tracker.live()
+    saved = tracker.kept_bytes(FORWARD, (ACTIVATIONS,))
+    tracker.close()
+    return seconds, {
+        "peak_bytes": peak.bytes,
+        "phase_of_peak": peak.phase,
+        "peak_by_category": _without_host(peak.by_category),
+        "resident_bytes": resident.bytes,
+        "resident_by_category": _without_host(resident.by_category),
+        "saved_activation_bytes": saved,
+    }
+
+
+def _without_host(by_category: Any) -> dict[str, int]:
+    return {name: nbytes for name, nbytes in by_category.items() if nbytes and name != HOST}
+
+
+def _adopt(tracker: StorageTracker, job: TrainingJob, trains_base: bool) -> None:
+    tracker.adopt(job.model.buffers(), BUFFERS)
+    for parameter in job.model.parameters():
+        is_base = trains_base or not parameter.requires_grad
+        tracker.adopt(parameter, BASE_WEIGHTS if is_base else ADAPTER_WEIGHTS)
+        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+    for state in job.optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                # torch keeps the step counter of an unfused AdamW on the host, wherever the parameter is.
+                on_host = name == "step" and not value.is_cuda
+                tracker.adopt(value, HOST if on_host else OPTIMIZER_STATE)
+    for batch in job.batches[:1]:  # the step that is planned has one batch on the device
+        tracker.adopt(batch.values(), INPUTS)
+
+
+def _at_shape(job: TrainingJob, stream: Tensor, batch: int, seq: int, trains_base: bool) -> dict[str, int]:
+    """The peaks of a step of ``batch`` × ``seq`` tokens by the meters that have no memory of other shapes."""
+    device = _device(job)
+    shape = replace(job.settings, batch=batch, seq=seq)
+    job.train_on(cut(stream, batch=batch, seq=seq, device=device), shape)
+    found: dict[str, int] = {}
+    if device == "cuda":
+        job.step()  # workspaces and kernels of this shape are made once
+        job.clear()
+        _empty_cache()
+        phases = meters.Phases([CudaMeter()])
+        for _ in range(STEPS):
+            _metered_step(job, phases)
+        whole = phases.peaks()[meters.WHOLE_STEP].get("cuda allocator", {})
+        found |= {name: whole[name] for name in ("allocated_peak_bytes", "reserved_peak_bytes") if name in whole}
+    _, tracked = _tracked_step(job, trains_base)
+    return {**found, "tensor_peak_bytes": tracked["peak_bytes"]}
+
+
+def _peak_names(found: dict[str, Any]) -> dict[str, int]:
+    names = ("allocated_peak_bytes", "reserved_peak_bytes", "tensor_peak_bytes")
+    return {name: found[name] for name in names if name in found}
+
+
+def _empty_cache() -> None:
+    """Plans replay steps, not loading: segments that only loading needed go back first."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _about(phases: Phases, used: Sequence[Meter], tracked_over_plain: float) -> dict[str, dict[str, Any]]:
+    """What each meter sees, its resolution, and what it costs: seconds a phase, or times a step's time."""
+    about: dict[str, dict[str, Any]] = {}
+    for meter in used:
+        if meter.name not in phases.unavailable:
+            cost = meters.overhead_seconds(meter)
+            about[meter.name] = {"sees": meter.sees, "resolution": meter.resolution, "overhead_seconds_per_phase": cost}
+    about[TensorMeter.name] = {
+        "sees": TensorMeter.sees,
+        "resolution": TensorMeter.resolution,
+        "overhead_times_a_step": tracked_over_plain,
+    }
+    return about

@@ -1,0 +1,176 @@
+"""One case in this process: loaded, prepared, warmed up; then its memory pass, then its time pass.
+
+Memory first: the time pass builds a second base model as its control.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_gauge import cases, counting, isolation, meters, methods, models
+from peft_gauge.clock.card import measure_card
+from peft_gauge.clock.rounds import StoppingRule, WarmUp
+from peft_gauge.measure import memory, speed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from peft_gauge.cases import Case
+    from peft_gauge.models import ModelRecord
+    from peft_gauge.step import TrainingJob
+
+Pass = Literal["memory", "speed"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one process measures.
+
+    Fields:
+        case: what is built.
+        base: where the base's weights are loaded from: the case's model, or a quicker copy (`models.stored`).
+        stream: token ids to train on, int64 of one dimension, enough for `cases.BATCHES` batches of the largest shape.
+        passes: which of the two are wanted.
+        shapes: (batch, seq) besides the case's own at which the memory pass takes a peak.
+        rule, warm_up: when the time pass has seen enough, and from when on it counts.
+    """
+
+    case: Case
+    base: ModelRecord
+    stream: Tensor
+    passes: tuple[Pass, ...] = ("memory", "speed")
+    shapes: tuple[tuple[int, int], ...] = ()
+    rule: StoppingRule = field(default_factory=StoppingRule)
+    warm_up: WarmUp = field(default_factory=WarmUp)
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    """The figures of ``setup``'s passes, as JSON holds them.
+
+    ``described`` (`cases.described`), ``gradients`` (names of trainable tensors without a finite one), ``counted``,
+    ``learned`` (whether every trainable tensor moved), ``work_seconds`` (all of this but imports and the CUDA context),
+    and a record for each pass under its name.
+
+    Raises `GaugeError` for what cannot be built; out of memory comes as torch raises it.
+    """
+    _quiet()
+    with memory.watched(setup.case.device) as phases:
+        isolation.note(phase="imports")
+        _import_libraries(setup.case)
+        started = time.perf_counter()
+        isolation.note(phase=meters.LOAD)
+        with phases.phase(meters.LOAD):
+            base = _prepared_base(setup)
+        naive_bytes = memory.allocated_bytes(base)
+        isolation.note(phase=meters.PREPARE)
+        with phases.phase(meters.PREPARE):
+            job = cases.build_job(setup.case, base=base, prepared=True, stream=setup.stream)
+        isolation.note(phase=meters.WARM_UP)
+        with phases.phase(meters.WARM_UP):
+            gradients = _warm_up(job)
+        found: dict[str, Any] = {
+            "described": cases.described(setup.case, job),
+            "gradients": gradients,
+            "counted": _counted(setup.case, job),
+        }
+        if "memory" in setup.passes:
+            found["memory"] = {
+                "naive_after_loading_bytes": naive_bytes,
+                **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=_trains_base(setup.case)),
+            }
+    if "speed" in setup.passes:
+        isolation.note(phase="timing")
+        found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))
+    found["learned"] = job.learned()
+    found["work_seconds"] = time.perf_counter() - started
+    return found
+
+
+def card_speed(device: str, dtype: str) -> dict[str, Any]:
+    """`peft_gauge.clock.card.CardSpeed` of this process's device, as JSON holds it."""
+    return measure_card(device, dtype).as_json()
+
+
+def _import_libraries(case: Case) -> None:
+    """Everything that a process pays for once, before its work: the libraries, and the CUDA context."""
+    import peft
+    import torch
+    import transformers
+
+    models.hf_config(case.model)
+    if case.method.quantization is not None:
+        from peft_gauge.quantization import load_bitsandbytes
+
+        load_bitsandbytes()
+    if case.device == "cuda":
+        torch.zeros(1, device="cuda")
+    del peft, transformers
+
+
+def _prepared_base(setup: Setup) -> PreTrainedModel:
+    base = models.build(setup.base, dtype=setup.case.dtype)
+    return methods.prepare_base(base, setup.case.method, device=setup.case.device)
+
+
+def _trains_base(case: Case) -> bool:
+    return case.method.kind == "full"
+
+
+def _control_base(setup: Setup) -> PreTrainedModel | None:
+    """A bare base beside the job, where there is room for it."""
+    gc.collect()
+    case = setup.case
+    if not memory.room_for(models.logical_params(case.model) * models.torch_dtype(case.dtype).itemsize, case.device):
+        return None
+    return models.build(setup.base, dtype=case.dtype).to(case.device)
+
+
+def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
+    """Two steps, after which the optimizer's state exists; and which gradients the second one lacks or spoils."""
+    import torch
+
+    job.warm_up(1)
+    job.forward()
+    job.backward()
+    names = {parameter: name for name, parameter in job.model.named_parameters()}
+    missing = [names[each] for each in job.trainable if each.grad is None]
+    not_finite = [
+        names[each] for each in job.trainable if each.grad is not None and not bool(torch.isfinite(each.grad).all())
+    ]
+    job.optimizer_step()
+    job.clear()
+    return {"missing": missing, "not_finite": not_finite}
+
+
+def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:
+    """Parameters and bytes of the built model, and what the method saves of it.
+
+    A fully trained model is as large on disk as its weights, and is not written to find that out.
+    """
+    counted = counting.count(job.model)
+    with tempfile.TemporaryDirectory(prefix="peft-gauge-") as folder:
+        full = case.method.kind == "full"
+        disk_bytes = counted.weight_bytes if full else methods.save(job.model, case.method, Path(folder))
+    return {
+        "trainable_params": counted.trainable_params,
+        "total_params": counted.total_params,
+        "percent_of_base": counted.percent_of_base(models.logical_params(case.model)),
+        "trainable_bytes": counted.trainable_bytes,
+        "weight_bytes": counted.weight_bytes,
+        "adapter_disk_bytes": disk_bytes,
+    }
+
+
+def _quiet() -> None:
+    """The libraries' advice on training would be taken for the last words of a process that dies."""
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
