@@ -1,0 +1,258 @@
+"""The noise-free shape of a training step: operators, FLOPs, bytes, dtypes, and the first losses.
+
+Clocks differ from run to run; what a step *does* does not. A fingerprint of the same job is the same in every process
+and with every number of threads (its losses: to rounding), so a change between two library versions shows on any
+machine, at once and without repetition. `peft_gauge.history.fingerprints` compares two of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_gauge.counting import count, quantisation_constants, trainable_dtypes
+from peft_gauge.errors import GaugeError
+from peft_gauge.fingerprint.operators import Operator
+from peft_gauge.fingerprint.places import Places
+from peft_gauge.plan.tracker import (
+    ADAPTER_WEIGHTS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    BUFFERS,
+    FORWARD,
+    LOGITS_AND_LOSS,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    QUANTISATION_CONSTANTS,
+    Snapshot,
+    StorageTracker,
+)
+
+VERSION = 1
+"""Of the record's layout and of what its numbers mean; records of two versions are not compared."""
+
+PHASES = (FORWARD, BACKWARD, OPTIMIZER)
+WARM_UP_STEPS = 2
+
+
+class Job(Protocol):
+    """What is fingerprinted: a training job that has taken no step yet.
+
+    ``forward`` runs the next batch and sets ``loss``, a scalar; ``backward`` adds its gradients; ``optimizer_step``
+    updates the weights; ``clear`` drops gradients and graph.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Tensor | None
+
+    def forward(self) -> Tensor: ...
+
+    def backward(self) -> None: ...
+
+    def optimizer_step(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: int = 1) -> dict[str, Any]:
+    """What the third step of a fresh ``job`` does, and the losses of all three; a JSON value with keys in fixed order.
+
+    ``micro_batches``: forward and backward passes before each update; ``adapter_bytes``: size of the saved adapter, if
+    it was saved. The record holds:
+
+    - ``operators``: phase -> operator -> module (indices folded) -> calls;
+    - ``flops``: phase -> operator -> FLOPs of matrix products; ``product_flops``: phase -> dtype of the operands ->
+      FLOPs; ``flops_complete``: whether all products have a formula. If not, ``flops_unknown`` has the operators
+      without one and their calls, and FLOPs are lower bounds;
+    - ``bytes``: phase -> bytes that operators ``read`` and ``written``, and bytes of the storages ``allocated``;
+    - ``peak_bytes`` and ``resident_bytes``: live storages at the most within the step and after it, by category
+      (``adapter_weights`` are the trainable ones); ``saved_activation_bytes``: those born forward and alive after it;
+    - ``trainable``: parameters by dtype, and in all; ``adapter_bytes``;
+    - ``losses``: before any update, after one, and after two.
+
+    Raises `GaugeError` for a job that has taken steps before, and for a loss that is no finite number.
+    """
+    if job.optimizer.state:
+        raise GaugeError("a fingerprint starts from fresh weights, and this job has taken a step; build it anew")
+    losses = [_plain_step(job, micro_batches, number) for number in range(1, WARM_UP_STEPS + 1)]
+    recorder = _Recorder(Places(job.model))
+    tracker = StorageTracker(vocabulary=_vocabulary(job.model))
+    _adopt(tracker, job)
+    with _no_collector():
+        losses.append(_recorded_step(job, micro_batches, recorder, tracker))
+        resident = tracker.live()
+    record = {
+        "version": VERSION,
+        **recorder.as_json(),
+        "bytes": {phase: _traffic(phase, recorder, tracker) for phase in PHASES},
+        "peak_bytes": _by_category(tracker.peak()),
+        "resident_bytes": _by_category(resident),
+        "saved_activation_bytes": tracker.kept_bytes(FORWARD),
+        "trainable": {"total": count(job.model).trainable_params, "by_dtype": trainable_dtypes(job.model)},
+        "adapter_bytes": adapter_bytes,
+        "losses": losses,
+    }
+    tracker.close()
+    return record
+
+
+# --- the steps ----------------------------------------------------------------------------------------------
+
+
+def _plain_step(job: Job, micro_batches: int, number: int) -> float:
+    job.clear()
+    for _ in range(micro_batches):
+        job.forward()
+        job.backward()
+    job.optimizer_step()
+    loss = _loss(job, number)
+    job.clear()
+    return loss
+
+
+def _recorded_step(job: Job, micro_batches: int, recorder: _Recorder, tracker: StorageTracker) -> float:
+    """The same step, recorded; the job is cleared after it."""
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        recorder.phase = name
+        # The tracker comes innermost: it makes the engine add gradients in place, as without a mode, and the recorder
+        # is to see that.
+        with recorder, tracker, tracker.phase(name):
+            yield
+
+    tracker.start_over()
+    with recorder.places:
+        for _ in range(micro_batches):
+            with phase(FORWARD):
+                tracker.label(job.forward(), LOGITS_AND_LOSS)
+            with phase(BACKWARD):
+                job.backward()
+        with phase(OPTIMIZER):
+            job.optimizer_step()
+    loss = _loss(job, WARM_UP_STEPS + 1)
+    job.clear()
+    return loss
+
+
+def _loss(job: Job, step: int) -> float:
+    assert job.loss is not None, "forward sets the loss"
+    loss = float(job.loss.detach())
+    if not math.isfinite(loss):
+        raise GaugeError(f"the loss of step {step} is {loss}; a fingerprint needs a job that can be trained")
+    return loss
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """When Python's collector ends storages depends on what ran before; a fingerprint must not."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# --- storages -----------------------------------------------------------------------------------------------
+
+
+def _adopt(tracker: StorageTracker, job: Job) -> None:
+    """Name what exists before the step; other tensors (the batch) count from the operator on that first uses them."""
+    tracker.adopt(job.model.buffers(), BUFFERS)
+    for parameter in job.model.parameters():
+        tracker.adopt(parameter, ADAPTER_WEIGHTS if parameter.requires_grad else BASE_WEIGHTS)
+        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+    for state in job.optimizer.state.values():
+        tracker.adopt((value for value in state.values() if isinstance(value, Tensor)), OPTIMIZER_STATE)
+    tracker.follow(job.optimizer)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """The width by which the tracker knows logits; without one they count as activations."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _by_category(snapshot: Snapshot) -> dict[str, int]:
+    return {"total": snapshot.bytes, **dict(sorted(snapshot.by_category.items()))}
+
+
+def _traffic(phase: str, recorder: _Recorder, tracker: StorageTracker) -> dict[str, int]:
+    # A storage without an operator was there before, and only came to light in this step.
+    born = (record.nbytes for record in tracker.records if record.phase == phase and record.operator)
+    return {"read": recorder.read[phase], "written": recorder.written[phase], "allocated": sum(born)}
+
+
+# --- operators ----------------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts what is dispatched while it is entered; the caller sets ``phase``."""
+
+    def __init__(self, places: Places) -> None:
+        super().__init__()
+        self.places = places
+        self.phase = ""
+        self.calls: Counter[tuple[str, str, str]] = Counter()  # (phase, operator, module)
+        self.flops: Counter[tuple[str, str]] = Counter()  # (phase, operator)
+        self.product_flops: Counter[tuple[str, str]] = Counter()  # (phase, dtype)
+        self.unknown: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()
+        self.written: Counter[str] = Counter()
+        self._operators: dict[Any, Operator] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no compiler runs here, and its guard would double the cost of each call
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operator = self._operators.get(func)
+        if operator is None:
+            operator = self._operators[func] = Operator(func)
+        if not operator.silent:
+            self._count(operator, args, kwargs, out)
+        return out
+
+    def _count(self, operator: Operator, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        phase, name = self.phase, operator.name
+        self.calls[phase, name, self.places.now] += 1
+        read, written = operator.traffic(args, kwargs, out)
+        self.read[phase] += read
+        self.written[phase] += written
+        if operator.has_flops:
+            flops = operator.flops(args, kwargs, out)
+            self.flops[phase, name] += flops
+            self.product_flops[phase, operator.product_type(args)] += flops
+        elif operator.unknown_flops:
+            self.unknown[name] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        operators: dict[str, dict[str, dict[str, int]]] = {phase: defaultdict(dict) for phase in PHASES}
+        for (phase, name, module), calls in sorted(self.calls.items()):
+            operators[phase][name][module] = calls
+        return {
+            "operators": {phase: dict(by_name) for phase, by_name in operators.items()},
+            "flops": _by_phase(self.flops),
+            "product_flops": _by_phase(self.product_flops),
+            "flops_complete": not self.unknown,
+            "flops_unknown": dict(sorted(self.unknown.items())),
+        }
+
+
+def _by_phase(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    return {phase: {name: number for (of, name), number in sorted(counted.items()) if of == phase} for phase in PHASES}

@@ -1,0 +1,159 @@
+"""What one operator does, from its schema and its arguments alone: FLOPs, bytes read and bytes written.
+
+FLOPs are those of matrix products (`torch.utils.flop_counter`'s formulas, and the few below that it has not), two for
+each multiply-add; elementwise arithmetic counts none. Bytes are those of the tensors an operator is given and makes,
+element count × element size: what a kernel must touch at least if it uses every element of its operands once. A
+lookup, such as an embedding's, reads less.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from peft_gauge.counting import nbytes
+
+Formula = Callable[..., int]
+
+
+def _attention(args: Sequence[Any], backward: bool) -> int:
+    """Attention's products over (batch, heads, queries, keys): QKᵀ and PV; backward QKᵀ again and two for each."""
+    query, key, value = args[1:4] if backward else args[:3]
+    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    wide, value_wide = query.shape[-1], value.shape[-1]
+    return 2 * pairs * (3 * wide + 2 * value_wide if backward else wide + value_wide)
+
+
+_OWN_FLOPS: Mapping[str, Formula] = {
+    "aten::mv": lambda args: 2 * args[0].numel(),
+    "aten::addmv": lambda args: 2 * args[1].numel(),
+    "aten::dot": lambda args: 2 * args[0].numel(),
+    "aten::vdot": lambda args: 2 * args[0].numel(),
+    "aten::_int_mm": lambda args: 2 * args[0].numel() * args[1].shape[1],
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda args: _attention(args, backward=False),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda args: _attention(args, backward=True),
+    "bitsandbytes::gemm_4bit": lambda args: 2 * args[0].numel() * args[2][0],
+    "bitsandbytes::gemv_4bit": lambda args: 2 * args[0].numel() * args[2][0],
+    "bitsandbytes::int8_linear_matmul": lambda args: 2 * args[0].numel() * args[1].shape[0],
+    "bitsandbytes::int8_scaled_mm": lambda args: 2 * args[0].numel() * args[1].shape[0],
+}
+"""Operator -> FLOPs of its arguments, where `flop_registry` has no formula."""
+
+_WITHOUT_PRODUCTS = (
+    "bitsandbytes::dequantize_",
+    "bitsandbytes::quantize_",
+    "bitsandbytes::int8_vectorwise_",
+    "bitsandbytes::int8_double_quant",
+    "bitsandbytes::int8_mm_dequant",
+    "bitsandbytes::optimizer_",
+)
+"""Beginnings of the names of library operators that work element by element."""
+
+_TORCH = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "inductor"}
+
+# aten's own operators with products in them; most have formulas, and the others must not pass for elementwise ones.
+_PRODUCT = re.compile(
+    r"(?:^|_)(?:mm|bmm|addmm|sspaddmm|hspmm|addbmm|baddbmm|mv|addmv|v?dot|matmul|linear|conv(?!ert)\w*|attention"
+    r"|lstm|gru|rnn|linalg(?!_vector_norm|__powsum|_check_errors|_cross)|solve|cholesky|fft|cdist|trilinear|geqrf"
+    r"|ormqr)(?:_|$)"
+)
+_OPERANDS_AFTER_SUMMAND = {"addmm", "baddbmm", "addbmm", "addmv"}  # the first argument is what is added
+
+_OVERWRITES = re.compile(r"^(?:_foreach_)?(?:copy|zero|fill|normal|uniform|bernoulli|exponential|random)_$")
+_MOVES_NOTHING = re.compile(r"empty|^(?:resize|set)_$")
+_SHAPE_ONLY = re.compile(r"^new_|_like$")
+
+
+class Operator:
+    """One overload of one operator, looked up once.
+
+    ``name``: torch's name of it, such as ``aten.mm.default``; ``silent``: a profiler's mark, which does nothing;
+    ``unknown_flops``: it may hold matrix products, and there is no formula for them.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self.name = str(func)
+        schema = func._schema
+        self._qualified: str = schema.name
+        namespace, self._stem = self._qualified.split("::")
+        self.silent = namespace == "profiler"
+        self._arguments = [(a.name, _is_written(a), a.is_out or a.name == "out") for a in schema.arguments]
+        torchs = namespace in _TORCH
+        self._overwrites = torchs and bool(_OVERWRITES.search(self._stem))
+        self._moves_nothing = torchs and bool(_MOVES_NOTHING.search(self._stem))
+        self._shape_only = torchs and bool(_SHAPE_ONLY.search(self._stem))
+        self._own = namespace == "aten"
+        self._registered = _registered(func, self._stem)
+        self._formula = _OWN_FLOPS.get(self._qualified)
+        has_products = (
+            bool(_PRODUCT.search(self._stem)) if torchs else not self._qualified.startswith(_WITHOUT_PRODUCTS)
+        )
+        self.has_flops = self._registered is not None or self._formula is not None
+        self.unknown_flops = has_products and not self.has_flops
+
+    def flops(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+        """FLOPs of one call; only where ``has_flops``."""
+        if self._registered is not None:
+            return int(self._registered(*args, **kwargs, out_val=out))
+        assert self._formula is not None
+        return int(self._formula(args))
+
+    def product_type(self, args: Sequence[Any]) -> str:
+        """What the product multiplies: its operands' dtype, or a library operator's own name (its weights are packed,
+        and their dtype says nothing)."""
+        if not self._own:
+            return self._qualified.replace("::", ".")
+        after = 1 if self._stem.rstrip("_") in _OPERANDS_AFTER_SUMMAND else 0
+        operands = [value.dtype for value in args[after : after + 2] if isinstance(value, Tensor)]
+        return " × ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(operands))
+
+    def traffic(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> tuple[int, int]:
+        """Bytes read and written by one call; none where the output is a view of an input."""
+        if self._moves_nothing:
+            return 0, 0
+        read = written = 0
+        given = set()
+        for position, (name, is_written, is_out) in enumerate(self._arguments):
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for tensor in _tensors(value):
+                given.add(_storage(tensor))
+                if is_written:
+                    written += nbytes(tensor)
+                if not (self._shape_only or (is_written and (is_out or self._overwrites))):
+                    read += nbytes(tensor)
+        made = list(_tensors(out))
+        written += sum(nbytes(tensor) for tensor in made if _storage(tensor) not in given)
+        return (0, 0) if made and not written else (read, written)
+
+
+def _registered(func: Any, stem: str) -> Formula | None:
+    """torch's formula; an in-place product takes that of its out-of-place twin."""
+    found = flop_registry.get(func._overloadpacket)
+    if found is None and stem.endswith("_") and func.namespace == "aten":
+        found = flop_registry.get(getattr(torch.ops.aten, stem.rstrip("_"), None))
+    return found
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument: one, or a list of them with gaps."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _storage(tensor: Tensor) -> int:
+    # A sparse tensor has no storage of its own; it is never a view.
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

@@ -1,0 +1,81 @@
+"""In which module an operator runs, in the forward and in the backward pass."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+UNKNOWN = "?"
+ROOT = "(model)"
+
+
+def folded(path: str) -> str:
+    """A module's path with its indices folded: ``layers.11.mlp`` becomes ``layers.*.mlp``; the model itself is
+    `ROOT`."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) if path else ROOT
+
+
+class Places:
+    """While entered, `now` is the folded path of the innermost module at work, or `UNKNOWN`.
+
+    Autograd numbers its nodes in the order in which the forward pass makes them. So the numbers at which modules were
+    entered and left tell, in the backward pass, which module made the node at work; a leaf's node belongs to the
+    module that holds the parameter. A forward pass inside the backward (a checkpointed layer's second one) counts
+    where it runs. The numbers are those of one thread: with reentrant checkpointing on a GPU, where nodes come from
+    the device's thread too, a backward operator may be put down to the wrong module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._paths = {id(module): folded(path) for path, module in model.named_modules()}
+        self._owners = {
+            id(parameter): folded(path)
+            for path, module in model.named_modules()
+            for parameter in module.parameters(recurse=False)
+        }
+        self._open: list[str] = []
+        self._numbers: list[int] = []
+        self._places: list[str] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Places:
+        # `always_call`: checkpointing leaves modules by an exception once it has recomputed enough.
+        self._hooks = [
+            register_module_forward_pre_hook(self._entered),
+            register_module_forward_hook(self._left, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def now(self) -> str:
+        if self._open:
+            return self._open[-1]
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return UNKNOWN
+        if node.name() == "torch::autograd::AccumulateGrad":
+            return self._owners.get(id(getattr(node, "variable", None)), UNKNOWN)
+        before = bisect_right(self._numbers, node._sequence_nr())
+        return self._places[before - 1] if before else UNKNOWN
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        outer = self._open[-1] if self._open else UNKNOWN
+        self._open.append(self._paths.get(id(module), outer))  # a module that is no part of the model: who called it
+        self._mark()
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._open.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        """From the next autograd node on, nodes belong to what is open now."""
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._places.append(self._open[-1] if self._open else UNKNOWN)
