@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from peft_gauge.commands.ceilings import ceilings
+from peft_gauge.commands.compare import compare
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.plan import plan
 from peft_gauge.errors import GaugeError
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(ceilings)
+app.command()(compare)
 app.command()(memory_curve)
 
 

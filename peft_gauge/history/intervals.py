@@ -1,0 +1,231 @@
+"""Ratios of times with an interval, and what can be said from one.
+
+Rounds of one process are correlated, so what is compared are medians of processes, on a logarithmic scale. With several
+processes a side, Welch's t interval on these medians decides. A percentile bootstrap of processes and of rounds in them
+falls short there: with 2, 3 and 5 processes its 95 % intervals covered a known ratio in 85, 89 and 93 % of 600
+simulated comparisons (Welch's in 96 to 97), and 5 processes have too few resamples for the small errors at which each
+of many comparisons is to be judged.
+
+With one process on a side, nothing in the data says how much processes differ. The rounds are bootstrapped, and the
+interval is widened by a spread that was seen elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from peft_gauge.history.metrics import Samples
+    from peft_gauge.history.rules import HostSpread
+
+Verdict = Literal["same", "better", "worse", "cannot tell"]
+
+LEAST_ROUNDS = 3
+DRAWS = 9_999
+SEED = 20_261_124
+MOST_FURTHER = 100
+"""A need for more processes than this is not told as a number: it says that the effect is too small for the noise."""
+
+
+class Estimate(Protocol):
+    """The logarithm of the ratio NEW / BASE of a time, and how far it is known."""
+
+    @property
+    def log_ratio(self) -> float: ...
+
+    @property
+    def processes(self) -> tuple[int, int]: ...
+
+    def p_value(self, null: float = 0.0) -> float:
+        """Two-sided, of the hypothesis that the true log ratio is ``null``."""
+
+    def interval(self, error: float) -> tuple[float, float]:
+        """Of the log ratio; misses the true one in a share ``error`` of cases."""
+
+    def seen(self, error: float) -> tuple[float, float]:
+        """As `interval`, of what these very processes showed."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """From several processes a side: Welch's t, of which ``freedom`` are the degrees of freedom."""
+
+    log_ratio: float
+    standard_error: float
+    freedom: float
+    processes: tuple[int, int]
+
+    def p_value(self, null: float = 0.0) -> float:
+        from scipy.special import stdtr
+
+        distance = abs(self.log_ratio - null)
+        if self.standard_error == 0:
+            return 0.0 if distance else 1.0
+        return float(2 * stdtr(self.freedom, -distance / self.standard_error))
+
+    def interval(self, error: float) -> tuple[float, float]:
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(self.freedom, 1 - error / 2)) * self.standard_error if self.standard_error else 0.0
+        return self.log_ratio - half, self.log_ratio + half
+
+    def seen(self, error: float) -> tuple[float, float]:
+        return self.interval(error)
+
+
+@dataclass(frozen=True)
+class Single:
+    """From one process on at least one side: ``draws`` of the rounds' bootstrap, widened by ``log_spread`` each way."""
+
+    log_ratio: float
+    draws: np.ndarray
+    log_spread: float
+    processes: tuple[int, int]
+
+    def p_value(self, null: float = 0.0) -> float:
+        low = int((self.draws <= null + self.log_spread).sum())
+        high = int((self.draws >= null - self.log_spread).sum())
+        return min(1.0, 2 * (1 + min(low, high)) / (1 + len(self.draws)))
+
+    def interval(self, error: float) -> tuple[float, float]:
+        low, high = self.seen(error)
+        return low - self.log_spread, high + self.log_spread
+
+    def seen(self, error: float) -> tuple[float, float]:
+        import numpy as np
+
+        low, high = np.quantile(self.draws, [error / 2, 1 - error / 2])
+        return float(low), float(high)
+
+
+def estimate(base: Samples, new: Samples, spread: HostSpread, *, over_control: bool) -> Estimate:
+    """The ratio NEW / BASE of process medians, of each round's time ``over_control`` where that is asked for.
+
+    Both sides need `enough` rounds. Several processes make a side's centre the geometric mean of their medians.
+    """
+    sides = [_rounds(samples, over_control) for samples in (base, new)]
+    logs = [[math.log(statistics.median(rounds)) for rounds in side] for side in sides]
+    log_ratio = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
+    processes = (len(logs[0]), len(logs[1]))
+    if min(processes) < 2:
+        factor = spread.over_control if over_control else spread.seconds
+        return Single(log_ratio, _bootstrap(*sides), math.log(factor), processes)
+    variances = [statistics.variance(side) / len(side) for side in logs]
+    total = sum(variances)
+    parts = sum(variance**2 / (len(side) - 1) for variance, side in zip(variances, logs, strict=True))
+    freedom = total**2 / parts if parts else sum(processes) - 2.0
+    return Replicated(log_ratio, math.sqrt(total), freedom, processes)
+
+
+def why_no_estimate(samples: Samples | None) -> str | None:
+    """What is missing for an estimate, or ``None``."""
+    if samples is None:
+        return "its rounds were not saved"
+    if samples.rounds < LEAST_ROUNDS:
+        return f"{samples.rounds} rounds, and fewer than {LEAST_ROUNDS} say nothing"
+    measured = [samples.seconds, samples.control_seconds or ()]
+    if any(seconds <= 0 for side in measured for rounds in side for seconds in rounds):
+        return "a round took 0 seconds: the clock is too coarse"
+    return None
+
+
+def centre_seconds(processes: Sequence[Sequence[float]]) -> float:
+    """The geometric mean of the processes' medians, in seconds."""
+    return math.exp(statistics.fmean(math.log(statistics.median(rounds)) for rounds in processes))
+
+
+def _rounds(samples: Samples, over_control: bool) -> list[list[float]]:
+    if not over_control:
+        return [list(rounds) for rounds in samples.seconds]
+    assert samples.control_seconds is not None
+    beside = zip(samples.seconds, samples.control_seconds, strict=True)
+    return [[one / control for one, control in zip(*process, strict=True)] for process in beside]
+
+
+def _bootstrap(base: list[list[float]], new: list[list[float]]) -> np.ndarray:
+    """`DRAWS` log ratios, each from resampled rounds; the same for the same rounds, whatever was drawn before."""
+    import numpy as np
+
+    generator = np.random.default_rng(SEED)
+
+    def draws(side: list[list[float]]) -> np.ndarray:
+        medians = []
+        for rounds in side:
+            drawn = np.log(rounds)[generator.integers(0, len(rounds), (DRAWS, len(rounds)))]
+            medians.append(np.median(drawn, axis=1))
+        return np.mean(medians, axis=0)
+
+    return draws(new) - draws(base)
+
+
+def holm_errors(p_values: Sequence[float], family_error: float) -> list[float]:
+    """The error at which each of several hypotheses is to be judged, so that all together keep ``family_error``.
+
+    Holm 1979, Scandinavian Journal of Statistics 6: 65-70: from the smallest p on, error / number of those left, and
+    the same for all the rest once one stands. Unlike the false discovery rate of Benjamini and Hochberg, it bounds the
+    chance of *any* false alarm, which is what decides whether people believe a nightly job.
+    """
+    errors = [0.0] * len(p_values)
+    error, standing = 0.0, False
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if not standing:
+            error = family_error / (len(p_values) - place)
+            standing = p_values[index] > error
+        errors[index] = error
+    return errors
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an estimate says: ``ratio`` with its interval from ``low`` to ``high`` at ``error``.
+
+    ``further``: about how many more processes a side would decide it, ``None`` where it is decided; `MOST_FURTHER` + 1
+    stands for all that is more.
+    """
+
+    verdict: Verdict
+    ratio: float
+    low: float
+    high: float
+    error: float
+    further: int | None
+
+
+def judge(estimate: Estimate, error: float, minimum_effect: float, *, relative_to: float = 0.0) -> Judgement:
+    """The verdict on a time, of which lower is better, after ``relative_to`` is taken off its log ratio.
+
+    *same*: the whole interval lies within the minimum effect of 1, either way (as factors: 1/1.03 to 1.03). *worse* and
+    *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect.
+    """
+    low, high = (end - relative_to for end in estimate.interval(error))
+    centre = estimate.log_ratio - relative_to
+    effect = math.log1p(minimum_effect)
+    verdict: Verdict = "cannot tell"
+    if -effect <= low and high <= effect:
+        verdict = "same"
+    elif low > 0 and centre > effect:
+        verdict = "worse"
+    elif high < 0 and centre < -effect:
+        verdict = "better"
+    further = _further(estimate.processes, centre, low, high, effect) if verdict == "cannot tell" else None
+    return Judgement(verdict, math.exp(centre), _exp(low), _exp(high), error, further)
+
+
+def _exp(value: float) -> float:
+    """With two processes a side, an interval's end can be past all floats: then it says nothing, and is the largest."""
+    return math.exp(max(min(value, 700.0), -700.0))
+
+
+def _further(processes: tuple[int, int], centre: float, low: float, high: float, effect: float) -> int:
+    """Intervals shrink as 1/√n: how many more processes until this one would lie on one side, if the ratio stays."""
+    needed = abs(centre) if abs(centre) > effect else effect - abs(centre)
+    shrink = (max(high - centre, centre - low) / needed) ** 2 if needed > 0 else math.inf
+    now = 2 / (1 / processes[0] + 1 / processes[1])
+    more = now * (shrink - 1)
+    return max(1, math.ceil(more)) if more <= MOST_FURTHER else MOST_FURTHER + 1

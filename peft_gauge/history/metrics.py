@@ -1,0 +1,187 @@
+"""What of a saved run can be compared: each case's figures by flat names, its raw times, and under which conditions.
+
+Nested figures get dotted names (``plan.peak_bytes``). Settings are conditions, not figures: where they differ, two
+cases are not the same experiment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
+
+if TYPE_CHECKING:
+    from peft_gauge.history.reading import Run
+
+SETTINGS = "settings"
+FINGERPRINT = "fingerprint"
+IDENTITY = ("method", "model", "device")
+"""The figures that say, with the settings, what a case is about."""
+
+ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw times of one metric in seconds: one tuple of rounds for each process, and the control's beside each round."""
+
+    seconds: tuple[tuple[float, ...], ...]
+    control_seconds: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def rounds(self) -> int:
+        """All rounds of all processes."""
+        return sum(map(len, self.seconds))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a run, ready to be compared: ``figures`` are flat, ``settings`` too, ``samples`` are by metric."""
+
+    id: str
+    question: str
+    outcome: str
+    reason: str | None
+    figures: Mapping[str, Any]
+    samples: Mapping[str, Samples]
+    settings: Mapping[str, Any]
+    fingerprint: Mapping[str, Any] | None
+
+    @property
+    def subject(self) -> str | None:
+        """The same text for two cases about the same thing; ``None`` where nothing says what a case is about."""
+        named = {name: self.figures[name] for name in IDENTITY if name in self.figures}
+        return json.dumps([named, self.settings], sort_keys=True, default=str) if named and self.settings else None
+
+
+def cases_of(run: Run) -> dict[str, Case]:
+    """The cases of ``run`` by test id."""
+    return {
+        record.id: Case(
+            id=record.id,
+            question=record.question,
+            outcome=record.outcome,
+            reason=record.reason,
+            figures=dict(_figures(record.figures)),
+            samples=_samples(record.figures),
+            settings=dict(_settings(record.figures)),
+            fingerprint=_mapping(record.figures.get(FINGERPRINT)),
+        )
+        for record in run.cases
+    }
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``values`` with dotted names; what is absent (``None``) is left out. Lists stay whole, except of records."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            yield from flat({str(place): each for place, each in enumerate(value)}, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", value
+
+
+def _figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    apart = {SAMPLES, CONTROL_SAMPLES, SETTINGS, FINGERPRINT}
+    for name, value in flat({name: value for name, value in figures.items() if name not in apart}):
+        if f".{SETTINGS}." not in f".{name}":
+            yield name, value
+
+
+def _settings(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The case's own settings, and those of a record in it, as a plan has."""
+    yield from flat(_mapping(figures.get(SETTINGS)) or {})
+    for name, value in figures.items():
+        inner = _mapping(value.get(SETTINGS)) if isinstance(value, Mapping) and name != SETTINGS else None
+        yield from flat(inner or {}, f"{name}.")
+
+
+def _samples(figures: Mapping[str, Any]) -> dict[str, Samples]:
+    samples, controls = (_mapping(figures.get(kind)) or {} for kind in (SAMPLES, CONTROL_SAMPLES))
+    return {metric: _with_control(seconds, controls.get(metric)) for metric, seconds in samples.items()}
+
+
+def _with_control(seconds: list[list[float]], control: list[list[float]] | None) -> Samples:
+    """A control that does not stand round by round beside the times cannot be divided out, and is left out."""
+    measured = _tuples(seconds)
+    beside = None if control is None else _tuples(control)
+    if beside is not None and [*map(len, beside)] != [*map(len, measured)]:
+        beside = None
+    return Samples(measured, beside)
+
+
+def _tuples(processes: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    """Without processes that measured nothing."""
+    return tuple(tuple(rounds) for rounds in processes if rounds)
+
+
+def _mapping(value: object) -> Mapping[str, Any] | None:
+    return value if isinstance(value, Mapping) else None
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two flat records, as ``name: before → after``."""
+    names = [*old, *(name for name in new if name not in old)]
+    return [
+        f"{name}: {told(old.get(name))} → {told(new.get(name))}" for name in names if old.get(name) != new.get(name)
+    ]
+
+
+def told(value: object) -> str:
+    """``value`` as a reader sees it in a sentence."""
+    if value is None:
+        return ABSENT
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def machine_changes(old: Run, new: Run) -> list[str]:
+    """What makes times of two runs incomparable: machine, accelerator, threads, Python's minor version.
+
+    Runs of plain pytest-benchmark name neither machine nor threads; what only one of the two says is not held against
+    them, except an accelerator, for which ``None`` is an answer.
+    """
+    before, after = _hardware(old), _hardware(new)
+    return changes(*({name: each[name] for name in before if name in after} for each in (before, after)))
+
+
+def _hardware(run: Run) -> dict[str, Any]:
+    machine = run.machine
+    cpu = _mapping(machine.get("cpu")) or {}
+    told_by_machine = {
+        "machine": machine.get("name"),
+        "processor": cpu.get("brand_raw"),
+        "cores": cpu.get("count"),
+        "threads": machine.get("threads"),
+        "Python": _minor(machine.get("python_version")),
+    }
+    hardware = {name: value for name, value in told_by_machine.items() if value is not None}
+    accelerator = _mapping(machine.get("accelerator"))
+    if accelerator is not None:
+        hardware["accelerator"] = accelerator.get("name")
+        hardware["accelerator memory"] = accelerator.get("memory_bytes")
+    return hardware
+
+
+def _minor(version: object) -> str | None:
+    return ".".join(version.split(".")[:2]) if isinstance(version, str) else None
+
+
+def environment_changes(old: Run, new: Run) -> list[str]:
+    """What differs besides the machine, and is a likely cause of a change: libraries first."""
+    return changes(_environment(old), _environment(new))
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    accelerator = _mapping(run.machine.get("accelerator")) or {}
+    commit = run.commit.get("id")
+    return {
+        **run.libraries,
+        "CUDA": accelerator.get("cuda"),
+        "driver": accelerator.get("driver"),
+        "Python": run.machine.get("python_version"),
+        "commit": None if commit is None else str(commit)[:12] + ("-dirty" if run.commit.get("dirty") else ""),
+    }
