@@ -15,9 +15,13 @@ from peft_gauge import machine
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
+from peft_gauge.history.comparing import compare
+from peft_gauge.history.reading import Run, last_run, read_run
 from peft_gauge.history.resuming import Resumption, merged, resumable
+from peft_gauge.history.rules import read_rules
 from peft_gauge.history.writing import write_run
 from peft_gauge.report import memory_table, plan_table, published_table, terminal
+from peft_gauge.report.comparison import as_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -37,6 +41,7 @@ CASES = pytest.StashKey[list[Case]]()
 VARIATIONS = pytest.StashKey[list[Case]]()
 DEVICE = pytest.StashKey[str]()
 RESUMPTION = pytest.StashKey[Resumption | None]()
+BASELINE = pytest.StashKey[Run | None]()
 
 FIGURES = "figures"  # the name of the user property in which a case's figures travel on its report
 
@@ -59,12 +64,23 @@ def pytest_collection(session: pytest.Session) -> None:
         config.stash[DEVICE] = selected_device(config)
         check_workers(config, config.stash[DEVICE])
         config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
+        config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
     except GaugeError as error:
         raise pytest.UsageError(str(error)) from error
 
 
 def _resumption(config: pytest.Config) -> Resumption:
     return resumable(Path(config.getoption("--results")), machine.machine_info(), run_options(config))
+
+
+def _baseline(config: pytest.Config) -> Run | None:
+    """What ``--compare`` compares with; ``None`` where this machine has no run so far. Read before hours are spent."""
+    if config.getoption("--no-save"):
+        raise GaugeError("--compare reads this run as it was saved; drop --no-save")
+    named = config.getoption("--compare")
+    if named:
+        return read_run(Path(named))
+    return last_run(Path(config.getoption("--results")), machine.machine_info()["name"])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -185,6 +201,21 @@ class Recorder:
             self._fail()
         else:
             self.notes.append(f"saved {path}")
+            if self.config.getoption("--compare") is not None:
+                self._compare(path)
+
+    def _compare(self, saved: Path) -> None:
+        base = self.config.stash[BASELINE]
+        if base is None:
+            self.notes.append("not compared: this machine has no earlier run")
+            return
+        comparison = compare(base, read_run(saved), read_rules(None))
+        if comparison.incomparable is not None:
+            self.notes.append(f"NOT COMPARED with {base.path.name}: {comparison.incomparable}")
+        else:
+            self.notes.append(as_terminal(comparison, width=0))
+        if comparison.exit_code() != 0:
+            self._fail(pytest.ExitCode.TESTS_FAILED)
 
     def _run(self, info: dict[str, Any], *, interrupted: bool) -> dict[str, Any]:
         """The run in pytest-benchmark's format, with everything else under `schema.KEY`."""
@@ -204,6 +235,7 @@ class Recorder:
         if resumption is not None:
             cases, claims, run["benchmarks"] = merged(resumption, cases, claims, run["benchmarks"])
             self.cases, self.claims = cases, claims  # the summary, too, is of the whole run
+            self.notes += [f"passed over: {line}" for line in resumption.unreadable]
         run[schema.KEY] = schema.as_json(
             cases,
             claims,
@@ -213,10 +245,10 @@ class Recorder:
         )
         return run
 
-    def _fail(self) -> None:
+    def _fail(self, code: pytest.ExitCode = pytest.ExitCode.INTERNAL_ERROR) -> None:
         session = self.config.pluginmanager.get_plugin("session")
         if session is not None and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+            session.exitstatus = code
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.cases:

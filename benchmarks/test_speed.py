@@ -33,30 +33,28 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY_CLOCK)
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
 def test_phase(phase: str, measured: Measured, replay: Replay, record: Record) -> None:
-    speed = measured.figures["speed"]
     name = f"{phase}_seconds"
 
-    replay(speed["samples"][name])
+    replay(all_rounds(measured.speeds, name))
 
-    record(**figures(speed, name))
+    record(**figures(measured.speeds, name))
 
 
 def test_step(measured: Measured, replay: Replay, record: Record, card_speed: CardSpeed) -> None:
-    speed = measured.figures["speed"]
+    replay(all_rounds(measured.speeds, "step_seconds"))
 
-    replay(speed["samples"]["step_seconds"])
-
-    figure = figures(speed, "step_seconds")
+    figure = figures(measured.speeds, "step_seconds")
     seconds = figure["step_seconds"]
-    forward_seconds = statistics.median(speed["samples"]["forward_seconds"])
+    forward_seconds = figures(measured.speeds, "forward_seconds")["forward_seconds"]
+    weights_read_bytes = measured.figures["speed"]["weights_read_bytes"]
     of_product = share_of_product(measured.plan.flops_per_step, seconds, card_speed)
-    of_copy = share_of_copy(speed["weights_read_bytes"], forward_seconds, card_speed)
+    of_copy = share_of_copy(weights_read_bytes, forward_seconds, card_speed)
     record(
         **figure,
         tokens_per_second=tokens_per_second(measured.case.settings.tokens, seconds),
         flops_per_second=measured.plan.flops_per_step / seconds,
         share_of_product=of_product,
-        weights_read_per_second_bytes=speed["weights_read_bytes"] / forward_seconds,
+        weights_read_per_second_bytes=weights_read_bytes / forward_seconds,
         share_of_copy=of_copy,
         card=card_speed.as_json(),
     )
@@ -65,24 +63,32 @@ def test_step(measured: Measured, replay: Replay, record: Record, card_speed: Ca
     assert doubts == [None, None]
 
 
-def figures(speed: dict[str, Any], name: str) -> dict[str, Any]:
-    samples, control = speed["samples"][name], speed["control_seconds"]
+def all_rounds(speeds: list[dict[str, Any]], name: str) -> list[float]:
+    return [seconds for speed in speeds for seconds in speed["samples"][name]]
+
+
+def figures(speeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The median over processes of each one's median, everything that was sampled, and what speaks against it."""
+    samples = [speed["samples"][name] for speed in speeds]
+    control = [speed["control_seconds"] for speed in speeds]
     found: dict[str, Any] = {
-        name: statistics.median(samples),
-        SAMPLES: {name: [samples]},
-        "warm_up_rounds": speed["warm_up_rounds"],
-        "stopped": speed["stopped"],
-        "unsteady": speed["unsteady"],
+        name: statistics.median(map(statistics.median, samples)),
+        SAMPLES: {name: samples},
+        "warm_up_rounds": [speed["warm_up_rounds"] for speed in speeds],
+        "stopped": [speed["stopped"] for speed in speeds],
+        "relative_noise": [speed["relative_noise"] for speed in speeds],
+        "unsteady": sorted({reason for speed in speeds for reason in speed["unsteady"]}),
     }
-    if control:
+    if all(control):
+        ratios = [median_ratio(rounds, beside) for rounds, beside in zip(samples, control, strict=True)]
         found |= {
-            name.replace("_seconds", "_over_control"): median_ratio(samples, control),
-            "control_seconds": statistics.median(control),
-            CONTROL_SAMPLES: {name: [control]},
+            name.replace("_seconds", "_over_control"): statistics.median(ratios),
+            "control_seconds": statistics.median(map(statistics.median, control)),
+            CONTROL_SAMPLES: {name: control},
         }
-    if name == "step_seconds" and "host_step_seconds" in speed:
-        found["host_step_seconds"] = statistics.median(speed["host_step_seconds"])
-    for optional in ("relative_noise", "states", "states_unavailable"):
-        if speed.get(optional) is not None:
-            found[optional] = speed[optional]
+    if name == "step_seconds" and "host_step_seconds" in speeds[0]:
+        found["host_step_seconds"] = statistics.median(statistics.median(s["host_step_seconds"]) for s in speeds)
+    for optional in ("states", "states_unavailable"):
+        if optional in speeds[0]:
+            found[optional] = [speed.get(optional) for speed in speeds]
     return found

@@ -126,7 +126,7 @@ def memory_pass(
     what it costs, and why a meter of the device could not read. Bytes; a figure that could not be read is absent.
     """
     own = (job.batches, job.settings)
-    _empty_cache()
+    empty_cache()
     plain_seconds = min(timed(lambda: _metered_step(job, phases)) for _ in range(STEPS))
     whole = phases.peaks().get(meters.WHOLE_STEP, {})
     found: dict[str, Any] = {
@@ -144,7 +144,7 @@ def memory_pass(
         isolation.note(phase=f"step of {batch}×{seq}")
         points.append({"batch": batch, "seq": seq, **_at_shape(job, stream, batch, seq, trains_base)})
     job.train_on(*own)
-    _empty_cache()
+    empty_cache()
     return {
         **found,
         **counts,
@@ -262,7 +262,7 @@ def _at_shape(job: TrainingJob, stream: Tensor, batch: int, seq: int, trains_bas
     if device == "cuda":
         job.step()  # workspaces and kernels of this shape are made once
         job.clear()
-        _empty_cache()
+        empty_cache()
         phases = meters.Phases([CudaMeter()])
         for _ in range(STEPS):
             _metered_step(job, phases)
@@ -277,7 +277,7 @@ def _peak_names(found: dict[str, Any]) -> dict[str, int]:
     return {name: found[name] for name in names if name in found}
 
 
-def _empty_cache() -> None:
+def empty_cache() -> None:
     """Plans replay steps, not loading: segments that only loading needed go back first."""
     gc.collect()
     if torch.cuda.is_initialized():

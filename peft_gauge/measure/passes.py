@@ -1,6 +1,7 @@
-"""One case in this process: loaded, prepared, warmed up; then its memory pass, then its time pass.
+"""One case in this process: loaded, prepared, warmed up; then its memory pass, its time pass, and its fingerprint.
 
-Memory first: the time pass builds a second base model as its control.
+Memory first, for the time pass builds a second base model as its control; the fingerprint last, for it starts from
+fresh weights, in a job of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_gauge import cases, counting, isolation, meters, methods, models
 from peft_gauge.clock.card import measure_card
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
+from peft_gauge.fingerprint import fingerprint
 from peft_gauge.measure import memory, speed
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from peft_gauge.models import ModelRecord
     from peft_gauge.step import TrainingJob
 
-Pass = Literal["memory", "speed"]
+Pass = Literal["memory", "speed", "fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Setup:
         case: what is built.
         base: where the base's weights are loaded from: the case's model, or a quicker copy (`models.stored`).
         stream: token ids to train on, int64 of one dimension, enough for `cases.BATCHES` batches of the largest shape.
-        passes: which of the two are wanted.
+        passes: which of the three are wanted.
         shapes: (batch, seq) besides the case's own at which the memory pass takes a peak.
         rule, warm_up: when the time pass has seen enough, and from when on it counts.
     """
@@ -90,6 +92,10 @@ def measure(setup: Setup) -> dict[str, Any]:
         isolation.note(phase="timing")
         found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))
     found["learned"] = job.learned()
+    if "fingerprint" in setup.passes:
+        isolation.note(phase="fingerprint")
+        del base, job
+        found["fingerprint"] = _fingerprint(setup, found["counted"]["adapter_disk_bytes"])
     found["work_seconds"] = time.perf_counter() - started
     return found
 
@@ -148,6 +154,13 @@ def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
     job.optimizer_step()
     job.clear()
     return {"missing": missing, "not_finite": not_finite}
+
+
+def _fingerprint(setup: Setup, adapter_bytes: int) -> dict[str, Any]:
+    """`peft_gauge.fingerprint` of a fresh job of the case."""
+    memory.empty_cache()
+    job = cases.build_job(setup.case, base=_prepared_base(setup), prepared=True, stream=setup.stream)
+    return fingerprint(job, adapter_bytes=adapter_bytes, micro_batches=setup.case.settings.grad_accumulation)
 
 
 def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:

@@ -1,0 +1,22 @@
+"""What does a training step do: which operators, where, how many FLOPs and bytes, and what are its first losses?
+
+Nothing here is timed. The record is the same in every run of the same library versions, so a difference between two
+versions is real, on any machine (`peft-gauge compare` shows it line by line).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fixtures.measured import Measured
+
+
+def test_fingerprint(measured: Measured, record: Callable[..., None]) -> None:
+    found = measured.figures["fingerprint"]
+
+    record(fingerprint=found)
+    assert found["trainable"]["total"] == measured.figures["counted"]["trainable_params"]
+    assert found["adapter_bytes"] == measured.figures["counted"]["adapter_disk_bytes"]
