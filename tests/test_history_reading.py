@@ -193,6 +193,8 @@ def test_a_file_cut_anywhere_is_truncated(tmp_path: Path) -> None:
         (" \n", "is empty"),
         ("benchmark results", "is not JSON: Expecting value (line 1, column 1)"),
         ('{\n"a": oops}', "is not JSON: Expecting value (line 2, column 6)"),
+        ('{"a": x}\n', "is not JSON: Expecting value (line 1, column 7)"),
+        ('{"a": 1} x', "is not JSON: Extra data (line 1, column 10)"),
         ('{"a": 1} {"b": 2}', "is not JSON: Extra data (line 1, column 10)"),
         (b'{"a": "\xff"}', "is not JSON: it holds bytes that are no UTF-8 text"),
         ("[" * 200_000, "is not JSON that can be read: "),
@@ -277,6 +279,11 @@ def test_a_wrong_part_of_the_file_is_named(changed: dict[str, Any], message: str
 def test_a_plain_benchmark_without_a_median_is_named(tmp_path: Path) -> None:
     message = broken(tmp_path, json.dumps(plain(entry("a::b", median="1"))))
     assert message == "is malformed: benchmark a::b: stats.median is no time in seconds"
+
+
+def test_a_file_without_a_commit_is_read(tmp_path: Path) -> None:
+    run = {name: value for name, value in plain(entry()).items() if name != "commit_info"}
+    assert read_run(saved(tmp_path, run)).commit == {}
 
 
 def test_other_peoples_machine_info_may_hold_anything(tmp_path: Path) -> None:

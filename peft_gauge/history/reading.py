@@ -144,7 +144,9 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
     """Whether ``text`` began as a JSON object and the parser stopped because nothing more came."""
-    if not text.lstrip().startswith("{") or (text.endswith("}") and error.pos < len(text)):
+    if not text.lstrip().startswith("{") or error.msg == "Extra data":
+        return False
+    if text.endswith("}") and error.pos < len(text):
         return False
     # A string without an end is reported where it starts; half a number, constant or escape a few characters early.
     return error.msg.startswith("Unterminated string") or len(text) - error.pos < len("\\u1234")
