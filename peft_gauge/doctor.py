@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,11 +40,8 @@ def examine(results: Path) -> Iterator[Line]:
     "missing" stops something that the suite does by default on this kind of machine; "note" stops an extra only.
     """
     yield from (_library(name, minimum) for name, minimum in MINIMUM.items())
-    info = machine.machine_info()
-    yield Line(
-        "cpu", "ok", f"{info['cpu']['brand_raw']}, {info['cpu']['count']} cores, {info['ram_bytes'] / 1e9:.1f} GB"
-    )
-    yield _gpu()
+    yield _cpu()
+    yield from _gpus()
     yield _tried("NF4 training", _train_nf4, "bitsandbytes quantises and trains here", "upgrade bitsandbytes")
     yield _weights()
     yield _disk(results)
@@ -61,13 +58,63 @@ def _library(name: str, minimum: str) -> Line:
     return Line(name, "ok", found)
 
 
-def _gpu() -> Line:
+def _cpu() -> Line:
+    # Not `machine.machine_info()`, which fails where torch fails at the card: that is a line of its own here.
+    import cpuinfo
+    import psutil
+
+    brand = cpuinfo.get_cpu_info().get("brand_raw")
+    return Line("cpu", "ok", f"{brand}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.1f} GB")
+
+
+def _gpus() -> Iterator[Line]:
+    """A line for each CUDA device, or why there is none; then NVML, and bitsandbytes' CUDA library."""
     reason = machine.why_no_cuda()
+    try:
+        cards = machine.accelerators()
+    except GaugeError as error:
+        yield Line("gpu", "missing", str(error))
+        cards = ()
     if reason is not None:
-        return Line("gpu", "note", f"{reason}; GPU cases will be skipped")
-    accelerator = machine.machine_info()["accelerator"]
-    text = f"{accelerator['name']}, {accelerator['memory_bytes'] / 1e9:.1f} GB, driver {accelerator['driver']}"
-    return Line("gpu", "ok", text)
+        yield Line("gpu", "note", f"{reason}; GPU cases will be skipped")
+    yield from (_gpu(number, card) for number, card in enumerate(cards))
+    driver = machine.nvidia_driver()
+    hidden = machine.why_hidden(os.environ.get("CUDA_VISIBLE_DEVICES"), driver) if cards else None
+    if hidden is not None:
+        yield Line("gpu", "note", f"{hidden}; it and what is named after it are hidden")
+    if not driver.absent:
+        yield _nvml(driver, cards)
+    if cards:
+        yield _tried(
+            "bitsandbytes CUDA", _load_cuda_kernels, "its CUDA library is loaded", "without it no QLoRA case can run"
+        )
+
+
+def _gpu(number: int, card: machine.Accelerator) -> Line:
+    import torch
+
+    driver = machine.nvidia_driver().version or "not told"
+    capability = ".".join(map(str, card.compute_capability))
+    text = f"{card.name}, {card.memory_bytes / 1e9:.1f} GB, compute capability {capability}, driver {driver}, "
+    return Line(f"gpu {number}", "ok", f"{text}torch built for CUDA {torch.version.cuda}")
+
+
+def _nvml(driver: machine.Driver, cards: Sequence[machine.Accelerator]) -> Line:
+    from peft_gauge.meters.nvml import NvmlMeter
+
+    reason = None if driver.error is None else f"NVML does not answer: {driver.error}"
+    for number, card in enumerate(cards):
+        reason = reason or NvmlMeter(number, uuid=card.uuid).why_unavailable()
+    if reason is not None:
+        return Line("nvml", "note", f"{reason}; figures of the whole device, its clocks and throttling will be absent")
+    runs = "" if driver.cuda is None else f", runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
+    return Line("nvml", "ok", f"driver {driver.version or 'not told'}{runs}, {driver.cards} card(s)")
+
+
+def _load_cuda_kernels() -> None:
+    from peft_gauge.quantization import load_bitsandbytes
+
+    load_bitsandbytes("cuda")
 
 
 def _tried(subject: str, attempt: Callable[[], None], good: str, remedy: str) -> Line:

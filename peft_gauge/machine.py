@@ -9,8 +9,11 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from peft_gauge.errors import GaugeError, one_line
@@ -50,27 +53,152 @@ def machine_name(cpu: str | None, cpus: int | None, accelerator: str | None) -> 
     return "-".join(re.sub(r"[^a-z0-9]+", "-", part).strip("-") for part in parts)
 
 
-@cache
-def why_no_cuda() -> str | None:
-    """Why nothing can run on CUDA here, in one line; ``None`` where it can.
+# What there is under /dev where a card is: of Linux, of WSL2.
+_DEVICE_FILES = ("nvidia[0-9]*", "nvidiactl", "dxg")
 
-    NVML is asked first: on a machine without a GPU it answers at once, and torch need not be imported.
+
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver, as NVML tells of it; ``None`` for what it does not tell.
+
+    Fields:
+        version: as in ``550.54.14``.
+        cuda: the latest CUDA that it runs, as (12, 4).
+        cards: how many it shows to this process, whatever ``CUDA_VISIBLE_DEVICES`` says; ``uuids``: theirs.
+        error: NVML's own words where it does not answer at all.
+        absent: whether nothing else points to a card either, so that torch need not be asked.
     """
+
+    version: str | None = None
+    cuda: tuple[int, int] | None = None
+    cards: int | None = None
+    uuids: tuple[str, ...] = ()
+    error: str | None = None
+    absent: bool = False
+
+
+@cache
+def nvidia_driver() -> Driver:
+    """The driver of this machine, asked once a process."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return f"no CUDA device: no NVIDIA driver answers (NVML: {error})"
-    pynvml.nvmlShutdown()
+        nothing = isinstance(error, (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded))
+        return Driver(error=str(error), absent=nothing and not _has_device_files())
+    try:
+        cuda = _told(pynvml.nvmlSystemGetCudaDriverVersion)
+        cards = _told(pynvml.nvmlDeviceGetCount)
+        handles = [_told(lambda n=number: pynvml.nvmlDeviceGetHandleByIndex(n)) for number in range(cards or 0)]  # type: ignore[misc]
+        uuids = [_told(lambda h=handle: pynvml.nvmlDeviceGetUUID(h)) for handle in handles if handle is not None]  # type: ignore[misc]
+        return Driver(
+            version=_told(pynvml.nvmlSystemGetDriverVersion),
+            cuda=None if cuda is None else _cuda_version(cuda),
+            cards=cards,
+            uuids=tuple(uuid for uuid in uuids if uuid is not None),
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _told(ask: Callable[[], Any]) -> Any:
+    """What NVML answers; ``None`` where it refuses, for whatever reason."""
+    import pynvml
+
+    try:
+        return ask()
+    except pynvml.NVMLError:
+        return None
+
+
+def _has_device_files(folder: Path = Path("/dev")) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _DEVICE_FILES)
+
+
+def _cuda_version(number: int) -> tuple[int, int]:
+    """CUDA writes version 12.4 as 12040."""
+    return number // 1000, number % 1000 // 10
+
+
+@cache
+def why_no_cuda() -> str | None:
+    """Why nothing can run on CUDA here, in one line; ``None`` where it can.
+
+    torch decides. It is asked unless NVML and the device files agree that there is no card, so that a machine without
+    one need not import it; an NVML that refuses is no reason, since CUDA may work all the same (a container without
+    that permission): then the driver's figures are absent.
+    """
+    driver = nvidia_driver()
+    if driver.absent:
+        return f"no CUDA device: no NVIDIA driver answers (NVML: {driver.error})"
     import torch
 
     if torch.version.cuda is None:
         return f"no CUDA device: this torch ({torch.__version__}) was built without CUDA; install a CUDA build"
-    if not torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return f"no CUDA device that torch can use (CUDA_VISIBLE_DEVICES={visible!r}); run peft-gauge doctor"
+    # torch says what is wrong as a warning, once a process; under pytest it would be an error.
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        return None
+    words = " ".join(str(each.message) for each in said)
+    reason = (
+        why_hidden(os.environ.get("CUDA_VISIBLE_DEVICES"), driver)
+        or _why_too_old(driver, torch.version.cuda, words)
+        or _why_otherwise(driver, words)
+    )
+    return f"no CUDA device that torch can use: {reason}"
+
+
+def why_hidden(visible: str | None, driver: Driver) -> str | None:
+    """What is wrong with ``visible``, the value of ``CUDA_VISIBLE_DEVICES`` (``None``: unset), in one line.
+
+    CUDA stops at the first entry that it does not know, and hides that card and all after it. ``None`` where nothing
+    is wrong or, for a MIG instance and where NVML does not list the cards, cannot be told.
+    """
+    if visible is None:
+        return None
+    shown = f"CUDA_VISIBLE_DEVICES={visible!r}"
+    entries = [entry.strip() for entry in visible.split(",")]
+    if not entries[0].isdecimal() and not entries[0].startswith(("GPU-", "MIG-")):
+        return f"{shown} hides every card; unset it, or name one"
+    for entry in entries:
+        if driver.cards is None:
+            continue
+        numbered = entry.isdecimal() and int(entry) >= driver.cards
+        listed = [uuid.lower().startswith(entry.lower()) for uuid in driver.uuids]
+        named = entry.startswith("GPU-") and len(listed) == driver.cards and not any(listed)
+        if numbered or named:
+            there = "is 1 card" if driver.cards == 1 else f"are {driver.cards} cards"
+            return f"{shown} names card {entry}, and there {there} here, numbered from 0; nvidia-smi -L lists them"
     return None
+
+
+def _why_too_old(driver: Driver, built_for: str, words: str) -> str | None:
+    """``words``: torch's warning, if it was the first in this process to ask; ``built_for``: its CUDA."""
+    found = re.search(r"driver on your system is too old \(found version (\d+)\)", words)
+    runs = _cuda_version(int(found[1])) if found else driver.cuda
+    # Within one major version of CUDA a driver runs also what was built for a later one.
+    if runs is None or (not found and runs[0] >= int(built_for.split(".")[0])):
+        return None
+    upto = f"{runs[0]}.{runs[1]}"
+    return (
+        f"the NVIDIA driver{_version_of(driver)} is too old: it runs CUDA up to {upto}, and this torch was built for "
+        f"CUDA {built_for}; update the driver, or install a torch built for CUDA {upto} or before"
+    )
+
+
+def _why_otherwise(driver: Driver, words: str) -> str:
+    if driver.cards == 0:
+        return f"the NVIDIA driver{_version_of(driver)} shows no card here; in a container, pass the GPUs in"
+    told = one_line(words.partition("(Triggered internally")[0], 240)
+    nvml = f"NVML says: {driver.error}" if driver.error else f"the NVIDIA driver{_version_of(driver)} does answer"
+    return f"{told or 'it does not say why'} ({nvml}); nvidia-smi may tell more"
+
+
+def _version_of(driver: Driver) -> str:
+    return f" {driver.version}" if driver.version else ""
 
 
 def installed_version(distribution: str) -> str | None:
@@ -124,7 +252,7 @@ def accelerators() -> tuple[Accelerator, ...]:
     done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise GaugeError(f"torch cannot read the CUDA devices here: {one_line(last[0])}; run peft-gauge doctor")
+        raise GaugeError(f"torch cannot read the CUDA devices here: {one_line(last[0])}; nvidia-smi may tell more")
     return tuple(
         Accelerator(name, memory_bytes, (major, minor), _with_prefix(uuid) if uuid else None)
         for name, memory_bytes, major, minor, uuid in json.loads(done.stdout)
@@ -151,15 +279,4 @@ def _accelerator() -> dict[str, Any]:
 
 
 def _driver_version() -> str | None:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+    return nvidia_driver().version

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
-from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.errors import GaugeError, one_line, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,14 +36,15 @@ MINIMUM_BITSANDBYTES = (0, 46, 1)  # the first that trains 4-bit layers on CPU
 # --- bitsandbytes -------------------------------------------------------------------------------------------
 
 
-def load_bitsandbytes() -> ModuleType:
-    """The bitsandbytes module, imported without its notice about an optional CPU kernel; its other messages
-    pass.
+def load_bitsandbytes(device: str = "cpu") -> ModuleType:
+    """The bitsandbytes module, imported without its notice about an optional CPU kernel and without the traceback that
+    it prints where its CUDA library is missing; its other messages pass.
 
-    Call it before PEFT is imported, which imports bitsandbytes by itself. Raises `GaugeError` where
-    bitsandbytes is missing or older than 0.46.1.
+    Call it before PEFT is imported, which imports bitsandbytes by itself. Raises `GaugeError` where bitsandbytes is
+    missing or older than 0.46.1, and, with a CUDA ``device``, where it has no kernels for this torch's CUDA.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_notice)
+    logging.getLogger("bitsandbytes.cextension").addFilter(_is_no_load_error)
     try:
         installed = version("bitsandbytes")
         # bitsandbytes makes lookup tables when imported; made under a fake mode they would stay fake for good.
@@ -53,12 +55,35 @@ def load_bitsandbytes() -> ModuleType:
     numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     if numbers < MINIMUM_BITSANDBYTES:
         raise GaugeError(f"bitsandbytes {installed} is too old for 4 bit on CPU; 0.46.1 or newer is needed")
+    if torch.device(device).type == "cuda":
+        _check_cuda_kernels(installed)
     module: ModuleType = bitsandbytes
     return module
 
 
+def _check_cuda_kernels(installed: str) -> None:
+    """bitsandbytes imports without its CUDA library too, and fails at the first kernel, with a page of advice."""
+    from bitsandbytes.cextension import lib
+
+    if lib.compiled_with_cuda:
+        return
+    # What stands in for a library that did not load gives a function for any name that it has not itself.
+    facts = vars(lib)
+    told = re.sub(r"\S*/", "", one_line(facts.get("error_msg", "it loaded its library for CPUs only"), 160))
+    versions = ", ".join(facts.get("available_versions", ()))
+    raise GaugeError(
+        f"bitsandbytes {installed} has no kernels for this torch's CUDA {torch.version.cuda}: {told}"
+        + (f"; it comes with CUDA {versions}" if versions else "")
+        + "; install a release of bitsandbytes or of torch that fits the other (python -m bitsandbytes tells more)"
+    )
+
+
 def _is_no_kernel_notice(message: logging.LogRecord) -> bool:
     return not message.msg.startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+def _is_no_load_error(message: logging.LogRecord) -> bool:
+    return not message.msg.startswith("bitsandbytes library load error")
 
 
 # --- a model's layers ---------------------------------------------------------------------------------------
@@ -98,7 +123,7 @@ def quantize_(
         raise unknown("quantised layer format", quant_format, LAYER_FORMATS)
     if getattr(model, "is_quantized", False):
         raise GaugeError("the model is quantised already; start from one in 16 or 32 bit")
-    load_bitsandbytes()
+    load_bitsandbytes(_kernels_device(model, device))
     names = _linear_names(model, skip)
     if not names:
         raise GaugeError(
@@ -113,6 +138,12 @@ def quantize_(
             linear.to(device)
         model.set_submodule(name, _quantised_layer(linear, quant_format, double_quant, compute_dtype))
     _mark(model, quant_format, double_quant, compute_dtype, skip)
+
+
+def _kernels_device(model: nn.Module, device: str | None) -> str:
+    """Where ``model`` is going to be quantised; weights without data run no kernels, wherever they say they are."""
+    weight = next(model.parameters())
+    return "cpu" if weight.is_meta or is_fake(weight) else device or weight.device.type
 
 
 def _linear_names(model: nn.Module, skip: Sequence[str]) -> list[str]:
