@@ -9,7 +9,7 @@ import pytest
 
 from fixtures import hypothesis_profiles
 from fixtures.cards import case_scheduling, check_workers, is_worker
-from fixtures.measured import LAST_WORDS
+from fixtures.measured import LAST_WORDS, PASS_OF_MODULE
 from fixtures.selection import add_options, run_options, selected_cases, selected_device, selected_variations
 from peft_gauge import machine
 from peft_gauge.cases import Case
@@ -111,6 +111,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     resumption = config.stash[RESUMPTION]
     if resumption is not None:
         _deselect(config, items, lambda item: item.nodeid in resumption.done)
+    if is_worker():  # other workers' cases would take the time that is measured
+        alone = pytest.mark.skip(reason="timing cases do not share this CPU (-n); run without -n")
+        for item in items:
+            if _device_of(item) == "cpu" and PASS_OF_MODULE.get(item.path.stem) == "speed":
+                item.add_marker(alone)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = machine.why_no_cuda() if gpu_items else None
     if reason is not None:
@@ -187,7 +192,7 @@ class Recorder:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         interrupted: list[schema.CaseRecord] | None = self.config.stash.get(LAST_WORDS, None)
         self.cases += interrupted or []
-        if is_worker() or all(case.outcome == "skipped" for case in self.cases):
+        if is_worker() or all(case.outcome in ("skipped", "failed") for case in self.cases):
             return
         if self.config.getoption("--no-save"):
             self.notes.append("not saved (--no-save)")
@@ -276,4 +281,4 @@ def _reason(report: pytest.TestReport) -> str | None:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    return str(crash.message if crash else report.longrepr).strip().splitlines()[0]
+    return str(crash.message if crash else report.longrepr).strip().splitlines()[0].removeprefix("Failed: ")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.writing import write_whole as write_whole
-from peft_gauge.plan.overheads import CUBLAS_WORKSPACE_HOPPER_BYTES, CUBLASLT_WORKSPACE_BYTES
+from peft_gauge.plan.overheads import CUBLAS_WORKSPACE_HOPPER_BYTES, CUBLAS_WORKSPACES, CUBLASLT_WORKSPACE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,8 +64,8 @@ class Margins:
     """Segments depend on the order of all allocations since the process began, of which a plan replays only steps."""
     device_percent: int = 15
     """The CUDA context is an estimate and differs by card, driver and loaded kernels."""
-    workspace_bytes: int = CUBLAS_WORKSPACE_HOPPER_BYTES + CUBLASLT_WORKSPACE_BYTES
-    """cuBLAS's and cuBLASLt's workspaces where they are largest (Hopper): a ceiling is for any card."""
+    workspace_bytes: int = CUBLAS_WORKSPACES * CUBLAS_WORKSPACE_HOPPER_BYTES + CUBLASLT_WORKSPACE_BYTES
+    """cuBLAS's two workspaces and cuBLASLt's where they are largest (Hopper): a ceiling is for any card."""
 
     def ceiling(self, plan: Plan) -> Ceiling:
         """The ceiling over ``plan``, whose own workspaces, those of a smaller card, make room for the largest."""

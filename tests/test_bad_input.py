@@ -120,7 +120,7 @@ def test_gpu_cases_without_a_gpu_are_skips_with_a_reason(tmp_path: Path) -> None
         pytest.skip("there is a CUDA device here")
     done = run_pytest(tmp_path, *TOY, "-m", "gpu")
     assert done.returncode == 0
-    assert "3 skipped" in done.stdout
+    assert "4 skipped" in done.stdout
     assert "no CUDA device: " in done.stdout
     assert not (tmp_path / "out").exists()  # a run in which nothing ran is no result
 
@@ -131,7 +131,7 @@ def test_a_toy_run_is_saved_and_shown(tmp_path: Path) -> None:
     (saved,) = (tmp_path / "out").glob("*/0001_*.json")
     assert f"saved {saved}" in done.stdout
     run = json.loads(saved.read_text())
-    assert [len(benchmark["stats"]["data"]) for benchmark in run["benchmarks"]] == [1, 1, 1]
+    assert [len(benchmark["stats"]["data"]) for benchmark in run["benchmarks"]] == [1, 1, 1, 1]
     settings = run["peft_gauge"]["cases"][0]["figures"]["settings"]
     assert settings["num_virtual_tokens"] == 20
     assert settings["optimizer"] == "AdamW"
@@ -141,7 +141,7 @@ def test_a_toy_run_is_saved_and_shown(tmp_path: Path) -> None:
 def test_a_bare_run_takes_paths_in_the_form_that_readme_gives(tmp_path: Path) -> None:
     """pytest looks for its configuration beside every existing path among its arguments, unless it follows a ``=``."""
     folder = toy_folder(tmp_path)
-    options = [f"--model={folder}", f"--results={tmp_path}", "--method=prompt", "--rounds=1", "-k", "test_forward"]
+    options = [f"--model={folder}", f"--results={tmp_path}", "--method=prompt", "--rounds=1", "-k", "test_step"]
     command = [sys.executable, "-m", "pytest", "-q", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -139,10 +139,11 @@ def test_unknown_unit_is_named_by_parse_bytes() -> None:
 
 
 def test_workspace_defaults_are_those_of_pytorch() -> None:
-    """`:4096:2:16:8` means 2 x 4096 KiB + 8 x 16 KiB; compute capability 9.0 alone has 32 MiB."""
-    assert default_overheads((8, 6)).cublas_workspace_bytes == 8_519_680
-    assert default_overheads((9, 0)).cublas_workspace_bytes == 33_554_432
-    assert default_overheads((10, 0)).cublas_workspace_bytes == 8_519_680
+    """`:4096:2:16:8` means 2 x 4096 KiB + 8 x 16 KiB; compute capability 9.0 alone has 32 MiB; two threads, two of them.
+    """
+    assert default_overheads((8, 6)).cublas_workspace_bytes == 2 * 8_519_680
+    assert default_overheads((9, 0)).cublas_workspace_bytes == 2 * 33_554_432
+    assert default_overheads((10, 0)).cublas_workspace_bytes == 2 * 8_519_680
     assert default_overheads(None).cublaslt_workspace_bytes == 1_048_576
 
 
@@ -177,7 +178,7 @@ def test_calibration_may_be_partial_and_of_a_card_outside_the_table(tmp_path: Pa
     calibration_path(tmp_path, "GTX 9999").write_text(json.dumps(SOUND | {"gpu": "GTX-9999"}))
     overheads = overheads_for("GTX 9999", tmp_path)
     assert overheads.context_bytes == 7
-    assert overheads.cublas_workspace_bytes == 8_519_680
+    assert overheads.cublas_workspace_bytes == 2 * 8_519_680
     assert overheads.origins["cublas_workspace_bytes"] == "PyTorch's CublasHandlePool.cpp"
     with pytest.raises(GaugeError, match="no GPU is called"):
         overheads_for("GTX 9998", tmp_path)

@@ -312,7 +312,7 @@ def test_state_is_allocated_where_a_run_allocates_it() -> None:
         event(-1, 3, 512, ACTIVATIONS, OPTIMIZER),
     ]
     order = [each[1] for each in Steps(log).allocations(NO_WORKSPACES) if each[0] == "alloc"]
-    assert order[:6] == [0, "cublas", "cublaslt", (0, 2), 1, (0, 3)]
+    assert order[:7] == [0, "cublas", "cublaslt", (0, 2), "cublas of backward", 1, (0, 3)]
     # The second pass needs a new segment for its activations: weights, state, activations, and one small segment.
     result = Steps(log).replayed(NO_WORKSPACES)
     assert result.peak_reserved_bytes == 3 * 30 * MIB + 2 * MIB

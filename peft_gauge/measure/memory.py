@@ -204,7 +204,6 @@ def _tracked_step(job: TrainingJob, trains_base: bool) -> tuple[float, dict[str,
     gc.collect()
     tracker = StorageTracker(vocabulary=job.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     _adopt(tracker, job, trains_base)
-    tracker.follow(job.optimizer)
     meter = TensorMeter(tracker)
     driver = meters.Phases([meter])
 

@@ -47,13 +47,19 @@ CUBLASLT_WORKSPACE_BYTES = 1 << 20
 An upper bound: versions with pytorch#168175 let it share the workspace of cuBLAS (then 0); before
 pytorch#156495 it was allocated for each call and freed."""
 
+CUBLAS_WORKSPACES = 2
+"""Of a training step: handles belong to a thread, and backward runs in a thread of autograd's own, same file."""
+
 _BYTE_FIELDS = ("context_bytes", "cublas_workspace_bytes", "cublaslt_workspace_bytes")
 _TEXT_FIELDS = ("gpu", "torch", "measured_on")
 
 
 @dataclass(frozen=True)
 class DeviceOverheads:
-    """The overheads of one process on one device; `origins` says for each field where it is from."""
+    """The overheads of one process on one device; `origins` says for each field where it is from.
+
+    ``cublas_workspace_bytes``: those of forward and of backward together.
+    """
 
     context_bytes: int
     cublas_workspace_bytes: int
@@ -66,7 +72,8 @@ def default_overheads(compute_capability: tuple[int, int] | None) -> DeviceOverh
     hopper = compute_capability == (9, 0)
     return DeviceOverheads(
         context_bytes=CONTEXT_BYTES,
-        cublas_workspace_bytes=CUBLAS_WORKSPACE_HOPPER_BYTES if hopper else CUBLAS_WORKSPACE_BYTES,
+        cublas_workspace_bytes=CUBLAS_WORKSPACES
+        * (CUBLAS_WORKSPACE_HOPPER_BYTES if hopper else CUBLAS_WORKSPACE_BYTES),
         cublaslt_workspace_bytes=CUBLASLT_WORKSPACE_BYTES,
         origins={
             "context_bytes": "unmeasured estimate (pytorch#107667, pytorch#109888)",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from peft_gauge.plan import gpus
 from peft_gauge.plan.allocator import Event, ReplayResult, replay
-from peft_gauge.plan.overheads import DeviceOverheads, default_overheads, overheads_for
+from peft_gauge.plan.overheads import CUBLAS_WORKSPACES, DeviceOverheads, default_overheads, overheads_for
 from peft_gauge.plan.record import DeviceEstimate, GpuFit
-from peft_gauge.plan.tracker import OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
+from peft_gauge.plan.tracker import BACKWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,16 +36,22 @@ class Steps:
         self._present = present
 
     def allocations(self, overheads: DeviceOverheads) -> Iterator[Event]:
-        """The sequence for `replay`; library workspaces come with the first step and are never freed."""
+        """The sequence for `replay`; library workspaces come with the first step and are never freed: one of cuBLAS
+        with the first product, the other, of autograd's thread, with the first backward."""
         late = [event for event in self._before if event.category == OPTIMIZER_STATE]
         early = [event for event in self._before if event.category != OPTIMIZER_STATE]
         yield from (("alloc", event.storage, event.nbytes) for event in early)
-        yield ("alloc", "cublas", overheads.cublas_workspace_bytes)
+        of_backward = overheads.cublas_workspace_bytes // CUBLAS_WORKSPACES
+        yield ("alloc", "cublas", overheads.cublas_workspace_bytes - of_backward)
+        backward_began = False
         yield ("alloc", "cublaslt", overheads.cublaslt_workspace_bytes)
         left: dict[tuple[int, int], None] = {}
         for number in range(PASSES):
             alive: dict[tuple[int, int], None] = {}
             for event in self._step:
+                if not backward_began and event.phase == BACKWARD:
+                    yield ("alloc", "cublas of backward", of_backward)
+                    backward_began = True
                 if late and event.phase == OPTIMIZER:
                     yield from (("alloc", state.storage, state.nbytes) for state in late)
                     late = []
