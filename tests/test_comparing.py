@@ -46,7 +46,7 @@ def timed(
     return {SAMPLES: {metric: seconds}} | ({} if control is None else {CONTROL_SAMPLES: {metric: control}})
 
 
-def noisy(ratio: float, seed: int, *, processes: int = 5, noise: float = 0.005) -> list[list[float]]:
+def noisy(ratio: float, seed: int, *, processes: int = 5, noise: float = 0.002) -> list[list[float]]:
     generator = np.random.default_rng(seed)
     factors = generator.normal(0, noise, (processes, 1)) + generator.normal(0, noise, (processes, 5))
     rounds: list[list[float]] = (ratio * np.exp(factors)).tolist()
@@ -445,7 +445,7 @@ def test_holm_s_errors_are_those_of_the_whole_comparison(made: Made) -> None:
         return made(*(case(STEP.format(name), **timed(noisy(1, seed + at))) for at, name in enumerate(names)))
 
     errors = [row.judged.error for row in compare(run(0), run(50), RULES).rows if row.judged is not None]
-    assert errors == pytest.approx([0.05 / 10] * 10)
+    assert errors == pytest.approx([RULES.family_error / 10] * 10)
 
 
 def test_single_processes_cannot_tell_and_say_what_would(made: Made) -> None:
@@ -524,7 +524,8 @@ def test_a_common_factor_is_one_line(made: Made) -> None:
     assert worst.relative_to is not None
     assert worst.relative_to.startswith("all times ×1.2")
     errors = [row.judged.error for row in found.rows if row.judged is not None]
-    assert errors == pytest.approx([0.05 / 10] + [0.05 / 9] * 9)  # Holm's, of what the factor left
+    # Holm's, of what the factor left.
+    assert errors == pytest.approx([RULES.family_error / 10] + [RULES.family_error / 9] * 9)
     assert found.exit_code() == 1
 
 

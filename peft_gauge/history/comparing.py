@@ -377,8 +377,14 @@ def _times_of(pair: _Pair, rules: Rules) -> Iterator[Row | _Time]:
             yield replace(row, note=lacking[0])
             continue
         over_control = old.control_seconds is not None and new.control_seconds is not None
-        estimate = intervals.estimate(old, new, rules.host_spread, over_control=over_control)
+        estimate = intervals.estimate(
+            old, new, rules.host_spread, over_control=over_control, in_common=_in_common(over_control)
+        )
         yield _Time(replace(row, cause=_time_cause(pair), note=_unsteady(pair)), rule, estimate, over_control)
+
+
+def _in_common(over_control: bool) -> float:
+    return intervals.IN_COMMON_OVER_CONTROL if over_control else intervals.IN_COMMON
 
 
 def _unsteady(pair: _Pair) -> str | None:
@@ -405,7 +411,13 @@ def _judge_family(times: Sequence[_Time], family_error: float, factor: float) ->
     errors = intervals.holm_errors([time.estimate.p_value(factor) for time in times], family_error)
     rows = []
     for time, error in zip(times, errors, strict=True):
-        judged = intervals.judge(time.estimate, error, time.rule.minimum_effect, relative_to=factor)
+        judged = intervals.judge(
+            time.estimate,
+            error,
+            time.rule.minimum_effect,
+            relative_to=factor,
+            in_common=_in_common(time.over_control),
+        )
         divided = ["control"] if time.over_control else []
         divided += [f"all times ×{math.exp(factor):.3f}"] if factor else []
         rows.append(

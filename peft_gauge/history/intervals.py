@@ -6,6 +6,11 @@ falls short there: with 2, 3 and 5 processes its 95 % intervals covered a known 
 simulated comparisons (Welch's in 96 to 97), and 5 processes have too few resamples for the small errors at which each
 of many comparisons is to be judged.
 
+A case's processes follow each other, so they share the host's mood of some minutes, which another run does not have.
+What they share they cannot show by how they differ; its share of the variance has to be known (`in_common`), and the
+variance of their mean is greater by the design effect (Kish, Survey Sampling, 1965): of n with correlation r among
+them, by 1 + (n - 1)·r.
+
 With one process on a side, nothing in the data says how much processes differ. The rounds are bootstrapped, and the
 interval is widened by a spread that was seen elsewhere.
 """
@@ -18,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from peft_gauge.errors import GaugeError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -29,6 +36,12 @@ Verdict = Literal["same", "better", "worse", "cannot tell"]
 LEAST_ROUNDS = 3
 DRAWS = 9_999
 SEED = 20_261_124
+IN_COMMON = 0.45
+IN_COMMON_OVER_CONTROL = 0.2
+"""The share of a process median's variance that is common to all processes of a case in one run. Read from the runs of
+which `peft_gauge.history.simulation.SHARED_HOST` is made, where it is the variance of ``run``, ``minutes`` and
+``own_minutes`` (over the control only the last is left) in that of a median of 5 rounds."""
+
 MOST_FURTHER = 100
 """A need for more processes than this is not told as a number: it says that the effect is too small for the noise."""
 
@@ -104,10 +117,13 @@ class Single:
         return float(low), float(high)
 
 
-def estimate(base: Samples, new: Samples, spread: HostSpread, *, over_control: bool) -> Estimate:
+def estimate(
+    base: Samples, new: Samples, spread: HostSpread, *, over_control: bool, in_common: float = 0.0
+) -> Estimate:
     """The ratio NEW / BASE of process medians, of each round's time ``over_control`` where that is asked for.
 
-    Both sides need `enough` rounds. Several processes make a side's centre the geometric mean of their medians.
+    Both sides must be without reproach by `why_no_estimate`. Several processes make a side's centre the geometric mean
+    of their medians; ``in_common`` is the correlation among them.
     """
     sides = [_rounds(samples, over_control) for samples in (base, new)]
     logs = [[math.log(statistics.median(rounds)) for rounds in side] for side in sides]
@@ -116,11 +132,29 @@ def estimate(base: Samples, new: Samples, spread: HostSpread, *, over_control: b
     if min(processes) < 2:
         factor = spread.over_control if over_control else spread.seconds
         return Single(log_ratio, _bootstrap(*sides), math.log(factor), processes)
-    variances = [statistics.variance(side) / len(side) for side in logs]
+    variances = [statistics.variance(side) * (1 / len(side) + _unseen(in_common)) for side in logs]
     total = sum(variances)
     parts = sum(variance**2 / (len(side) - 1) for variance, side in zip(variances, logs, strict=True))
     freedom = total**2 / parts if parts else sum(processes) - 2.0
     return Replicated(log_ratio, math.sqrt(total), freedom, processes)
+
+
+def of_pairs(log_ratios: Sequence[float]) -> Replicated:
+    """The ratio from several pairs of processes, of which each gave the logarithm of one ratio: Student's t.
+
+    A process that runs the same code as another is faster or slower for as long as it lives, which pairs of steps of
+    the same two processes cannot show; two further processes can. Raises `GaugeError` for fewer than two pairs.
+    """
+    count = len(log_ratios)
+    if count < 2:
+        raise GaugeError(f"{count} pair of processes does not show how processes differ; take two at least")
+    error = statistics.stdev(log_ratios) / math.sqrt(count)
+    return Replicated(statistics.fmean(log_ratios), error, count - 1.0, (count, count))
+
+
+def _unseen(in_common: float) -> float:
+    """What values with this correlation have in common, as a multiple of the variance that is seen among them."""
+    return in_common / (1 - in_common)
 
 
 def why_no_estimate(samples: Samples | None) -> str | None:
@@ -197,8 +231,12 @@ class Judgement:
     further: int | None
 
 
-def judge(estimate: Estimate, error: float, minimum_effect: float, *, relative_to: float = 0.0) -> Judgement:
+def judge(
+    estimate: Estimate, error: float, minimum_effect: float, *, relative_to: float = 0.0, in_common: float = 0.0
+) -> Judgement:
     """The verdict on a time, of which lower is better, after ``relative_to`` is taken off its log ratio.
+
+    ``in_common`` is as it was for the estimate: what processes share, more of them do not make smaller.
 
     *same*: the whole interval lies within the minimum effect of 1, either way (as factors: 1/1.03 to 1.03). *worse* and
     *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect.
@@ -213,7 +251,11 @@ def judge(estimate: Estimate, error: float, minimum_effect: float, *, relative_t
         verdict = "worse"
     elif high < 0 and centre < -effect:
         verdict = "better"
-    further = _further(estimate.processes, centre, low, high, effect) if verdict == "cannot tell" else None
+    further = None
+    if verdict == "cannot tell":
+        # One process against one is judged by a spread in which what they have in common is contained.
+        unseen = _unseen(in_common) if min(estimate.processes) > 1 else 0.0
+        further = _further(estimate.processes, centre, low, high, effect, unseen)
     return Judgement(verdict, math.exp(centre), _exp(low), _exp(high), error, further)
 
 
@@ -222,10 +264,14 @@ def _exp(value: float) -> float:
     return math.exp(max(min(value, 700.0), -700.0))
 
 
-def _further(processes: tuple[int, int], centre: float, low: float, high: float, effect: float) -> int:
-    """Intervals shrink as 1/√n: how many more processes until this one would lie on one side, if the ratio stays."""
+def _further(processes: tuple[int, int], centre: float, low: float, high: float, effect: float, unseen: float) -> int:
+    """How many more processes a side until this interval would lie on one side, if the ratio stays.
+
+    The square of its width goes as 1/n + ``unseen``.
+    """
     needed = abs(centre) if abs(centre) > effect else effect - abs(centre)
-    shrink = (max(high - centre, centre - low) / needed) ** 2 if needed > 0 else math.inf
+    share = (needed / max(high - centre, centre - low)) ** 2
     now = 2 / (1 / processes[0] + 1 / processes[1])
-    more = now * (shrink - 1)
+    inverse = (1 / now + unseen) * share - unseen
+    more = 1 / inverse - now if inverse > 0 else math.inf
     return max(1, math.ceil(more)) if more <= MOST_FURTHER else MOST_FURTHER + 1

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +23,9 @@ from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseRecord, Outcome
 
 OUTCOMES = frozenset(get_args(Outcome))
+
+MOST_BYTES = 100_000_000
+"""A larger file is refused unread. A run of a thousand cases with all their rounds takes a few million bytes."""
 
 _NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
 
@@ -80,8 +86,10 @@ def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
 
     ``folder`` is a folder of machine folders, or one of these. Runs follow each other by number; a file without one
     comes before them. Hidden files, temporary ones among them, are left out. The files are not opened. Raises
-    `GaugeError` where there is no such folder.
+    `GaugeError` where there is no such folder, and for a ``machine`` that would be a path out of it.
     """
+    if machine is not None and not _is_name(machine):
+        raise GaugeError(f"{machine!r} is no name of a machine")
     if not folder.is_dir():
         raise GaugeError(f"{folder} is no folder of saved runs; name one that a run was saved in")
     try:
@@ -97,6 +105,11 @@ def last_run(results: Path, machine: str) -> Run | None:
     """The newest run of ``machine`` under ``results``, or ``None``; raises `GaugeError` where it cannot be read."""
     paths = runs_in(results, machine) if results.exists() else []
     return read_run(paths[-1]) if paths else None
+
+
+def _is_name(text: str) -> bool:
+    """Whether ``text`` can name a folder of runs: it is neither hidden nor a path, on any system."""
+    return bool(text) and not text.startswith(".") and not set(text) & set("/\\:\0")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -115,6 +128,7 @@ def _number(path: Path) -> str | None:
 
 def _text(path: Path) -> str:
     try:
+        _check_kind_and_size(path.stat())
         return path.read_bytes().decode()
     except FileNotFoundError:
         raise _Malformed("does not exist") from None
@@ -124,6 +138,16 @@ def _text(path: Path) -> str:
         raise _Malformed(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError:
         raise _Malformed("is not JSON: it holds bytes that are no UTF-8 text") from None
+
+
+def _check_kind_and_size(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for somebody to write
+        raise _Malformed("is no regular file")
+    if status.st_size > MOST_BYTES:
+        size, most = status.st_size / 1e6, MOST_BYTES / 1e6
+        raise _Malformed(f"is too large for a run: {size:.0f} MB, and no more than {most:.0f} MB are read")
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -172,6 +196,7 @@ def _run(path: Path, document: dict[str, Any]) -> Run:
     else:
         rounds = {entry["fullname"]: entry["stats"]["data"] for entry in benchmarks if "data" in entry["stats"]}
         cases = [_case(entry, rounds) for entry in _objects(section, "cases", f"{KEY}.")]
+    _check_ids(cases)
     machine = _field(document, "machine_info", dict)
     if section is not None:
         _check_machine(machine)
@@ -210,7 +235,9 @@ def _when(text: str) -> datetime:
 
 def _check_machine(machine: dict[str, Any]) -> None:
     """The parts of our own ``machine_info`` by which runs are told apart; other people's may hold anything."""
-    _field(machine, "name", str, "machine_info.")
+    name = _field(machine, "name", str, "machine_info.")
+    if not _is_name(name):
+        raise _Malformed(f"is malformed: machine_info.name is {_shown(name)}, which is no name of a machine")
     _field({"accelerator": {}} | machine, "accelerator", dict, "machine_info.")
     libraries = _field({"libraries": {}} | machine, "libraries", dict, "machine_info.")
     for library, version in libraries.items():
@@ -234,6 +261,14 @@ def _case(entry: dict[str, Any], rounds: Mapping[str, list[float]]) -> CaseRecor
     if SAMPLES not in figures and id_ in rounds:
         figures |= _samples_of(figures, rounds[id_])
     return CaseRecord(id_, _field(entry, "question", str, where), cast("Outcome", outcome), reason, figures)
+
+
+def _check_ids(cases: list[CaseRecord]) -> None:
+    """A case has one record, and a second only of how its clean-up failed."""
+    passed = Counter(case.id for case in cases if case.outcome == "passed")
+    for id_, records in passed.items():
+        if records > 1:
+            raise _Malformed(f"is malformed: case {id_} stands in it twice, and which is meant is not told")
 
 
 def _check_samples(samples: dict[str, Any], where: str) -> None:

@@ -1,0 +1,130 @@
+"""Where in a history of runs a figure changed.
+
+A figure without noise changed wherever it is another than before. A time is judged by ranks, so that an outlier weighs
+no more than any other run: where the runs before and the runs after differ most by Wilcoxon's rank sum, there is a
+step, if it is beyond chance; then the same is asked of both parts (binary segmentation: Scott and Knott 1974,
+Biometrics 30: 507-512).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Kind = Literal["exact", "time"]
+
+CHANCE = 0.05
+"""Of any step in a history of independent times that has none: an upper bound, whatever its length (Bonferroni)."""
+
+LEAST_RUNS = 5
+"""On either side of a step: among fewer, outliers would be one."""
+
+
+def change_points(values: Sequence[float | None], kind: Kind, minimum_effect: float = 0.03) -> list[int]:
+    """The places in ``values``, one a run and oldest first, at which another level begins; in order.
+
+    ``kind``: "exact" for a figure without noise, of which every difference counts; "time" for one with noise. Runs
+    without a value (``None``) are passed over: a step behind some of them begins at the first run with one.
+
+    Of times, a step needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels
+    must differ by more than ``minimum_effect`` (a factor of 1 + this). Times after each other are taken for
+    independent; slow drift is told as steps.
+    """
+    places = [place for place, value in enumerate(values) if value is not None]
+    known = [value for value in values if value is not None]
+    if kind == "exact":
+        found = [at for at in range(1, len(known)) if known[at] != known[at - 1]]
+    else:
+        found = _steps(known, minimum_effect)
+    return [places[at] for at in found]
+
+
+def _steps(known: Sequence[float], effect: float) -> list[int]:
+    import numpy as np
+
+    times = np.asarray(known, dtype=float)
+    found = _without_small(times, sorted(_segmented(times, 0, len(times))), effect)
+    # A place was found while further steps stood in the same part; now each is looked for between its neighbours.
+    ends = [0, *found, len(times)]
+    around = zip(ends, ends[1:], ends[2:], strict=False)
+    placed = {low + _placed(times[low:high], at - low) for low, at, high in around}
+    return _without_small(times, sorted(placed), effect)
+
+
+def _placed(part: np.ndarray, about: int) -> int:
+    """Where the one step of ``part`` is, ``about`` there: where both levels' absolute deviations are least.
+
+    No time weighs more than the height of the step, however far off it is.
+    """
+    import numpy as np
+
+    before, after = np.median(part[:about]), np.median(part[about:])
+    gained = np.cumsum(np.abs(part - before) - np.abs(part - after))
+    places = np.arange(LEAST_RUNS, len(part) - LEAST_RUNS + 1)
+    return int(places[np.argmin(gained[places - 1])])
+
+
+def _segmented(times: np.ndarray, low: int, high: int) -> Iterator[int]:
+    """Steps of ``times[low:high]`` that are beyond chance."""
+    spans = list(_spans(low, high))
+    if not spans:
+        return
+    looks = sum(end - start for start, end in spans)
+    (at, deviation), start = max(
+        ((_largest(times[start:end]), start) for start, end in spans), key=lambda found: found[0][1]
+    )
+    if deviation > NormalDist().inv_cdf(1 - CHANCE / 2 / looks):
+        yield start + at
+        yield from _segmented(times, low, start + at)
+        yield from _segmented(times, start + at, high)
+
+
+def _spans(low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The whole, and halves, quarters, … of it, which overlap by half: in the whole, a step up and one down soon after
+    it hide each other (seeded intervals: Kovács et al. 2023, Biometrika 110: 249-256).
+    """
+    length = high - low
+    while length >= 2 * LEAST_RUNS:
+        for start in range(low, high - length + 1, max(1, length // 2)):
+            yield start, start + length
+        length //= 2
+
+
+def _largest(part: np.ndarray) -> tuple[int, float]:
+    """Where the ranks before and after differ most, and by how many standard deviations of Wilcoxon's rank sum."""
+    import numpy as np
+
+    _, group, sizes = np.unique(part, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[group]  # of equal times, the mean of their ranks
+    count = len(part)
+    before = np.arange(LEAST_RUNS, count - LEAST_RUNS + 1)
+    excess = np.cumsum(ranks)[before - 1] - before * (count + 1) / 2
+    deviations = np.abs(excess) / np.sqrt(before * (count - before) * (count + 1) / 12)
+    largest = int(np.argmax(deviations))
+    return int(before[largest]), float(deviations[largest])
+
+
+def _without_small(times: np.ndarray, steps: Sequence[int], effect: float) -> list[int]:
+    """``steps`` without those between levels that hardly differ, the smallest taken out first."""
+    import numpy as np
+
+    left = list(steps)
+    while left:
+        levels = [float(np.median(times[low:high])) for low, high in pairwise([0, *left, len(times)])]
+        sizes = [_excess(*both) for both in pairwise(levels)]
+        if min(sizes) > effect:
+            break
+        del left[sizes.index(min(sizes))]
+    return left
+
+
+def _excess(one: float, other: float) -> float:
+    """By which share the greater exceeds the smaller."""
+    low, high = sorted((one, other))
+    return high / low - 1 if low > 0 else math.inf if high > 0 else 0.0
