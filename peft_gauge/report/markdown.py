@@ -1,0 +1,180 @@
+"""The newest run in Markdown, as GitHub shows it: for the summary of a nightly job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.errors import one_line
+from peft_gauge.report import page_data
+from peft_gauge.report.page_history import machine_of
+from peft_gauge.report.terminal import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds
+
+if TYPE_CHECKING:
+    from peft_gauge.history.reading import Run
+
+MOST_SKIPPED = 20
+"""Skipped cases that are told with their reason; of a run on a small machine, most cases are skipped."""
+REASON_LIMIT = 200
+
+
+def escape(value: object) -> str:
+    """``value`` on one line, with what Markdown and HTML would take for their own escaped."""
+    escaped = one_line(value)
+    for mark in ("\\", "|", "*", "_", "[", "]", "`", "~"):
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> list[str]:
+    """The lines of a table, of which the first ``texts`` columns are texts and the others numbers."""
+    rule = ["---"] * texts + ["--:"] * (len(headings) - texts)
+    lines = [f"| {' | '.join(map(escape, row))} |" for row in rows]
+    return [f"| {' | '.join(headings)} |", f"| {' | '.join(rule)} |", *lines]
+
+
+def summary(run: Run) -> str:
+    """``run`` as Markdown: machine and versions, claims, methods, memory with plan and ceiling, what did not pass."""
+    parts = [
+        [f"## {escape(machine_of(run))}, run {escape(run.name)}"],
+        list(_about(run)),
+        list(_methods(run)),
+        list(_memory(run)),
+        list(_plans(run)),
+        list(_not_passed(run)),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _about(run: Run) -> Iterator[str]:
+    accelerator = run.machine.get("accelerator") or {}
+    cpu = run.machine.get("cpu") or {}
+    threads = f", {run.machine['threads']} threads" if run.machine.get("threads") is not None else ""
+    yield f"- ended {run.when:%Y-%m-%d %H:%M %Z}{', **interrupted before all its cases**' if run.interrupted else ''}"
+    yield f"- processor: {escape(cpu.get('brand_raw') or ABSENT)}, {escape(cpu.get('count') or ABSENT)} cores{threads}"
+    memory = shown_bytes(accelerator.get("memory_bytes"))
+    yield (
+        f"- accelerator: {escape(accelerator['name'])}, {memory}" if accelerator.get("name") else "- accelerator: none"
+    )
+    libraries = {"Python": run.machine.get("python_version"), **run.libraries}
+    libraries |= {"driver": accelerator.get("driver"), "CUDA": accelerator.get("cuda")}
+    told = [f"{name} {version}" for name, version in libraries.items() if version is not None]
+    yield f"- versions: {escape(', '.join(told))}"
+    if run.commit.get("id"):
+        yield f"- commit: {escape(str(run.commit['id'])[:12])}{', with changes' if run.commit.get('dirty') else ''}"
+    yield f"- cases: {page_data.counted(case.outcome for case in run.cases) or 'none'}"
+    verdicts = page_data.counted(claim["verdict"] for claim in run.claims)
+    yield f"- claims: {verdicts or 'none'}"
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{row['model']} on {row['device']}"
+
+
+def _methods(run: Run) -> Iterator[str]:
+    rows = page_data.methods_told(run)
+    if not rows:
+        return
+    yield "### Methods"
+    yield ""
+    headings = ("method", "model", "conditions", "trainable", "% of base", "on disk", *PHASES, "step ×", "tokens/s")
+    yield from table(headings, map(_method, rows), texts=3)
+    yield ""
+    yield "Medians of this run; × is against a bare-base forward timed beside each round. 1 GB = 10⁹ bytes."
+    for row in rows:
+        if row.get("unsteady"):
+            yield f"- unsteady: {escape(label(row))} on {escape(_where(row))}: {escape('; '.join(row['unsteady']))}"
+
+
+def _method(row: dict[str, Any]) -> list[str]:
+    return [
+        label(row),
+        _where(row),
+        page_data.conditions(row.get("settings") or {}),
+        shown(row.get("trainable_params"), "{:,}"),
+        shown(row.get("percent_of_base"), "{:.4f}"),
+        shown_bytes(row.get("adapter_disk_bytes")),
+        *(shown_seconds(row.get(f"{phase}_seconds")) for phase in PHASES),
+        shown(row.get("step_over_control"), "{:.2f}"),
+        shown(row.get("tokens_per_second"), "{:.0f}"),
+    ]
+
+
+def _memory(run: Run) -> Iterator[str]:
+    rows = list(page_data.planned_rows(run))
+    if not rows:
+        return
+    yield "### Memory of a step, measured"
+    yield ""
+    headings = ("method and meter", "step", "measured", "planned", "of plan", "ceiling")
+    yield from table(
+        headings,
+        (
+            [
+                row["label"],
+                row["panel"],
+                shown_bytes(row["measured_bytes"]),
+                shown_bytes(row["planned_bytes"]),
+                f"{100 * row['measured_bytes'] / row['planned_bytes']:.1f} %" if row["planned_bytes"] else ABSENT,
+                _ceiling(row["measured_bytes"], row["ceiling_bytes"]),
+            ]
+            for row in rows
+        ),
+        texts=2,
+    )
+
+
+def _ceiling(measured: int, limit: int | None) -> str:
+    return (
+        f"{shown_bytes(limit)}, PASSED BY {shown_bytes(measured - limit)}"
+        if limit and measured > limit
+        else shown_bytes(limit)
+    )
+
+
+def _plans(run: Run) -> Iterator[str]:
+    plans = list(page_data.plans_of(run))
+    if not plans:
+        return
+    yield "### Memory of a step, planned"
+    yield ""
+    headings = ("method", "model", "conditions", "resident", "peak", "reserved", "device", "peak in")
+    yield from table(
+        headings,
+        (
+            [
+                plan["method"],
+                plan["model"],
+                page_data.conditions(plan["settings"]),
+                *(
+                    shown_bytes(plan.get(name))
+                    for name in ("resident_bytes", "peak_bytes", "reserved_bytes_estimate", "device_bytes_estimate")
+                ),
+                plan.get("phase_of_peak") or ABSENT,
+            ]
+            for plan in plans
+        ),
+        texts=3,
+    )
+
+
+def _not_passed(run: Run) -> Iterator[str]:
+    cases = page_data.not_passed(run)
+    if not cases:
+        return
+    broken = [case for case in cases if case.outcome != "skipped"]
+    skipped = [case for case in cases if case.outcome == "skipped"]
+    yield "### Cases that did not pass"
+    yield ""
+    told = [*broken, *skipped[:MOST_SKIPPED]]
+    yield from table(
+        ("outcome", "case", "reason"),
+        (
+            [case.outcome, case.id.removeprefix("benchmarks/"), one_line(case.reason or ABSENT, REASON_LIMIT)]
+            for case in told
+        ),
+        texts=3,
+    )
+    if len(skipped) > MOST_SKIPPED:
+        yield ""
+        yield f"And {len(skipped) - MOST_SKIPPED} more that were skipped."

@@ -1,0 +1,346 @@
+"""What the report shows, as plain rows taken from saved runs; the page and the pictures are made of these.
+
+Bytes and seconds are whole and unrounded here. A row can be filtered by its ``method``, ``model`` and ``machine``; rows
+of one ``panel`` share a plot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.history.metrics import Case, cases_of, machine_changes
+from peft_gauge.history.reading import read_run, runs_in
+from peft_gauge.history.schema import SAMPLES
+from peft_gauge.report.memory_table import ON_CPU, ON_CUDA
+from peft_gauge.report.page_history import History, RememberedRules, machine_of, median_interval
+from peft_gauge.report.terminal import PHASES, label, method_rows
+
+if TYPE_CHECKING:
+    from peft_gauge.history.comparing import Comparison
+    from peft_gauge.history.reading import Run
+    from peft_gauge.history.rules import Rules
+    from peft_gauge.history.schema import CaseRecord
+
+Row = dict[str, Any]
+
+PLOTTED = ("memory", "planned", "sequence", "times", "pareto")
+ABOUT_QUALITY = {"quality", "quality_low", "quality_high", "seeds", "diverged"}
+"""What of a sweep's point is no cost: its quality, the least and most of it over seeds, and how many diverged."""
+EARLIER_LOOKED_AT = 20
+"""How many runs back the newest one's base is looked for: a run of one benchmark may lie between two of all."""
+
+
+@dataclass
+class Machine:
+    """One machine's newest run, and the newest earlier one that it can be compared with, if there is any."""
+
+    newest: Run
+    base: Run | None = None
+    comparison: Comparison | None = None
+
+
+@dataclass
+class Report:
+    """Everything that is shown. ``left_out``: a line for each path that could not be used."""
+
+    machines: dict[str, Machine] = field(default_factory=dict)
+    history: History | None = None
+    left_out: list[str] = field(default_factory=list)
+
+    def rows(self, kind: str) -> list[Row]:
+        """The rows of all newest runs for the plot ``kind``, one of `PLOTTED`."""
+        made = {
+            "memory": memory_rows,
+            "planned": planned_rows,
+            "sequence": sequence_rows,
+            "times": time_rows,
+            "pareto": pareto_rows,
+        }[kind]
+        return [row for machine in self.machines.values() for row in made(machine.newest)]
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The files of all runs that ``paths`` name, each once, and a line for each path that names none."""
+    found: dict[Path, Path] = {}
+    problems = []
+    for path in paths:
+        try:
+            files = [path] if path.is_file() else runs_in(path)
+        except GaugeError as error:
+            problems.append(str(error))
+            continue
+        if not files:
+            problems.append(f"{path} holds no saved run")
+        found |= {file.resolve(): file for file in files}
+    return list(found.values()), problems
+
+
+def gather(paths: Sequence[Path], rules: Rules) -> Report:
+    """The report of all runs under ``paths``.
+
+    A path without a run and a file that is none are left out, with a line each. Raises `GaugeError` where nothing is
+    left. Runs are read one after the other and let go, since a history can have a thousand of them.
+    """
+    remembered = RememberedRules.of_rules(rules)
+    history = History(remembered)
+    files, left_out = find(paths)
+    latest: dict[str, list[Run]] = {}
+    for file in files:
+        try:
+            run = read_run(file)
+        except GaugeError as error:
+            left_out.append(str(error))
+            continue
+        history.add(run)
+        kept = latest.setdefault(machine_of(run), [])
+        kept.append(run)
+        del kept[: -EARLIER_LOOKED_AT - 1]
+    if not latest:
+        raise GaugeError(nothing_left(left_out))
+    machines = {name: _compared(runs, remembered) for name, runs in sorted(latest.items())}
+    return Report(machines, history, left_out)
+
+
+def nothing_left(left_out: Sequence[str]) -> str:
+    """One line that says why no run could be used."""
+    more = f" (and {len(left_out) - 1} more that could not be used)" if len(left_out) > 1 else ""
+    return f"{left_out[0]}{more}" if left_out else "no saved run was named"
+
+
+def _compared(runs: list[Run], rules: RememberedRules) -> Machine:
+    from peft_gauge.history.comparing import compare
+
+    *earlier, newest = runs
+    for base in reversed(earlier):
+        if _shares_a_case(base, newest) and not machine_changes(base, newest):
+            comparison = compare(base, newest, rules)
+            if comparison.incomparable is None:
+                return Machine(newest, base, comparison)
+    return Machine(newest)
+
+
+def _shares_a_case(base: Run, newest: Run) -> bool:
+    return bool({case.id for case in base.cases} & {case.id for case in newest.cases})
+
+
+# Rows of one run
+
+
+def _of_method(run: Run, figures: Mapping[str, Any]) -> Row:
+    return {"machine": machine_of(run), "model": figures.get("model"), "method": figures.get("method")}
+
+
+def conditions(settings: Mapping[str, Any]) -> str:
+    """Shape and dtype in a few words."""
+    return f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}"
+
+
+def plans_of(run: Run) -> Iterator[Mapping[str, Any]]:
+    """All planned steps among the cases of ``run``."""
+    for case in run.cases:
+        plan = case.figures.get("plan")
+        if isinstance(plan, Mapping) and {"model", "method", "peak_bytes", "settings"} <= plan.keys():
+            yield plan
+
+
+def methods_told(run: Run) -> list[Row]:
+    """A merged row of figures for each method that was counted or timed, the ways it was trained told apart."""
+    told = {"trainable_params", *(f"{phase}_seconds" for phase in PHASES)}
+    return [row for row in method_rows(run.cases) if row.keys() & told]
+
+
+def measured_steps(run: Run) -> list[Row]:
+    """A merged row of figures for each method whose memory was measured, the ways it was trained told apart."""
+    return [row for row in method_rows(run.cases) if row.get("tensor_peak_bytes") is not None]
+
+
+def memory_rows(run: Run) -> Iterator[Row]:
+    """The bytes of each category at the peak, of measured and of planned steps."""
+    for row in measured_steps(run):
+        panel = f"{row['model']} on {row['device']}, measured, {conditions(row.get('settings', {}))}"
+        yield from _categories(run, row, row.get("peak_by_category") or {}, panel, label(row), "measured")
+    for plan in plans_of(run):
+        panel = f"{plan['model']}, planned, {conditions(plan['settings'])}"
+        yield from _categories(run, plan, plan.get("peak_by_category") or {}, panel, _planned(plan), "planned")
+
+
+def _categories(
+    run: Run, about: Mapping[str, Any], by_category: Mapping[str, int], panel: str, name: str, source: str
+) -> Iterator[Row]:
+    about_it = {**_of_method(run, about), "panel": f"{panel}, {machine_of(run)}", "label": name, "source": source}
+    for category, size in by_category.items():
+        if size:
+            yield {**about_it, "category": category, "bytes": size}
+
+
+def _planned(plan: Mapping[str, Any]) -> str:
+    checkpointing = ", checkpointing" if plan["settings"].get("grad_checkpointing") else ""
+    return f"{plan['method']}{checkpointing}"
+
+
+def planned_rows(run: Run) -> Iterator[Row]:
+    """By method and meter: the measured peak, the planned one, the ceiling (``None`` on a CPU), and the distance."""
+    for row in measured_steps(run):
+        where = f"{row['model']} on {row['device']}, {conditions(row.get('settings', {}))}, {machine_of(run)}"
+        for meter, (measured, planned) in (ON_CUDA if row["device"] == "cuda" else ON_CPU).items():
+            if row.get(measured) is None or row.get(planned) is None:
+                continue
+            yield {
+                **_of_method(run, row),
+                "panel": where,
+                "label": f"{label(row)}, {meter}",
+                "meter": meter,
+                "measured_bytes": row[measured],
+                "planned_bytes": row[planned],
+                "ceiling_bytes": (row.get("ceiling") or {}).get(measured),
+                "relative_error": (row.get("relative_error") or {}).get(measured),
+            }
+
+
+def sequence_rows(run: Run) -> Iterator[Row]:
+    """Peaks at several lengths of sequence with all else the same, planned and measured; one length is no line."""
+    points = [*_planned_points(run), *_measured_points(run)]
+    lengths: dict[tuple[str, str, str], set[int]] = {}
+    for point in points:
+        lengths.setdefault(_line(point), set()).add(point["seq"])
+    seen = set()
+    for point in points:
+        key = (*_line(point), point["seq"])
+        if len(lengths[_line(point)]) > 1 and key not in seen:
+            seen.add(key)
+            yield point
+
+
+def _line(point: Row) -> tuple[str, str, str]:
+    return point["panel"], point["label"], point["source"]
+
+
+def _planned_points(run: Run) -> Iterator[Row]:
+    for plan in plans_of(run):
+        settings = plan["settings"]
+        yield _point(
+            run, plan, _planned(plan), "planned", settings.get("batch"), settings.get("seq"), plan["peak_bytes"]
+        )
+    for case in run.cases:
+        by_seq = case.figures.get("peak_bytes_by_seq")
+        if not isinstance(by_seq, Mapping):
+            continue
+        model = case.id.partition("[")[2].rstrip("]") or "a model"  # such a case is about one model and many methods
+        for seq, peaks in by_seq.items():
+            for method, size in peaks.items():
+                yield _point(run, {"model": model, "method": method}, method, "planned", 1, int(seq), size)
+
+
+def _measured_points(run: Run) -> Iterator[Row]:
+    for row in measured_steps(run):
+        figure = "allocated_peak_bytes" if row["device"] == "cuda" else "tensor_peak_bytes"
+        for shape in row.get("shapes") or []:
+            if shape.get(figure) is not None:
+                yield _point(run, row, label(row), "measured", shape["batch"], shape["seq"], shape[figure])
+
+
+def _point(run: Run, about: Mapping[str, Any], name: str, source: str, batch: object, seq: object, size: int) -> Row:
+    device = f" on {about['device']}" if isinstance(about.get("device"), str) else ""
+    panel = f"{about['model']}{device}, batch {batch}, {machine_of(run)}"
+    return {**_of_method(run, about), "panel": panel, "label": name, "source": source, "seq": seq, "bytes": size}
+
+
+def growth_rows(run: Run) -> Iterator[Row]:
+    """Bytes that a token or a row more costs, measured and planned."""
+    for row in method_rows(run.cases):
+        for line in row.get("growth") or []:
+            yield {**_of_method(run, row), "label": label(row), "figure": row.get("growth_of"), **line}
+
+
+def time_rows(run: Run) -> Iterator[Row]:
+    """Each time of a passed case in seconds: the saved median, and a 95 % interval of the median of its rounds."""
+    for record in run.cases:
+        if record.outcome != "passed":
+            continue
+        for metric, value in record.figures.items():
+            if _is_measured_time(metric, record) and _is_number(value):
+                yield _time(run, record, metric, value)
+
+
+def _is_measured_time(metric: str, record: CaseRecord) -> bool:
+    """A time of the case itself: one of its samples, or, of a run that kept none, one named after a phase."""
+    samples = record.figures.get(SAMPLES)
+    if samples is not None:
+        return metric in samples
+    return metric in ("seconds", *(f"{phase}_seconds" for phase in ("forward", "backward", "optimizer", "step")))
+
+
+def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
+    figures = record.figures
+    processes = (figures.get(SAMPLES) or {}).get(metric) or []
+    interval = median_interval(processes)
+    about = _of_method(run, figures)
+    is_method = about["method"] is not None
+    where = f"{about['model']} on {figures.get('device')}, {conditions(figures.get('settings') or {})}, "
+    return {
+        **about,
+        "panel": f"{metric.removesuffix('_seconds')}, {where if is_method else ''}{about['machine']}",
+        "label": label(figures) if is_method else record.id,
+        "metric": metric,
+        "seconds": value,
+        "low_seconds": interval and interval[0],
+        "high_seconds": interval and interval[1],
+        "rounds": sum(map(len, processes)),
+        "processes": len(processes),
+        "over_control": figures.get(metric.replace("_seconds", "_over_control")),
+        "unsteady": "; ".join(map(str, figures.get("unsteady") or [])) or None,
+    }
+
+
+def pareto_rows(run: Run) -> Iterator[Row]:
+    """Points of the sweeps that were saved: quality (more is better) against each cost (less is better).
+
+    ``front``: no other point of the sweep costs less or the same and is better, or costs less and is as good. A point
+    without a quality, whose training diverged, is on no front.
+    """
+    for record in run.cases:
+        points = record.figures.get("pareto") or []
+        costs = {name for point in points for name, value in point.items() if _is_number(value)} - ABOUT_QUALITY
+        for cost in sorted(costs):
+            swept = [point for point in points if _is_number(point.get(cost))]
+            known = [point for point in swept if _is_number(point.get("quality"))]
+            for point in swept:
+                yield {
+                    **_of_method(run, record.figures),
+                    "panel": f"{record.id.removeprefix('benchmarks/')}: {cost}, {machine_of(run)}",
+                    "label": str(point.get("label")),
+                    "cost": cost,
+                    "value": point[cost],
+                    **{name: point.get(name) for name in sorted(ABOUT_QUALITY)},
+                    "front": point in known and not any(_dominates(other, point, cost) for other in known),
+                }
+
+
+def _dominates(other: Mapping[str, Any], point: Mapping[str, Any], cost: str) -> bool:
+    no_worse = other[cost] <= point[cost] and other["quality"] >= point["quality"]
+    return bool(no_worse and (other[cost] < point[cost] or other["quality"] > point["quality"]))
+
+
+def not_passed(run: Run) -> list[CaseRecord]:
+    """The cases that ended otherwise than asked for, the skipped ones last."""
+    return sorted((case for case in run.cases if case.outcome != "passed"), key=lambda case: case.outcome == "skipped")
+
+
+def counted(values: Iterable[str]) -> str:
+    """``values`` by how often they occur, the most frequent first: "36 holds, 18 refuted"."""
+    return ", ".join(f"{number} {value}" for value, number in Counter(values).most_common())
+
+
+def case_subjects(run: Run) -> dict[str, Case]:
+    """The cases of ``run`` by id, as a comparison's rows name them."""
+    return cases_of(run)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
