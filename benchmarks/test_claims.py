@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peft_gauge import identity, methods, models, quantization
+from peft_gauge import identity, methods, models, quantization, serving
 from peft_gauge.cases import count_on_meta
 from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
+from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import gpus
 from peft_gauge.plan.record import PlanRequest
@@ -55,7 +56,7 @@ def steps_of(claim: Claim, model: str) -> list[PlanRequest]:
 def planned(plans: Plans, request: pytest.FixtureRequest) -> Plans:
     """`plans`, in which every step that this run's claims need has been planned at one go, on all cores."""
     asked = [item.callspec.params for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
-    plans([step for each in asked for step in steps_of(each["claim"], each["model"])])
+    plans.ahead([step for each in asked for step in steps_of(each["claim"], each["model"])])
     return plans
 
 
@@ -170,6 +171,26 @@ def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: list[Plan
     return Finding.of(
         every_layer and found == {(tokens, width)}, figure, "key width is kv_heads × head_dim; built on meta"
     )
+
+
+@decides("many-adapters")
+def one_base_serves_many(claim: Claim, model: str, plans: list[Plan]) -> Finding:
+    server = serving.Server(models.build(models.resolve(model, weights="random")), methods.LORA)
+    serving.grow(server, claim.bounds["adapters"])
+    ids = serving.token_ids(server, rows=1, seq=8, seed=0)
+    visits = serving.visit(server, ids, server.names)
+    rule, warm_up = StoppingRule(min_rounds=5, max_rounds=5), WarmUp(least=1, most=1, window=1)
+    forwards = serving.time_switches(server, ids, rule, warm_up).over_control or float("nan")
+    adapter_bytes = server.adapters_bytes / len(server.names)
+    percent = 100 * adapter_bytes / server.base_bytes
+    returned = len(visits.returned) == len(visits.outputs)
+    figure = (
+        f"a further adapter takes {adapter_bytes / 1e6:.2f} MB, {percent:.2f} % of the base; a switch {forwards:.2f} "
+        f"forwards; {len(visits.returned)} of {len(visits.outputs)} outputs came back to the last bit"
+    )
+    cheap = percent <= claim.bounds["most_percent_of_base"] and forwards <= claim.bounds["most_forwards"]
+    conditions = f"LoRA r=16 on q,k,v,o, {len(server.names)} adapters and the base, 1×8 tokens, float32 on cpu"
+    return Finding.of(cheap and returned and visits.least_difference > 0, figure, conditions)
 
 
 @decides("prompt-shape")

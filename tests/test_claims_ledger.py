@@ -71,7 +71,7 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
             return lambda requests: []  # neither claim needs one
         """
     )
-    result = pytester.runpytest_inprocess("-k", "identity or many-adapters", "-p", "no:benchmark")
+    result = pytester.runpytest_inprocess("-k", "identity or qlora-quality", "-p", "no:benchmark")
     result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*recorded 'holds', but planted*"])
 

@@ -1,0 +1,188 @@
+"""Can one base serve many adapters?
+
+N adapters lie beside one base, through PEFT's own interface: what does a further one cost, in memory and on disk,
+against a further copy of the model? How long does a switch take, beside a forward? Is an adapter's output after
+switching away and back the same to the last bit? Does a batch that mixes adapters give each row what its own gives
+alone? And what do merging and unmerging leave behind?
+
+Each adapter is drawn from a seed of its own, B included (trained adapters have no zeros there). All counts of a case
+are measured in one process of its own. A GGUF's weights are drawn instead, unless ``--weights real`` asks for them:
+neither bytes nor times depend on them, and reading them takes longer than the rest. Rows are short (``--seq``
+changes it).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fixtures.cards import card_environment
+from fixtures.selection import DEVICES, selected_cases, selected_device
+from peft_gauge import isolation, methods, models
+from peft_gauge.cases import Case, count_on_meta
+from peft_gauge.clock.rounds import StoppingRule, WarmUp
+from peft_gauge.errors import GaugeError
+from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
+from peft_gauge.serving import TOLERANCE, Setup, check_served
+
+if TYPE_CHECKING:
+    from peft_gauge.isolation import Outcome
+
+    Record = Callable[..., None]
+
+COUNTS = [4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 16, 64))]
+
+SEQ = 4
+"""Tokens of a row."""
+
+WARM_UP = WarmUp(least=1, most=1, window=1)
+RULE = StoppingRule(min_rounds=5, max_rounds=5)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """LoRA, and among the slow ones QLoRA, or the methods asked for; on this machine's device, or by marker."""
+    config = metafunc.config
+    devices = DEVICES if "gpu" in config.getoption("markexpr") else (selected_device(config),)
+    chosen = config.getoption("--method") or config.getoption("--adapter")
+    found = [case for case in selected_cases(config) if case.device in devices]
+    if not chosen:
+        found = [case for case in found if case.method in (methods.LORA, methods.QLORA)]
+    shaped = [short(case, config) for case in found]
+    metafunc.parametrize(
+        "asked", [pytest.param(case, id=case.id, marks=marks(case, chosen=bool(chosen))) for case in shaped]
+    )
+
+
+def marks(case: Case, *, chosen: bool) -> list[pytest.MarkDecorator]:
+    found = [pytest.mark.gpu] if case.device == "cuda" else []
+    if case.method.quantization is not None and not chosen:
+        found.append(pytest.mark.slow)
+    try:
+        check_served(case.method)
+    except GaugeError as error:
+        found.append(pytest.mark.skip(reason=str(error)))
+    return found
+
+
+def short(case: Case, config: pytest.Config) -> Case:
+    """``case`` with short rows, and drawn weights in place of a GGUF's."""
+    model = case.model
+    if config.getoption("--weights") is None and str(model.location).endswith(".gguf"):
+        model = replace(model, weights="random", location=None)
+    seq = case.settings.seq if config.getoption("--seq") is not None else min(SEQ, case.settings.seq)
+    return replace(case, model=model, settings=replace(case.settings, batch=1, seq=seq))
+
+
+@pytest.fixture(scope="module")
+def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
+    """``measurements(case)``: every count that this session asks of the case, in one process."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+
+    @cache
+    def measure(case: Case) -> Outcome:
+        params: list[dict[str, Any]] = [dict(item.callspec.params) for item in items]
+        counts = {each["number"] for each in params if each["asked"] == case and "number" in each}
+        return isolation.run(
+            "peft_gauge.serving:measure",
+            Setup(case, tuple(sorted(counts)) or (1,), RULE, WARM_UP),
+            limit_seconds=request.config.getoption("--time-limit"),
+            environment=card_environment(),
+        )
+
+    return measure
+
+
+@dataclass(frozen=True)
+class Served:
+    """A case that was measured: `peft_gauge.serving.measure`'s records."""
+
+    case: Case
+    by_number: dict[int, dict[str, Any]]
+    turnover: dict[str, Any]
+    merging: dict[str, Any]
+
+
+@pytest.fixture
+def served(asked: Case, measurements: Callable[[Case], Outcome], record: Record) -> Served:
+    """The case of this test, measured. A case that did not end well ends the test, with what is known of it."""
+    outcome = measurements(asked)
+    settings = {"dtype": asked.dtype, "weights": asked.model.weights, "seed": asked.seed, "seq": asked.settings.seq}
+    record(architecture=asked.model.name, trained_by=asked.method.name, settings=settings)
+    if outcome.ended != "done":
+        ended = "failed" if outcome.ended == "refused" else outcome.ended
+        record(ended=ended, last_known=dict(outcome.last))
+        pytest.fail(str(outcome.reason) if ended == "failed" else f"{ended}: {outcome.reason}", pytrace=False)
+    value = outcome.value
+    by_number = {each["adapters"]: each for each in value["served"]}
+    return Served(asked, by_number, value["turnover"], value["merging"])
+
+
+@pytest.mark.parametrize("number", COUNTS)
+def test_bytes_of_a_further_adapter(number: int, served: Served, record: Record) -> None:
+    found = served.by_number[number]
+
+    names = ("adapter_bytes", "full_copy_bytes", "served_bytes", "full_copies_bytes")
+    record(adapters=number, **{name: found[name] for name in names})
+    assert found["adapter_bytes"] == expected_bytes(served.case)
+    assert found["served_bytes"] == found["full_copy_bytes"] + number * expected_bytes(served.case)
+
+
+def expected_bytes(case: Case) -> int:
+    """Of one adapter's tensors. PEFT keeps 16-bit adapters in float32 unless told not to."""
+    itemsize = 4 if case.method.autocast_adapter_dtype else models.torch_dtype(case.dtype).itemsize
+    return count_on_meta(case.model, case.method).trainable_params * itemsize
+
+
+def test_to_disk_and_back(served: Served, record: Record) -> None:
+    found = served.turnover
+
+    forward_seconds = statistics.median(served.by_number[max(served.by_number)]["control_seconds"])
+    record(adapter_disk_bytes=found["disk_bytes"], load_over_forward=found["load_seconds"] / forward_seconds)
+    tensors_bytes = expected_bytes(served.case)
+    # A file holds the tensors and a header that names them.
+    assert tensors_bytes < found["disk_bytes"] < 1.1 * tensors_bytes + 65_536
+    assert found["same"], "an adapter came back from disk as another one"
+    assert found["kept_bytes"] == 0, "an adapter that was loaded and deleted left something behind"
+
+
+@pytest.mark.parametrize("number", COUNTS)
+def test_switching_away_and_back(number: int, served: Served, record: Record) -> None:
+    found = served.by_number[number]
+
+    record(
+        adapters=number,
+        switch_seconds=statistics.median(found["switch_seconds"]),
+        switch_over_forward=found["switch_over_forward"],
+        least_difference=found["least_difference"],
+        **{
+            SAMPLES: {"switch_seconds": [found["switch_seconds"]]},
+            CONTROL_SAMPLES: {"switch_seconds": [found["control_seconds"]]},
+        },
+    )
+    assert found["returned"] == found["visited"], "an output did not come back to the last bit"
+    assert found["least_difference"] > 0, "two adapters with different weights gave the same output"
+
+
+@pytest.mark.parametrize("number", COUNTS)
+def test_a_batch_that_mixes_adapters(number: int, served: Served, record: Record) -> None:
+    """The tolerance is measured: how far the same rows through the same adapter lie apart in a batch and alone."""
+    found = served.by_number[number]
+
+    names = ("mixed_max_error", "rounding_error", "least_difference")
+    record(adapters=number, tolerance=TOLERANCE * found["rounding_error"], **{name: found[name] for name in names})
+    assert found["mixed_holds"], "a row of the mixed batch is not what its adapter gives alone"
+
+
+def test_merging_and_unmerging(served: Served, record: Record) -> None:
+    """A quantised base is quantised anew by both; what that loses is recorded, and no rounding bound holds it."""
+    found = served.merging
+
+    record(**found)
+    if served.case.method.quantization is None:
+        assert found["merged_share_of_bound"] <= 1, "a merged layer is not the function it was merged from"
+        assert found["restored_share_of_bound"] <= 1, "unmerging leaves more than rounding explains"
