@@ -1,4 +1,4 @@
-"""Checks that need an environment of their own: `nox -s reference`."""
+"""Checks that need environments of their own: `nox -s reference`, `nox -s matrix`."""
 
 from __future__ import annotations
 
@@ -25,3 +25,27 @@ def reference(session: nox.Session) -> None:
     session.install("adapters==1.3.0", "transformers==4.57.6")
     mode = [] if "--write" in session.posargs else ["--check"]
     session.run("python", "tests/reference/make_reference.py", "tests/reference", *mode)
+
+
+# Of each library the oldest that is supported (see pyproject.toml), one between, and the newest that there is. The
+# other libraries are then the newest that go with it.
+MATRIX = (
+    *("peft==0.18.0", "peft==0.20.0", "peft"),
+    *("transformers==4.57.1", "transformers==5.12.1", "transformers"),
+    *("bitsandbytes==0.46.1", "bitsandbytes==0.48.2", "bitsandbytes"),
+)
+QUICK = "test_params_of_the_built_model or test_fingerprint or test_lora_identity or test_step"
+
+
+@nox.session
+@nox.parametrize("requirement", MATRIX, ids=MATRIX)
+def matrix(session: nox.Session, requirement: str) -> None:
+    """Ask the quick questions of a small model with ``requirement``; `nox -s "matrix(peft==0.18.0)"` is one of them.
+
+    Full environments, torch included: unlike the overlays of `peft-gauge ab`, they share nothing.
+    """
+    session.install(TORCH)
+    session.install("--upgrade", requirement, "-e", ".")
+    session.run("python", "-m", "pip", "list")
+    asked = ["-k", QUICK, "--model=toy-llama", "--rounds=3", "--no-save"]
+    session.run("python", "-m", "pytest", "benchmarks", "-q", *asked, *session.posargs)

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from peft_gauge.commands.ab import ab
+from peft_gauge.commands.bisect import bisect
 from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.compare import compare
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.plan import plan
+from peft_gauge.commands.report import report
 from peft_gauge.errors import GaugeError
 
 app = typer.Typer(
@@ -21,9 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+app.command()(ab)
+app.command()(bisect)
 app.command()(ceilings)
 app.command()(compare)
 app.command()(memory_curve)
+app.command()(report)
 
 
 @app.command()

@@ -1,0 +1,126 @@
+"""``peft-gauge ab``: the same training step under two sets of library versions, in turn, until it is clear."""
+
+from __future__ import annotations
+
+from pathlib import Path  # typer reads the annotations at run time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft_gauge.environments.build import Environment
+    from peft_gauge.environments.measuring import Finding, Setting
+    from peft_gauge.environments.pairs import PairRule
+    from peft_gauge.environments.progress import Display
+    from peft_gauge.environments.state import Kept
+    from peft_gauge.environments.worker import CaseSpec
+    from peft_gauge.history.comparing import Comparison
+
+
+def ab(
+    a: Annotated[str, typer.Argument(help="Requirements of A, such as 'peft==0.20.0'; . is what is installed.")],
+    b: Annotated[str, typer.Argument(help="Requirements of B.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method; repeatable, or with commas. Default: lora.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="A record's name, a folder, a GGUF file or a hub id.")] = "toy-llama",
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds of steps after which a method stays undecided.")] = 60.0,
+    minimum_effect: Annotated[float, typer.Option(help="A smaller difference, as a share, is none.")] = 0.03,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    rules: Annotated[Path | None, typer.Option(help="How figures without noise are judged.")] = None,
+    results: Annotated[Path, typer.Option(help="Where both runs are saved.")] = Path("results/ab"),
+    everything: Annotated[bool, typer.Option("--all", help="Show also what stayed the same.")] = False,
+) -> None:
+    """Is B slower than A, does it need more, does it do anything else? Both run at once and step in turn.
+
+    Exit code 0: nothing is worse, or it cannot be told; 1: something is; 2: the question cannot be put.
+    """
+    from peft_gauge.environments import deciding, options
+    from peft_gauge.environments.build import overlays, prepare
+    from peft_gauge.environments.pairs import PairRule
+    from peft_gauge.environments.progress import bar
+    from peft_gauge.environments.requirements import parse_side
+    from peft_gauge.environments.state import Kept
+    from peft_gauge.history.rules import read_rules
+
+    sides = parse_side(a), parse_side(b)
+    cases = options.cases_of(method or ["lora"], model, batch, seq, device)
+    rule = PairRule(budget, minimum_effect, error=PairRule.error / len(cases))
+    judged_by = read_rules(rules)
+    setting = options.setting_of(threads, cases[0].device)
+    with bar(len(sides) + len(cases)) as display:
+        environments = prepare(sides[0], say=display.say), prepare(sides[1], say=display.say)
+        display.advance(len(sides))
+        kept = Kept("ab", _work(environments, cases, rule, threads))
+        try:
+            findings = [_finding(environments, case, rule, setting, kept, display) for case in cases]
+        except KeyboardInterrupt:
+            options.tell_interrupted(kept)
+            raise typer.Exit(options.INTERRUPTED) from None
+    asked = {"model": model, "budget": budget, "minimum_effect": minimum_effect, "threads": threads}
+    paths = deciding.save(findings, sides, asked, results)
+    kept.forget()
+    comparison = deciding.compared(findings, paths, judged_by)
+    _show(findings, comparison, everything)
+    if any(each.folder for each in environments):
+        print(f"environments are kept in {overlays()}")
+    if all(each.records[0].outcome != "passed" for each in findings):
+        raise GaugeError(f"nothing ran with A ({sides[0].name}): {findings[0].records[0].reason}")
+    raise typer.Exit(comparison.exit_code())
+
+
+def _work(
+    environments: tuple[Environment, Environment], cases: Sequence[CaseSpec], rule: PairRule, threads: int
+) -> dict[str, Any]:
+    """All that changes what comes out."""
+    from dataclasses import asdict
+
+    from peft_gauge.environments.build import installed
+
+    sides = [[each.side.requirements, dict(each.packages)] for each in environments]
+    return {
+        "sides": sides,
+        "cases": [asdict(case) for case in cases],
+        "rule": asdict(rule),
+        "threads": threads,
+        "installed": installed(),
+    }
+
+
+def _finding(
+    environments: tuple[Environment, Environment],
+    case: CaseSpec,
+    rule: PairRule,
+    setting: Setting,
+    kept: Kept,
+    display: Display,
+) -> Finding:
+    """What ``case`` shows, or showed before an interruption."""
+    from peft_gauge.environments.measuring import Finding, compare_case
+
+    known = kept.get(case.id)
+    if known is None:
+        found = compare_case(environments, case, rule, setting, lambda text: display.say(f"{case.method}: {text}"))
+        kept.put(case.id, found.as_json())
+    else:
+        found = Finding.from_json(known)
+    display.advance()
+    return found
+
+
+def _show(findings: Sequence[Finding], comparison: Comparison, everything: bool) -> None:
+    from rich.console import Console
+
+    from peft_gauge.environments.deciding import told_differences
+    from peft_gauge.report.comparison import as_terminal
+
+    print(as_terminal(comparison, Console().width, everything=everything), end="")
+    for finding in findings:
+        print(*told_differences(finding), sep="\n", end="\n" if told_differences(finding) else "")

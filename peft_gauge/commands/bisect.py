@@ -1,0 +1,120 @@
+"""``peft-gauge bisect``: the first release of a library that made a step slower, or made it do something else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft_gauge.environments.bisecting import Outcome, Probe
+    from peft_gauge.environments.progress import Display
+
+NOT_WORSE, FOUND = 0, 1
+CHANGE = {True: "worse", False: "different"}
+"""Whether the metric is a time -> what a bad release is, compared with the first."""
+
+
+def bisect(
+    library: Annotated[str, typer.Argument(help="Whose releases, such as bitsandbytes.")],
+    releases: Annotated[str, typer.Argument(metavar="FIRST..LAST", help="Such as 0.46.0..0.50.2.")],
+    metric: Annotated[
+        str, typer.Option(help="METHOD:FIGURE, such as qlora:step_seconds, lora:fingerprint or lora:fingerprint:flops.")
+    ],
+    beside: Annotated[
+        str, typer.Option("--with", help="Requirements that hold for every release, such as 'transformers<5'.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="A record's name, a folder, a GGUF file or a hub id.")] = "toy-llama",
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds of steps a release; then once more three times that.")] = 60.0,
+    minimum_effect: Annotated[float, typer.Option(help="A smaller difference, as a share, is none.")] = 0.03,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+) -> None:
+    """Find the first release that is worse than FIRST; of a figure without noise, the first that differs from it.
+
+    Exit code 0: LAST is not worse; 1: the release was found; 2: it cannot be said, or the question cannot be put.
+    """
+    from peft_gauge.environments import bisecting, options, probing
+    from peft_gauge.environments.build import overlays
+    from peft_gauge.environments.pairs import PairRule
+    from peft_gauge.environments.progress import bar
+    from peft_gauge.environments.requirements import parse_library, parse_side
+
+    asked, name, side = probing.parse_metric(metric), parse_library(library), parse_side(beside)
+    case = options.cases_of([asked.method], model, batch, seq, device)[0]
+    setting = options.setting_of(threads, case.device)
+    rule = PairRule(budget, minimum_effect)
+    found = _releases(name, releases)
+    prober = probing.prober(name, side, case, asked, probing.rule_for(len(found), rule), setting, found)
+    change = CHANGE[asked.is_time]
+    print(f"{len(found)} releases of {name}, {found[0]} to {found[-1]}, by {metric}; environments in {overlays()}")
+    with bar(bisecting.expected_probes(len(found))) as display:
+        prober.say = display.say
+        try:
+            outcome = bisecting.bisect(
+                found, _telling(prober.is_usable, change, display), _telling(prober.probe, change, display)
+            )
+        except KeyboardInterrupt:
+            options.tell_interrupted(prober.kept)
+            raise typer.Exit(options.INTERRUPTED) from None
+    prober.kept.forget()
+    code, text = conclusion(name, change, outcome)
+    print(text)
+    raise typer.Exit(code)
+
+
+def _releases(library: str, limits: str) -> list[str]:
+    """The releases within ``limits``, the oldest first; raises `GaugeError` for fewer than two."""
+    from peft_gauge.environments.build import releases
+    from peft_gauge.environments.requirements import parse_range
+
+    low, high = parse_range(limits)
+    listed = releases(library)
+    found = [str(version) for version in listed if low <= version <= high]
+    if len(found) < 2:
+        raise GaugeError(
+            f"{limits} holds {len(found)} releases of {library} for this Python, and two are needed; "
+            f"there are {', '.join(map(str, listed[-12:]))}"
+        )
+    return found
+
+
+def _telling(question: Callable[[str], Probe], change: str, display: Display) -> Callable[[str], Probe]:
+    """``question``, whose answers are printed as they come."""
+    words = {"good": f"not {change}", "bad": change.upper(), "unusable": "left out", "cannot tell": "cannot tell"}
+
+    def ask(release: str) -> Probe:
+        probe = question(release)
+        display.print(f"  {release:12}{words[probe.answer]:15}{probe.why}")
+        display.advance()
+        return probe
+
+    return ask
+
+
+def conclusion(library: str, change: str, outcome: Outcome) -> tuple[int, str]:
+    """Exit code and last line; raises `GaugeError` where nothing can be said."""
+    if outcome.reference is None:
+        raise GaugeError(f"no release of {library} in this range runs; the last of them: {outcome.probes[-1].why}")
+    if outcome.end is None:
+        raise GaugeError(f"of {library} only {outcome.reference} runs, and there is nothing to compare it with")
+    if outcome.end.answer == "cannot tell":
+        raise GaugeError(
+            f"cannot tell whether {library} {outcome.end.release} is {change} compared with {outcome.reference} "
+            f"({outcome.end.why}); give it more --budget"
+        )
+    if outcome.first_bad is None:
+        return NOT_WORSE, f"{library} {outcome.end.release} is not {change}, compared with {outcome.reference}"
+    bad = outcome.first_bad
+    if outcome.between:
+        return FOUND, (
+            f"{library} {bad.release} is {change} and {outcome.last_good} is not; it may have begun earlier, with "
+            f"{', '.join(outcome.between)}, which could not be judged: {bad.why}"
+        )
+    return FOUND, f"{library} {bad.release} is the first that is {change}; {outcome.last_good} is not: {bad.why}"

@@ -1,0 +1,87 @@
+"""The first release that is worse: bisection over releases of which some cannot be judged.
+
+A release is *good* (not worse than the first), *bad* (worse), or neither: it does not install, does not run, or cannot
+be told. Bisection keeps a good release below a bad one and asks the middle of what lies between; where that is neither,
+its nearest neighbours. What is neither is never taken for either: if such releases are all that is left between the
+last good and the first bad one, the answer names them. As with any bisection, what is found is a change from good to
+bad; were there several, it is one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Answer = Literal["good", "bad", "unusable", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What asking a release gave, and one line on why."""
+
+    release: str
+    answer: Answer
+    why: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a bisection ended.
+
+    ``reference``: the release that all were compared with, ``None`` where none ran; ``first_bad``: the first release
+    found bad, ``None`` where none is; ``last_good``: the last good one below it; ``between``: those between the two,
+    none of which could be judged; ``end``: what the last usable release gave; ``probes``: all, in the order asked.
+    """
+
+    reference: str | None
+    first_bad: Probe | None
+    last_good: str | None
+    between: tuple[str, ...]
+    end: Probe | None
+    probes: tuple[Probe, ...]
+
+
+def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Callable[[str], Probe]) -> Outcome:
+    """Bisect ``releases``, the oldest first.
+
+    ``is_usable`` is asked of releases from the lower end until one is good: the reference. ``probe`` judges a release
+    against the reference, which the caller knows from the last good ``is_usable``.
+    """
+    asked: list[Probe] = []
+
+    def ask(question: Callable[[str], Probe], release: str) -> Probe:
+        asked.append(question(release))
+        return asked[-1]
+
+    reference = next((i for i, each in enumerate(releases) if ask(is_usable, each).answer == "good"), None)
+    if reference is None:
+        return Outcome(None, None, None, (), None, tuple(asked))
+    end, last = None, len(releases) - 1
+    while last > reference:
+        end = ask(probe, releases[last])
+        if end.answer != "unusable":
+            break
+        last -= 1
+    else:
+        end = None
+    if end is None or end.answer != "bad":
+        return Outcome(releases[reference], None, None, (), end, tuple(asked))
+    good, bad, first_bad, between = reference, last, end, list(range(reference + 1, last))
+    while between:
+        middle = between[(len(between) - 1) // 2]
+        found = ask(probe, releases[middle])
+        between.remove(middle)
+        if found.answer == "bad":
+            bad, first_bad = middle, found
+        elif found.answer == "good":
+            good = middle
+        between = [each for each in between if good < each < bad]
+    left = tuple(releases[good + 1 : bad])
+    return Outcome(releases[reference], first_bad, releases[good], left, end, tuple(asked))
+
+
+def expected_probes(releases: int) -> int:
+    """How many probes a bisection takes where all releases can be judged: both ends, and the rest halved each time."""
+    return 2 + math.ceil(math.log2(max(1, releases - 1)))

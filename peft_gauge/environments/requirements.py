@@ -1,0 +1,106 @@
+"""What one side of a comparison asks for: requirements as pip writes them, several in one text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from peft_gauge.errors import GaugeError
+
+AS_INSTALLED = "as installed"
+_OPERATOR = re.compile(r"[<>=!~]")
+_SEPARATOR = re.compile(r"[\s,]+(?![^\[]*\])")  # not within the brackets of extras
+
+
+@dataclass(frozen=True)
+class Side:
+    """The requirements of one side, one a library, sorted; none of them: what is installed."""
+
+    requirements: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As shown in tables and saved with a run."""
+        return " ".join(self.requirements) or AS_INSTALLED
+
+    @property
+    def parsed(self) -> tuple[Requirement, ...]:
+        return tuple(map(Requirement, self.requirements))
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it means the same releases tomorrow: every requirement names one version."""
+        return all(
+            any(each.operator in ("==", "===") and "*" not in each.version for each in requirement.specifier)
+            for requirement in self.parsed
+        )
+
+    def with_requirement(self, text: str) -> Side:
+        """This side and one more requirement."""
+        return parse_side(" ".join([*self.requirements, text]))
+
+
+def parse_side(text: str) -> Side:
+    """The side that ``text`` asks for: requirements with spaces or commas between them; nothing or ``.`` for none.
+
+    Raises `GaugeError` for what is no requirement, a library named twice, and a condition (``; python_version…``).
+    """
+    if text.strip() in ("", "."):
+        return Side(())
+    if ";" in text:
+        raise GaugeError(f"{text!r}: a condition after ';' is not understood here; leave it away")
+    found: dict[str, Requirement] = {}
+    for part in _parts(text):
+        try:
+            requirement = Requirement(part)
+        except InvalidRequirement as error:
+            raise GaugeError(f"{part!r} is no requirement; write it as for pip, such as 'peft==0.20.0'") from error
+        name = canonicalize_name(requirement.name)
+        if name in found:
+            raise GaugeError(f"{text!r} names {requirement.name} twice; give one requirement a library")
+        if name == "peft-gauge":
+            raise GaugeError("peft-gauge measures both sides and is itself on neither; compare other libraries")
+        found[name] = requirement
+    return Side(tuple(str(found[name]) for name in sorted(found)))
+
+
+def _parts(text: str) -> list[str]:
+    """One text a requirement. Spaces and commas also stand within one: ``peft >= 0.18, < 0.20``, ``peft @ URL``."""
+    parts: list[str] = []
+    for token in filter(None, _SEPARATOR.split(text.strip())):
+        if parts and (parts[-1].endswith("@ ") or _OPERATOR.search(parts[-1][-1])):
+            parts[-1] += token
+        elif parts and token == "@":
+            parts[-1] += " @ "
+        elif parts and _OPERATOR.match(token):
+            parts[-1] += f",{token}" if _OPERATOR.search(parts[-1]) else token
+        else:
+            parts.append(token)
+    return parts
+
+
+def parse_library(text: str) -> str:
+    """The canonical name of a library, such as ``bitsandbytes``; raises `GaugeError` for anything more or else."""
+    try:
+        requirement = Requirement(text)
+    except InvalidRequirement as error:
+        raise GaugeError(f"{text!r} is no library's name") from error
+    if str(requirement) != requirement.name:
+        raise GaugeError(f"{text!r}: give the library's name alone; the releases come as FIRST..LAST after it")
+    return canonicalize_name(requirement.name)
+
+
+def parse_range(text: str) -> tuple[Version, Version]:
+    """``"0.46.0..0.50.2"`` as two versions; raises `GaugeError` for anything else, and where the first is not lower."""
+    first, _, last = text.partition("..")
+    try:
+        low, high = Version(first), Version(last)
+    except InvalidVersion as error:
+        raise GaugeError(f"{text!r} is no range of releases; write FIRST..LAST, such as 0.46.0..0.50.2") from error
+    if not low < high:
+        raise GaugeError(f"{text}: the first release must be older than the last")
+    return low, high

@@ -1,0 +1,342 @@
+"""A long-lived process in an environment, which takes a step when it is asked to.
+
+The parent asks in lines of JSON on the child's standard input and is answered in lines of JSON on what was its
+standard output; whatever a library prints goes to a file, whose last line is what a dead child had to say. The child
+lives in a session of its own: Ctrl-C reaches the parent only, which kills the child's whole group. Without a parent
+the child reads the end of its input, and ends.
+
+Run as a program, this module is the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from packaging.requirements import Requirement
+
+from peft_gauge.environments.build import Environment, NoEnvironment
+from peft_gauge.errors import GaugeError, one_line
+
+if TYPE_CHECKING:
+    from peft_gauge.step import TrainingJob
+
+START_SECONDS = 120.0  # imports from a cold disk
+BUILD_SECONDS = 600.0
+STEP_SECONDS = 300.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+Failure = Literal["failed", "crashed", "timed-out"]
+
+
+@dataclass(frozen=True)
+class CaseSpec:
+    """A case by names, as both sides build it for themselves; see `peft_gauge.cases.Case` for the fields."""
+
+    model: str
+    method: str
+    batch: int
+    seq: int
+    device: str
+    dtype: str
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.method}-{self.model.replace('/', '--')}-{self.device}"
+
+
+class WorkerFailed(Exception):
+    """What was asked for did not come about: ``failed`` (refused, with a reason), ``crashed`` or ``timed-out``."""
+
+    def __init__(self, outcome: Failure, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome, self.reason = outcome, one_line(reason)
+
+
+# The parent's side ---------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A child in ``environment`` with ``threads`` threads; a context, at whose end the child is dead.
+
+    ``cores``: those that it may run on, ``None`` for all; ``program``: the module that is the child.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        *,
+        threads: int = 1,
+        cores: Collection[int] | None = None,
+        program: str = __name__,
+    ) -> None:
+        self.environment = environment
+        self._cores = cores
+        self._folder = tempfile.TemporaryDirectory(prefix="peft-gauge-", ignore_cleanup_errors=True)
+        self._output = Path(self._folder.name) / "output.txt"
+        variables = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+        try:
+            with self._output.open("wb") as output:
+                # -P: another checkout in the working directory must not come before this one.
+                self._child = subprocess.Popen(
+                    [sys.executable, "-P", "-u", "-m", program],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=output,
+                    env={**variables, "PYTHONPATH": environment.path()},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._folder.cleanup()
+            raise GaugeError(f"cannot start the interpreter {sys.executable}: {error.strerror or error}") from error
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the child and whatever it started."""
+        _kill_group(self._child)
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._folder.cleanup()
+
+    def start(self, also: Iterable[str] = ()) -> dict[str, Any]:
+        """The machine as the child sees it: `machine_info`, with the overlay's packages and ``also`` as libraries.
+
+        Raises `NoEnvironment` where the child does not find the versions that the side asks for.
+        """
+        try:
+            return self._ask(
+                START_SECONDS,
+                "start",
+                requirements=self.environment.side.requirements,
+                packages=dict(self.environment.packages),
+                cores=None if self._cores is None else sorted(self._cores),
+                also=sorted(also),
+            )
+        except WorkerFailed as failure:
+            raise NoEnvironment(f"{self.environment.side.name}: {failure.reason}") from failure
+
+    def build(self, case: CaseSpec) -> dict[str, Any]:
+        """Build ``case`` afresh, ready to step, and give its figures without noise; see `_Child.build`."""
+        return self._ask(BUILD_SECONDS, "build", **asdict(case))
+
+    def step(self) -> float:
+        """Take one training step of the case last built: its seconds, by the device's clock where there is one."""
+        return self._ask(STEP_SECONDS, "step")
+
+    def _ask(self, limit_seconds: float, what: str, **arguments: Any) -> Any:
+        """The child's answer; raises `WorkerFailed` where it has none."""
+        timer = threading.Timer(limit_seconds, _kill_group, [self._child])
+        timer.daemon = True
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it is dead, which the missing answer says
+                self._child.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
+                self._child.stdin.flush()
+            line = self._child.stdout.readline()
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
+        if not line.endswith(b"\n"):
+            raise self._death(f"did not {what} within {limit_seconds:g} s" if late else None)
+        answer = json.loads(line)
+        if "failed" in answer:
+            raise WorkerFailed(*answer["failed"])
+        return answer["value"]
+
+    def _death(self, late: str | None) -> WorkerFailed:
+        _kill_group(self._child)
+        code = self._child.wait()
+        if late is not None:
+            return WorkerFailed("timed-out", late)
+        ended = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        lines = [line for line in self._output.read_text(errors="replace").splitlines() if line.strip()]
+        return WorkerFailed("crashed", f"{ended}; last words: {one_line(lines[-1], 200)}" if lines else ended)
+
+
+def quietest_cores(threads: int) -> frozenset[int] | None:
+    """As many cores as ``threads``, the least busy ones, for both sides to share; ``None`` where that is not to be had.
+
+    On cores of their own one side can sit beside a busy neighbour and the other not: of 200 pairs of the same code the
+    interval was up to ±7 % wide so, and never more than ±1.4 % on a shared core.
+    """
+    import psutil
+
+    if not hasattr(os, "sched_setaffinity"):  # macOS
+        return None
+    allowed = os.sched_getaffinity(0)
+    if threads >= len(allowed):
+        return None
+    busy = dict(enumerate(psutil.cpu_percent(interval=0.3, percpu=True)))
+    return frozenset(sorted(allowed, key=lambda core: (busy.get(core, 0.0), core))[:threads])
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: none but a zombie
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+# The child's side ----------------------------------------------------------------------------------------------------
+
+
+class _Child:
+    def __init__(self) -> None:
+        self._packages: Mapping[str, str] = {}
+        self._take_step: Callable[[], float] | None = None
+
+    def start(
+        self,
+        requirements: Iterable[str],
+        packages: Mapping[str, str],
+        cores: Collection[int] | None,
+        also: Iterable[str],
+    ) -> dict[str, Any]:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)  # before torch is imported: its threads inherit it
+        self._packages = packages
+        check_versions(requirements, packages)
+        from peft_gauge.machine import machine_info
+
+        info = machine_info()
+        return {**info, "libraries": {**info["libraries"], **{name: _version(name) for name in (*packages, *also)}}}
+
+    def build(self, **names: Any) -> dict[str, Any]:
+        """The figures of the case: what it is (`cases.described`), ``trainable_params``, its ``fingerprint`` and what
+        of it has a direction, ``flops_per_step`` (absent where they are not all known) and ``allocated_peak_bytes``."""
+        from peft_gauge.cases import build_job, described
+        from peft_gauge.clock.rounds import Stopwatch
+        from peft_gauge.counting import count
+        from peft_gauge.fingerprint import fingerprint
+
+        case = _case(CaseSpec(**names))
+        self._take_step = None
+        job = build_job(case)
+        check_imports(self._packages)
+        record = fingerprint(job)
+        figures = {**described(case, job), "trainable_params": count(job.model).trainable_params}
+        # A fingerprint leaves the job two steps old and its optimizer watched; what is timed begins anew.
+        del job
+        gc.collect()
+        fresh = build_job(case)
+        self._take_step = _timed_step(fresh, Stopwatch(case.device))
+        return {**figures, **_with_direction(record), "fingerprint": record}
+
+    def step(self) -> float:
+        assert self._take_step is not None, "a case is built before it steps"
+        return self._take_step()
+
+
+def _case(spec: CaseSpec) -> Any:
+    from peft_gauge import methods, models
+    from peft_gauge.cases import Case
+    from peft_gauge.step import StepSettings
+
+    record = models.resolve(spec.model, seed=spec.seed)
+    settings = StepSettings(spec.batch, spec.seq)
+    return Case(record, methods.get(spec.method), settings, spec.device, spec.dtype, spec.seed)
+
+
+def _timed_step(job: TrainingJob, stopwatch: Any) -> Callable[[], float]:
+    def take() -> float:
+        seconds: float = stopwatch.time(job.step).seconds
+        job.clear()
+        return seconds
+
+    return take
+
+
+def _with_direction(record: Mapping[str, Any]) -> dict[str, int]:
+    """Of a fingerprint, the totals of which less is better."""
+    flops = {"flops_per_step": sum(sum(each.values()) for each in record["flops"].values())}
+    return {"allocated_peak_bytes": record["peak_bytes"]["total"], **(flops if record["flops_complete"] else {})}
+
+
+def check_versions(requirements: Iterable[str], packages: Mapping[str, str]) -> None:
+    """Raise `GaugeError` unless this process finds the overlay's ``packages``, and what the ``requirements`` say."""
+    for name, version in packages.items():
+        found = _version(name)
+        if found != version:
+            raise GaugeError(f"{name} {version} was installed, but {found or 'none'} is found before it")
+    for requirement in map(Requirement, requirements):
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            raise GaugeError(f"{requirement} was asked for, but {requirement.name} {found or 'is missing'} is found")
+
+
+def check_imports(packages: Mapping[str, str]) -> None:
+    """Raise `GaugeError` where a module of ``packages`` came from elsewhere than their distribution lies.
+
+    Metadata and modules are looked up apart: a hook of an editable installation could serve another version's.
+    """
+    for name in packages:
+        distribution = metadata.distribution(name)
+        home = Path(str(distribution.locate_file(""))).resolve()
+        for module in {file.parts[0] for file in distribution.files or () if len(file.parts) > 1}:
+            origin = getattr(sys.modules.get(module), "__file__", None)
+            if origin is not None and not Path(origin).resolve().is_relative_to(home):
+                raise GaugeError(f"{name} was installed in {home}, but {module} was imported from {origin}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _answer(child: Any, line: str) -> str:
+    what, arguments = json.loads(line)
+    try:
+        return json.dumps({"value": getattr(child, what)(**arguments)}, allow_nan=False)
+    except GaugeError as error:
+        failed = ["failed", str(error)]
+    except Exception as error:  # told to the parent, whose case has failed
+        failed = ["crashed", f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"]
+    return json.dumps({"failed": failed})
+
+
+def serve(child: Any) -> None:
+    """Answer until the input ends, on standard output; what a library prints there goes to standard error instead."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for line in sys.stdin:
+            answers.write(_answer(child, line) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    serve(_Child())
