@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from peft_gauge.environments.pairs import PairRule, step_in_pairs
+from peft_gauge.environments.pairs import PROCESS_PAIRS, PairRule, over_processes, step_in_pairs
 from peft_gauge.history import simulation
 from peft_gauge.history.comparing import compare
-from peft_gauge.history.intervals import judge, of_pairs
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.simulation import SHARED_HOST, TAKING_TURNS
 
@@ -47,10 +46,6 @@ FAMILY_ERROR = 0.02
 
 STEP_SECONDS = 0.04
 BUDGET_SECONDS = 60.0
-PROCESS_PAIRS = 16
-"""So many are needed to find 3 % among processes of the same code that are 2.4 % apart."""
-MINIMUM_EFFECT = 0.01
-"""A third of the smallest slowdown that is to be found: half of all estimates of 3 % are below 3 %."""
 MOST_PAIRS = 900
 """More than are taken in `BUDGET_SECONDS`, warm-up included."""
 
@@ -180,11 +175,22 @@ def steps_in_turn(attempt: int, comparisons: int, slower: float, pairs: int) -> 
 
 
 def by_processes(comparisons: int, slower: float, error: float) -> list[Verdict]:
-    """The verdicts of `PROCESS_PAIRS` pairs of processes a comparison, which share its `BUDGET_SECONDS`."""
-    pairs = round(BUDGET_SECONDS / PROCESS_PAIRS / (2 * STEP_SECONDS))
-    taken = steps_in_turn(0, comparisons * PROCESS_PAIRS, slower, pairs)
-    medians = np.median(np.log(taken.seconds_b / taken.seconds_a), axis=1).reshape(comparisons, PROCESS_PAIRS)
-    return [judge(of_pairs(each), error, MINIMUM_EFFECT).verdict for each in medians.tolist()]
+    """The verdicts of pairs of processes, the most of which share a comparison's `BUDGET_SECONDS`."""
+    pairs = round(BUDGET_SECONDS / PROCESS_PAIRS[-1] / (2 * STEP_SECONDS))
+    taken = steps_in_turn(0, comparisons * PROCESS_PAIRS[-1], slower, pairs)
+    medians = np.median(np.log(taken.seconds_b / taken.seconds_a), axis=1).reshape(comparisons, PROCESS_PAIRS[-1])
+    rule = PairRule(error=error)
+    return [looked_at(each, rule) for each in medians.tolist()]
+
+
+def looked_at(log_ratios: list[float], rule: PairRule) -> Verdict:
+    """As `peft-gauge ab` looks: at its numbers of pairs of processes, until one of them decides."""
+    found: Verdict = "cannot tell"
+    for pairs in PROCESS_PAIRS:
+        found = over_processes(log_ratios[:pairs], rule).verdict
+        if found != "cannot tell":
+            break
+    return found
 
 
 def each_of(pairs: Pairs) -> Iterator[tuple[list[float], list[float]]]:
@@ -220,7 +226,7 @@ def test_real_processes(extra: int, expected: str, record: Record) -> None:
     ratios = []
     for _ in range(TRIALS):
         log_ratios = [real_log_ratio(100, 100 + extra) for _ in range(REAL_PROCESS_PAIRS)]
-        judged = judge(of_pairs(log_ratios), FAMILY_ERROR, MINIMUM_EFFECT)
+        judged = over_processes(log_ratios, PairRule(error=FAMILY_ERROR))
         found[judged.verdict] += 1
         ratios.append(judged.ratio)
 

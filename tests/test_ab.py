@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from peft_gauge.clock.rounds import WarmUp, median_interval
 from peft_gauge.environments import measuring, options
 from peft_gauge.environments.build import Environment
 from peft_gauge.environments.measuring import Finding, Setting, compare_case
-from peft_gauge.environments.pairs import Paired, PairedRatios, PairRule, judge_pairs, step_in_pairs
+from peft_gauge.environments.pairs import (
+    ERROR_SHARES,
+    PROCESS_PAIRS,
+    Paired,
+    PairedRatios,
+    PairRule,
+    judge_pairs,
+    over_processes,
+    step_in_pairs,
+)
 from peft_gauge.environments.requirements import Side, parse_side
 from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
@@ -174,17 +183,6 @@ def test_so_many_pairs_would_decide() -> None:
     assert judged(100 + round(1.2 * further)).verdict == "worse"
 
 
-def test_a_number_out_of_reach_is_not_told() -> None:
-    judged = Judgement("cannot tell", 1.02, 0.9, 1.1, 0.05, further=1000)
-    paired = Paired((1.0,) * 24, (1.0,) * 24, judged, looks=1, pair_seconds=0.02, warmed_up=True)
-    assert measuring._note(paired) == "24 pairs, about 1,000 more would decide it (20.0 s)"
-    far = replace(paired, judged=replace(judged, further=2401), warmed_up=False)
-    assert measuring._note(far) == (
-        "24 pairs, more than 100 times as many would be needed: too near to the minimum effect, "
-        "still becoming faster when the pairs began"
-    )
-
-
 def test_a_median_just_below_the_minimum_effect_needs_many_pairs_but_not_endless_ones() -> None:
     seconds_b = [1.0299 * (1 + place / 100) for place in range(-30, 31)]
     judged = judge_pairs([1.0] * 61, seconds_b, PairRule(), 1)
@@ -260,7 +258,7 @@ class Sides(Setting):
     def worker(self, environment: Environment) -> Any:
         started: list[FakeWorker] = self.started  # type: ignore[attr-defined]
         side = len(started) % 2
-        factor = self.factors[len(started) // 2] if side else 1.0  # type: ignore[attr-defined]
+        factor = self.factors[min(len(started) // 2, len(self.factors) - 1)] if side else 1.0  # type: ignore[attr-defined]
         started.append(FakeWorker(factor, self.told[side], len(started)))  # type: ignore[attr-defined]
         return started[-1]
 
@@ -304,34 +302,36 @@ def processes(finding: Finding) -> list[int]:
     return [len(record.figures[SAMPLES]["step_seconds"]) for record in finding.records]
 
 
-@pytest.mark.parametrize(("factors", "verdict"), [((1.1, 1.08), "worse"), ((0.9, 0.93), "better")])
-def test_a_verdict_needs_a_second_pair_of_processes(factors: tuple[float, float], verdict: str) -> None:
-    finding = found_by(Sides(*factors))
+@pytest.mark.parametrize(("factor", "verdict"), [(1.1, "worse"), (0.9, "better"), (1.0, "same")])
+def test_several_pairs_of_processes_decide(factor: float, verdict: str) -> None:
+    """They agree, so the first look, at four pairs, is enough."""
+    finding = found_by(Sides(factor))
     assert finding.judged is not None
     assert finding.judged.verdict == verdict
-    assert finding.judged.ratio == pytest.approx(factors[1], rel=0.01), "the one nearer to 1"
-    assert finding.note is not None
-    assert "confirmed by a second pair of processes" in finding.note
-    assert processes(finding) == [2, 2]
-    seconds = [statistics.median(process) for process in finding.records[1].figures[SAMPLES]["step_seconds"]]
-    assert seconds == pytest.approx([0.01 * factor for factor in factors], rel=0.02)
+    assert finding.judged.ratio == pytest.approx(factor, rel=0.01)
+    assert finding.note == "4 pairs of processes"
+    assert processes(finding) == [4, 4]
 
 
-@pytest.mark.parametrize("second", [1.0, 0.9])
-def test_what_a_second_pair_of_processes_does_not_show_is_not_told(second: float) -> None:
-    finding = found_by(Sides(1.1, second))
+def test_processes_that_do_not_agree_decide_nothing() -> None:
+    """Each pair of steps within a pair of processes says +10 % or −10 %, and all of it is how these processes lie."""
+    finding = found_by(Sides(*[1.1, 0.9] * 8), budget=2.0)
     assert finding.judged is not None
     assert finding.judged.verdict == "cannot tell"
     assert finding.note is not None
-    assert "two pairs of processes do not agree (+" in finding.note
+    assert finding.note.startswith("16 pairs of processes; ")
+    assert "more would decide it" in finding.note
+    assert processes(finding) == [16, 16]
 
 
-def test_the_same_needs_no_second_pair() -> None:
-    setting = Sides(1.0)
-    finding = found_by(setting)
-    assert finding.judged is not None
-    assert finding.judged.verdict == "same"
-    assert processes(finding) == [1, 1]
+def test_the_looks_share_the_error_and_the_smallest_effects_wait_for_the_last() -> None:
+    assert sum(ERROR_SHARES.values()) == pytest.approx(1)
+    assert tuple(ERROR_SHARES) == PROCESS_PAIRS
+    ratios = [0.04, 0.016] * 8  # mean 0.028, a standard error of 0.003
+    judged = over_processes(ratios, PairRule(error=0.02))
+    assert judged.error == pytest.approx(0.02 * 2 / 3)
+    assert judged.verdict == "worse", "2.8 % is below the minimum effect of 3 %, but well above a third of it"
+    assert over_processes([0.03, 0.02] * 2, PairRule(error=0.02)).error == pytest.approx(0.02 / 6)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def ab(run_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("factors", "code", "verdict"),
-    [((1.2, 1.2), 1, "worse"), ((0.8, 0.8), 0, "better"), ((1.0,), 0, "same"), ((1.2, 1.0), 0, "cannot tell")],
+    [((1.2, 1.2), 1, "worse"), ((0.8, 0.8), 0, "better"), ((1.0,), 0, "same"), ((1.2, 0.8) * 8, 0, "cannot tell")],
 )
 def test_the_command_tells_the_verdict(
     factors: tuple[float, ...], code: int, verdict: str, ab: Callable[..., Any]
@@ -422,7 +422,7 @@ def test_both_sides_are_saved_as_runs(ab: Callable[..., Any], tmp_path: Path) ->
     assert a.libraries == b.libraries == {"gaugeprobe": "gaugeprobe here"}
     seconds = [[len(process) for process in run.cases[0].figures[SAMPLES]["step_seconds"]] for run in (a, b)]
     assert seconds[0] == seconds[1]
-    assert len(seconds[0]) == 2
+    assert len(seconds[0]) == 4
 
 
 def test_several_methods_share_the_error(ab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +437,7 @@ def test_several_methods_share_the_error(ab: Callable[..., Any], monkeypatch: py
     arguments = (".", "gaugeprobe==2", "--method", "lora,ia3", "--method", "qlora")
     code, printed, _ = ab(Sides(*[1.0] * 3), *arguments)
     assert code == 0
-    assert errors == [0.05 / 3] * 3
+    assert errors == [PairRule.error / 3] * 3
     assert [f"{name}-toy-llama-cpu" in printed for name in ("lora", "ia3", "qlora")] == [True] * 3
 
 

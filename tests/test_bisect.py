@@ -414,4 +414,4 @@ def test_with_pip_and_children_and_all(run_command: Command, tmp_path: Path, mon
     lines = printed.splitlines()
     assert any("2.0" in line and "left out" in line and "gaugemissing" in line for line in lines)
     assert lines[-1].startswith("gaugeprobe 3.0 is worse and 1.0 is not; it may have begun earlier, with 2.0,")
-    assert "confirmed by a second pair of processes" in lines[-1]
+    assert "4 pairs of processes" in lines[-1]

@@ -139,7 +139,7 @@ def test_unknown_unit_is_named_by_parse_bytes() -> None:
 
 
 def test_workspace_defaults_are_those_of_pytorch() -> None:
-    """`:4096:2:16:8` means 2 x 4096 KiB + 8 x 16 KiB; compute capability 9.0 alone has 32 MiB; two threads, two of them."""
+    """`:4096:2:16:8` means 2 x 4096 KiB + 8 x 16 KiB; compute capability 9.0 alone has 32 MiB; of each, two."""
     assert default_overheads((8, 6)).cublas_workspace_bytes == 2 * 8_519_680
     assert default_overheads((9, 0)).cublas_workspace_bytes == 2 * 33_554_432
     assert default_overheads((10, 0)).cublas_workspace_bytes == 2 * 8_519_680

@@ -1,28 +1,27 @@
 """One case on two sides: its figures without noise from each, and the verdict on its step's time.
 
 How a process lies in memory makes its steps faster or slower for as long as it lives: two processes that ran the same
-code were seen up to 2.5 % apart, beyond what pairs within them could tell. So a *worse* or *better* counts only where a
-second pair of processes finds the same.
+code were seen up to 2.5 % apart, beyond what pairs of steps within them could tell. So several pairs of fresh processes
+are measured, and it is their ratios that are judged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from peft_gauge.environments.pairs import Paired, PairRule, step_in_pairs
+from peft_gauge.environments.pairs import PROCESS_PAIRS, Paired, PairRule, over_processes, step_in_pairs
 from peft_gauge.environments.worker import CaseSpec, Worker, WorkerFailed
-from peft_gauge.history.intervals import Judgement
+from peft_gauge.history.intervals import MOST_FURTHER, Judgement
 from peft_gauge.history.schema import SAMPLES, CaseRecord
 
 if TYPE_CHECKING:
     from peft_gauge.environments.build import Environment
 
 QUESTION = "ab"
-MANY = 100
-"""Past so many times the pairs that were drawn, a number of further ones is not told."""
+STEP = "step_seconds"
 
 Say = Callable[[str], object]
 
@@ -80,36 +79,41 @@ def compare_case(
     Raises `NoEnvironment` where a side's process does not find the versions asked for. A side that cannot build the
     case, or breaks in a step, is an outcome.
     """
-    first = _once(environments, case, rule, setting, say)
-    if first.judged is None or first.judged.verdict not in ("worse", "better"):
-        return first
-    say(f"{first.judged.verdict}: confirming it with two fresh processes")
-    second = _once(environments, case, rule, setting, say)
-    if second.judged is None:  # what ran once and not again is no sound case
-        return second
-    return _confirmed(first, second)
+    found: list[Finding] = []
+    judged: Judgement | None = None
+    for most in PROCESS_PAIRS:
+        while len(found) < most:
+            each = _once(environments, case, rule.within_processes, setting, _numbered(say, len(found) + 1))
+            if each.judged is None:  # what does not run, or ran once and not again, is no sound case
+                return each
+            found.append(each)
+        judged = over_processes([math.log(each.judged.ratio) for each in found if each.judged], rule)
+        if judged.verdict != "cannot tell":
+            break
+    assert judged is not None
+    return _together(found, judged)
 
 
-def _confirmed(first: Finding, second: Finding) -> Finding:
-    """Both together: the verdict if they agree on it, told by the ratio nearer to 1."""
-    assert first.judged is not None
-    assert second.judged is not None
-    judgements = [first.judged, second.judged]
-    judged = min(judgements, key=lambda each: abs(math.log(each.ratio)))
-    notes = [first.note, "confirmed by a second pair of processes"]
-    if first.judged.verdict != second.judged.verdict:
-        judged = replace(second.judged, verdict="cannot tell", further=None)
-        ratios = " and ".join(f"{100 * (each.ratio - 1):+.1f} %" for each in judgements)
-        notes = [f"two pairs of processes do not agree ({ratios}): how they lie in memory may be all of it"]
+def _numbered(say: Say, number: int) -> Say:
+    return lambda text: say(f"processes {number} of at most {PROCESS_PAIRS[-1]}: {text}")
+
+
+def _together(found: Sequence[Finding], judged: Judgement) -> Finding:
+    """One finding out of those of all pairs of processes."""
     records = [
         replace(
-            later,
-            figures=later.figures
-            | {SAMPLES: {"step_seconds": [each.figures[SAMPLES]["step_seconds"][0] for each in (earlier, later)]}},
+            found[0].records[side],
+            figures=found[0].records[side].figures
+            | {SAMPLES: {STEP: [each.records[side].figures[SAMPLES][STEP][0] for each in found]}},
         )
-        for earlier, later in zip(first.records, second.records, strict=True)
+        for side in (0, 1)
     ]
-    return Finding((records[0], records[1]), second.machines, judged, "; ".join(filter(None, notes)))
+    notes = [f"{len(found)} pairs of processes"]
+    if judged.further is not None:
+        more = f"more than {MOST_FURTHER}" if judged.further > MOST_FURTHER else f"about {judged.further}"
+        notes.append(f"{more} more would decide it")
+    notes += sorted({each.note for each in found if each.note})
+    return Finding((records[0], records[1]), found[0].machines, judged, "; ".join(notes))
 
 
 def _once(
@@ -132,7 +136,7 @@ def _once(
             ]
             return Finding((broken[0], broken[1]), machines, None, None)
     for record, seconds in zip(records, (paired.seconds_a, paired.seconds_b), strict=True):
-        record.figures[SAMPLES] = {"step_seconds": [list(seconds)]}
+        record.figures[SAMPLES] = {STEP: [list(seconds)]}
     return Finding(records, machines, paired.judged, _note(paired))
 
 
@@ -172,14 +176,5 @@ def _progress(pairs: int, judged: Judgement) -> str:
     return f"{pairs} pairs, {percent[0]} % [{percent[1]}, {percent[2]}]: {judged.verdict}"
 
 
-def _note(paired: Paired) -> str:
-    notes = [f"{paired.pairs} pairs"]
-    further = paired.judged.further
-    if further is not None:
-        if further > MANY * paired.pairs:
-            notes.append(f"more than {MANY} times as many would be needed: too near to the minimum effect")
-        else:
-            notes.append(f"about {further:,} more would decide it ({further * paired.pair_seconds:,.1f} s)")
-    if not paired.warmed_up:
-        notes.append("still becoming faster when the pairs began")
-    return ", ".join(notes)
+def _note(paired: Paired) -> str | None:
+    return None if paired.warmed_up else "a side was still becoming faster when its pairs began"

@@ -27,13 +27,23 @@ from typing import TYPE_CHECKING
 
 from peft_gauge.clock.rounds import DEFAULT_WARM_UP, WarmUp
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.intervals import Judgement, judge
+from peft_gauge.history.intervals import Judgement, judge, of_pairs
 
 if TYPE_CHECKING:
     from peft_gauge.clock import Clock
 
 Step = Callable[[], float]
 """Takes one step and returns its seconds."""
+
+PROCESS_PAIRS = (4, 8, 16)
+"""At so many pairs of processes the verdict is looked at. Among processes of the same code that are 2.4 % apart, 16 are
+needed to find 3 % (``benchmarks/test_verdicts.py``)."""
+
+ERROR_SHARES = {4: 1 / 6, 8: 1 / 6, 16: 2 / 3}
+"""The part of the error that each of these looks may take: the last most, which has to find small changes."""
+
+LEAST_CHANGE = 1 / 3
+"""The part of the minimum effect that the ratio has to reach: half of all estimates of an effect are below it."""
 
 _NO_INTERVAL = 700.0  # the logarithm of a ratio past which nothing is told apart
 
@@ -42,13 +52,14 @@ _NO_INTERVAL = 700.0  # the logarithm of a ratio past which nothing is told apar
 class PairRule:
     """When pairs end: at a verdict, or when ``budget_seconds`` are over.
 
-    ``minimum_effect``: a smaller difference, as a share, is none; ``error``: the chance of a wrong *worse* or *better*,
-    over all looks; ``first_look``: the number of pairs at the first look; ``growth``: from one look to the next.
+    ``minimum_effect``: a smaller difference, as a share, is none; ``error``: the chance of a wrong *worse* or
+    *better*, over all looks, half of it for either; ``first_look``: the number of pairs at the first look; ``growth``:
+    from one look to the next.
     """
 
     budget_seconds: float = 60.0
     minimum_effect: float = 0.03
-    error: float = 0.05
+    error: float = 0.02
     first_look: int = 24
     growth: float = 1.4
 
@@ -62,9 +73,29 @@ class PairRule:
         """The error at which the ``look``-th look is made, counted from 1."""
         return self.error / (look * (look + 1))
 
+    @property
+    def within_processes(self) -> PairRule:
+        """The rule for the steps of one pair of processes out of `PROCESS_PAIRS`."""
+        return replace(self, budget_seconds=self.budget_seconds / PROCESS_PAIRS[-1])
+
     def pairs_at(self, look: int) -> int:
         """How many pairs there are at the ``look``-th look, counted from 1, unless the budget ends before."""
         return round(self.first_look * self.growth ** (look - 1))
+
+
+def over_processes(log_ratios: Sequence[float], rule: PairRule) -> Judgement:
+    """The verdict on several pairs of processes, each of which gave the logarithm of one ratio B / A.
+
+    How a process lies in memory makes its steps faster or slower for as long as it lives, so the processes are the
+    sample and the steps within them are not. It is looked at when there are as many as `PROCESS_PAIRS` says, and the
+    looks share the error (`ERROR_SHARES`, union bound).
+    """
+    return judge(
+        of_pairs(log_ratios),
+        rule.error * ERROR_SHARES[len(log_ratios)],
+        rule.minimum_effect,
+        least_change=LEAST_CHANGE * rule.minimum_effect,
+    )
 
 
 @dataclass(frozen=True)

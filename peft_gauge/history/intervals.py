@@ -232,24 +232,33 @@ class Judgement:
 
 
 def judge(
-    estimate: Estimate, error: float, minimum_effect: float, *, relative_to: float = 0.0, in_common: float = 0.0
+    estimate: Estimate,
+    error: float,
+    minimum_effect: float,
+    *,
+    relative_to: float = 0.0,
+    in_common: float = 0.0,
+    least_change: float | None = None,
 ) -> Judgement:
     """The verdict on a time, of which lower is better, after ``relative_to`` is taken off its log ratio.
 
     ``in_common`` is as it was for the estimate: what processes share, more of them do not make smaller.
 
     *same*: the whole interval lies within the minimum effect of 1, either way (as factors: 1/1.03 to 1.03). *worse* and
-    *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect.
+    *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect, or beyond
+    ``least_change`` where that is given: half of all estimates of a change lie below it, so to find a change of the
+    minimum effect, smaller estimates have to count.
     """
     low, high = (end - relative_to for end in estimate.interval(error))
     centre = estimate.log_ratio - relative_to
     effect = math.log1p(minimum_effect)
+    change = effect if least_change is None else math.log1p(least_change)
     verdict: Verdict = "cannot tell"
     if -effect <= low and high <= effect:
         verdict = "same"
-    elif low > 0 and centre > effect:
+    elif low > 0 and centre > change:
         verdict = "worse"
-    elif high < 0 and centre < -effect:
+    elif high < 0 and centre < -change:
         verdict = "better"
     further = None
     if verdict == "cannot tell":
