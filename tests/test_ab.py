@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,10 +30,12 @@ from peft_gauge.environments.pairs import (
 from peft_gauge.environments.requirements import Side, parse_side
 from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.intervals import Judgement
 from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
 from tests.stepping_child import MACHINE, figures
+
+if TYPE_CHECKING:
+    from peft_gauge.history.intervals import Judgement
 
 Command = Callable[..., tuple[int, str, str]]
 CASE = CaseSpec("toy-llama", "lora", 1, 8, "cpu", "float32")
