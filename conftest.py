@@ -54,6 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Recorder(config), "peft-gauge-recorder")
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which device a bare run takes and, where that is the CPU, why; a wrong option is told of at collection."""
+    reason = machine.why_no_cuda()
+    return "peft-gauge: a bare run measures on " + ("cuda" if reason is None else f"the CPU: {reason}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Settle what is to be run before any file is looked at: a mistake in the options is one line, not a traceback."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from peft_gauge import isolation, models
+from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import note
 from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
 
@@ -85,6 +86,16 @@ def break_the_device(_: dict[str, Any]) -> NoReturn:
     raise RuntimeError(
         "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported late"
     )
+
+
+def lack_a_library(_: dict[str, Any]) -> NoReturn:
+    note(phase="imports")
+    raise GaugeError("bitsandbytes has no kernels for this torch's CUDA")
+
+
+def fit_nothing(_: dict[str, Any]) -> NoReturn:
+    note(phase="prepare")
+    raise GaugeError("the adapter does not fit the model")
 
 
 def hang(_: dict[str, Any]) -> None:

@@ -358,3 +358,22 @@ def test_the_card_decides_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert why_skipped(case, replace(plan, gpus=(replace(fit, fits=True, headroom_bytes=1),))) is None
     assert why_skipped(case, replace(plan, gpus=())) is None
+
+
+def test_a_library_that_cannot_work_here_is_a_skip_and_a_case_that_does_not_fit_is_not(tmp_path: Path) -> None:
+    suite = Suite(tmp_path)
+    done = suite.run(
+        "benchmarks/test_memory.py",
+        "--method=full,lora,qlora",
+        planted={"qlora": "lack_a_library", "lora": "fit_nothing", "full": "give"},
+        plans={},
+    )
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    cases = by_question(suite.saved())
+    assert {name: case["outcome"] for name, case in cases.items()} == {
+        "test_peak full": "passed",
+        "test_peak lora": "failed",
+        "test_peak qlora": "skipped",
+    }
+    assert cases["test_peak qlora"]["reason"] == "bitsandbytes has no kernels for this torch's CUDA"
+    assert cases["test_peak lora"]["reason"] == "the adapter does not fit the model"

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Pass = Literal["memory", "speed", "fingerprint"]
 
+IMPORTS = "imports"
+"""The phase in which a library that this machine cannot use is found out."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -65,7 +68,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     """
     _quiet()
     with memory.watched(setup.case.device) as phases:
-        isolation.note(phase="imports")
+        isolation.note(phase=IMPORTS)
         _import_libraries(setup.case)
         started = time.perf_counter()
         isolation.note(phase=meters.LOAD)
@@ -115,7 +118,7 @@ def _import_libraries(case: Case) -> None:
     if case.method.quantization is not None:
         from peft_gauge.quantization import load_bitsandbytes
 
-        load_bitsandbytes()
+        load_bitsandbytes(case.device)
     if case.device == "cuda":
         torch.zeros(1, device="cuda")
     del peft, transformers
