@@ -68,7 +68,9 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
 
         @pytest.fixture(scope="session")
         def plans():
-            return lambda requests: []  # neither claim needs one
+            from fixtures.plans import Plans
+
+            return Plans()  # neither claim needs one
         """
     )
     result = pytester.runpytest_inprocess("-k", "identity or qlora-quality", "-p", "no:benchmark")
