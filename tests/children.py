@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -242,3 +243,8 @@ def be_noisy(lines: int) -> str:
         print("x" * 99)
         print("y" * 99, file=sys.stderr)
     return "done with it"
+
+
+def heed_ctrl_c() -> None:
+    """For ``preexec_fn``: a shell's background job ignores SIGINT, and so would all that this process starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -405,6 +405,7 @@ def start_parent(no_folder_stays: Path) -> Iterator[Callable[..., subprocess.Pop
             stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(no_folder_stays)},
+            preexec_fn=children.heed_ctrl_c,
         )
         parents.append(parent)
         return parent

@@ -23,6 +23,7 @@ from peft_gauge import methods, models
 from peft_gauge.cases import Case
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
 from peft_gauge.step import StepSettings
+from tests.children import heed_ctrl_c
 from tests.planted_cases import LAST, PLANNED_PEAK_BYTES, PLANS, PLANTED, STARTED, TENSOR_PEAK_BYTES, plan_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,7 @@ def interrupted(suite: Suite) -> Ended:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     with process:
         try:
