@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fixtures.weights import matrices_of
 from peft_gauge import identity, methods, models, quantization, serving
 from peft_gauge.cases import count_on_meta
 from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
@@ -142,11 +143,11 @@ def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
 def real_comparisons(claim: Claim, model: str) -> tuple[list[quantization.Comparison], str]:
     """The same on the one large matrix of the real weights that the GGUF file has not rounded to 4 bit."""
     try:
-        base = models.build(models.resolve(model, weights="real"))
+        matrices = matrices_of(model)
     except GaugeError as error:
         pytest.skip(str(error))
     rival, name = claim.bounds["real_rival"], claim.bounds["real_matrix"]
-    samples = base.get_parameter(name).detach().split(1024)[::4]
+    samples = matrices[name].split(1024)[::4]
     found = [quantization.compare_nf4(samples, rival=rival, double_quant=double) for double in (False, True)]
     return found, f"against {rival} on {name}, {len(samples)} samples; NF4 without and with double quantisation"
 

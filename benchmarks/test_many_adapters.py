@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     Record = Callable[..., None]
 
+pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
+
 COUNTS = [4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 16, 64))]
 
 SEQ = 4
