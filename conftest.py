@@ -31,6 +31,7 @@ pytest_plugins = [
     "fixtures.measured",
     "fixtures.plans",
     "fixtures.replay",
+    "fixtures.sweeps",
     "fixtures.weights",
 ]
 

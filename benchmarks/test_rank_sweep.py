@@ -15,22 +15,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from peft_gauge import methods, models, paths
-from peft_gauge.errors import GaugeError
+from peft_gauge import methods
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
-from peft_gauge.quality.tasks import CALENDAR, TextTask
+from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.quality.updates import update_ranks
-from peft_gauge.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fixtures.plans import Plans
+    from fixtures.sweeps import TextSweep
+
 
 pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
 
@@ -92,37 +91,12 @@ def test_rank_of_a_full_update(record: Callable[..., None]) -> None:
 
 
 @pytest.mark.slow
-def test_rank_on_text(
-    request: pytest.FixtureRequest, plans: Plans, record: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_on_text(text_sweep: TextSweep) -> None:
     """Half an hour a seed on two cores with SmolLM2; interrupted, it goes on where it stopped."""
-
-    def say(line: str) -> None:
-        with capsys.disabled():
-            print(line, flush=True)
-
-    option = request.config.getoption
-    try:
-        model = models.resolve(option("--model") or "smollm2-135m", weights="real")
-    except GaugeError as error:
-        pytest.skip(str(error))
-    source = option("--dataset", default=None) or CALENDAR
-    first = option("--seed")
     settings = [*(text_lora(rank) for rank in methods.RANKS), Setting("full", methods.FULL, 1e-4)]
-    shape = StepSettings(batch=8, seq=29)  # the calendar's longest examples
-    planned = plans([PlanRequest(model, each.method, shape, dtype="float32", padded=True) for each in settings])
 
-    results = sweep.sweep(
-        lambda seed: TextTask(model, seed, source, batches=TEXT_LENGTHS.steps),
-        settings,
-        range(first, first + len(SEEDS)),
-        TEXT_LENGTHS,
-        cache=paths.cache() / "quality",
-        say=say,
-    )
+    source, results = text_sweep(lambda model: settings, len(SEEDS), TEXT_LENGTHS)
 
-    peak_bytes = {each.label: step.peak_bytes for each, step in zip(settings, planned, strict=True)}
-    record(model=model.name, task=source, **sweep.figures(results, peak_bytes))
     learned = [result.scores for result in results if result.scores]
     assert learned, "every training diverged"
     if source == CALENDAR:

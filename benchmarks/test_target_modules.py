@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from peft_gauge import methods, models, paths
+from peft_gauge import methods
 from peft_gauge.cases import count_on_meta
-from peft_gauge.errors import GaugeError
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
-from peft_gauge.quality.tasks import CALENDAR, TextTask
 from peft_gauge.quality.training import Schedule, train
-from peft_gauge.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fixtures.plans import Plans
+    from fixtures.sweeps import TextSweep
     from peft_gauge.models import ModelRecord
 
 pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
@@ -107,38 +104,14 @@ def test_planted_scaling(scaling: float, record: Callable[..., None]) -> None:
 
 
 @pytest.mark.slow
-def test_targets_on_text(
-    request: pytest.FixtureRequest, plans: Plans, record: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_targets_on_text(text_sweep: TextSweep) -> None:
     """The same sets at rank 16 on a real model; half an hour a seed on two cores, and interrupted it can go on."""
-
-    def say(line: str) -> None:
-        with capsys.disabled():
-            print(line, flush=True)
-
-    option = request.config.getoption
-    try:
-        model = models.resolve(option("--model") or "smollm2-135m", weights="real")
-    except GaugeError as error:
-        pytest.skip(str(error))
-    source = option("--dataset", default=None) or CALENDAR
-    first = option("--seed")
     at_equal_rank = [lora(name, targets, 16, start_rate=3e-3) for name, targets in ENOUGH.items()]
-    settings = [*at_equal_rank, *at_the_budget_of(at_equal_rank[0], model)]
-    shape = StepSettings(batch=8, seq=29)  # the calendar's longest examples
-    planned = plans([PlanRequest(model, each.method, shape, dtype="float32", padded=True) for each in settings])
 
-    results = sweep.sweep(
-        lambda seed: TextTask(model, seed, source, batches=TEXT_LENGTHS.steps),
-        settings,
-        range(first, first + len(SEEDS)),
-        TEXT_LENGTHS,
-        cache=paths.cache() / "quality",
-        say=say,
+    _, results = text_sweep(
+        lambda model: [*at_equal_rank, *at_the_budget_of(at_equal_rank[0], model)], len(SEEDS), TEXT_LENGTHS
     )
 
-    peak_bytes = {each.label: step.peak_bytes for each, step in zip(settings, planned, strict=True)}
-    record(model=model.name, task=source, **sweep.figures(results, peak_bytes))
     assert any(result.scores for result in results), "every training diverged"
 
 

@@ -7,7 +7,6 @@ machine, at once and without repetition. `peft_gauge.history.fingerprints` compa
 
 from __future__ import annotations
 
-import gc
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from peft_gauge.plan.tracker import (
     QUANTISATION_CONSTANTS,
     Snapshot,
     StorageTracker,
+    no_collector,
 )
 
 VERSION = 1
@@ -87,7 +87,7 @@ def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: in
     recorder = _Recorder(Places(job.model))
     tracker = StorageTracker(vocabulary=_vocabulary(job.model))
     _adopt(tracker, job)
-    with _no_collector():
+    with no_collector():
         losses.append(_recorded_step(job, micro_batches, recorder, tracker))
         resident = tracker.live()
     record = {
@@ -150,18 +150,6 @@ def _loss(job: Job, step: int) -> float:
     if not math.isfinite(loss):
         raise GaugeError(f"the loss of step {step} is {loss}; a fingerprint needs a job that can be trained")
     return loss
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """When Python's collector ends storages depends on what ran before; a fingerprint must not."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # --- storages -----------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from peft_gauge.plan.tracker import (
     QUANTISATION_CONSTANTS,
     Snapshot,
     StorageTracker,
+    no_collector,
     rounded,
 )
 from peft_gauge.step import StepSettings, TrainingJob
@@ -198,7 +198,7 @@ def follow(
     job, call = _job(request, model, tracker)
     _prime(job, tracker, request.settings, notes)
     _prime_importance(job, model, tracker, notes)
-    with _no_collector():
+    with no_collector():
         trace = _step(job, call, tracker, request, counted)
     tracker.close()
     uncounted = sorted(name for name in tracker.operators_without_flops if not name.startswith(ELEMENTWISE))
@@ -266,18 +266,6 @@ def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracke
     if made:
         tracker.adopt(made, BUFFERS)
         notes.append("importance of each weight: its buffers are counted; their update after a step is not traced")
-
-
-@contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """When Python's collector runs depends on what ran before; a plan must not."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _step(

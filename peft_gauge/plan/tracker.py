@@ -12,6 +12,7 @@ takes formulas for operators where it is known.
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import weakref
 from collections import Counter, deque
@@ -153,6 +154,18 @@ class _Ledger:
         if isinstance(watch, _Watch):
             del self.alive[watch.key]
             self.log.append((-1, watch.record, self.phase))
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """When Python's collector ends storages depends on what ran before; what is followed in the block does not."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class StorageTracker(TorchDispatchMode):

@@ -144,13 +144,13 @@ def as_markdown(comparisons: Iterable[Comparison], *, everything: bool = False) 
 
 
 def _markdown(comparison: Comparison, everything: bool) -> str:
-    first, *rest = map(_in_markdown, heading(comparison))
+    first, *rest = map(in_markdown, heading(comparison))
     lines = [f"### {first}", "", f"**{counts(comparison)}**", ""]
     lines += [f"- {line}" for line in rest] + ([""] if rest else [])
     rows = shown_rows(comparison, everything=everything)
     if rows:
         lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
-        lines += [_line([_in_markdown(cell) for cell in cells(row)]) for row in rows] + [""]
+        lines += [_line([in_markdown(cell) for cell in cells(row)]) for row in rows] + [""]
     return "\n".join(lines)
 
 
@@ -158,7 +158,7 @@ def _line(parts: Sequence[str]) -> str:
     return f"| {' | '.join(parts)} |"
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
     """``text`` with what Markdown and HTML would take for their own escaped."""
     for mark in ("\\", "|", "*", "_", "[", "]", "`", "~"):
         text = text.replace(mark, f"\\{mark}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
 from peft_gauge.report import page_data
+from peft_gauge.report.comparison import in_markdown
 from peft_gauge.report.page_history import machine_of
 from peft_gauge.report.terminal import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds
 
@@ -20,10 +21,7 @@ REASON_LIMIT = 200
 
 def escape(value: object) -> str:
     """``value`` on one line, with what Markdown and HTML would take for their own escaped."""
-    escaped = one_line(value)
-    for mark in ("\\", "|", "*", "_", "[", "]", "`", "~"):
-        escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return in_markdown(one_line(value))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> list[str]:
