@@ -32,6 +32,7 @@ pytest_plugins = [
     "fixtures.plans",
     "fixtures.replay",
     "fixtures.sweeps",
+    "fixtures.verdicts",
     "fixtures.weights",
 ]
 

@@ -41,7 +41,8 @@ class Claim:
     """One claim of the ledger.
 
     ``models`` are record names, or ``("any",)`` where the claim does not depend on one; ``bounds`` are the numbers in
-    the sentence, as its decider needs them; ``recorded`` is the verdict for each model, or "not measured yet".
+    the sentence, as its decider needs them; ``recorded`` is the verdict for each model, or "not measured yet";
+    ``benchmark`` is the module of ``benchmarks/`` that decides it.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Claim:
     models: tuple[str, ...]
     recorded: dict[str, str]
     bounds: dict[str, Any] = field(default_factory=dict)
+    benchmark: str = "test_claims.py"
 
 
 @cache
@@ -80,4 +82,5 @@ def _claim(entry: dict[str, Any], source: Path) -> Claim:
     for verdict in recorded.values():
         if verdict not in (*VERDICTS, NOT_MEASURED):
             raise unknown(f"verdict of {entry['id']}", cast("str", verdict), (*VERDICTS, NOT_MEASURED))
-    return Claim(entry["id"], entry["statement"], entry["decided_by"], models, recorded, entry.get("bounds", {}))
+    named = {name: entry[name] for name in ("bounds", "benchmark") if name in entry}
+    return Claim(entry["id"], entry["statement"], entry["decided_by"], models, recorded, **named)

@@ -6,8 +6,8 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import pytest
 from peft_gauge.clock.rounds import WarmUp, median_interval
 from peft_gauge.environments import measuring, options
 from peft_gauge.environments.build import Environment
-from peft_gauge.environments.measuring import Finding, Setting, compare_case
+from peft_gauge.environments.measuring import Finding, Setting, compare_case, compare_cases
 from peft_gauge.environments.pairs import (
     ERROR_SHARES,
     PROCESS_PAIRS,
@@ -28,6 +28,7 @@ from peft_gauge.environments.pairs import (
     step_in_pairs,
 )
 from peft_gauge.environments.requirements import Side, parse_side
+from peft_gauge.environments.state import Kept
 from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.reading import read_run, runs_in
@@ -269,6 +270,8 @@ class FakeWorker:
     def __init__(self, factor: float, told: dict[str, Any], number: int) -> None:
         self.factor, self.told, self.alive = factor, told, True
         self.random = random.Random(number)
+        self.described, self.built = 0, list[str]()
+        self.of_ia3, self.breaks_at = factor, ""
 
     def __enter__(self) -> FakeWorker:
         return self
@@ -279,15 +282,23 @@ class FakeWorker:
     def start(self, also: Iterable[str]) -> dict[str, Any]:
         return {**MACHINE, "libraries": {name: f"{name} here" for name in sorted(also)}}
 
-    def build(self, case: CaseSpec) -> dict[str, Any]:
+    def close(self) -> None:
+        self.alive = False
+
+    def describe(self, case: CaseSpec) -> dict[str, Any]:
+        self.described += 1
         if "build" in self.told:
             raise WorkerFailed("failed", self.told["build"])
         return figures(method=case.method, **self.told.get("figures", {}))
 
+    def build(self, case: CaseSpec) -> None:
+        self.built.append(case.method)
+
     def step(self) -> float:
-        if "step" in self.told:
-            raise WorkerFailed("crashed", self.told["step"])
-        return 0.01 * self.factor * self.random.lognormvariate(0, 0.02)
+        if "step" in self.told or self.built[-1] == self.breaks_at:
+            raise WorkerFailed("crashed", self.told.get("step", "gone"))
+        factor = self.of_ia3 if self.built[-1] == "ia3" else self.factor
+        return 0.01 * factor * self.random.lognormvariate(0, 0.02)
 
 
 ENVIRONMENTS = (Environment(Side(()), None, {}), Environment(parse_side("gaugeprobe==2.0"), None, {}))
@@ -350,6 +361,46 @@ def test_a_side_that_breaks_is_an_outcome(a: dict[str, Any], b: dict[str, Any], 
     assert tuple(record.outcome for record in finding.records) == outcomes
     assert finding.judged is None
     assert [record.reason for record in finding.records if record.outcome != "passed"] == ["no such method"]
+
+
+def test_a_pair_of_processes_measures_all_cases_that_are_undecided() -> None:
+    """Both are the same on average; of lora the processes agree, so that it is out after four of them."""
+    cases = [CASE, replace(CASE, method="ia3")]
+
+    class Apart(Sides):
+        def worker(self, environment: Environment) -> Any:
+            worker = super().worker(environment)
+            number = len(self.started)  # type: ignore[attr-defined]
+            worker.of_ia3 = 1.0 if number % 2 else 1.1 if number % 4 else 0.9
+            return worker
+
+    setting = Apart(1.0)
+    lora, ia3 = compare_cases(ENVIRONMENTS, cases, PairRule(2.0), setting)
+    assert [each.records[0].id for each in (lora, ia3)] == [each.id for each in cases]
+    assert [each.judged and each.judged.verdict for each in (lora, ia3)] == ["same", "cannot tell"]
+    assert (processes(lora), processes(ia3)) == ([4, 4], [16, 16])
+    started = setting.started  # type: ignore[attr-defined]
+    assert [worker.built for worker in started] == [["lora", "ia3"]] * 8 + [["ia3"]] * 24
+    assert [worker.described for worker in started] == [2, 2] + [0] * 30, "what has no noise is asked once"
+    assert not any(worker.alive for worker in started)
+
+
+def test_behind_a_case_that_broke_there_are_new_processes() -> None:
+    """The one that broke may be dead, and the next case needs a live one."""
+    cases = [CASE, replace(CASE, method="ia3")]
+
+    class Breaking(Sides):
+        def worker(self, environment: Environment) -> Any:
+            worker = super().worker(environment)
+            worker.breaks_at = "lora"
+            return worker
+
+    setting = Breaking(1.0)
+    lora, ia3 = compare_cases(ENVIRONMENTS, cases, PairRule(2.0), setting)
+    assert [record.outcome for record in lora.records] == ["crashed", "passed"]
+    assert ia3.judged is not None
+    assert ia3.judged.verdict == "same"
+    assert [worker.built for worker in setting.started[:4]] == [["lora"]] * 2 + [["ia3"]] * 2  # type: ignore[attr-defined]
 
 
 def test_interrupted_sides_are_dead() -> None:
@@ -429,17 +480,17 @@ def test_both_sides_are_saved_as_runs(ab: Callable[..., Any], tmp_path: Path) ->
 
 def test_several_methods_share_the_error(ab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     errors: list[float] = []
-    real = compare_case
+    real = compare_cases
 
-    def spy(environments: Any, case: CaseSpec, rule: PairRule, *rest: Any) -> Finding:
+    def spy(environments: Any, cases: Any, rule: PairRule, *rest: Any, **kept: Any) -> Iterator[Finding]:
         errors.append(rule.error)
-        return real(environments, case, rule, *rest)
+        return real(environments, cases, rule, *rest, **kept)
 
-    monkeypatch.setattr(measuring, "compare_case", spy)
+    monkeypatch.setattr(measuring, "compare_cases", spy)
     arguments = (".", "gaugeprobe==2", "--method", "lora,ia3", "--method", "qlora")
-    code, printed, _ = ab(Sides(*[1.0] * 3), *arguments)
+    code, printed, _ = ab(Sides(1.0), *arguments)
     assert code == 0
-    assert errors == [PairRule.error / 3] * 3
+    assert errors == [PairRule.error / 3]
     assert [f"{name}-toy-llama-cpu" in printed for name in ("lora", "ia3", "qlora")] == [True] * 3
 
 
@@ -453,30 +504,30 @@ def test_a_side_that_breaks_is_worse_or_impossible(ab: Callable[..., Any]) -> No
 
 
 def test_interrupted_work_goes_on(ab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[str] = []
-    real = compare_case
+    """Two pairs of processes of lora and one of ia3 are measured before it, and none of them again."""
+    real = Kept.put
 
-    def interrupted_at(stop: str) -> Callable[..., Finding]:
-        def compare(environments: Any, case: CaseSpec, *rest: Any) -> Finding:
-            asked.append(case.method)
-            if case.method == stop:
-                raise KeyboardInterrupt
-            return real(environments, case, *rest)
-
-        return compare
+    def interrupt(self: Kept, name: str, value: Any) -> None:
+        real(self, name, value)
+        if len(value) == 2:
+            raise KeyboardInterrupt
 
     arguments = (".", "gaugeprobe==2", "--method", "lora,ia3")
-    monkeypatch.setattr(measuring, "compare_case", interrupted_at("ia3"))
-    code, _, complaint = ab(Sides(*[1.0] * 3), *arguments)
+    monkeypatch.setattr(Kept, "put", interrupt)
+    code, _, complaint = ab(Sides(1.0), *arguments)
     (state,) = (tmp_path / "cache" / "ab").iterdir()
     assert code == 130
     assert complaint == (
-        f"peft-gauge: interrupted; 1 finished parts are kept in {state}, and the same command goes on from there\n"
+        f"peft-gauge: interrupted; what was measured of 2 parts is kept in {state}, "
+        "and the same command goes on from there\n"
     )
-    monkeypatch.setattr(measuring, "compare_case", interrupted_at("none"))
-    code, printed, _ = ab(Sides(*[1.0] * 3), *arguments)
+    monkeypatch.setattr(Kept, "put", real)
+    setting = Sides(1.0)
+    code, printed, _ = ab(setting, *arguments)
     assert code == 0
-    assert asked == ["lora", "ia3", "ia3"]
+    built = [worker.built for worker in setting.started[::2]]  # type: ignore[attr-defined]
+    assert built == [["lora", "ia3"], ["lora", "ia3"], ["ia3"]]
+    assert not any(worker.described for worker in setting.started)  # type: ignore[attr-defined]
     assert "lora-toy-llama-cpu" in printed
     assert not state.exists()
 
@@ -490,6 +541,7 @@ def test_interrupted_work_goes_on(ab: Callable[..., Any], monkeypatch: pytest.Mo
         ((".", ".", "--method", "lora,lora"), "--method lora is given twice"),
         ((".", ".", "--model", "toy-lama"), "unknown model 'toy-lama'; did you mean toy-llama"),
         ((".", ".", "--device", "gpu"), "unknown device 'gpu'"),
+        ((".", ".", "--dtype", "bf16"), "unknown dtype 'bf16'"),
         ((".", ".", "--threads", "0"), "--threads must be at least 1, not 0"),
         ((".", ".", "--batch", "0"), "--batch must be at least 1, not 0"),
         ((".", ".", "--seq", "1"), "--seq must be at least 2, not 1"),

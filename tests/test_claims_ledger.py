@@ -61,6 +61,7 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(
         """
         import pytest
+        from fixtures.verdicts import decide
 
         @pytest.fixture
         def record(request):

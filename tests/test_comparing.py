@@ -201,6 +201,24 @@ def test_a_changed_fingerprint_is_worse_and_says_how(made: Made) -> None:
     assert only(same, "fingerprint").verdict == "same"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ({"mul": 2, "mm": 3}, {"mul": 1, "mm": 3}, "better"),
+        ({"mul": 2, "mm": 3}, {"mm": 3}, "better"),
+        ({"mul": 2, "mm": 3}, {"mul": 1, "mm": 4}, "worse"),
+        ({"mul": 2}, {"mul": 1, "loss": 2.5}, "worse"),
+    ],
+)
+def test_a_step_that_does_the_same_with_less_is_better(
+    before: Figures, after: Figures, verdict: str, made: Made
+) -> None:
+    """With another loss it is not the same any more."""
+    found = compared(made(case(STEP.format("lora"), fingerprint=step_of(**each))) for each in (before, after))
+    assert said(found) == [(verdict, "fingerprint")]
+    assert found.exit_code() == (verdict == "worse")
+
+
 def test_fingerprints_of_two_versions_are_not_compared_and_explain_nothing(made: Made) -> None:
     def run(ratio: float, version: int) -> Run:
         figures = timed(noisy(ratio, version)) | {"fingerprint": step_of(version=version, mul=1)}

@@ -247,7 +247,7 @@ def test_a_direct_reference_is_installed_from_where_it_points() -> None:
 def test_a_child_imports_what_its_side_asks_for(built: dict[str, Environment]) -> None:
     with Worker(built["2.0"], program=CHILD) as child:
         assert child.start()["libraries"]["gaugeprobe"] == "2.0"
-        assert child.build(CASE)["trainable_params"] == 10
+        assert child.describe(CASE)["trainable_params"] == 10
         assert 0.01 < child.step() < 0.015
     with Worker(INSTALLED, program=CHILD) as child:
         assert child.start()["libraries"]["gaugeprobe"] is None
@@ -368,7 +368,8 @@ def test_the_real_child_steps_on_one_thread() -> None:
     cores = worker.quietest_cores(1)
     with Worker(INSTALLED, threads=1, cores=cores) as child:
         machine = child.start(also=["tokenizers", "gaugeabsent"])
-        figures = child.build(CASE)
+        figures = child.describe(CASE)
+        child.build(CASE)
         assert child.step() > 0
         status = Path(f"/proc/{child.pid}/status")
         allowed = status.read_text() if status.exists() else ""

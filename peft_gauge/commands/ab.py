@@ -31,6 +31,7 @@ def ab(
     batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base. Default: float32 on cpu, bfloat16 on cuda.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds of steps after which a method stays undecided.")] = 60.0,
     minimum_effect: Annotated[float, typer.Option(help="A smaller difference, as a share, is none.")] = 0.03,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
@@ -51,7 +52,7 @@ def ab(
     from peft_gauge.history.rules import read_rules
 
     sides = parse_side(a), parse_side(b)
-    cases = options.cases_of(method or ["lora"], model, batch, seq, device)
+    cases = options.cases_of(method or ["lora"], model, batch, seq, device, dtype)
     rule = PairRule(budget, minimum_effect, error=PairRule.error / len(cases))
     judged_by = read_rules(rules)
     setting = options.setting_of(threads, cases[0].device)
@@ -60,7 +61,7 @@ def ab(
         display.advance(len(sides))
         kept = Kept("ab", _work(environments, cases, rule, threads))
         try:
-            findings = [_finding(environments, case, rule, setting, kept, display) for case in cases]
+            findings = _findings(environments, cases, rule, setting, kept, display)
         except KeyboardInterrupt:
             options.tell_interrupted(kept)
             raise typer.Exit(options.INTERRUPTED) from None
@@ -94,25 +95,27 @@ def _work(
     }
 
 
-def _finding(
+def _findings(
     environments: tuple[Environment, Environment],
-    case: CaseSpec,
+    cases: Sequence[CaseSpec],
     rule: PairRule,
     setting: Setting,
     kept: Kept,
     display: Display,
-) -> Finding:
-    """What ``case`` shows, or showed before an interruption."""
-    from peft_gauge.environments.measuring import Finding, compare_case
+) -> list[Finding]:
+    """What each case shows; pairs of processes that were measured before an interruption count."""
+    from peft_gauge.environments.measuring import Finding, compare_cases
 
-    known = kept.get(case.id)
-    if known is None:
-        found = compare_case(environments, case, rule, setting, lambda text: display.say(f"{case.method}: {text}"))
-        kept.put(case.id, found.as_json())
-    else:
-        found = Finding.from_json(known)
-    display.advance()
-    return found
+    known = {case.id: [Finding.from_json(each) for each in kept.get(case.id) or ()] for case in cases}
+
+    def keep(case_id: str, found: Sequence[Finding]) -> None:
+        kept.put(case_id, [each.as_json() for each in found])
+
+    found = {}
+    for each in compare_cases(environments, cases, rule, setting, display.say, known=known, keep=keep):
+        found[each.records[0].id] = each
+        display.advance()
+    return [found[case.id] for case in cases]
 
 
 def _show(findings: Sequence[Finding], comparison: Comparison, everything: bool) -> None:

@@ -32,6 +32,7 @@ def bisect(
     batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base. Default: float32 on cpu, bfloat16 on cuda.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds of steps a release; then once more three times that.")] = 60.0,
     minimum_effect: Annotated[float, typer.Option(help="A smaller difference, as a share, is none.")] = 0.03,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
@@ -47,7 +48,7 @@ def bisect(
     from peft_gauge.environments.requirements import parse_library, parse_side
 
     asked, name, side = probing.parse_metric(metric), parse_library(library), parse_side(beside)
-    case = options.cases_of([asked.method], model, batch, seq, device)[0]
+    case = options.cases_of([asked.method], model, batch, seq, device, dtype)[0]
     setting = options.setting_of(threads, case.device)
     rule = PairRule(budget, minimum_effect)
     found = _releases(name, releases)

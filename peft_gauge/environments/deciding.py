@@ -80,7 +80,7 @@ def _comparable(record: schema.CaseRecord) -> schema.CaseRecord:
 
 
 def _decided(row: Row, finding: Finding, shape: str | None) -> Row:
-    if row.metric == FINGERPRINT and row.verdict == "worse":
+    if row.metric == FINGERPRINT and row.verdict in ("worse", "better"):
         return replace(row, verdict="cannot tell", label=CHANGED)
     if row.metric != METRIC or finding.judged is None:
         return row

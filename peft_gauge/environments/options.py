@@ -20,9 +20,17 @@ INTERRUPTED = 130  # what shells make of Ctrl-C; 1 would say that something is w
 
 
 def cases_of(
-    names: Sequence[str], model: str, batch: int | None, seq: int | None, device: str | None
+    names: Sequence[str],
+    model: str,
+    batch: int | None,
+    seq: int | None,
+    device: str | None,
+    dtype: str | None = None,
 ) -> list[CaseSpec]:
-    """A case for each method of ``names``, which may hold several with commas; raises `GaugeError` for what is none."""
+    """A case for each method of ``names``, which may hold several with commas; raises `GaugeError` for what is none.
+
+    ``device`` and ``dtype`` of the base are those of a bare run of the benchmarks where they are ``None``.
+    """
     chosen = [methods.get(name.strip()).name for entry in names for name in entry.split(",")]
     twice = sorted({name for name in chosen if chosen.count(name) > 1})
     if twice:
@@ -36,7 +44,8 @@ def cases_of(
         if value < least:
             raise GaugeError(f"{option} must be at least {least}, not {value}")
     record.check_sequence(tokens)
-    dtype = models.default_dtype(device)
+    dtype = models.default_dtype(device) if dtype is None else dtype
+    models.check_dtype(dtype)
     return [CaseSpec(model, name, rows, tokens, device, dtype) for name in chosen]
 
 
@@ -60,5 +69,6 @@ def setting_of(threads: int, device: str) -> Setting:
 
 def tell_interrupted(kept: Kept) -> None:
     """Say on standard error where the finished work is."""
-    what = f"{len(kept)} finished parts are kept in {kept.path}, and" if len(kept) else "nothing was finished;"
+    parts = f"{len(kept)} part{'s' * (len(kept) != 1)}"
+    what = f"what was measured of {parts} is kept in {kept.path}, and" if len(kept) else "nothing was measured;"
     print(f"peft-gauge: interrupted; {what} the same command goes on from there", file=sys.stderr)

@@ -37,6 +37,7 @@ START_SECONDS = 120.0  # imports from a cold disk
 BUILD_SECONDS = 600.0
 STEP_SECONDS = 300.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREADS = Path("/proc/self/task")  # of this process; Linux only, as affinity is
 
 Failure = Literal["failed", "crashed", "timed-out"]
 
@@ -140,9 +141,13 @@ class Worker:
         except WorkerFailed as failure:
             raise NoEnvironment(f"{self.environment.side.name}: {failure.reason}") from failure
 
-    def build(self, case: CaseSpec) -> dict[str, Any]:
-        """Build ``case`` afresh, ready to step, and give its figures without noise; see `_Child.build`."""
-        return self._ask(BUILD_SECONDS, "build", **asdict(case))
+    def describe(self, case: CaseSpec) -> dict[str, Any]:
+        """The figures without noise of ``case``; see `_Child.describe`."""
+        return self._ask(BUILD_SECONDS, "describe", **asdict(case))
+
+    def build(self, case: CaseSpec) -> None:
+        """Build ``case`` afresh, ready to step, in place of the one before."""
+        self._ask(BUILD_SECONDS, "build", **asdict(case))
 
     def step(self) -> float:
         """Take one training step of the case last built: its seconds, by the device's clock where there is one."""
@@ -188,7 +193,7 @@ def quietest_cores(threads: int) -> frozenset[int] | None:
     """
     import psutil
 
-    if not hasattr(os, "sched_setaffinity"):  # macOS
+    if not (hasattr(os, "sched_setaffinity") and THREADS.is_dir()):  # macOS
         return None
     allowed = os.sched_getaffinity(0)
     if threads >= len(allowed):
@@ -216,6 +221,7 @@ def _signal_name(number: int) -> str:
 class _Child:
     def __init__(self) -> None:
         self._packages: Mapping[str, str] = {}
+        self._cores: Collection[int] | None = None
         self._take_step: Callable[[], float] | None = None
 
     def start(
@@ -225,39 +231,56 @@ class _Child:
         cores: Collection[int] | None,
         also: Iterable[str],
     ) -> dict[str, Any]:
-        if cores is not None:
-            os.sched_setaffinity(0, cores)  # before torch is imported: its threads inherit it
-        self._packages = packages
+        self._packages, self._cores = packages, cores
         check_versions(requirements, packages)
         from peft_gauge.machine import machine_info
 
         info = machine_info()
         return {**info, "libraries": {**info["libraries"], **{name: _version(name) for name in (*packages, *also)}}}
 
-    def build(self, **names: Any) -> dict[str, Any]:
+    def describe(self, **names: Any) -> dict[str, Any]:
         """The figures of the case: what it is (`cases.described`), ``trainable_params``, its ``fingerprint`` and what
         of it has a direction, ``flops_per_step`` (absent where they are not all known) and ``allocated_peak_bytes``."""
-        from peft_gauge.cases import build_job, described
-        from peft_gauge.clock.rounds import Stopwatch
+        from peft_gauge.cases import described
         from peft_gauge.counting import count
         from peft_gauge.fingerprint import fingerprint
 
-        case = _case(CaseSpec(**names))
-        self._take_step = None
-        job = build_job(case)
-        check_imports(self._packages)
+        case, job = self._built(names)
         record = fingerprint(job)
         figures = {**described(case, job), "trainable_params": count(job.model).trainable_params}
-        # A fingerprint leaves the job two steps old and its optimizer watched; what is timed begins anew.
-        del job
-        gc.collect()
-        fresh = build_job(case)
-        self._take_step = _timed_step(fresh, Stopwatch(case.device))
         return {**figures, **_with_direction(record), "fingerprint": record}
+
+    def build(self, **names: Any) -> None:
+        from peft_gauge.clock.rounds import Stopwatch
+
+        case, job = self._built(names)
+        self._take_step = _timed_step(job, Stopwatch(case.device))
+        if self._cores is not None:
+            keep_to(self._cores)
 
     def step(self) -> float:
         assert self._take_step is not None, "a case is built before it steps"
         return self._take_step()
+
+    def _built(self, names: Mapping[str, Any]) -> tuple[Any, TrainingJob]:
+        from peft_gauge.cases import build_job
+
+        case = _case(CaseSpec(**names))
+        self._take_step = None  # with the job before
+        gc.collect()
+        job = build_job(case)
+        check_imports(self._packages)
+        return case, job
+
+
+def keep_to(cores: Collection[int]) -> None:
+    """Keep every thread of this process to ``cores``, and with them those that they start.
+
+    Done when all is imported, which both sides do at the same time and on whatever cores there are.
+    """
+    for thread in THREADS.iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def _case(spec: CaseSpec) -> Any:

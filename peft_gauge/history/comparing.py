@@ -109,10 +109,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Shape:
-    """How the fingerprints of a case's step differ: ``None`` if they do not; or why that cannot be said."""
+    """How the fingerprints of a case's step differ, ``None`` if they do not, and what that makes of the step; or why
+    that cannot be said."""
 
     difference: str | None
     unknown: str | None = None
+    verdict: Verdict = "cannot tell"
 
 
 @dataclass(frozen=True)
@@ -304,8 +306,7 @@ def _fingerprint_rows(pair: _Pair, rules: Rules) -> Iterator[Row]:
     if pair.shape.unknown is not None:
         yield Row(pair.new.id, FINGERPRINT, "cannot tell", NOT_COMPARABLE, note=pair.shape.unknown)
         return
-    difference = pair.shape.difference
-    yield Row(pair.new.id, FINGERPRINT, "worse" if difference else "same", cause=difference)
+    yield Row(pair.new.id, FINGERPRINT, pair.shape.verdict, cause=pair.shape.difference)
 
 
 def judge_value(rule: Rule, before: Any, after: Any) -> Verdict:
@@ -539,17 +540,18 @@ def _cause(pair: _Pair, metric: str) -> str | None:
 
 def _shape(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> _Shape | None:
     """The first differences of two fingerprints in words; ``None`` where one was not taken."""
-    from peft_gauge.history.fingerprints import differences
+    from peft_gauge.history.fingerprints import differences, only_less
 
     if before is None or after is None:
         return None
     try:
-        found = [difference.text for difference in differences(before, after)]
+        found = differences(before, after)
     except GaugeError as error:
         return _Shape(None, str(error))
     rest = len(found) - TOLD_DIFFERENCES
-    first = "; ".join(one_line(text, 160) for text in found[:TOLD_DIFFERENCES])
-    return _Shape(f"{first}; and {rest} more" if rest > 0 else first or None)
+    first = "; ".join(one_line(each.text, 160) for each in found[:TOLD_DIFFERENCES])
+    verdict: Verdict = "better" if only_less(found) else "worse" if found else "same"
+    return _Shape(f"{first}; and {rest} more" if rest > 0 else first or None, verdict=verdict)
 
 
 # Small things

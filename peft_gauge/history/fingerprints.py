@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,24 @@ class Difference:
     before: Value
     after: Value
     text: str
+
+
+_COSTS = frozenset(
+    ("operators", "flops", "product_flops", "bytes", "peak_bytes", "resident_bytes", "saved_activation_bytes")
+)
+"""Parts of a record of which less is better as long as nothing else changed."""
+
+
+def only_less(found: Sequence[Difference]) -> bool:
+    """Whether the step does the same with less: everything that differs is a cost, and each of them fell.
+
+    What merely moved, another number of trained parameters or another loss is not the same step any more; and where a
+    side has no number, as FLOPs of operators without a formula, nothing is known to have fallen.
+    """
+    return bool(found) and all(
+        each.what in _COSTS and each.before is not None and each.after is not None and each.after < each.before
+        for each in found
+    )
 
 
 def digest(record: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -138,6 +138,7 @@ def sweep(
                 prepared = prepared or task.prepared()  # not built at all where everything is in the cache
                 result = train_setting(prepared, setting, seed, lengths, searches.get(setting.label))
                 _write(file, result)
+            result = replace(result, label=setting.label)
             if result.search.chosen is not None:
                 searches.setdefault(setting.label, result.search)
             done.append(result)
@@ -250,13 +251,14 @@ def _file_name(task: Task, setting: Setting, seed: int, lengths: Lengths, search
     search = searches.get(setting.label)
     key = {
         "task": task.identity(),
-        "setting": asdict(setting),
+        "method": asdict(setting.method),  # by whatever label: two sweeps that ask for the same train it once
+        "start_rate": setting.start_rate,
         "lengths": asdict(lengths),
         "rate": search.chosen if search else None,
         "versions": _versions(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=list).encode()).hexdigest()[:16]
-    return f"{setting.label}-seed{seed}-{digest}.json"
+    return f"{setting.method.name}-seed{seed}-{digest}.json"
 
 
 def _versions() -> dict[str, str]:
