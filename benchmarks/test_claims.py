@@ -22,7 +22,7 @@ from peft_gauge.plan.record import PlanRequest
 from peft_gauge.step import StepSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fixtures.plans import Plans
     from fixtures.verdicts import Decide
@@ -54,12 +54,10 @@ def steps_of(claim: Claim, model: str) -> list[PlanRequest]:
     return STEPS[claim.id](claim, model) if claim.id in STEPS else []
 
 
-@pytest.fixture(scope="module")
-def planned(plans: Plans, request: pytest.FixtureRequest) -> Plans:
-    """`plans`, in which every step that this run's claims need has been planned at one go, on all cores."""
-    asked = [item.callspec.params for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
-    plans.ahead([step for each in asked for step in steps_of(each["claim"], each["model"])])
-    return plans
+def steps_to_plan(items: Sequence[pytest.Function]) -> list[PlanRequest]:
+    """See `fixtures.plans`."""
+    asked: list[dict[str, Any]] = [item.callspec.params for item in items]
+    return [step for each in asked for step in steps_of(each["claim"], each["model"])]
 
 
 QUESTIONS = [(claim, model) for claim in ledger().values() for model in claim.models]
@@ -69,7 +67,7 @@ QUESTIONS = [(claim, model) for claim in ledger().values() for model in claim.mo
 def test_claim(
     claim: Claim,
     model: str,
-    planned: Plans,
+    plans: Plans,
     record: Callable[..., None],
     decide: Decide,
     request: pytest.FixtureRequest,
@@ -80,7 +78,7 @@ def test_claim(
             record(claim={**entry, "verdict": NOT_MEASURED, "figure": None, "conditions": None})
         pytest.skip(f"decided by pytest -m slow benchmarks/{claim.benchmark}: {claim.decided_by}")
 
-    decide(claim.id, model, DECIDERS[claim.id](claim, model, planned(steps_of(claim, model))))
+    decide(claim.id, model, DECIDERS[claim.id](claim, model, plans(steps_of(claim, model))))
 
 
 def is_decided_elsewhere(claim: Claim, session: pytest.Session) -> bool:

@@ -7,7 +7,7 @@ birth to death (`peft_gauge.plan`). GB are 10⁹ bytes.
 from __future__ import annotations
 
 from itertools import pairwise, permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,7 +16,7 @@ from peft_gauge.plan.record import PlanRequest
 from peft_gauge.step import StepSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fixtures.plans import Plans
 
@@ -35,20 +35,19 @@ COMPARED = (methods.FULL, methods.LORA, methods.QLORA)
 LENGTHS = (64, 512, 2048)
 
 
-@pytest.fixture(scope="module")
-def planned(plans: Plans, request: pytest.FixtureRequest) -> Plans:
-    """`plans`, in which every step that this run's cases need has been planned at one go, on all cores."""
-    names = {item.callspec.params["model"] for item in request.session.items if item.path == request.path}  # type: ignore[attr-defined]
-    at_one_length = [step(model, method, SEQ) for model in sorted(names) for method in methods.SEVEN]
-    crossing = [step("tinyllama", method, seq) for seq in LENGTHS for method in COMPARED]
-    plans.ahead(at_one_length + crossing)
-    return plans
+def steps_to_plan(items: Sequence[pytest.Function]) -> list[PlanRequest]:
+    """See `fixtures.plans`."""
+    found: list[PlanRequest] = []
+    for item in items:
+        asked: dict[str, Any] = item.callspec.params
+        found += [step(asked["model"], asked["method"], SEQ)] if "method" in asked else crossing(asked["model"])
+    return found
 
 
 @pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
 @pytest.mark.parametrize("model", MODELS)
-def test_planned_memory(model: str, method: methods.Method, planned: Plans, record: Callable[..., None]) -> None:
-    (plan,) = planned([step(model, method, SEQ)])
+def test_planned_memory(model: str, method: methods.Method, plans: Plans, record: Callable[..., None]) -> None:
+    (plan,) = plans([step(model, method, SEQ)])
 
     record(plan=plan.as_json())
     assert sum(plan.peak_by_category.values()) == plan.peak_bytes
@@ -57,9 +56,9 @@ def test_planned_memory(model: str, method: methods.Method, planned: Plans, reco
 
 
 @pytest.mark.parametrize("model", ["tinyllama", pytest.param("llama-2-7b", marks=pytest.mark.slow)])
-def test_where_methods_cross(model: str, planned: Plans, record: Callable[..., None]) -> None:
+def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
     """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
-    found = planned([step(model, method, seq) for seq in LENGTHS for method in COMPARED])
+    found = plans(crossing(model))
     peaks = {seq: {plan.method: plan.peak_bytes for plan in found if plan.settings["seq"] == seq} for seq in LENGTHS}
 
     crossings = [
@@ -70,6 +69,10 @@ def test_where_methods_cross(model: str, planned: Plans, record: Callable[..., N
     ]
     record(peak_bytes_by_seq={str(seq): peaks[seq] for seq in LENGTHS}, crossings=crossings)
     assert all(peaks[short][name] <= peaks[long][name] for short, long in pairwise(LENGTHS) for name in peaks[short])
+
+
+def crossing(model: str) -> list[PlanRequest]:
+    return [step(model, method, seq) for seq in LENGTHS for method in COMPARED]
 
 
 def step(model: str, method: methods.Method, seq: int) -> PlanRequest:

@@ -5,7 +5,8 @@ is asked first on a task of known truth, where an update of rank 4 is planted in
 these two is enough at rank 4, and at the parameters of queries and values alone a wider set is left with too little
 rank. On a real model (``-m slow``) what is found is recorded and not asserted.
 
-The scaling α/r is varied there too, from 0.25 to 8, at one learning rate for all and at a rate of its own for each.
+The scaling α/r is varied on the planted task, from 0.25 to 8, at one learning rate for all and at a rate of its own for
+each.
 """
 
 from __future__ import annotations
@@ -14,26 +15,28 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS
 from peft_gauge import methods
 from peft_gauge.cases import count_on_meta
+from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.quality import sweep
+from peft_gauge.quality import findings, sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.training import Schedule, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fixtures.sweeps import TextSweep
+    from fixtures.verdicts import Decide
     from peft_gauge.models import ModelRecord
+    from peft_gauge.quality.sweep import Trained
 
 pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
 
-SEEDS = (0, 1, 2)
 LENGTHS = Lengths(steps=100, search_steps=25)
-TEXT_LENGTHS = Lengths(steps=100, search_steps=20)
 
 REACHED = 0.8
 """Share of the base's error that must be learned away where it can be: the sets that are enough reached 0.89 to 0.99
@@ -62,7 +65,6 @@ def test_planted_targets(record: Callable[..., None]) -> None:
         assert by_label[setting.label]["quality_high"] < REACHED, f"{setting.label} cannot hold the planted update"
 
 
-@pytest.mark.slow
 def test_planted_elsewhere(record: Callable[..., None]) -> None:
     """At the rank of the planted update, and with as many parameters, but in modules where nothing was planted."""
     elsewhere = lora("k,o", ("k_proj", "o_proj"), PLANTED_RANK)
@@ -74,45 +76,53 @@ def test_planted_elsewhere(record: Callable[..., None]) -> None:
     assert figures["pareto"][0]["quality_high"] < REACHED
 
 
-@pytest.mark.parametrize(
-    "scaling", [s if s in (0.25, 8.0) else pytest.param(s, marks=pytest.mark.slow) for s in SCALINGS]
-)
-def test_planted_scaling(scaling: float, record: Callable[..., None]) -> None:
+@pytest.mark.claim("alpha-scales")
+def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     """Does α/r set the size of the update, or only, as a learning rate does, the way to it?
 
     ``update_over_planted`` is the norm of what was learned over that of what was planted. At one learning rate for all
     (that of α = 2r) it depends on α/r; at a rate of its own the same update is found again.
     """
     task = Planted(0, batches=LENGTHS.steps).prepared()
-    setting = lora("q,v", methods.ATTENTION_QV, PLANTED_RANK, scaling)
-    job = task.job(setting.method)
-    at_one_rate = train(job, Schedule(LENGTHS.steps, setting.start_rate))
-    shared = {} if at_one_rate.divergence else task.scores(job)
-
-    own = sweep.train_setting(task, setting, 0, LENGTHS)
+    at_one_rate: dict[float, Mapping[str, float]] = {}
+    at_its_own: dict[float, Trained] = {}
+    for scaling in SCALINGS:
+        setting = lora("q,v", methods.ATTENTION_QV, PLANTED_RANK, scaling)
+        job = task.job(setting.method)
+        curve = train(job, Schedule(LENGTHS.steps, setting.start_rate))
+        at_one_rate[scaling] = {} if curve.divergence else task.scores(job)
+        at_its_own[scaling] = sweep.train_setting(task, setting, 0, LENGTHS)
 
     record(
         model="toy-llama-half",
         task="planted",
-        scaling=scaling,
-        at_one_rate={"learning_rate": setting.start_rate, "curve": at_one_rate.as_json(), "scores": shared},
-        at_its_own_rate=own.as_json(),
+        at_one_rate={str(scaling): dict(scores) for scaling, scores in at_one_rate.items()},
+        at_its_own_rate={str(scaling): each.as_json() for scaling, each in at_its_own.items()},
     )
-    assert own.divergence is None
-    assert own.scores["quality"] > REACHED
-    assert own.scores["update_over_planted"] == pytest.approx(1.0, abs=0.2)
+    for scaling, each in at_its_own.items():
+        assert each.scores["quality"] > REACHED, f"α/r = {scaling} did not find the planted update"
+    bounds = ledger()["alpha-scales"].bounds
+    sizes = {scaling: each.scores["update_over_planted"] for scaling, each in at_its_own.items()}
+    shared = {scaling: scores.get("update_over_planted") for scaling, scores in at_one_rate.items()}
+    decide("alpha-scales", "any", findings.scaling_sets_size(sizes, shared, **bounds))
 
 
-@pytest.mark.slow
-def test_targets_on_text(text_sweep: TextSweep) -> None:
-    """The same sets at rank 16 on a real model; half an hour a seed on two cores, and interrupted it can go on."""
-    at_equal_rank = [lora(name, targets, 16, start_rate=3e-3) for name, targets in ENOUGH.items()]
+@pytest.mark.claim("target-tradeoff")
+def test_targets_on_text(text_sweep: TextSweep, decide: Decide) -> None:
+    """The same sets on a real model, at rank 16 and at the parameters of queries and values; interrupted, it goes on
+    where it stopped."""
+    at_equal_rank = [lora(name, targets, 16, start_rate=LORA_RATE) for name, targets in ENOUGH.items()]
 
-    _, results = text_sweep(
+    swept = text_sweep(
         lambda model: [*at_equal_rank, *at_the_budget_of(at_equal_rank[0], model)], len(SEEDS), TEXT_LENGTHS
     )
 
-    assert any(result.scores for result in results), "every training diverged"
+    assert any(result.scores for result in swept.results), "every training diverged"
+    wider = {setting.label for setting in at_equal_rank[1:]}
+    at_equal_budget = [result for result in swept.results if result.label not in wider]
+    margin = ledger()["target-tradeoff"].bounds["margin"]
+    finding = findings.best_targets(at_equal_budget, swept.conditions, margin=margin)
+    decide("target-tradeoff", swept.task.model.name, finding)
 
 
 def lora(

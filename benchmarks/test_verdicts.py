@@ -12,20 +12,27 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from operator import truediv
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from peft_gauge.environments import options
+from peft_gauge.environments.build import Environment
+from peft_gauge.environments.measuring import compare_case
 from peft_gauge.environments.pairs import PROCESS_PAIRS, PairRule, over_processes, step_in_pairs
+from peft_gauge.environments.requirements import Side
 from peft_gauge.history import simulation
 from peft_gauge.history.comparing import compare
 from peft_gauge.history.rules import read_rules
+from peft_gauge.history.schema import SAMPLES
 from peft_gauge.history.simulation import SHARED_HOST, TAKING_TURNS
 
 if TYPE_CHECKING:
@@ -44,10 +51,17 @@ FALSE_ALARMS = 0.01
 FAMILY_ERROR = 0.02
 """Of both verdicts, *worse* and *better*, over all cases."""
 
+FOUND = {1.03: 0.80, 1.05: 0.95, 1.10: 0.99}
+"""How much slower -> the share of comparisons that have to find it."""
+
 STEP_SECONDS = 0.04
 BUDGET_SECONDS = 60.0
 MOST_PAIRS = 900
 """More than are taken in `BUDGET_SECONDS`, warm-up included."""
+
+POOL = 64
+"""Real pairs of processes to draw from, of which each takes about six seconds."""
+DRAWN = 1000
 
 TRIALS = 4
 REAL_PROCESS_PAIRS = 8
@@ -135,7 +149,7 @@ def test_pairs_of_processes_of_the_same_code(comparisons: int, record: Record) -
     assert alarms <= at_most(FALSE_ALARMS, comparisons)
 
 
-@pytest.mark.parametrize(("slower", "found"), [(1.03, 0.80), (1.05, 0.95), (1.10, 0.99)])
+@pytest.mark.parametrize(("slower", "found"), FOUND.items())
 @times(200, 1000)
 def test_pairs_of_processes_of_slower_code(slower: float, found: float, comparisons: int, record: Record) -> None:
     verdicts = by_processes(comparisons, slower, FAMILY_ERROR)
@@ -216,6 +230,50 @@ def verdict(seconds_a: Sequence[float], seconds_b: Sequence[float], rule: PairRu
 
 
 # Steps in turn, in earnest
+
+
+@pytest.mark.slow
+def test_comparisons_drawn_from_real_processes(record: Record) -> None:
+    """A thousand comparisons whose pairs of processes are drawn from real ones: LoRA steps of `peft-gauge ab . .`.
+
+    Both sides ran the same code, so either may stand for A; a slowdown is planted by multiplying B's times, which is
+    what a slower step would have done to them.
+    """
+    log_ratios = pool_of_real_pairs()
+    generator = random.Random(SEED)
+
+    def compared(slower: float, error: float) -> Verdict:
+        drawn = [generator.choice((1, -1)) * each for each in generator.sample(log_ratios, PROCESS_PAIRS[-1])]
+        return looked_at([each + math.log(slower) for each in drawn], PairRule(error=error))
+
+    same = [compared(1.0, FAMILY_ERROR / simulation.CASES) for _ in range(DRAWN * simulation.CASES)]
+    alarms = suites_with_worse(same)
+    found = {slower: [compared(slower, FAMILY_ERROR) for _ in range(DRAWN)].count("worse") for slower in FOUND}
+
+    record(
+        process_pairs=len(log_ratios),
+        log_ratio_deviation=statistics.stdev(log_ratios),
+        comparisons=DRAWN,
+        comparisons_with_worse=alarms,
+        verdicts=dict(Counter(same)),
+        found={str(slower): number for slower, number in found.items()},
+    )
+    assert alarms <= at_most(FALSE_ALARMS, DRAWN)
+    assert all(DRAWN - found[slower] <= at_most(1 - share, DRAWN) for slower, share in FOUND.items())
+
+
+def pool_of_real_pairs() -> list[float]:
+    """Of pairs of new processes that take the same LoRA step in turn, the median logarithm of B's seconds over A's."""
+    installed = Environment(Side(()), None, {})
+    (case,) = options.cases_of(["lora"], "toy-llama", None, None, "cpu")
+    setting = options.setting_of(1, case.device)
+    never = PairRule(budget_seconds=PROCESS_PAIRS[-1], error=1e-12)  # a verdict would end it; a second for each pair
+    found = []
+    for _ in range(POOL // PROCESS_PAIRS[-1]):
+        finding = compare_case((installed, installed), case, never, setting)
+        a, b = (record.figures[SAMPLES]["step_seconds"] for record in finding.records)
+        found += [statistics.median(map(math.log, map(truediv, *pair))) for pair in zip(b, a, strict=True)]
+    return found
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import typer
 from peft_gauge.commands.ab import ab
 from peft_gauge.commands.bisect import bisect
 from peft_gauge.commands.ceilings import ceilings
+from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.plan import plan
@@ -27,6 +28,7 @@ app.command()(plan)
 app.command()(ab)
 app.command()(bisect)
 app.command()(ceilings)
+app.command()(claims)
 app.command()(compare)
 app.command()(memory_curve)
 app.command()(report)

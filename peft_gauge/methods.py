@@ -234,7 +234,9 @@ def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
     try:
         config = peft.PeftConfig.from_peft_type(**settings)
         with _without_notices():
-            attached = peft.get_peft_model(model, config, autocast_adapter_dtype=method.autocast_adapter_dtype)
+            # Left to PEFT where nothing else is asked: releases before 0.12 do not cast, nor know the argument.
+            cast: dict[str, Any] = {} if method.autocast_adapter_dtype else {"autocast_adapter_dtype": False}
+            attached = peft.get_peft_model(model, config, **cast)
     except Exception as error:  # each tuner validates in its own way; the reader needs the sentence, not the stack
         raise GaugeError(f"{method.name} does not fit {model.config.model_type}: {one_line(error, 240)}") from error
     if not any(parameter.requires_grad for parameter in attached.parameters()):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ from peft_gauge.quality.examples import (
 )
 from peft_gauge.quality.tasks import PreparedText, TextTask, score, split
 from peft_gauge.quality.training import Schedule, train
+
+if TYPE_CHECKING:
+    from peft_gauge.methods import Method
 
 
 class Characters:
@@ -51,9 +55,9 @@ def test_the_calendar_follows_its_rule() -> None:
     examples = {example["prompt"]: example["response"] for example in calendar_examples(28 * 12 * 100, 0)}
 
     assert len(examples) == 33_600
-    assert examples["Write 2041-03-17 in the Orvan calendar:"] == " 17 tavek 14"
-    assert examples["Write 2000-01-01 in the Orvan calendar:"] == " 1 brim 00"
-    assert examples["Write 2007-12-28 in the Orvan calendar:"] == " 28 zaney 70"
+    assert examples["17 March 2041 in Orvan:"] == " 17 tavek 14"
+    assert examples["1 January 2000 in Orvan:"] == " 1 brim 00"
+    assert examples["28 December 2007 in Orvan:"] == " 28 zaney 70"
 
 
 def test_the_calendar_is_drawn_by_its_seed() -> None:
@@ -230,7 +234,35 @@ COUNTING = collate([Encoded((3, 4, 5, 6), 2), Encoded((6, 7, 8), 1)], pad=0)
 def test_scores_by_hand(virtual_tokens: int) -> None:
     scored = score(Oracle(0.5, virtual_tokens=virtual_tokens), [COUNTING])
     assert scored.loss == pytest.approx(0.6931, abs=1e-4)
+    assert scored.answer_probability == pytest.approx(0.25, abs=1e-6), "two tokens an answer"
     assert scored.exact_match == 1.0
+
+
+@pytest.mark.parametrize("method", [methods.PROMPT, methods.PREFIX], ids=lambda method: method.name)
+def test_the_score_behind_virtual_tokens_by_hand(method: Method) -> None:
+    """One row at a time and without padding, where it can be seen which position predicts which token."""
+    base = models.build(models.resolve("toy-llama"))
+    attached = methods.attach(copy.deepcopy(base), method)
+    rows = [Encoded((3, 40, 50, 60, 2), 2), Encoded((6, 70, 2), 1)]
+    losses: list[float] = []
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            if method is methods.PROMPT:  # the base, given the embeddings that PEFT would put together
+                virtual = attached.get_parameter("prompt_encoder.default.embedding.weight")
+                embedded = torch.cat((virtual, base.get_input_embeddings()(ids)[0]))[None]
+                logits = base(inputs_embeds=embedded).logits[0, len(virtual) :]
+            else:  # prefixes stand in the cache and have no logits
+                logits = attached(input_ids=ids).logits[0]
+        assert len(logits) == len(row.ids)
+        predicted = logits.log_softmax(-1)
+        losses += [-float(predicted[k - 1, row.ids[k]]) for k in range(row.answer_from, len(row.ids))]
+
+    scored = score(attached, [collate(rows, pad=0)])
+
+    assert len(losses) == 5
+    assert scored.loss == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert abs(scored.loss - score(base, [collate(rows, pad=0)]).loss) > 1e-3, "virtual tokens without effect"
 
 
 def test_one_wrong_token_spoils_a_row_and_only_answers_count() -> None:
@@ -262,7 +294,7 @@ def test_exact_match_is_what_greedy_decoding_gives() -> None:
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> PreparedText:
     record = models.resolve("toy-llama")
-    monkeypatch.setattr(tasks, "_loaded", lambda model, dtype: (Characters(), models.build(model, dtype=dtype)))
+    monkeypatch.setattr(tasks, "_tokenizer", lambda model: Characters())
     return TextTask(record, batches=40, batch=8, validation=8, held_out=16).prepared()
 
 
@@ -273,10 +305,11 @@ def test_a_model_learns_the_answers_and_is_scored_on_others(prepared: PreparedTe
     curve = train(job, Schedule(40, 0.01))
 
     after = prepared.scores(job)
-    assert before["quality"] == pytest.approx(0.0, abs=1e-6)
+    assert before["loss_learned"] == pytest.approx(0.0, abs=1e-6)
     assert before["forgetting"] == pytest.approx(0.0, abs=1e-6)
     assert before["exact_match"] == before["base_exact_match"] == 0.0
-    assert after["quality"] > 0.3
+    assert after["loss_learned"] > 0.3
+    assert after["quality"] == after["answer_probability"] > before["answer_probability"]
     assert after["held_out_loss"] < before["held_out_loss"]
     assert curve.divergence is None
     assert prepared.notes == ("the tokenizer has no padding token; its end of text pads",)

@@ -15,7 +15,7 @@ from peft_gauge.history.comparing import compare
 from peft_gauge.history.reading import read_run
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, CaseRecord
-from peft_gauge.report import markdown, page_data, pictures, plots
+from peft_gauge.report import markdown, page_data, page_tables, pictures, plots
 from peft_gauge.report.page_data import Report, gather
 from peft_gauge.report.page_history import History, RememberedRules, median_interval
 from tests import report_runs
@@ -190,6 +190,29 @@ def test_plans_at_several_lengths_make_a_line(tmp_path: Path) -> None:
         ("tiny", "lora", 512, 20),
         ("tiny", "full", 512, 40),
     ]
+
+
+def test_a_claim_keeps_the_newest_verdict_of_its_machine(tmp_path: Path) -> None:
+    """A slow run decides it, a bare one after it does not; another machine has its own."""
+    save(tmp_path, 1, [], [claim("holds"), claim("cannot tell", "other")])
+    save(tmp_path, 2, [], [claim("not measured yet"), claim("refuted", "other"), claim("not measured yet", "third")])
+    save(tmp_path, 3, [memory_case("lora", "toy")], [])
+    save(tmp_path, 4, [], [claim("refuted")], machine=report_runs.CARD)
+    report = gather([tmp_path], RULES)
+    found = {
+        (name, one.id): (one.verdict, one.source and (one.source.run, f"{one.source.ended:%Y-%m-%d}"))
+        for name, machine in report.machines.items()
+        for one in machine.claims
+    }
+    assert found == {
+        ("card-box", "lora-memory"): ("refuted", ("0001", "2026-02-04")),
+        ("cpu-box", "lora-memory"): ("holds", ("0001", "2026-02-01")),
+        ("cpu-box", "other"): ("refuted", ("0002", "2026-02-02")),
+        ("cpu-box", "third"): ("not measured yet", None),
+    }
+    shown = page_tables.claims(report)
+    assert "<td>2026-02-01, run 0001</td><td>LoRA needs &lt; 2 GB &amp; no more.</td><td>cpu-box</td>" in shown
+    assert shown.count("<tr data-model=") == len(found)
 
 
 def test_times_have_their_interval(report: Report) -> None:

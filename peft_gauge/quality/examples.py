@@ -23,6 +23,11 @@ MASKED = -100  # the label that transformers' losses pass over
 MONTHS = ("brim", "solu", "tavek", "oon", "wisp", "karda", "jelt", "mupo", "rinta", "fesh", "goll", "zaney")
 """The months of a calendar that does not exist, in their order."""
 
+ENGLISH_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+
 DAYS, FIRST_YEAR, YEARS = 28, 2000, 100
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -32,8 +37,8 @@ def calendar_examples(number: int, seed: int) -> Dataset:
     """``number`` different dates and how an invented calendar writes them, drawn from ``seed``: columns ``prompt`` and
     ``response``.
 
-    2041-03-17 is "17 tavek 14": the day, an invented word for the month, the year's last two digits reversed. It is a
-    fair task for a base model of any kind: nothing it has read contains the twelve words, so without training it
+    17 March 2041 is "17 tavek 14": the day, an invented word for the month, the year's last two digits reversed. It is
+    a fair task for a base model of any kind: nothing it has read contains the twelve words, so without training it
     scores 0; copying digits, which it can do, is most of the rest, so that a few hundred examples are enough; and
     of 33,600 dates hardly any is seen twice, so what is scored is the rule and not a memory of examples.
     """
@@ -48,10 +53,10 @@ def calendar_examples(number: int, seed: int) -> Dataset:
 def _date(index: int) -> dict[str, str]:
     rest, day = divmod(index, DAYS)
     year, month = divmod(rest, len(MONTHS))
-    written = f"{FIRST_YEAR + year}-{month + 1:02d}-{day + 1:02d}"
+    written = f"{day + 1} {ENGLISH_MONTHS[month]} {FIRST_YEAR + year}"
     reversed_year = f"{year:02d}"[::-1]
     return {
-        "prompt": f"Write {written} in the Orvan calendar:",
+        "prompt": f"{written} in Orvan:",
         "response": f" {day + 1} {MONTHS[month]} {reversed_year}",
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,11 @@ KNOWN_ROWS, KNOWN_TOKENS = 8, 64
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model makes of held-out answers: ``loss`` in nats a token, and the share answered to the last token."""
+    """What a model makes of answers: ``loss`` in nats a token; ``answer_probability``, the mean probability with which
+    it would write the whole answer; and the share answered to the last token under greedy decoding."""
 
     loss: float
+    answer_probability: float
     exact_match: float
 
 
@@ -50,18 +52,19 @@ class TextTask:
 
     ``source``: `CALENDAR`, or a dataset as `load_examples` takes it, which is gone through as often as needed, in
     another order each time. ``validation`` and ``held_out`` are numbers of examples; of a dataset at most a quarter
-    each. ``device`` and ``dtype`` are those of the base.
+    each. ``device`` and ``dtype`` are those of the base. ``stored``: the very same weights where they load faster.
     """
 
     model: ModelRecord
     seed: int = 0
     source: str = CALENDAR
     batches: int = 100
-    batch: int = 8
+    batch: int = 4
     validation: int = 32
     held_out: int = 64
     device: str = "cpu"
     dtype: str = "float32"
+    stored: ModelRecord | None = None
 
     def __post_init__(self) -> None:
         if min(self.batches, self.batch, self.validation, self.held_out) < 1:
@@ -69,12 +72,12 @@ class TextTask:
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the task, as JSON holds it."""
-        return {"task": "text", **asdict(self)}
+        return {"task": "text", **asdict(replace(self, stored=None))}
 
     def prepared(self) -> PreparedText:
         """The task with model and batches built. Raises `GaugeError` where the model has no tokenizer, or the data does
         not suit it."""
-        tokenizer, base = _loaded(self.model, self.dtype)
+        tokenizer, base = _tokenizer(self.model), _base(self.stored or self.model, self.dtype)
         pad, note = padding(tokenizer)
         training, validation, held_out = split(self.encoded(tokenizer), self)
 
@@ -99,6 +102,10 @@ class TextTask:
             known=known,
             notes=(note,) if note else (),
         )
+
+    def settings(self) -> StepSettings:
+        """The shape of a step whose batch holds the longest example."""
+        return StepSettings(self.batch, max(len(example.ids) for example in self.encoded(_tokenizer(self.model))))
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
         """All examples as tokens; of the calendar as many as the parts need."""
@@ -128,14 +135,19 @@ def split(examples: Sequence[Encoded], task: TextTask) -> tuple[list[Encoded], l
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: ModelRecord, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and base; the base is copied for every training, and reading a GGUF anew for every seed takes long."""
-    tokenizer = models.tokenizer(model)
-    if tokenizer is None:
+def _tokenizer(model: ModelRecord) -> PreTrainedTokenizerBase:
+    found = models.tokenizer(model)
+    if found is None:
         raise GaugeError(
             f"{model.name} has no tokenizer here: a text task needs real weights; peft-gauge fetch smollm2"
         )
-    return tokenizer, models.build(model, dtype=dtype)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _base(model: ModelRecord, dtype: str) -> PreTrainedModel:
+    """It is copied for every training; reading a GGUF anew for every seed takes long."""
+    return models.build(model, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -170,16 +182,25 @@ class PreparedText:
         return score(job.model, self.validation).loss
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """Of the held-out answers ``held_out_loss``, ``exact_match`` and ``quality``, the share of the base's loss that
-        was learned away (1 at best, below 0 where it is worse than the base); ``forgetting``, by how many nats a token
-        the loss on text of the kind that the base was made for has risen; for LoRA, ``update_norm``."""
+        """Of the held-out answers ``held_out_loss`` (nats a token), ``loss_learned``, the share of the base's loss that
+        was learned away (1 at best, below 0 where it is worse than the base), ``answer_probability`` and
+        ``exact_match``; ``forgetting``, by how many nats a token the loss on text of the kind that the base was made
+        for has risen; for LoRA, ``update_norm``.
+
+        ``quality`` is ``answer_probability`` on the calendar: most of the loss of its answers is their form, which
+        anything learns in a few steps, and an answer is right or wrong as a whole. Answers of other datasets are as
+        long as they are, and there it is ``loss_learned``.
+        """
         of_base, learned = self.base_scores["held_out"], score(job.model, self.held_out)
+        loss_learned = 1 - learned.loss / of_base.loss
         scores = {
             "held_out_loss": learned.loss,
             "base_held_out_loss": of_base.loss,
+            "loss_learned": loss_learned,
+            "answer_probability": learned.answer_probability,
             "exact_match": learned.exact_match,
             "base_exact_match": of_base.exact_match,
-            "quality": 1 - learned.loss / of_base.loss,
+            "quality": learned.answer_probability if self.task.source == CALENDAR else loss_learned,
             # The project's own chat texts: in no model's training data, and an instruction model speaks their language.
             "forgetting": score(job.model, self.known).loss - self.base_scores["known"].loss,
         }
@@ -193,7 +214,7 @@ def score(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Scored:
     The latter is exact match under greedy decoding without decoding: a model that is given the right beginning and
     finds each next token likeliest is one that would have written the answer, and the other way round.
     """
-    loss, tokens, right, rows = 0.0, 0, 0, 0
+    loss, probability, tokens, right, rows = 0.0, 0.0, 0, 0, 0
     with torch.no_grad(), without_dropout(model):
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -201,10 +222,12 @@ def score(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Scored:
             # Virtual tokens stand at the front; the logits of the last token predict nothing.
             logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] : -1].float()
             asked = labels != MASKED
-            loss += float(nn.functional.cross_entropy(logits[asked], labels[asked], reduction="sum"))
+            nats = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=MASKED, reduction="none")
+            loss += float(nats.sum())
+            probability += float(nats.sum(dim=1).neg().exp().sum())
             tokens += int(asked.sum())
             right += int(((logits.argmax(-1) == labels) | ~asked).all(dim=1).sum())
             rows += len(labels)
     if tokens == 0:
         raise GaugeError("there is no answer to score in these examples")
-    return Scored(loss / tokens, right / rows)
+    return Scored(loss / tokens, probability / rows, right / rows)

@@ -162,9 +162,9 @@ def _summary(report: Report) -> str:
         parts.append(f'<div class="warning" role="note"><p>Left out:</p><ul>{lines}</ul></div>')
     parts.append(page_tables.machines(report))
     for name, machine in report.machines.items():
-        verdicts = page_data.counted(claim["verdict"] for claim in machine.newest.claims)
+        verdicts = page_data.counted(claim.verdict for claim in machine.claims)
         outcomes = page_data.counted(case.outcome for case in machine.newest.cases)
-        told = "; ".join(part for part in (f"cases: {outcomes}", verdicts and f"claims: {verdicts}") if part)
+        told = f"cases: {outcomes}" + (f"; claims, over all its runs: {verdicts}" if verdicts else "")
         parts.append(f'<p data-machine="{html.escape(name)}">{text(name)}: {text(told)}.</p>')
         notes = page_tables.environment(machine)
         if notes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import Case, cases_of, machine_changes
 from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
@@ -23,6 +24,7 @@ from peft_gauge.report.terminal import PHASES, label, method_rows
 
 if TYPE_CHECKING:
     from peft_gauge.history.comparing import Comparison
+    from peft_gauge.history.ledger import Standing
     from peft_gauge.history.reading import Run
     from peft_gauge.history.rules import Rules
     from peft_gauge.history.schema import CaseRecord
@@ -38,11 +40,15 @@ EARLIER_LOOKED_AT = 20
 
 @dataclass
 class Machine:
-    """One machine's newest run, and the newest earlier one that it can be compared with, if there is any."""
+    """One machine's newest run, and the newest earlier one that it can be compared with, if there is any.
+
+    ``claims``: the newest verdicts of all its runs.
+    """
 
     newest: Run
     base: Run | None = None
     comparison: Comparison | None = None
+    claims: list[Standing] = field(default_factory=list)
 
 
 @dataclass
@@ -91,6 +97,7 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     history = History(remembered)
     files, left_out = find(paths)
     latest: dict[str, list[Run]] = {}
+    verdicts: dict[str, NewestVerdicts] = {}
     for file in files:
         try:
             run = read_run(file)
@@ -98,12 +105,15 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
             left_out.append(str(error))
             continue
         history.add(run)
+        verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
         kept = latest.setdefault(machine_of(run), [])
         kept.append(run)
         del kept[: -EARLIER_LOOKED_AT - 1]
     if not latest:
         raise GaugeError(nothing_left(left_out))
     machines = {name: _compared(runs, remembered) for name, runs in sorted(latest.items())}
+    for name, machine in machines.items():
+        machine.claims = verdicts[name].standings()
     return Report(machines, history, left_out)
 
 

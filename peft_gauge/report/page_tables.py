@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from peft_gauge.history.comparing import Comparison
+    from peft_gauge.history.ledger import Source
     from peft_gauge.report.page_cells import Line
     from peft_gauge.report.page_data import Machine, Report, Row
     from peft_gauge.report.page_history import Change, History
@@ -93,20 +94,24 @@ def _rows(machine: Machine, comparison: Comparison) -> Iterable[tuple[Any, Row, 
 def claims(report: Report) -> str:
     lines: list[Line] = [
         (
-            {"model": None if claim["model"] == "any" else claim["model"], "machine": name},
+            {"model": None if claim.model == "any" else claim.model, "machine": name},
             [
-                text(claim["id"]),
-                text(claim["model"]),
-                verdict(claim["verdict"]),
-                *(text(claim.get(field)) for field in ("figure", "conditions", "statement")),
-                text(name),
+                text(claim.id),
+                text(claim.model),
+                verdict(claim.verdict),
+                *map(text, (claim.figure, claim.conditions, _decided(claim.source), claim.statement, name)),
             ],
         )
         for name, machine in report.machines.items()
-        for claim in machine.newest.claims
+        for claim in machine.claims
     ]
-    headings = ("claim", "model", "verdict", "figure it rests on", "conditions", "statement", "machine")
-    return table("t-claims", "Claims of the literature, and what the newest run says of each", headings, lines)
+    about_it = ("figure it rests on", "conditions", "decided (UTC)", "statement", "machine")
+    caption = "Claims of the literature, and each machine’s newest verdict over all its runs"
+    return table("t-claims", caption, ("claim", "model", "verdict", *about_it), lines)
+
+
+def _decided(source: Source | None) -> str | None:
+    return f"{source.ended:%Y-%m-%d}, run {source.run}" if source is not None else None
 
 
 def methods(report: Report) -> str:

@@ -1,0 +1,181 @@
+"""Has the update that full fine-tuning makes to a weight a low intrinsic rank?
+
+How many singular values does it take to hold 90 % of an update's squared norm, against a random matrix of the same
+size? And how much of what was learned is left where every layer's update is cut down to rank r?
+
+First on a task of known truth: full fine-tuning finds a planted update of rank 4 again, at its rank, and an update
+planted at every rank is not called low. Then (``-m slow``) on a text task on a real model. There the claim holds if the
+median layer needs at most a quarter of the random matrix's ranks under every seed, and is refuted if it needs more
+under every seed. The quarter was chosen before any update of a real model was looked at: at a quarter of the random
+matrix's ranks, an adapter's A and B have about a quarter of the weight's parameters (in the sizes of SmolLM2's layers),
+and who needs more has little left of what a low rank is to save. All layers count alike: one that had nothing to learn
+moves with nearly the rank of chance, and speaks against the claim. A training that learned away less than 80 % of
+the base's loss tells nothing: two steps, which teach the form of the answers and not one right answer, came to 59 %.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fixtures.sweeps import FULL, SEEDS, TEXT_LENGTHS
+from fixtures.weights import stored_base
+from peft_gauge import methods, models, paths
+from peft_gauge.claims import Finding, ledger
+from peft_gauge.errors import GaugeError
+from peft_gauge.quality import sweep
+from peft_gauge.quality.dissected import Dissected, spectral_figures
+from peft_gauge.quality.planted import PLANTED_RANK, Planted, plant, small_decoder
+from peft_gauge.quality.tasks import CALENDAR, TextTask
+from peft_gauge.quality.training import Schedule, train
+from peft_gauge.quality.updates import Updates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fixtures.verdicts import Decide
+
+CLAIM = "low-rank-update"
+
+TEXT_BATCH = 4
+
+PLANTED_SCHEDULE = Schedule(100, 0.01)
+EVERY_RANK = 16
+"""The most that v_proj of the small decoder has."""
+EVERY_LAYER = (*methods.ATTENTION, "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_planted_update(seed: int, record: Callable[..., None]) -> None:
+    """Values enter the output linearly, so that full fine-tuning finds their planted update as it is; queries act
+    through their products with keys, which move too."""
+    scores = learned_back(planted(seed, PLANTED_RANK, methods.ATTENTION_QV), record)
+
+    assert {scores[f"v_proj.energy_rank.{which}"] for which in ("least", "most")} == {PLANTED_RANK}
+    # 0.92 to 0.93 and 0.65 to 0.72 of what was learned were seen.
+    assert scores[f"quality_at_rank_{PLANTED_RANK}"] > 0.9 * scores["quality"]
+    assert scores[f"quality_at_rank_{PLANTED_RANK // 2}"] < 0.8 * scores["quality"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_update_of_every_rank(seed: int, record: Callable[..., None]) -> None:
+    """The instrument can say no."""
+    scores = learned_back(planted(seed, EVERY_RANK, ("v_proj",)), record)
+
+    assert scores["v_proj.energy_rank_over_random.least"] > 0.8
+    assert scores[f"quality_at_rank_{PLANTED_RANK}"] < 0.9 * scores["quality"]
+
+
+def test_the_verdict_on_planted_updates(record: Callable[..., None]) -> None:
+    """The rule that decides the claim, before it decides: on updates that were planted and not learned, so that the
+    right verdict is certain."""
+    low, every = (planted_figures(rank) for rank in (2, EVERY_RANK))
+
+    record(model="toy-llama-half", low=low, every=every)
+    assert [verdict(low, low), verdict(every, every), verdict(low, every)] == ["holds", "refuted", "cannot tell"]
+    assert verdict(low, {**low, "loss_learned": 0.6}) == "cannot tell", (
+        "an update that taught nothing has told something"
+    )
+    assert verdict(low, {}) == "cannot tell", "a training that diverged has told something"
+
+
+@pytest.mark.slow
+@pytest.mark.claim(CLAIM)
+def test_update_on_text(
+    request: pytest.FixtureRequest,
+    record: Callable[..., None],
+    decide: Decide,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Interrupted, it goes on where it stopped."""
+
+    def say(line: str) -> None:
+        with capsys.disabled():
+            print(line, flush=True)
+
+    option = request.config.getoption
+    try:
+        model = models.resolve(option("--model") or "smollm2-135m", weights="real")
+    except GaugeError as error:
+        pytest.skip(str(error))
+    source, first = option("--dataset") or CALENDAR, option("--seed")
+    stored = stored_base(model, "float32")
+    task = TextTask(model, first, source, batches=TEXT_LENGTHS.steps, batch=TEXT_BATCH, stored=stored)
+
+    results = sweep.sweep(
+        lambda seed: Dissected(replace(task, seed=seed)),
+        [FULL],
+        range(first, first + len(SEEDS)),
+        TEXT_LENGTHS,
+        cache=paths.cache() / "quality",
+        say=say,
+    )
+
+    found = finding([result.scores for result in results], source)
+    record(model=model.name, task=source, trainings=[result.as_json() for result in results])
+    if source != CALENDAR:
+        record(finding=asdict(found))  # the recorded verdict is that on the calendar
+        return
+    known = [result.scores["base_exact_match"] for result in results if result.scores]
+    assert not any(known), "the base knew the invented calendar"
+    decide(CLAIM, model.name, found)
+
+
+def planted(seed: int, rank: int, targets: tuple[str, ...]) -> Planted:
+    """With tokens enough for all the parameters of full fine-tuning to settle."""
+    return Planted(seed, rank, targets, batches=PLANTED_SCHEDULE.steps, batch=16, seq=32)
+
+
+def learned_back(task: Planted, record: Callable[..., None]) -> dict[str, float]:
+    """The scores of full fine-tuning of the small decoder on ``task``, taken apart."""
+    prepared = Dissected(task).prepared()
+    job = prepared.job(methods.FULL)
+    curve = train(job, PLANTED_SCHEDULE)
+    assert curve.divergence is None
+    scores = prepared.scores(job)
+    record(model="toy-llama-half", task=task.name, planted_rank=task.rank, curve=curve.as_json(), scores=scores)
+    return scores
+
+
+def planted_figures(rank: int) -> dict[str, float]:
+    """The figures of a teacher with an update of ``rank`` in every layer; all of it is taken as learned."""
+    base = models.build(small_decoder())
+    teacher, _ = plant(base, rank, EVERY_LAYER, seed=0)
+    shown = ledger()[CLAIM].bounds["shown_rank"]
+    return {
+        "loss_learned": 1.0,
+        "quality": 1.0,
+        f"quality_at_rank_{shown}": 1.0,
+        **spectral_figures(Updates(base, teacher).spectra),
+    }
+
+
+def verdict(*scores: Mapping[str, float]) -> str:
+    return finding(scores, Planted.name).verdict
+
+
+def finding(scores: Sequence[Mapping[str, float]], task: str) -> Finding:
+    """What trainings on ``task`` say of the claim, by the scores of each; a training that diverged has none."""
+    bounds: dict[str, Any] = ledger()[CLAIM].bounds
+    seeds, least, shown = len(scores), bounds["least_loss_learned"], bounds["shown_rank"]
+    length = f"{TEXT_LENGTHS.steps} steps of {TEXT_BATCH} examples"
+    conditions = f"full fine-tuning with AdamW on the {task} task, {length}, {seeds} seeds"
+    taught = [each for each in scores if each.get("loss_learned", 0.0) >= least]
+    if len(taught) < seeds:
+        figure = f"{seeds - len(taught)} of {seeds} trainings learned away less than {least:.0%} of the base's loss"
+        return Finding.of(None, figure, conditions)
+    shares = [each["energy_rank_over_random"] for each in taught]
+    within = {share <= bounds["most_of_random"] for share in shares}
+    quality = statistics.median(each["quality"] for each in taught)
+    left = statistics.median(each[f"quality_at_rank_{shown}"] / each["quality"] for each in taught)
+    figure = (
+        f"for 90 % of its squared norm the median layer's update needs {min(shares):.2f}–{max(shares):.2f} of the "
+        f"ranks of a random matrix; with every update cut down to rank {shown}, {left:.0%} of the quality "
+        f"({quality:.2f}) is left"
+    )
+    return Finding.of(within.pop() if len(within) == 1 else None, figure, conditions)

@@ -1,0 +1,117 @@
+"""The newest verdict on every claim, over many saved runs.
+
+A bare run decides some claims and a slow one others, so no single run holds them all: of each claim on each model the
+newest run counts that decided it. "Not measured yet" decides nothing and takes no earlier verdict away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.claims import NOT_MEASURED, VERDICTS
+
+if TYPE_CHECKING:
+    from peft_gauge.claims import Claim
+    from peft_gauge.history.reading import Run
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that a verdict is from.
+
+    ``ended``: its end, in UTC; ``commit``: the first digits, marked where there were changes, or ``None`` if the run
+    names none; ``libraries``: the versions by name, ``None`` for one that was not installed.
+    """
+
+    machine: str
+    run: str
+    ended: datetime
+    commit: str | None
+    libraries: Mapping[str, str | None] = field(hash=False)
+
+    @classmethod
+    def of(cls, run: Run) -> Source:
+        """The source that ``run`` is; it must be one of ours, since those of other tools name no machine."""
+        commit = run.commit.get("id")
+        changed = "-dirty" if run.commit.get("dirty") else ""
+        return cls(
+            machine=run.machine["name"],
+            run=run.name,
+            ended=run.when.astimezone(UTC),
+            commit=f"{str(commit)[:12]}{changed}" if commit else None,
+            libraries=dict(run.libraries),
+        )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a claim stands on one model.
+
+    Where no run has decided it, ``verdict`` is "not measured yet", and ``figure``, ``conditions`` and ``source`` are
+    ``None``. ``statement`` is the sentence as that run had it. ``recorded``: the verdict in the ledger, where the
+    standing is of a ledger's claim.
+    """
+
+    id: str
+    model: str
+    statement: str | None = None
+    verdict: str = NOT_MEASURED
+    figure: str | None = None
+    conditions: str | None = None
+    source: Source | None = None
+    recorded: str | None = None
+    reworded: bool = False
+    """Whether the ledger's sentence is another one by now than the one that was decided."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the claim was decided, and not as the ledger records it."""
+        return self.source is not None and self.recorded is not None and self.verdict != self.recorded
+
+
+class NewestVerdicts:
+    """The newest verdict on each claim and model of all runs so far, which may be given in any order (`add`)."""
+
+    def __init__(self) -> None:
+        self._standings: dict[tuple[str, str], Standing] = {}
+
+    def add(self, run: Run) -> None:
+        """Take in the claims of ``run``; of two runs that ended in the same moment, the one given last counts."""
+        for claim in run.claims:
+            undecided = Standing(claim["id"], claim["model"], _text(claim, "statement"))
+            key = undecided.id, undecided.model
+            known = self._standings.setdefault(key, undecided)
+            if claim["verdict"] not in VERDICTS:
+                continue
+            source = Source.of(run)
+            if known.source is None or known.source.ended <= source.ended:
+                figure, conditions = _text(claim, "figure"), _text(claim, "conditions")
+                self._standings[key] = replace(
+                    undecided, verdict=claim["verdict"], figure=figure, conditions=conditions, source=source
+                )
+
+    def standings(self) -> list[Standing]:
+        """All claims that any run was asked, in the order in which they first occurred."""
+        return list(self._standings.values())
+
+    def of_ledger(self, claims: Mapping[str, Claim]) -> list[Standing]:
+        """Every claim of the ledger on every model that it is asked of, in the ledger's order and words."""
+        return [self._of_claim(claim, model) for claim in claims.values() for model in claim.models]
+
+    def _of_claim(self, claim: Claim, model: str) -> Standing:
+        found = self._standings.get((claim.id, model), Standing(claim.id, model))
+        decided = found.source is not None
+        return replace(
+            found,
+            statement=claim.statement,
+            recorded=claim.recorded[model],
+            reworded=decided and found.statement is not None and found.statement != claim.statement,
+        )
+
+
+def _text(claim: Mapping[str, Any], name: str) -> str | None:
+    value = claim.get(name)
+    return None if value is None else str(value)

@@ -1,0 +1,139 @@
+"""A task whose trained models are taken apart: how many ranks each weight's update has, and what each rank is worth.
+
+It wraps another task and can be swept like any, with that task's scores and these beside them:
+
+- ``quality_at_rank_R``, and likewise the others of `LEFT` that the task has: what is left of that score where the
+  update of every linear layer is cut down to its best approximation of rank R, for each of `RANKS`, and for 0, the
+  control: what training the rest of the model (norms) was worth;
+- ``energy_rank_over_random`` and ``effective_rank_over_random``: the rank of an update over that of a random matrix of
+  the same size (1: no structure), the median of all linear layers;
+- ``KIND.FIGURE.least``, ``.median`` and ``.most`` over the ``KIND.layers`` layers of each kind (q_proj, …), with FIGURE
+  one of ``energy_rank``, ``effective_rank`` and ``energy_rank_over_random``; of ``energy_at_rank_R`` the median; and
+  ``KIND.random.FIGURE``, what a random matrix of that size has;
+- ``PATH.energy_at_rank_R`` of the two layers whose updates have least and most of the random matrix's ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from peft_gauge.quality.sweep import Prepared
+from peft_gauge.quality.updates import RANKS, Spectrum, Updates
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_gauge.methods import Method
+    from peft_gauge.step import TrainingJob
+
+    Spectra = Mapping[str, tuple[Spectrum, Spectrum]]
+
+
+LEFT = ("quality", "loss_learned", "exact_match")
+"""The scores of a task that are taken again at each rank."""
+
+
+class PreparedOnBase(Prepared, Protocol):
+    """A prepared task that keeps the model from which its students start."""
+
+    @property
+    def base(self) -> nn.Module: ...
+
+
+class TaskOnBase(Protocol):
+    """A task whose prepared form has its base, and whose scores have a ``quality``."""
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def prepared(self) -> PreparedOnBase: ...
+
+
+@dataclass(frozen=True)
+class Dissected:
+    """``task``, whose trained models are taken apart; for methods that train every linear layer itself."""
+
+    task: TaskOnBase
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the task, as JSON holds it."""
+        return {"dissected_at_ranks": [0, *RANKS], **self.task.identity()}
+
+    def prepared(self) -> PreparedDissected:
+        """The task with its model and data built."""
+        return PreparedDissected(self.task.prepared())
+
+
+@dataclass(frozen=True)
+class PreparedDissected:
+    """A `Dissected` task ready to be trained on."""
+
+    whole: PreparedOnBase
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be assumed."""
+        return self.whole.notes
+
+    def job(self, method: Method) -> TrainingJob:
+        """The wrapped task's own."""
+        return self.whole.job(method)
+
+    def validation_loss(self, job: TrainingJob) -> float:
+        """The wrapped task's own."""
+        return self.whole.validation_loss(job)
+
+    def scores(self, job: TrainingJob) -> dict[str, float]:
+        """The wrapped task's scores, and the figures that this module's docstring lists; ``job`` is left as it was."""
+        scores = self.whole.scores(job)
+        if not all(math.isfinite(score) for score in scores.values()):
+            return scores  # the training diverged in its last step, and what it left has no singular values
+        updates = Updates(self.whole.base, job.model)
+        left: dict[str, float] = {}
+        for rank in (0, *RANKS):
+            with updates.truncated(rank):
+                cut = self.whole.scores(job)
+            left |= {f"{name}_at_rank_{rank}": cut[name] for name in LEFT if name in cut}
+        return {**scores, **left, **spectral_figures(updates.spectra)}
+
+
+def spectral_figures(spectra: Spectra) -> dict[str, float]:
+    """The figures of `Updates.spectra`, by the names in this module's docstring."""
+    over_random = {path: own.energy_rank / random.energy_rank for path, (own, random) in spectra.items()}
+    effective = [own.effective_rank / random.effective_rank for own, random in spectra.values()]
+    figures: dict[str, float] = {
+        "energy_rank_over_random": statistics.median(over_random.values()),
+        "effective_rank_over_random": statistics.median(effective),
+    }
+    kinds: dict[str, list[str]] = {}
+    for path in spectra:
+        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+    for kind, paths in kinds.items():
+        own, random = ([spectra[path][which] for path in paths] for which in (0, 1))
+        figures |= {
+            f"{kind}.layers": len(paths),
+            **_spread(f"{kind}.energy_rank_over_random", [over_random[path] for path in paths]),
+            **_spread(f"{kind}.energy_rank", [each.energy_rank for each in own]),
+            **_spread(f"{kind}.effective_rank", [each.effective_rank for each in own]),
+            **_median_energies(kind, own),
+            f"{kind}.random.energy_rank": statistics.median(each.energy_rank for each in random),
+            f"{kind}.random.effective_rank": statistics.median(each.effective_rank for each in random),
+            **_median_energies(f"{kind}.random", random),
+        }
+    for path in (min(over_random, key=over_random.__getitem__), max(over_random, key=over_random.__getitem__)):
+        figures |= _median_energies(path, [spectra[path][0]])
+    return figures
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}.least": min(values), f"{name}.median": statistics.median(values), f"{name}.most": max(values)}
+
+
+def _median_energies(name: str, spectra: list[Spectrum]) -> dict[str, float]:
+    return {
+        f"{name}.energy_at_rank_{rank}": statistics.median(each.energy_at_rank[rank] for each in spectra)
+        for rank in RANKS
+    }

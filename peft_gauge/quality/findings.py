@@ -1,0 +1,100 @@
+"""What sweeps say of claims: pure functions of what was trained.
+
+The figures and verdicts here are for `peft_gauge.claims`; the thresholds are the ledger's.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import TYPE_CHECKING
+
+from peft_gauge.claims import Finding
+from peft_gauge.quality import paired
+from peft_gauge.quality.sweep import by_label, knees, pareto_rows
+
+if TYPE_CHECKING:
+    from peft_gauge.quality.sweep import Trained
+
+COSTS = {"trainable_params": "parameters", "peak_bytes": "peak bytes", "step_seconds": "time"}
+
+
+def best_rank(
+    results: Sequence[Trained], peak_bytes: Mapping[str, int], conditions: str, *, least_share: float
+) -> Finding:
+    """Whether some rank is the best trade of quality against parameters: there is a knee, and it stays where it is.
+
+    ``results`` are those of the ranks alone. It holds where the knee of quality against trainable parameters is the
+    same in at least ``least_share`` of the resamples of seeds, and is refuted where in as many there is none. Fewer
+    than `paired.LEAST_PAIRS` seeds, and a rank that diverged, decide nothing.
+    """
+    rows = pareto_rows(results, peak_bytes)
+    found = knees(results, rows)
+    knee = found["trainable_params"]
+    diverged = [row["label"] for row in rows if row["diverged"]]
+    qualities = ", ".join(f"{row['label']} {row['quality']:.3f}" for row in rows if row["quality"] is not None)
+    at = "; ".join(
+        f"knee by {COSTS[cost]}: {each.label or 'none'} in {100 * each.share:.0f} % of resamples"
+        for cost, each in found.items()
+    )
+    figure = f"quality {qualities}; {at}" + (f"; diverged: {', '.join(diverged)}" if diverged else "")
+    sure = knee.share >= least_share and knee.seeds >= paired.LEAST_PAIRS and not diverged
+    return Finding.of((knee.label is not None) if sure else None, figure, conditions)
+
+
+def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) -> Finding:
+    """Whether one of these sets of modules, each with about as many trainable parameters, is the best of them.
+
+    Seed by seed, in pairs. It holds where one set's quality is above every other's, the whole interval of each
+    difference; it is refuted where every difference of any two lies within ``margin`` of none.
+    """
+    groups = by_label(results)
+    qualities = {
+        label: {each.seed: each.scores.get("quality") for each in group}  # None where it diverged
+        for label, group in groups.items()
+    }
+    means = ", ".join(_mean(label, values) for label, values in qualities.items())
+    compared = {
+        (first, second): paired.compare(qualities[second], qualities[first], margin=margin).difference
+        for first, second in permutations(qualities, 2)
+    }
+    figure = f"quality at equal parameters: {means}"
+    if any(each is None for each in compared.values()):
+        return Finding.of(None, f"{figure}; a set diverged, or there are too few seeds", conditions)
+    differences = {pair: each for pair, each in compared.items() if each is not None}
+    for label in qualities:
+        ahead = [differences[label, other] for other in qualities if other != label]
+        if all(each.low > 0 for each in ahead):
+            nearest = min(each.low for each in ahead)
+            return Finding.of(True, f"{figure}; {label} is ahead of every other by at least {nearest:.3f}", conditions)
+    widest = max(abs(end) for each in differences.values() for end in (each.low, each.high))
+    figure += f"; 95 % intervals of the differences reach ±{widest:.3f}"
+    return Finding.of(False if widest < margin else None, figure, conditions)
+
+
+def scaling_sets_size(
+    sizes: Mapping[float, float], at_one_rate: Mapping[float, float | None], *, alike: float, grows: float
+) -> Finding:
+    """Whether α/r sets the size of the update where each α/r has a learning rate of its own.
+
+    ``sizes``: norm of the learned update by α/r. It holds where the size at the greatest α/r is at least ``grows``
+    times that at the least, and is refuted where all sizes lie within the factor ``alike``. ``at_one_rate``: the same
+    at one learning rate for all (``None``: it diverged), which is shown and decides nothing: there α/r acts as one.
+    """
+    low, high = min(sizes), max(sizes)
+    growth, spread = sizes[high] / sizes[low], max(sizes.values()) / min(sizes.values())
+    shown = ", ".join(f"{scaling:g}: {size:.2f}" for scaling, size in sizes.items())
+    shared = ", ".join(
+        f"{scaling:g}: " + ("diverged" if size is None else f"{size:.2f}") for scaling, size in at_one_rate.items()
+    )
+    figure = f"norm of the update over that of the planted one, by α/r: {shown}; at one learning rate for all {shared}"
+    verdict = True if growth >= grows else False if spread <= alike else None
+    return Finding.of(
+        verdict, figure, "an update of rank 4 planted in a small decoder, LoRA r=4 on q,v, rates searched"
+    )
+
+
+def _mean(label: str, qualities: Mapping[int, float | None]) -> str:
+    known = [quality for quality in qualities.values() if quality is not None]
+    return f"{label} {statistics.fmean(known):.3f}" if known else f"{label} diverged"
