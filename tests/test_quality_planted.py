@@ -10,9 +10,9 @@ import torch
 
 from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.planted import UPDATE_OVER_WEIGHT, Planted, PreparedPlanted, Student, plant, small_decoder
+from peft_gauge.quality.planted import UPDATE_OVER_WEIGHT, Planted, PreparedPlanted, plant, small_decoder
 from peft_gauge.quality.training import Curve, Schedule, train
-from peft_gauge.quality.updates import energy_rank, lora_update_norm, update_ranks
+from peft_gauge.quality.updates import Spectrum, lora_update_norm
 
 if TYPE_CHECKING:
     from peft_gauge.methods import Method
@@ -52,7 +52,7 @@ def test_the_update_has_the_planted_rank_in_the_planted_modules_and_nowhere_else
             largest = UPDATE_OVER_WEIGHT * float(torch.linalg.matrix_norm(before.detach(), 2))
             assert values[:4].tolist() == pytest.approx([largest] * 4, rel=1e-4)
             assert float(values[4]) < 1e-5
-            assert energy_rank(update, share=0.99) == 4
+            assert Spectrum.of(torch.linalg.svdvals(update)).energy_rank == 4
             squared += float(update.square().sum())
         else:
             assert not update.any(), name
@@ -73,6 +73,18 @@ def test_every_student_starts_as_the_base() -> None:
         scores = task(0).scores(job)
         assert scores["held_out_loss"] == pytest.approx(scores["base_held_out_loss"], rel=1e-5)
         assert scores["quality"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_virtual_tokens_have_no_teacher() -> None:
+    prepared = task(0)
+    student = prepared.job(methods.PROMPT).model
+    batch = prepared.held_out[0]
+    with torch.no_grad():
+        logits = student.model(input_ids=batch["input_ids"], use_cache=False).logits  # type: ignore[operator]
+        loss = student(**batch).loss
+    behind = logits[:, methods.PROMPT.peft_config["num_virtual_tokens"] :]
+    assert behind.shape == batch["labels"].shape
+    assert float(loss) == pytest.approx(float((behind - batch["labels"]).square().mean()))
 
 
 def test_every_student_sees_the_same_batches() -> None:
@@ -142,30 +154,6 @@ def test_the_norm_of_an_update_is_that_of_what_would_be_merged() -> None:
     squared = sum(float((merged[name] - weight).detach().square().sum()) for name, weight in before.items())
     assert norm == pytest.approx(squared**0.5, rel=1e-4)
     assert lora_update_norm(models.build(small_decoder())) is None
-
-
-def test_energy_rank_by_hand() -> None:
-    update = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # of a squared norm of 14: 9, 13, 14
-    assert [energy_rank(update, share) for share in (0.5, 0.9, 0.93, 1.0)] == [1, 2, 3, 3]
-    assert energy_rank(torch.eye(5), 1.0) == 5
-    with pytest.raises(GaugeError, match="not updated"):
-        energy_rank(torch.zeros(3, 3))
-
-
-def test_the_ranks_of_a_models_update_stand_beside_those_of_chance() -> None:
-    base = models.build(small_decoder())
-    teacher, _ = plant(base, 4, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), seed=0)
-    with torch.no_grad():
-        teacher.lm_head.weight += torch.randn(teacher.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
-
-    ranks = update_ranks(base, Student(teacher))
-
-    assert ranks["model.layers.1.self_attn.q_proj"][0] == 4
-    assert ranks["model.layers.0.mlp.down_proj"][0] == 4
-    learned, of_random = ranks["lm_head"]
-    assert abs(learned - of_random) <= 1
-    assert 15 < of_random < 32
-    assert len(ranks) == 15
 
 
 def test_what_cannot_be_planted_is_refused() -> None:

@@ -69,7 +69,8 @@ class Student(nn.Module):
         self.config = getattr(model, "config", None)
 
     def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        logits = self.model(input_ids=input_ids, use_cache=use_cache).logits
+        # Virtual tokens, where the method puts some before the input, have logits of their own, and no teacher.
+        logits = self.model(input_ids=input_ids, use_cache=use_cache).logits[:, -labels.shape[1] :]
         return SimpleNamespace(loss=nn.functional.mse_loss(logits.float(), labels))
 
 

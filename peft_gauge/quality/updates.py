@@ -80,13 +80,6 @@ def random_spectrum(rows: int, columns: int) -> Spectrum:
     return Spectrum.of(torch.stack([torch.linalg.svdvals(matrix.double()) for matrix in drawn]).mean(0))
 
 
-def energy_rank(update: Tensor, share: float = ENERGY_SHARE) -> int:
-    """The least rank at which the best approximation of ``update`` (rows × columns) keeps ``share`` of its squared
-    Frobenius norm; by Eckart and Young (1936) that is how many singular values it takes. Raises `GaugeError` for an
-    update of nothing but zeros."""
-    return _rank_of_share(_energy(torch.linalg.svdvals(update.double())), share)
-
-
 def _energy(singular_values: Tensor) -> Tensor:
     energy = singular_values.double().square()
     if energy.sum() == 0:
@@ -150,19 +143,6 @@ class Updates:
         finally:
             for weight, as_trained in zip(self._weights, whole, strict=True):
                 weight.after.copy_(as_trained)
-
-
-def update_ranks(base: nn.Module, trained: nn.Module, share: float = ENERGY_SHARE) -> dict[str, tuple[int, int]]:
-    """`energy_rank` of each linear layer's update from ``base`` to ``trained``, and beside it that of a normally
-    distributed random matrix of the same size. In ``trained`` a wrapper's name may stand before each path."""
-    found: dict[str, tuple[int, int]] = {}
-    of_random: dict[torch.Size, int] = {}
-    for path, before, after in _linear_weights(base, trained):
-        if before.shape not in of_random:
-            drawn = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
-            of_random[before.shape] = energy_rank(drawn, share)
-        found[path] = energy_rank(_difference(before, after), share), of_random[before.shape]
-    return found
 
 
 def _linear_weights(base: nn.Module, trained: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
