@@ -229,6 +229,17 @@ def test_the_front_of_a_sweep_is_what_no_other_point_dominates(report: Report) -
     assert {row["cost"] for row in rows} == {"step_seconds"}
 
 
+def test_a_sweep_stays_when_later_runs_ask_for_less(tmp_path: Path) -> None:
+    """And of two runs with the same sweep it is the newer that is shown."""
+    for number, qualities in enumerate([(0.1, 0.2), (0.3, 0.4), None]):
+        points = [{"label": f"r{place}", "bytes": 10 + place, "quality": q} for place, q in enumerate(qualities or ())]
+        sweep = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", figures={"pareto": points})
+        other = CaseRecord("benchmarks/test_o.py::test_other", "test_o", "passed")
+        save(tmp_path, number, [sweep, other] if qualities else [other])
+    rows = gather([tmp_path], RULES).rows("pareto")
+    assert [row["quality"] for row in rows] == [0.3, 0.4]
+
+
 def test_a_plain_run_of_pytest_benchmark_is_shown_too(tmp_path: Path) -> None:
     stats = {"median": 0.002, "data": [0.001, 0.002, 0.002, 0.003, 0.002, 0.002]}
     plain = {

@@ -42,13 +42,15 @@ EARLIER_LOOKED_AT = 20
 class Machine:
     """One machine's newest run, and the newest earlier one that it can be compared with, if there is any.
 
-    ``claims``: the newest verdicts of all its runs.
+    ``claims``: the newest verdicts of all its runs; ``sweeps``: of every sweep, the newest run that has it, with its
+    record. Both are seldom of the newest run, which may have asked for less.
     """
 
     newest: Run
     base: Run | None = None
     comparison: Comparison | None = None
     claims: list[Standing] = field(default_factory=list)
+    sweeps: list[tuple[Run, CaseRecord]] = field(default_factory=list)
 
 
 @dataclass
@@ -60,14 +62,11 @@ class Report:
     left_out: list[str] = field(default_factory=list)
 
     def rows(self, kind: str) -> list[Row]:
-        """The rows of all newest runs for the plot ``kind``, one of `PLOTTED`."""
-        made = {
-            "memory": memory_rows,
-            "planned": planned_rows,
-            "sequence": sequence_rows,
-            "times": time_rows,
-            "pareto": pareto_rows,
-        }[kind]
+        """The rows of all newest runs, or newest sweeps, for the plot ``kind``, one of `PLOTTED`."""
+        if kind == "pareto":
+            sweeps = [sweep for machine in self.machines.values() for sweep in machine.sweeps]
+            return [row for run, record in sweeps for row in pareto_rows(run, record)]
+        made = {"memory": memory_rows, "planned": planned_rows, "sequence": sequence_rows, "times": time_rows}[kind]
         return [row for machine in self.machines.values() for row in made(machine.newest)]
 
 
@@ -98,6 +97,7 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     files, left_out = find(paths)
     latest: dict[str, list[Run]] = {}
     verdicts: dict[str, NewestVerdicts] = {}
+    sweeps: dict[str, dict[str, tuple[Run, CaseRecord]]] = {}
     for file in files:
         try:
             run = read_run(file)
@@ -106,6 +106,8 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
             continue
         history.add(run)
         verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
+        swept = {record.id: (run, record) for record in run.cases if record.figures.get("pareto")}
+        sweeps.setdefault(machine_of(run), {}).update(swept)
         kept = latest.setdefault(machine_of(run), [])
         kept.append(run)
         del kept[: -EARLIER_LOOKED_AT - 1]
@@ -114,6 +116,7 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     machines = {name: _compared(runs, remembered) for name, runs in sorted(latest.items())}
     for name, machine in machines.items():
         machine.claims = verdicts[name].standings()
+        machine.sweeps = list(sweeps[name].values())
     return Report(machines, history, left_out)
 
 
@@ -308,28 +311,27 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
     }
 
 
-def pareto_rows(run: Run) -> Iterator[Row]:
-    """Points of the sweeps that were saved: quality (more is better) against each cost (less is better).
+def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
+    """Points of a sweep that was saved: quality (more is better) against each cost (less is better).
 
     ``front``: no other point of the sweep costs less or the same and is better, or costs less and is as good. A point
     without a quality, whose training diverged, is on no front.
     """
-    for record in run.cases:
-        points = record.figures.get("pareto") or []
-        costs = {name for point in points for name, value in point.items() if _is_number(value)} - ABOUT_QUALITY
-        for cost in sorted(costs):
-            swept = [point for point in points if _is_number(point.get(cost))]
-            known = [point for point in swept if _is_number(point.get("quality"))]
-            for point in swept:
-                yield {
-                    **_of_method(run, record.figures),
-                    "panel": f"{record.id.removeprefix('benchmarks/')}: {cost}, {machine_of(run)}",
-                    "label": str(point.get("label")),
-                    "cost": cost,
-                    "value": point[cost],
-                    **{name: point.get(name) for name in sorted(ABOUT_QUALITY)},
-                    "front": point in known and not any(_dominates(other, point, cost) for other in known),
-                }
+    points = record.figures.get("pareto") or []
+    costs = {name for point in points for name, value in point.items() if _is_number(value)} - ABOUT_QUALITY
+    for cost in sorted(costs):
+        swept = [point for point in points if _is_number(point.get(cost))]
+        known = [point for point in swept if _is_number(point.get("quality"))]
+        for point in swept:
+            yield {
+                **_of_method(run, record.figures),
+                "panel": f"{record.id.removeprefix('benchmarks/')}: {cost}, {machine_of(run)}",
+                "label": str(point.get("label")),
+                "cost": cost,
+                "value": point[cost],
+                **{name: point.get(name) for name in sorted(ABOUT_QUALITY)},
+                "front": point in known and not any(_dominates(other, point, cost) for other in known),
+            }
 
 
 def _dominates(other: Mapping[str, Any], point: Mapping[str, Any], cost: str) -> bool:
