@@ -104,8 +104,12 @@ def test_update_on_text(
     except GaugeError as error:
         pytest.skip(str(error))
     source, first = option("--dataset") or CALENDAR, option("--seed")
-    stored = stored_base(model, "float32")
-    task = TextTask(model, first, source, batches=TEXT_LENGTHS.steps, batch=TEXT_BATCH, stored=stored)
+    task = TextTask(model, first, source, batches=TEXT_LENGTHS.steps, batch=TEXT_BATCH)
+    try:
+        task.settings()
+    except GaugeError as error:  # a dataset that is none
+        pytest.fail(str(error), pytrace=False)
+    task = replace(task, stored=stored_base(model, task.dtype))
 
     results = sweep.sweep(
         lambda seed: Dissected(replace(task, seed=seed)),

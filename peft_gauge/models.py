@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -310,7 +311,9 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     """
     if record.weights == "real" and not str(record.location).endswith(".gguf"):
         return record
-    build(record, dtype=dtype).save_pretrained(folder)
+    model = build(record, dtype=dtype)
+    with _without_progress_bars():
+        model.save_pretrained(folder)
     return replace(record, source="folder", weights="real", location=str(folder))
 
 
@@ -327,17 +330,15 @@ def _from_config(record: ModelRecord, attn_implementation: str) -> PreTrainedMod
 
 def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     assert record.location is not None, "real weights have a location"
     where: dict[str, Any] = {"pretrained_model_name_or_path": record.location, "use_safetensors": True}
     if record.location.endswith(".gguf"):
         path = Path(record.location)
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    logging.disable_progress_bar()
     try:
         # The GGUF reader's own progress bar knows no switch; what is wrong with a file comes as an exception.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with _without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
             model, report = AutoModelForCausalLM.from_pretrained(
                 **where,
                 dtype=dtype,
@@ -348,8 +349,6 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str) -> 
             )
     except Exception as error:  # unreadable, truncated, no safetensors, no network: one line each
         raise GaugeError(f"cannot load the weights of {record.name}: {one_line(error, 200)}") from error
-    finally:
-        logging.enable_progress_bar()
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise GaugeError(
@@ -361,6 +360,17 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str) -> 
         # With a name, saving an adapter would look the base up on the hub, and write this machine's path into it.
         model.name_or_path = model.config._name_or_path = ""
     return model
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
