@@ -238,8 +238,9 @@ def _pareto(alt: Any, name: str, _labels: Sequence[str]) -> Any:
     base = chart.encode(
         x=alt.X(
             "value:Q",
-            title="cost (less is better)",
-            scale=alt.Scale(zero=False, padding=40),
+            title="cost (less is better), logarithmic",
+            # Adapters and full fine-tuning are orders of magnitude apart, and knees are sought over the logarithm.
+            scale=alt.Scale(type="log", nice=False, padding=40),
             axis=alt.Axis(format="~s"),
         ),
         y=alt.Y("quality:Q", title="quality (more is better)", scale=alt.Scale(zero=False)),
