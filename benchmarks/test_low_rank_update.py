@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures.sweeps import FULL, SEEDS, TEXT_LENGTHS
-from fixtures.weights import stored_base
 from peft_gauge import methods, models, paths
 from peft_gauge.claims import Finding, ledger
-from peft_gauge.errors import GaugeError
 from peft_gauge.quality import sweep
 from peft_gauge.quality.dissected import Dissected, spectral_figures
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, plant, small_decoder
-from peft_gauge.quality.tasks import CALENDAR, TextTask
+from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.quality.updates import Updates
 
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fixtures.verdicts import Decide
+    from peft_gauge.quality.tasks import TextTask
 
 CLAIM = "low-rank-update"
 
@@ -87,34 +86,16 @@ def test_the_verdict_on_planted_updates(record: Callable[..., None]) -> None:
 @pytest.mark.slow
 @pytest.mark.claim(CLAIM)
 def test_update_on_text(
-    request: pytest.FixtureRequest,
-    record: Callable[..., None],
-    decide: Decide,
-    capsys: pytest.CaptureFixture[str],
+    text_task: Callable[..., TextTask], record: Callable[..., None], decide: Decide, say: Callable[[str], None]
 ) -> None:
     """Interrupted, it goes on where it stopped."""
-
-    def say(line: str) -> None:
-        with capsys.disabled():
-            print(line, flush=True)
-
-    option = request.config.getoption
-    try:
-        model = models.resolve(option("--model") or "smollm2-135m", weights="real")
-    except GaugeError as error:
-        pytest.skip(str(error))
-    source, first = option("--dataset") or CALENDAR, option("--seed")
-    task = TextTask(model, first, source, batches=TEXT_LENGTHS.steps, batch=TEXT_BATCH)
-    try:
-        task.settings()
-    except GaugeError as error:  # a dataset that is none
-        pytest.fail(str(error), pytrace=False)
-    task = replace(task, stored=stored_base(model, task.dtype))
+    task = text_task(batches=TEXT_LENGTHS.steps, batch=TEXT_BATCH)
+    model, source = task.model, task.source
 
     results = sweep.sweep(
         lambda seed: Dissected(replace(task, seed=seed)),
         [FULL],
-        range(first, first + len(SEEDS)),
+        range(task.seed, task.seed + len(SEEDS)),
         TEXT_LENGTHS,
         cache=paths.cache() / "quality",
         say=say,
