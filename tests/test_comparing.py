@@ -634,8 +634,8 @@ def test_the_worst_stands_first(made: Made) -> None:
 def test_a_run_against_itself_is_the_same_in_all_but_what_cannot_be_told() -> None:
     for path in runs_in(RESULTS):
         found = compare(read_run(path), read_run(path), RULES)
-        assert {row.metric.rpartition("_")[2] for row in found.rows if row.says != "same"} <= {"seconds"}
-        assert found.counts["same"] > 500
+        assert all(row.says == "same" or row.metric.endswith("_seconds") for row in found.rows)
+        assert found.counts["same"] > found.counts["cannot tell"]
         assert found.exit_code(strict=True) == 0
 
 
