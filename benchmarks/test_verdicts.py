@@ -16,6 +16,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from operator import truediv
@@ -194,17 +195,16 @@ def by_processes(comparisons: int, slower: float, error: float) -> list[Verdict]
     taken = steps_in_turn(0, comparisons * PROCESS_PAIRS[-1], slower, pairs)
     medians = np.median(np.log(taken.seconds_b / taken.seconds_a), axis=1).reshape(comparisons, PROCESS_PAIRS[-1])
     rule = PairRule(error=error)
-    return [looked_at(each, rule) for each in medians.tolist()]
+    return [looked_at(each, rule)[0] for each in medians.tolist()]
 
 
-def looked_at(log_ratios: list[float], rule: PairRule) -> Verdict:
-    """As `peft-gauge ab` looks: at its numbers of pairs of processes, until one of them decides."""
-    found: Verdict = "cannot tell"
+def looked_at(log_ratios: list[float], rule: PairRule) -> tuple[Verdict, int]:
+    """As `peft-gauge ab` looks: at its numbers of pairs of processes, until one of them decides; and which did."""
     for pairs in PROCESS_PAIRS:
         found = over_processes(log_ratios[:pairs], rule).verdict
         if found != "cannot tell":
             break
-    return found
+    return found, pairs
 
 
 def each_of(pairs: Pairs) -> Iterator[tuple[list[float], list[float]]]:
@@ -239,24 +239,37 @@ def test_comparisons_drawn_from_real_processes(record: Record) -> None:
     Both sides ran the same code, so either may stand for A; a slowdown is planted by multiplying B's times, which is
     what a slower step would have done to them.
     """
+    begin = time.perf_counter()
     log_ratios = pool_of_real_pairs()
+    pair_seconds = (time.perf_counter() - begin) / len(log_ratios)
     generator = random.Random(SEED)
 
-    def compared(slower: float, error: float) -> Verdict:
+    def compared(slower: float, error: float) -> tuple[Verdict, int]:
         drawn = [generator.choice((1, -1)) * each for each in generator.sample(log_ratios, PROCESS_PAIRS[-1])]
         return looked_at([each + math.log(slower) for each in drawn], PairRule(error=error))
 
-    same = [compared(1.0, FAMILY_ERROR / simulation.CASES) for _ in range(DRAWN * simulation.CASES)]
+    same = [compared(1.0, FAMILY_ERROR / simulation.CASES)[0] for _ in range(DRAWN * simulation.CASES)]
     alarms = suites_with_worse(same)
-    found = {slower: [compared(slower, FAMILY_ERROR) for _ in range(DRAWN)].count("worse") for slower in FOUND}
+    slowed = {slower: [compared(slower, FAMILY_ERROR) for _ in range(DRAWN)] for slower in FOUND}
+    found = {slower: sum(verdict == "worse" for verdict, _ in each) for slower, each in slowed.items()}
 
     record(
         process_pairs=len(log_ratios),
+        pair_seconds=pair_seconds,
+        log_ratios=log_ratios,
         log_ratio_deviation=statistics.stdev(log_ratios),
         comparisons=DRAWN,
         comparisons_with_worse=alarms,
         verdicts=dict(Counter(same)),
         found={str(slower): number for slower, number in found.items()},
+        # Not asserted: how long a pair takes is the machine's.
+        found_within_budget={
+            str(slower): sum(verdict == "worse" and pairs * pair_seconds <= BUDGET_SECONDS for verdict, pairs in each)
+            for slower, each in slowed.items()
+        },
+        pairs_that_decided={
+            str(slower): dict(Counter(str(pairs) for _, pairs in each)) for slower, each in slowed.items()
+        },
     )
     assert alarms <= at_most(FALSE_ALARMS, DRAWN)
     assert all(DRAWN - found[slower] <= at_most(1 - share, DRAWN) for slower, share in FOUND.items())

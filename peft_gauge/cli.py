@@ -52,10 +52,13 @@ def doctor(
 def fetch(
     name: Annotated[str, typer.Argument(help="Which weights: smollm2.")],
 ) -> None:
-    """Bring real weights into the user's cache, with a checksum."""
+    """Bring real weights into the user's cache, with a checksum, and dequantise them for the runs to come."""
     from peft_gauge.fetch import fetch as fetch_weights
+    from peft_gauge.fetch import prepare
 
-    print(fetch_weights(name))
+    weights = fetch_weights(name)
+    print(weights)
+    print(prepare(weights))
 
 
 def main() -> None:

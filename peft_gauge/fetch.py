@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
-from peft_gauge import paths
+from peft_gauge import models, paths
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.models import FETCHED_WEIGHTS
 
@@ -63,6 +63,18 @@ def fetch(name: str, *, download: Callable[[Sequence[str]], None] | None = None)
             f"cannot write the weights to {target.parent}: {one_line(error)}; PEFT_GAUGE_CACHE moves it"
         ) from error
     return target
+
+
+def prepare(weights: Path) -> Path:
+    """Dequantise what `fetch` brought, so that no run waits for it, and return the folder; see `models.kept`."""
+    try:
+        copy = models.kept(models.resolve(weights.parent.name, weights="real"), models.default_dtype("cpu"))
+    except OSError as error:
+        raise GaugeError(
+            f"cannot write to {weights.parent}: {one_line(error)}; PEFT_GAUGE_CACHE moves it; the weights are there, "
+            "and every run will dequantise them anew"
+        ) from error
+    return Path(copy.location or weights)
 
 
 def _pip_download(arguments: Sequence[str]) -> None:

@@ -11,9 +11,12 @@ import contextlib
 import io
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -315,6 +318,35 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     with _without_progress_bars():
         model.save_pretrained(folder)
     return replace(record, source="folder", weights="real", location=str(folder))
+
+
+KEPT_COPIES = 3
+"""Of fetched weights, each for another dtype or release of transformers; older copies go."""
+
+
+def kept(record: ModelRecord, dtype: str) -> ModelRecord:
+    """`stored`, beside the GGUF in the user's cache, for good; any other record comes back as it is.
+
+    A copy is of one release of transformers, which dequantises the weights and names the fields of the config. Raises
+    `OSError` where it cannot be written.
+    """
+    gguf = Path(record.location or "")
+    if gguf.suffix != ".gguf" or not gguf.is_relative_to(paths.cache()):
+        return record
+    kind = f"{gguf.stat().st_mtime_ns:x}-{dtype}-transformers-{metadata.version('transformers')}"
+    copy = gguf.with_name(f"{gguf.stem}-{kind}")
+    if not copy.is_dir():
+        with tempfile.TemporaryDirectory(dir=gguf.parent, prefix="unfinished-") as folder:
+            stored(record, dtype, Path(folder) / "copy")
+            try:
+                (Path(folder) / "copy").rename(copy)
+            except OSError:
+                if not copy.is_dir():  # or another process was first, with the same bytes
+                    raise
+        copies = sorted(gguf.parent.glob(f"{gguf.stem}-*-transformers-*"), key=lambda each: each.stat().st_mtime)
+        for old in copies[:-KEPT_COPIES]:
+            shutil.rmtree(old, ignore_errors=True)
+    return replace(record, source="folder", location=str(copy))
 
 
 def _from_config(record: ModelRecord, attn_implementation: str) -> PreTrainedModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from peft_gauge import models, paths
 from peft_gauge.errors import GaugeError
+from peft_gauge.fetch import prepare
 
 TOY = paths.fixture("models") / "toy-llama" / "config.json"
 
@@ -185,3 +188,73 @@ def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 def test_unknown_dtypes_name_the_known() -> None:
     with pytest.raises(GaugeError, match="unknown dtype 'float23'; did you mean float32"):
         models.torch_dtype("float23")
+
+
+# ---- copies that load in a moment ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.ModelRecord:
+    """A record with a GGUF in the cache, that is read as the toy model is drawn; how often, stands beside it."""
+    monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "cache" / "smollm2-135m" / models.FETCHED_WEIGHTS["smollm2-135m"]
+    gguf.parent.mkdir(parents=True)
+    gguf.write_bytes(b"a GGUF")
+    toy, really = models.resolve("toy-llama"), models.build
+
+    def build(record: models.ModelRecord, *, dtype: str) -> object:
+        reads = tmp_path / "reads"
+        reads.write_text((reads.read_text() if reads.exists() else "") + "x")
+        return really(toy, dtype=dtype)
+
+    record = dataclasses.replace(toy, weights="real", location=str(gguf))
+    monkeypatch.setattr(
+        models, "build", lambda given, **options: (build if given == record else really)(given, **options)
+    )
+    return record
+
+
+def test_fetched_weights_are_dequantised_once(fetched: models.ModelRecord, tmp_path: Path) -> None:
+    copies = [models.kept(fetched, "float32") for _ in range(2)]
+
+    assert copies[0] == copies[1] != fetched
+    assert (tmp_path / "reads").read_text() == "x"
+    drawn, loaded = (models.build(each) for each in (models.resolve("toy-llama"), copies[0]))
+    assert all(torch.equal(a, b) for a, b in zip(drawn.parameters(), loaded.parameters(), strict=True))
+    assert sorted(path.name for path in Path(fetched.location or "").parent.iterdir()) == sorted(
+        [Path(each.location or "").name for each in (fetched, copies[0])]
+    )
+
+
+def test_a_copy_is_of_one_file_one_dtype_and_one_transformers(
+    fetched: models.ModelRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = Path(fetched.location or "")
+    first = models.kept(fetched, "float32")
+    other_dtype = models.kept(fetched, "bfloat16")
+    os.utime(gguf, (1, 1))
+    other_file = models.kept(fetched, "float32")
+    monkeypatch.setattr(models.metadata, "version", lambda name: "4.0.0")
+    other_release = models.kept(fetched, "float32")
+
+    copies = [Path(each.location or "") for each in (first, other_dtype, other_file, other_release)]
+    assert len(set(copies)) == 4
+    assert [copy.is_dir() for copy in copies] == [False, True, True, True], "the oldest of four goes"
+
+
+def test_only_what_was_fetched_is_copied(fetched: models.ModelRecord, tmp_path: Path) -> None:
+    elsewhere = dataclasses.replace(fetched, location=str(tmp_path / "own.gguf"))
+    drawn = models.resolve("toy-llama")
+    assert models.kept(elsewhere, "float32") == elsewhere
+    assert models.kept(drawn, "float32") == drawn
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    fetched: models.ModelRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> object:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(GaugeError, match="No space left on device.*PEFT_GAUGE_CACHE moves it"):
+        prepare(Path(fetched.location or ""))
