@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
+from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, check_short
 from peft_gauge import methods
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import paired, sweep
@@ -32,14 +32,12 @@ from peft_gauge.quality.training import Schedule, train
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fixtures.sweeps import TextSweep
+    from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
     from peft_gauge.methods import Method
     from peft_gauge.models import ModelRecord
     from peft_gauge.quality.planted import PreparedPlanted
     from peft_gauge.quality.sweep import Trained
-
-pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
 
 PLANTED_LENGTHS = Lengths(steps=100, search_steps=15)
 VERDICT_SEEDS, VERDICT_STEPS = (0, 1, 2, 3), 100
@@ -76,6 +74,7 @@ TEXT_SETTINGS = (
 )
 
 
+@pytest.mark.slow
 def test_planted_in_reach_of_a_method(record: Callable[..., None]) -> None:
     """Full fine-tuning and LoRA of its rank can be the planted update, IA³ and prefixes cannot."""
     settings = (*ENOUGH, *NOT_ENOUGH)
@@ -102,6 +101,7 @@ class WiderPlanted(Planted):
         return replace(narrow, name="toy-llama-uniform", config_json=json.dumps({**narrow.config, **wider}))
 
 
+@pytest.mark.slow
 def test_planted_drop_in_quality(record: Callable[..., None]) -> None:
     """The paired verdict, where it is known: LoRA keeps its quality when its own weights are drawn anew. QLoRA does not
     keep it here, for LoRA on queries and values cannot undo what rounding did to all other layers, and so small a model
@@ -137,6 +137,16 @@ def planted_quality(task: PreparedPlanted, method: Method) -> float | None:
     return None if curve.divergence else task.scores(job)["quality"]
 
 
+def test_two_methods_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
+    """LoRA and IA³ for a few steps."""
+    swept = short_text_sweep(["r16", "ia3"])
+
+    check_short(swept)
+    lora, ia3 = (result.trainable_params for result in swept.results)
+    assert ia3 < lora
+
+
+@pytest.mark.slow
 @pytest.mark.claim("qlora-quality")
 def test_methods_on_text(text_sweep: TextSweep, record: Callable[..., None], decide: Decide) -> None:
     """Interrupted, it goes on where it stopped.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
+from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, check_short
 from peft_gauge import methods
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
@@ -25,7 +25,7 @@ from peft_gauge.quality.tasks import CALENDAR
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fixtures.sweeps import TextSweep
+    from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
 
 PLANTED_LENGTHS = Lengths(steps=100, search_steps=25)
@@ -34,8 +34,6 @@ PLANTED_RANKS = (2, 3, 4, 8)
 REACHED = 0.9
 """Share of the base's error that must be learned away at the planted rank, and cannot be below it
 (`tests/test_quality_planted.py` has the figures)."""
-
-SHORT = Lengths(steps=5, search_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -62,16 +60,13 @@ def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None
     assert (knee["knee"], knee["knee_share"]) == (f"r{PLANTED_RANK}", 1.0), "the sweep does not see what was planted"
 
 
-def test_two_ranks_on_text(text_sweep: TextSweep) -> None:
+def test_two_ranks_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
     """The smallest of what follows: the machinery on the real model, in steps too few for anything but its form."""
-    swept = text_sweep(
-        lambda model: [text_lora(rank) for rank in (2, 16)], 1, SHORT, resumes=False, validation=8, held_out=8
-    )
+    swept = short_text_sweep(["r2", "r16"])
 
-    assert {len(result.search.tried) for result in swept.results} >= {3}, "no learning rate was searched"
-    for result in swept.results:
-        assert result.divergence is None
-        assert result.scores["loss_learned"] > 0.1, "five steps teach the form of the answers"
+    check_short(swept)
+    by_label = {result.label: result.trainable_params for result in swept.results}
+    assert by_label["r16"] == 8 * by_label["r2"]
 
 
 @pytest.mark.slow

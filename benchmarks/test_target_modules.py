@@ -3,7 +3,7 @@
 Target sets are those of teaching material: queries and values; all four attention projections; all linear layers. Each
 is asked first on a task of known truth, where an update of rank 4 is planted in q_proj and v_proj: a set that holds
 these two is enough at rank 4, and at the parameters of queries and values alone a wider set is left with too little
-rank. On a real model (``-m slow``) what is found is recorded and not asserted.
+rank. On a real model (two sets for a few steps; all of them ``-m slow``) what is found is recorded and not asserted.
 
 The scaling α/r is varied on the planted task, from 0.25 to 8, at one learning rate for all and at a rate of its own for
 each.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS
+from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS, check_short
 from peft_gauge import methods
 from peft_gauge.cases import count_on_meta
 from peft_gauge.claims import ledger
@@ -29,12 +29,10 @@ from peft_gauge.quality.training import Schedule, train
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fixtures.sweeps import TextSweep
+    from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
     from peft_gauge.models import ModelRecord
     from peft_gauge.quality.sweep import Trained
-
-pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
 
 LENGTHS = Lengths(steps=100, search_steps=25)
 
@@ -47,6 +45,7 @@ ENOUGH = {"q,v": methods.ATTENTION_QV, "q,k,v,o": methods.ATTENTION, "all-linear
 SCALINGS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
+@pytest.mark.slow
 def test_planted_targets(record: Callable[..., None]) -> None:
     at_equal_rank = [lora(name, targets, PLANTED_RANK) for name, targets in ENOUGH.items()]
     at_equal_budget = at_the_budget_of(at_equal_rank[0], small_decoder())
@@ -65,6 +64,7 @@ def test_planted_targets(record: Callable[..., None]) -> None:
         assert by_label[setting.label]["quality_high"] < REACHED, f"{setting.label} cannot hold the planted update"
 
 
+@pytest.mark.slow
 def test_planted_elsewhere(record: Callable[..., None]) -> None:
     """At the rank of the planted update, and with as many parameters, but in modules where nothing was planted."""
     elsewhere = lora("k,o", ("k_proj", "o_proj"), PLANTED_RANK)
@@ -76,6 +76,7 @@ def test_planted_elsewhere(record: Callable[..., None]) -> None:
     assert figures["pareto"][0]["quality_high"] < REACHED
 
 
+@pytest.mark.slow
 @pytest.mark.claim("alpha-scales")
 def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     """Does α/r set the size of the update, or only, as a learning rate does, the way to it?
@@ -107,6 +108,16 @@ def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     decide("alpha-scales", "any", findings.scaling_sets_size(sizes, shared, **bounds))
 
 
+def test_two_target_sets_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
+    """Queries and values, and all four projections, for a few steps."""
+    swept = short_text_sweep(["q,v r16", "r16"])
+
+    check_short(swept)
+    narrow, wide = (result.trainable_params for result in swept.results)
+    assert narrow < wide
+
+
+@pytest.mark.slow
 @pytest.mark.claim("target-tradeoff")
 def test_targets_on_text(text_sweep: TextSweep, decide: Decide) -> None:
     """The same sets on a real model, at rank 16 and at the parameters of queries and values; interrupted, it goes on
