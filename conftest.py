@@ -20,7 +20,7 @@ from peft_gauge.history.reading import Run, last_run, read_run
 from peft_gauge.history.resuming import Resumption, merged, resumable
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.writing import write_run
-from peft_gauge.report import memory_table, plan_table, published_table, terminal
+from peft_gauge.report import memory_table, plan_table, published_table, sweep_table, terminal
 from peft_gauge.report.comparison import as_terminal
 
 if TYPE_CHECKING:
@@ -270,6 +270,7 @@ class Recorder:
             terminalreporter.write(memory_table.summary(self.cases, width))
             terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))
+            terminalreporter.write(sweep_table.summary(self.cases, width))
         for note in self.notes:
             terminalreporter.write_line(note)
 

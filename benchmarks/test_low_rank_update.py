@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch import nn
 
 from fixtures.sweeps import FULL, SEEDS, TEXT_LENGTHS
 from peft_gauge import methods, models, paths
@@ -29,12 +30,14 @@ from peft_gauge.quality.dissected import Dissected, spectral_figures
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, plant, small_decoder
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
-from peft_gauge.quality.updates import Updates
+from peft_gauge.quality.updates import RANKS, Updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fixtures.verdicts import Decide
+    from peft_gauge.models import ModelRecord
+    from peft_gauge.quality.sweep import Trained
     from peft_gauge.quality.tasks import TextTask
 
 CLAIM = "low-rank-update"
@@ -102,13 +105,38 @@ def test_update_on_text(
     )
 
     found = finding([result.scores for result in results], source)
-    record(model=model.name, task=source, trainings=[result.as_json() for result in results])
+    trainings = [result.as_json() for result in results]
+    record(model=model.name, task=source, trainings=trainings, pareto=cut_down(results, model))
     if source != CALENDAR:
         record(finding=asdict(found))  # the recorded verdict is that on the calendar
         return
     known = [result.scores["base_exact_match"] for result in results if result.scores]
     assert not any(known), "the base knew the invented calendar"
     decide(CLAIM, model.name, found)
+
+
+def cut_down(results: Sequence[Trained], model: ModelRecord) -> list[dict[str, Any]]:
+    """What is left of the quality at each rank, over the numbers that hold the update of every linear layer at it."""
+    shapes = [m.weight.shape for m in models.build(model, device="meta").modules() if isinstance(m, nn.Linear)]
+    held = {rank: sum(min(rank * sum(shape), shape.numel()) for shape in shapes) for rank in RANKS}
+    points = [(f"rank {rank}", held[rank], f"quality_at_rank_{rank}") for rank in RANKS]
+    points.append(("whole", sum(shape.numel() for shape in shapes), "quality"))
+    taught = [result.scores for result in results if result.scores]
+    rows = []
+    for label, update_params, name in points:
+        left = [scores[name] for scores in taught] if len(taught) == len(results) else []
+        rows.append(
+            {
+                "label": label,
+                "update_params": update_params,
+                "quality": statistics.fmean(left) if left else None,
+                "quality_low": min(left, default=None),
+                "quality_high": max(left, default=None),
+                "seeds": len(results),
+                "diverged": len(results) - len(taught),
+            }
+        )
+    return rows
 
 
 def planted(seed: int, rank: int, targets: tuple[str, ...]) -> Planted:

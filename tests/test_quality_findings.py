@@ -67,6 +67,12 @@ def test_two_seeds_or_a_diverged_rank_tell_nothing() -> None:
     assert finding.figure.endswith("; diverged: r64")
 
 
+def test_where_every_rank_diverged_nothing_is_told() -> None:
+    finding = best_rank(of_ranks(*[[None] * len(RANKS)] * 3), {}, "planted", least_share=0.8)
+    assert finding.verdict == "cannot tell"
+    assert finding.figure == "diverged: r2, r4, r8, r16, r32, r64"
+
+
 def of_sets(**qualities: Sequence[float | None]) -> list[Trained]:
     return swept(qualities, dict.fromkeys(qualities, 1000))
 

@@ -31,16 +31,18 @@ def best_rank(
     """
     rows = pareto_rows(results, peak_bytes)
     found = knees(results, rows)
-    knee = found["trainable_params"]
+    knee = found.get("trainable_params")  # not there where every rank diverged
     diverged = [row["label"] for row in rows if row["diverged"]]
     qualities = ", ".join(f"{row['label']} {row['quality']:.3f}" for row in rows if row["quality"] is not None)
     at = "; ".join(
         f"knee by {COSTS[cost]}: {each.label or 'none'} in {100 * each.share:.0f} % of resamples"
         for cost, each in found.items()
     )
-    figure = f"quality {qualities}; {at}" + (f"; diverged: {', '.join(diverged)}" if diverged else "")
-    sure = knee.share >= least_share and knee.seeds >= paired.LEAST_PAIRS and not diverged
-    return Finding.of((knee.label is not None) if sure else None, figure, conditions)
+    reached = f"quality {qualities}; {at}" if knee else ""
+    figure = "; ".join(filter(None, (reached, f"diverged: {', '.join(diverged)}" if diverged else "")))
+    if knee is None or diverged or knee.share < least_share or knee.seeds < paired.LEAST_PAIRS:
+        return Finding.of(None, figure, conditions)
+    return Finding.of(knee.label is not None, figure, conditions)
 
 
 def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) -> Finding:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
-from peft_gauge.report import page_data
+from peft_gauge.report import page_data, sweep_table
 from peft_gauge.report.comparison import in_markdown
 from peft_gauge.report.page_history import machine_of
 from peft_gauge.report.terminal import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds
 
 if TYPE_CHECKING:
     from peft_gauge.history.reading import Run
+    from peft_gauge.history.schema import CaseRecord
 
 MOST_SKIPPED = 20
 """Skipped cases that are told with their reason; of a run on a small machine, most cases are skipped."""
@@ -32,13 +33,14 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: i
 
 
 def summary(run: Run) -> str:
-    """``run`` as Markdown: machine and versions, claims, methods, memory with plan and ceiling, what did not pass."""
+    """``run`` as Markdown: machine, versions, claims, methods, memory with plan and ceiling, sweeps, what failed."""
     parts = [
         [f"## {escape(machine_of(run))}, run {escape(run.name)}"],
         list(_about(run)),
         list(_methods(run)),
         list(_memory(run)),
         list(_plans(run)),
+        *map(_sweep, page_data.sweeps_of(run)),
         list(_not_passed(run)),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
@@ -154,6 +156,17 @@ def _plans(run: Run) -> Iterator[str]:
         ),
         texts=3,
     )
+
+
+def _sweep(case: CaseRecord) -> list[str]:
+    headings, lines = sweep_table.told(case.figures)
+    found = sweep_table.knees(case)
+    return [
+        f"### {escape(sweep_table.title(case))}",
+        "",
+        *table(headings, lines),
+        *(["", f"{escape(found)}."] if found else []),
+    ]
 
 
 def _not_passed(run: Run) -> Iterator[str]:

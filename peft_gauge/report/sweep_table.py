@@ -1,0 +1,92 @@
+"""Sweeps as tables: what each setting costs and reaches, over which seeds, and where the knee of the curve is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from peft_gauge.report.terminal import ABSENT, WIDTH, as_text, shown, shown_bytes, shown_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from peft_gauge.history.schema import CaseRecord
+
+NOTE = "quality: mean over seeds, more is better; peak: planned"
+QUALITY = ("learning rate", "quality", "over seeds", "diverged")
+ABOUT_QUALITY = frozenset({"quality", "quality_low", "quality_high", "seeds", "diverged"})
+"""What a point of a sweep has besides its label and its costs."""
+
+
+def summary(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
+    """A table for each case that swept over settings, as text; empty where none did."""
+    return as_text([_table(case) for case in cases if case.figures.get("pareto")], width)
+
+
+def _table(case: CaseRecord) -> Table:
+    table = Table(title=title(case), title_justify="left", caption_justify="left")
+    table.caption = "\n".join(filter(None, (knees(case), NOTE)))
+    headings, lines = told(case.figures)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def title(case: CaseRecord) -> str:
+    """Which sweep, of which model on which task."""
+    name, figures = case.id.rpartition("::")[2], case.figures
+    return f"{name}: {figures.get('model', ABSENT)}, {figures.get('task', ABSENT)}"
+
+
+def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each point of the sweep in ``figures``: its costs, its rate, its mean quality."""
+    points: Sequence[Mapping[str, Any]] = figures["pareto"]
+    costs = list(dict.fromkeys(name for point in points for name in point if name not in {"label", *ABOUT_QUALITY}))
+    rates = _rates(figures)
+    headings = ["setting", *(name.rpartition("_")[0].replace("_", " ") or name for name in costs), *QUALITY]
+    lines = [
+        [
+            str(point["label"]),
+            *(_cost(name, point.get(name)) for name in costs),
+            rates.get(point["label"], ABSENT),
+            shown(point.get("quality"), "{:.4f}"),
+            _spread(point),
+            f"{point.get('diverged', 0)} of {point.get('seeds', ABSENT)}",
+        ]
+        for point in points
+    ]
+    return headings, lines
+
+
+def _cost(name: str, value: float | None) -> str:
+    if name.endswith("_bytes"):
+        return shown_bytes(value)
+    return shown_seconds(value) if name.endswith("_seconds") else shown(value, "{:,}")
+
+
+def _spread(point: Mapping[str, Any]) -> str:
+    low, high = point.get("quality_low"), point.get("quality_high")
+    return ABSENT if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
+def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The learning rate that each setting's search chose, by label."""
+    chosen: dict[str, list[float]] = {}
+    for training in figures.get("trainings") or ():
+        rate = (training.get("search") or {}).get("chosen")
+        if rate is not None:
+            chosen.setdefault(training["label"], []).append(rate)
+    return {label: ", ".join(f"{rate:g}" for rate in dict.fromkeys(rates)) for label, rates in chosen.items()}
+
+
+def knees(case: CaseRecord) -> str:
+    """Where the curve of quality against each cost bends, and in what share of the resamples of seeds."""
+    found = case.figures.get("knees") or {}
+    lines = [
+        f"{cost.rpartition('_')[0].replace('_', ' ')}: {each['knee'] or 'none'} in {100 * each['knee_share']:.0f} %"
+        for cost, each in found.items()
+    ]
+    return f"knee, and in what share of the resamples of seeds, by {'; by '.join(lines)}" if lines else ""
