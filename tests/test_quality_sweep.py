@@ -270,6 +270,18 @@ def test_progress_tells_what_came_and_how_long_the_rest_takes(
     assert lines[3].endswith("(saved before)")
 
 
+def test_later_seeds_are_known_to_take_no_search(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 36_000.0, 36_000.0, 36_000.0])
+    monkeypatch.setattr(sweeping.time, "monotonic", lambda: next(clock))
+    lines: list[str] = []
+
+    first, *_ = sweep(tasks[0], SETTINGS[:1], (0, 1, 2), LENGTHS, say=lines.append)
+
+    searched = len(first.search.tried) * LENGTHS.search_steps
+    left_minutes = 600 * 2 * LENGTHS.steps / (LENGTHS.steps + searched)
+    assert lines[0].endswith(f", about {left_minutes:.0f} min left")
+
+
 def test_settings_are_told_apart_by_their_labels(tasks: Any) -> None:
     with pytest.raises(GaugeError, match="same label"):
         sweep(tasks[0], [SETTINGS[0], SETTINGS[0]], (0,), LENGTHS)

@@ -126,23 +126,24 @@ def sweep(
         raise GaugeError("two settings of a sweep have the same label")
     done: list[Trained] = []
     searches: dict[str, RateSearch] = {}
-    progress = _Progress(len(settings) * len(seeds), say)
+    progress = _Progress([setting.label for setting in settings] * len(seeds), lengths, say)
     for seed in seeds:
         task = task_of(seed)
         prepared: Prepared | None = None
         for setting in settings:
+            known = searches.get(setting.label)
             file = None if cache is None else cache / _file_name(task, setting, seed, lengths, searches)
             result = _read(file)
             read = result is not None
             if result is None:
                 prepared = prepared or task.prepared()  # not built at all where everything is in the cache
-                result = train_setting(prepared, setting, seed, lengths, searches.get(setting.label))
+                result = train_setting(prepared, setting, seed, lengths, known)
                 _write(file, result)
             result = replace(result, label=setting.label)
             if result.search.chosen is not None:
                 searches.setdefault(setting.label, result.search)
             done.append(result)
-            progress.tell(result, read)
+            progress.tell(result, read=read, searched=known is None)
     return done
 
 
@@ -290,22 +291,40 @@ def _write(file: Path | None, result: Trained) -> None:
 
 
 class _Progress:
-    """One line a training: which, what came of it, and how long the rest will take at the pace so far."""
+    """One line a training: which, what came of it, and how long the rest will take at the pace so far.
 
-    def __init__(self, total: int, say: Callable[[str], None] | None) -> None:
-        self.total, self.say = total, say
-        self.seen = self.trained = 0
+    The pace is that of steps: a training that has to search for its rate takes about twice as many.
+    """
+
+    def __init__(self, labels: Sequence[str], lengths: Lengths, say: Callable[[str], None] | None) -> None:
+        self.left, self.total, self.lengths, self.say = list(labels), len(labels), lengths, say
+        self.to_search = set(labels)
+        self.tried: list[int] = []  # rates, by each search that was seen
+        self.steps = 0.0
         self.begun = time.monotonic()
 
-    def tell(self, result: Trained, read: bool) -> None:
-        self.seen += 1
-        self.trained += not read
+    def tell(self, result: Trained, *, read: bool, searched: bool) -> None:
+        self.left.remove(result.label)
+        if searched:
+            self.tried.append(len(result.search.tried))
+        if result.search.chosen is not None:
+            self.to_search.discard(result.label)
+        if not read:
+            self.steps += self._steps(len(result.search.tried) if searched else 0)
         if self.say is None:
             return
         quality = result.scores.get("quality")
         what = "diverged" if result.divergence else f"quality {quality:.4f}" if quality is not None else "done"
-        spent = time.monotonic() - self.begun
-        left = self.total - self.seen
-        rest = f", about {spent / self.trained * left / 60:.0f} min left" if self.trained and left else ""
+        rest = f", about {self._left_seconds() / 60:.0f} min left" if self.steps and self.left else ""
         how = " (saved before)" if read else ""
-        self.say(f"[{self.seen}/{self.total}] {result.label}, seed {result.seed}: {what}{how}{rest}")
+        place = self.total - len(self.left)
+        self.say(f"[{place}/{self.total}] {result.label}, seed {result.seed}: {what}{how}{rest}")
+
+    def _steps(self, rates: float) -> float:
+        return self.lengths.steps + rates * self.lengths.search_steps
+
+    def _left_seconds(self) -> float:
+        to_search = len(self.to_search.intersection(self.left))
+        rates = statistics.fmean(self.tried) if self.tried else 0
+        steps = to_search * self._steps(rates) + (len(self.left) - to_search) * self._steps(0)
+        return (time.monotonic() - self.begun) / self.steps * steps
