@@ -246,6 +246,23 @@ def test_nothing_else_is_taken_for_what_was_saved(tasks: Any, tmp_path: Path, mo
     assert trained_anew()
 
 
+def test_a_library_from_a_folder_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code.py").write_text("a = 1")
+    texts: dict[str, str | None] = {"direct_url.json": None}
+    dist = SimpleNamespace(version="0.21.3.dev0", read_text=texts.get)
+    monkeypatch.setattr(sweeping, "distribution", lambda name: dist)
+    released = sweeping._version("peft")
+    texts["direct_url.json"] = json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}})
+    before, again = sweeping._version("peft"), sweeping._version("peft")
+    (tmp_path / "code.py").write_text("a = 10")
+    after = sweeping._version("peft")
+    texts["direct_url.json"] = json.dumps({"url": "https://x/peft", "vcs_info": {"vcs": "git", "commit_id": "abc"}})
+
+    assert released == "0.21.3.dev0"
+    assert before == again
+    assert len({released, before, after, sweeping._version("peft")}) == 4
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(tasks: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GaugeError, match="PEFT_GAUGE_CACHE"):

@@ -9,8 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.writing import write_whole
@@ -263,9 +266,20 @@ def _file_name(task: Task, setting: Setting, seed: int, lengths: Lengths, search
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+    return {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
 
-    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+
+def _version(name: str) -> str:
+    """The version of a library; of one that is installed from a folder also the state of its files, for there one
+    version has many codes."""
+    found = distribution(name)
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    if "dir_info" not in origin:
+        return found.version + str(origin.get("vcs_info", {}).get("commit_id", ""))
+    folder = Path(url2pathname(urlsplit(origin["url"]).path))
+    files = [(str(file.relative_to(folder)), file.stat()) for file in sorted(folder.rglob("*.py"))]
+    state = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in files])
+    return f"{found.version} {hashlib.sha256(state.encode()).hexdigest()[:16]}"
 
 
 def _read(file: Path | None) -> Trained | None:
