@@ -635,7 +635,7 @@ def test_a_run_against_itself_is_the_same_in_all_but_what_cannot_be_told() -> No
     for path in runs_in(RESULTS):
         found = compare(read_run(path), read_run(path), RULES)
         assert all(row.says == "same" or row.metric.endswith("_seconds") for row in found.rows)
-        assert found.counts["same"] > found.counts["cannot tell"]
+        assert found.counts["same"] >= len(read_run(path).cases)  # the outcome of each, at the least
         assert found.exit_code(strict=True) == 0
 
 
