@@ -121,22 +121,14 @@ def cut_down(results: Sequence[Trained], model: ModelRecord) -> list[dict[str, A
     held = {rank: sum(min(rank * sum(shape), shape.numel()) for shape in shapes) for rank in RANKS}
     points = [(f"rank {rank}", held[rank], f"quality_at_rank_{rank}") for rank in RANKS]
     points.append(("whole", sum(shape.numel() for shape in shapes), "quality"))
-    taught = [result.scores for result in results if result.scores]
-    rows = []
-    for label, update_params, name in points:
-        left = [scores[name] for scores in taught] if len(taught) == len(results) else []
-        rows.append(
-            {
-                "label": label,
-                "update_params": update_params,
-                "quality": statistics.fmean(left) if left else None,
-                "quality_low": min(left, default=None),
-                "quality_high": max(left, default=None),
-                "seeds": len(results),
-                "diverged": len(results) - len(taught),
-            }
-        )
-    return rows
+    return [
+        {
+            "label": label,
+            "update_params": update_params,
+            **sweep.over_seeds([result.scores.get(name) for result in results]),
+        }
+        for label, update_params, name in points
+    ]
 
 
 def planted(seed: int, rank: int, targets: tuple[str, ...]) -> Planted:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, check_short
+from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
 from peft_gauge import methods
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import paired, sweep
@@ -141,7 +141,6 @@ def test_two_methods_on_text(short_text_sweep: Callable[[Sequence[str]], Swept])
     """LoRA and IA³ for a few steps."""
     swept = short_text_sweep(["r16", "ia3"])
 
-    check_short(swept)
     lora, ia3 = (result.trainable_params for result in swept.results)
     assert ia3 < lora
 

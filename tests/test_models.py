@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fixtures.weights import stored_base
 from peft_gauge import models, paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.fetch import prepare
@@ -255,6 +256,9 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     def full(*arguments: object, **options: object) -> object:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(models, "kept", full)
+    elsewhere = stored_base(fetched, "float32")
+    assert Path(elsewhere.location or "", "model.safetensors").is_file()
+    assert not Path(elsewhere.location or "").is_relative_to(paths.cache())
     with pytest.raises(GaugeError, match="No space left on device.*PEFT_GAUGE_CACHE moves it"):
         prepare(Path(fetched.location or ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -134,19 +135,18 @@ def sweep(
         task = task_of(seed)
         prepared: Prepared | None = None
         for setting in settings:
-            known = searches.get(setting.label)
             file = None if cache is None else cache / _file_name(task, setting, seed, lengths, searches)
             result = _read(file)
             read = result is not None
             if result is None:
                 prepared = prepared or task.prepared()  # not built at all where everything is in the cache
-                result = train_setting(prepared, setting, seed, lengths, known)
+                result = train_setting(prepared, setting, seed, lengths, searches.get(setting.label))
                 _write(file, result)
             result = replace(result, label=setting.label)
             if result.search.chosen is not None:
                 searches.setdefault(setting.label, result.search)
             done.append(result)
-            progress.tell(result, read=read, searched=known is None)
+            progress.tell(result, read)
     return done
 
 
@@ -198,13 +198,10 @@ def by_label(results: Iterable[Trained]) -> dict[str, list[Trained]]:
 def pareto_rows(results: Iterable[Trained], peak_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row a setting with what it costs and what it reaches, for a report.
 
-    ``quality`` is the mean over seeds, ``quality_low`` and ``quality_high`` their least and most; a setting that
-    diverged under some seed has no quality (``None``) and says how often in ``diverged``. ``peak_bytes`` are planned.
+    What it reaches is told as `over_seeds` does; ``peak_bytes`` are planned.
     """
     rows = []
     for label, group in by_label(results).items():
-        whole = all(result.divergence is None for result in group)
-        qualities = [result.scores["quality"] for result in group] if whole else []
         seconds = [result.curve.step_seconds for result in group if result.curve is not None]
         rows.append(
             {
@@ -212,14 +209,27 @@ def pareto_rows(results: Iterable[Trained], peak_bytes: Mapping[str, int]) -> li
                 "trainable_params": group[0].trainable_params,
                 "peak_bytes": peak_bytes.get(label),
                 "step_seconds": statistics.median(seconds) if seconds else None,
-                "quality": statistics.fmean(qualities) if whole else None,
-                "quality_low": min(qualities) if whole else None,
-                "quality_high": max(qualities) if whole else None,
-                "seeds": len(group),
-                "diverged": sum(result.divergence is not None for result in group),
+                **over_seeds([None if each.divergence else each.scores["quality"] for each in group]),
             }
         )
     return rows
+
+
+def over_seeds(qualities: Sequence[float | None]) -> dict[str, Any]:
+    """The quality of one setting under each seed, as a row tells it; ``None`` where the training diverged.
+
+    ``quality`` is the mean, ``quality_low`` and ``quality_high`` are the least and the most; a setting that diverged
+    under some seed has none of them (``None``) and says how often in ``diverged``.
+    """
+    reached = [quality for quality in qualities if quality is not None]
+    told = reached if len(reached) == len(qualities) else []
+    return {
+        "quality": statistics.fmean(told) if told else None,
+        "quality_low": min(told, default=None),
+        "quality_high": max(told, default=None),
+        "seeds": len(qualities),
+        "diverged": len(qualities) - len(reached),
+    }
 
 
 def knees(results: Iterable[Trained], rows: Sequence[Mapping[str, Any]]) -> dict[str, Knee]:
@@ -265,6 +275,7 @@ def _file_name(task: Task, setting: Setting, seed: int, lengths: Lengths, search
     return f"{setting.method.name}-seed{seed}-{digest}.json"
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     return {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
 
@@ -317,8 +328,9 @@ class _Progress:
         self.steps = 0.0
         self.begun = time.monotonic()
 
-    def tell(self, result: Trained, *, read: bool, searched: bool) -> None:
+    def tell(self, result: Trained, read: bool) -> None:
         self.left.remove(result.label)
+        searched = result.label in self.to_search
         if searched:
             self.tried.append(len(result.search.tried))
         if result.search.chosen is not None:

@@ -40,7 +40,7 @@ def summary(run: Run) -> str:
         list(_methods(run)),
         list(_memory(run)),
         list(_plans(run)),
-        *map(_sweep, page_data.sweeps_of(run)),
+        *map(_sweep, sweep_table.swept(run.cases)),
         list(_not_passed(run)),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"

@@ -20,7 +20,7 @@ from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
 from peft_gauge.report.memory_table import ON_CPU, ON_CUDA
 from peft_gauge.report.page_history import History, RememberedRules, machine_of, median_interval
-from peft_gauge.report.sweep_table import ABOUT_QUALITY
+from peft_gauge.report.sweep_table import ABOUT_QUALITY, swept
 from peft_gauge.report.terminal import PHASES, label, method_rows
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
             continue
         history.add(run)
         verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
-        swept = {record.id: (run, record) for record in sweeps_of(run)}
-        sweeps.setdefault(machine_of(run), {}).update(swept)
+        of_run = {record.id: (run, record) for record in swept(run.cases)}
+        sweeps.setdefault(machine_of(run), {}).update(of_run)
         kept = latest.setdefault(machine_of(run), [])
         kept.append(run)
         del kept[: -EARLIER_LOOKED_AT - 1]
@@ -308,11 +308,6 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
         "over_control": figures.get(metric.replace("_seconds", "_over_control")),
         "unsteady": "; ".join(map(str, figures.get("unsteady") or [])) or None,
     }
-
-
-def sweeps_of(run: Run) -> list[CaseRecord]:
-    """The cases that swept over settings."""
-    return [record for record in run.cases if record.figures.get("pareto")]
 
 
 def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:

@@ -21,7 +21,12 @@ ABOUT_QUALITY = frozenset({"quality", "quality_low", "quality_high", "seeds", "d
 
 def summary(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
     """A table for each case that swept over settings, as text; empty where none did."""
-    return as_text([_table(case) for case in cases if case.figures.get("pareto")], width)
+    return as_text(map(_table, swept(cases)), width)
+
+
+def swept(cases: Iterable[CaseRecord]) -> list[CaseRecord]:
+    """Those of ``cases`` that swept over settings."""
+    return [case for case in cases if case.figures.get("pareto")]
 
 
 def _table(case: CaseRecord) -> Table:
@@ -46,7 +51,7 @@ def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     points: Sequence[Mapping[str, Any]] = figures["pareto"]
     costs = list(dict.fromkeys(name for point in points for name in point if name not in {"label", *ABOUT_QUALITY}))
     rates = _rates(figures)
-    headings = ["setting", *(name.rpartition("_")[0].replace("_", " ") or name for name in costs), *QUALITY]
+    headings = ["setting", *map(_heading, costs), *QUALITY]
     lines = [
         [
             str(point["label"]),
@@ -59,6 +64,11 @@ def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for point in points
     ]
     return headings, lines
+
+
+def _heading(cost: str) -> str:
+    """``cost`` without its unit."""
+    return cost.rpartition("_")[0].replace("_", " ") or cost
 
 
 def _cost(name: str, value: float | None) -> str:
@@ -86,7 +96,7 @@ def knees(case: CaseRecord) -> str:
     """Where the curve of quality against each cost bends, and in what share of the resamples of seeds."""
     found = case.figures.get("knees") or {}
     lines = [
-        f"{cost.rpartition('_')[0].replace('_', ' ')}: {each['knee'] or 'none'} in {100 * each['knee_share']:.0f} %"
+        f"{_heading(cost)}: {each['knee'] or 'none'} in {100 * each['knee_share']:.0f} %"
         for cost, each in found.items()
     ]
     return f"knee, and in what share of the resamples of seeds, by {'; by '.join(lines)}" if lines else ""
