@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_gauge import methods
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality import sweep as sweeping
-from peft_gauge.quality.sweep import Lengths, Setting, Trained, figures, knees, pareto_rows, sweep
+from peft_gauge.quality.sweep import Lengths, Setting, Trained, figures, knees, over_seeds, pareto_rows, sweep
 from peft_gauge.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
@@ -118,6 +118,14 @@ def test_a_setting_that_diverges_is_an_outcome_and_the_sweep_goes_on(tasks: Any)
     row = pareto_rows(results, {})[0]
     assert (row["quality"], row["quality_low"], row["diverged"], row["peak_bytes"]) == (None, None, 1, None)
     assert "broken" not in knees(results, pareto_rows(results, {}))["trainable_params"].shares
+
+
+def test_a_setting_that_diverged_under_one_seed_has_no_quality_of_the_others() -> None:
+    none = {"quality": None, "quality_low": None, "quality_high": None}
+    assert over_seeds([0.5, None, 0.75]) == {**none, "seeds": 3, "diverged": 1}
+    assert over_seeds([None]) == {**none, "seeds": 1, "diverged": 1}
+    whole = {"quality": 0.625, "quality_low": 0.5, "quality_high": 0.75, "seeds": 2, "diverged": 0}
+    assert over_seeds([0.75, 0.5]) == whole
 
 
 def test_a_rate_that_diverges_has_no_loss_in_the_search(tasks: Any) -> None:

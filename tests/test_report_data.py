@@ -331,6 +331,13 @@ def test_markdown_says_that_a_ceiling_was_passed(results: Path, run_command: Com
     assert "| qlora | big | 1×64 tokens, float32 | 4.00 GB | 5.00 GB | – | – | backward |" in printed
 
 
+def test_markdown_tells_what_settings_of_a_sweep_reached(results: Path, run_command: Command) -> None:
+    _, printed, _ = run_command("report", "--markdown", str(results / "card-box"))
+    assert "### test\\_rank\\[toy\\]: toy, –\n\n| setting | step | learning rate |" in printed
+    assert "| r=16 | 2.00 s | – | 0.7500 | 0.7000 to 0.8000 | 0 of 3 |" in printed
+    assert "| r=256 | 500.00 ms | – | – | – | 1 of 3 |" in printed
+
+
 def test_markdown_takes_one_file_and_names_every_machine_of_a_folder(results: Path, run_command: Command) -> None:
     first = page_data.find([results / "cpu-box"])[0][0]
     assert run_command("report", "--markdown", str(first))[1].startswith("## cpu-box, run 0001\n")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
+from peft_gauge import paths
 from peft_gauge.history.schema import CaseRecord
 from peft_gauge.report import sweep_table
 
@@ -72,3 +75,12 @@ def test_the_knee_is_told_with_its_share_and_none_is_said() -> None:
 
 def test_a_case_that_swept_nothing_has_no_table() -> None:
     assert sweep_table.summary([case(pareto=[]), CaseRecord("a", "a", "skipped", "no weights", {})]) == ""
+
+
+def test_a_run_shows_its_sweeps() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_rank_sweep.py", "-k", "1-seed", "-q", "--no-save"]
+    ended = subprocess.run(command, cwd=paths.PROJECT, capture_output=True, text=True, timeout=300, check=False)
+
+    assert ended.returncode == 0, ended.stdout
+    assert "test_planted_rank[1-seed]: toy-llama-half, planted" in ended.stdout
+    assert "│ r4      │       896 │ 660.48 kB │" in ended.stdout
