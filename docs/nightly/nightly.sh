@@ -22,12 +22,14 @@ export PATH="$environment/bin:$PATH"
 python -m pip install --quiet --disable-pip-version-check -e .
 peft-gauge doctor --results "$results"
 
-touch "$environment/before"
+saved() { find "$results" -name '[0-9]*.json' | sort; }
+saved > "$environment/before"
 measured=0
 # Without --device=cuda every case would be a skip, and the night a success, where the card has gone.
 pytest -m gpu --device=cuda --results="$results" || measured=$?
 
-run=$(find "$results" -name '[0-9]*.json' -newer "$environment/before" | sort | tail -n 1)
+# By name: times of files are as coarse as the clock's ticks, and another clock's on a file server.
+run=$(saved | comm -13 "$environment/before" - | tail -n 1)
 if [[ -z $run ]]; then
   echo "nothing was saved under $results: no case was measured" >&2
   exit "$(( measured ? measured : 1 ))"
