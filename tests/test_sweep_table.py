@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from peft_gauge import paths
 from peft_gauge.history.schema import CaseRecord
 from peft_gauge.report import sweep_table
@@ -71,6 +73,30 @@ def test_the_knee_is_told_with_its_share_and_none_is_said() -> None:
         in " ".join(text.split())
     )
     assert text.splitlines()[0].strip() == "test_rank: toy, planted"
+
+
+def test_of_one_seed_the_knee_has_no_share() -> None:
+    """One seed resampled is that seed: "in 100 %" would look sure."""
+    one = {"trainable_params": {"knee": "r16", "knee_share": 1.0, "seeds": 1}}
+    told = sweep_table.knees(case(knees=one | {"peak_bytes": {"knee": None, "knee_share": 1.0, "seeds": 1}}))
+    assert told == "knee of one seed by trainable: r16; by peak: none"
+
+
+@pytest.mark.parametrize(
+    ("quality", "told"),
+    [
+        (1.8702e-11, "1.9e-11"),
+        (0.0000499, "5.0e-05"),
+        (-0.00002, "-2.0e-05"),
+        (0.00005, "0.0001"),
+        (0.00016, "0.0002"),
+        (0.0, "0.0000"),
+    ],
+)
+def test_a_quality_that_is_not_0_never_reads_as_0(quality: float, told: str) -> None:
+    points = [point("r2", quality=quality, quality_low=quality, quality_high=0.5)]
+    _, (line,) = sweep_table.told({"pareto": points})
+    assert line[5:7] == [told, f"{told} to 0.5000"]
 
 
 def test_a_case_that_swept_nothing_has_no_table() -> None:

@@ -57,7 +57,7 @@ def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             str(point["label"]),
             *(_cost(name, point.get(name)) for name in costs),
             rates.get(point["label"], ABSENT),
-            shown(point.get("quality"), "{:.4f}"),
+            _quality(point.get("quality")),
             _spread(point),
             f"{point.get('diverged', 0)} of {point.get('seeds', ABSENT)}",
         ]
@@ -79,7 +79,13 @@ def _cost(name: str, value: float | None) -> str:
 
 def _spread(point: Mapping[str, Any]) -> str:
     low, high = point.get("quality_low"), point.get("quality_high")
-    return ABSENT if low is None or high is None else f"{low:.4f} to {high:.4f}"
+    return ABSENT if low is None or high is None else f"{_quality(low)} to {_quality(high)}"
+
+
+def _quality(value: float | None) -> str:
+    """To four decimals; what would then read as 0 and is not, as a power of ten."""
+    tiny = value is not None and 0 < abs(value) < 0.00005
+    return shown(value, "{:.1e}" if tiny else "{:.4f}")
 
 
 def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
@@ -93,10 +99,13 @@ def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def knees(case: CaseRecord) -> str:
-    """Where the curve of quality against each cost bends, and in what share of the resamples of seeds."""
+    """Where the curve of quality against each cost bends, and in what share of the resamples of seeds; of one seed it
+    is told, and no share: there is nothing to resample."""
     found = case.figures.get("knees") or {}
+    several = any(each["seeds"] > 1 for each in found.values())
     lines = [
-        f"{_heading(cost)}: {each['knee'] or 'none'} in {100 * each['knee_share']:.0f} %"
+        f"{_heading(cost)}: {each['knee'] or 'none'}" + f" in {100 * each['knee_share']:.0f} %" * several
         for cost, each in found.items()
     ]
-    return f"knee, and in what share of the resamples of seeds, by {'; by '.join(lines)}" if lines else ""
+    how_sure = ", and in what share of the resamples of seeds," if several else " of one seed"
+    return f"knee{how_sure} by {'; by '.join(lines)}" if lines else ""
