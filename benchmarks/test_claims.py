@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures.weights import matrices_of
-from peft_gauge import identity, methods, models, quantization, serving
+from peft_gauge import identity, methods, models, quantization
 from peft_gauge.cases import count_on_meta
 from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import gpus
 from peft_gauge.plan.record import PlanRequest
+from peft_gauge.serving.observed import time_switches, visit
+from peft_gauge.serving.server import Server, grow, token_ids
 from peft_gauge.step import StepSettings
 
 if TYPE_CHECKING:
@@ -184,12 +186,12 @@ def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: list[Plan
 
 @decides("many-adapters")
 def one_base_serves_many(claim: Claim, model: str, plans: list[Plan]) -> Finding:
-    server = serving.Server(models.build(models.resolve(model, weights="random")), methods.LORA)
-    serving.grow(server, claim.bounds["adapters"])
-    ids = serving.token_ids(server, rows=1, seq=8, seed=0)
-    visits = serving.visit(server, ids, server.names)
+    server = Server(models.build(models.resolve(model, weights="random")), methods.LORA)
+    grow(server, claim.bounds["adapters"])
+    ids = token_ids(server, rows=1, seq=8, seed=0)
+    visits = visit(server, ids, server.names)
     rule, warm_up = StoppingRule(min_rounds=5, max_rounds=5), WarmUp(least=1, most=1, window=1)
-    forwards = serving.time_switches(server, ids, rule, warm_up).over_control or float("nan")
+    forwards = time_switches(server, ids, rule, warm_up).over_control or float("nan")
     adapter_bytes = server.adapters_bytes / len(server.names)
     percent = 100 * adapter_bytes / server.base_bytes
     returned = len(visits.returned) == len(visits.outputs)

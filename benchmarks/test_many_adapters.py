@@ -3,7 +3,8 @@
 N adapters lie beside one base, through PEFT's own interface: what does a further one cost, in memory and on disk,
 against a further copy of the model? How long does a switch take, beside a forward? Is an adapter's output after
 switching away and back the same to the last bit? Does a batch that mixes adapters give each row what its own gives
-alone? And what do merging and unmerging leave behind?
+alone? What do merging and unmerging leave behind? And of the ways to serve rows that ask for one adapter after
+another (switching, a mixed batch, merging, reading each from disk, a full copy for each), which are worth their memory?
 
 Each adapter is drawn from a seed of its own, B included (trained adapters have no zeros there). All counts of a case
 are measured in one process of its own. A GGUF's weights are drawn instead, unless ``--weights real`` asks for them:
@@ -28,7 +29,9 @@ from peft_gauge.cases import Case, count_on_meta
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
-from peft_gauge.serving import TOLERANCE, Setup, check_served
+from peft_gauge.serving.observed import TOLERANCE
+from peft_gauge.serving.passes import Setup
+from peft_gauge.serving.server import check_served
 
 if TYPE_CHECKING:
     from peft_gauge.isolation import Outcome
@@ -90,7 +93,7 @@ def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
         params: list[dict[str, Any]] = [dict(item.callspec.params) for item in items]
         counts = {each["number"] for each in params if each["asked"] == case and "number" in each}
         return isolation.run(
-            "peft_gauge.serving:measure",
+            "peft_gauge.serving.passes:measure",
             Setup(case, tuple(sorted(counts)) or (1,), RULE, WARM_UP),
             limit_seconds=request.config.getoption("--time-limit"),
             environment=card_environment(),
@@ -101,10 +104,11 @@ def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
 
 @dataclass(frozen=True)
 class Served:
-    """A case that was measured: `peft_gauge.serving.measure`'s records."""
+    """A case that was measured: `peft_gauge.serving.passes.measure`'s records."""
 
     case: Case
     by_number: dict[int, dict[str, Any]]
+    reloading: dict[str, Any]
     turnover: dict[str, Any]
     merging: dict[str, Any]
 
@@ -121,7 +125,7 @@ def served(asked: Case, measurements: Callable[[Case], Outcome], record: Record)
         pytest.fail(str(outcome.reason) if ended == "failed" else f"{ended}: {outcome.reason}", pytrace=False)
     value = outcome.value
     by_number = {each["adapters"]: each for each in value["served"]}
-    return Served(asked, by_number, value["turnover"], value["merging"])
+    return Served(asked, by_number, value["reloading"], value["turnover"], value["merging"])
 
 
 @pytest.mark.parametrize("number", COUNTS)
@@ -178,6 +182,33 @@ def test_a_batch_that_mixes_adapters(number: int, served: Served, record: Record
     names = ("mixed_max_error", "rounding_error", "least_difference")
     record(adapters=number, tolerance=TOLERANCE * found["rounding_error"], **{name: found[name] for name in names})
     assert found["mixed_holds"], "a row of the mixed batch is not what its adapter gives alone"
+
+
+@pytest.mark.parametrize("number", COUNTS)
+def test_ways_to_serve(number: int, served: Served, record: Record) -> None:
+    """A quantised base is not merged into: that would quantise it anew with every row."""
+    found = served.by_number[number]
+
+    ways = [*found["ways"], served.reloading]
+    points = [
+        {"label": way["way"], "held_bytes": way["held_bytes"], "quality": way["rows_per_forward"]} for way in ways
+    ]
+    # The control itself: a copy with its adapter merged in does what the base does.
+    points.append({"label": "full copies", "held_bytes": found["full_copies_bytes"], "quality": 1.0})
+    times = {f"{way['way'].replace(' ', '_')}_seconds": way for way in ways}
+    record(
+        adapters=number,
+        quality_is="rows per forward of the base",
+        pareto=points,
+        **{metric: statistics.median(way["seconds"]) for metric, way in times.items()},
+        **{
+            SAMPLES: {metric: [way["seconds"]] for metric, way in times.items()},
+            CONTROL_SAMPLES: {metric: [way["control_seconds"]] for metric, way in times.items()},
+        },
+    )
+    assert {way["held_bytes"] for way in found["ways"]} == {found["served_bytes"]}
+    two_bytes = 2 * expected_bytes(served.case)
+    assert served.reloading["held_bytes"] == found["full_copy_bytes"] + two_bytes, "adapters stay after their row"
 
 
 def test_merging_and_unmerging(served: Served, record: Record) -> None:

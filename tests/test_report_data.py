@@ -240,6 +240,23 @@ def test_a_sweep_stays_when_later_runs_ask_for_less(tmp_path: Path) -> None:
     assert [row["quality"] for row in rows] == [0.3, 0.4]
 
 
+def test_a_sweep_says_what_its_quality_is(tmp_path: Path) -> None:
+    points = [{"label": "switching", "held_bytes": 10, "quality": 0.5}]
+    trained = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", figures={"pareto": points})
+    served = CaseRecord(
+        "benchmarks/test_m.py::test_ways",
+        "test_m",
+        "passed",
+        figures={"pareto": points, "quality_is": "rows per forward of the base"},
+    )
+    save(tmp_path, 0, [trained, served])
+    told = [row["panel"].partition(", ")[0] for row in gather([tmp_path], RULES).rows("pareto")]
+    assert told == [
+        "test_s.py::test_sweep: quality against held_bytes",
+        "test_m.py::test_ways: rows per forward of the base against held_bytes",
+    ]
+
+
 def test_a_plain_run_of_pytest_benchmark_is_shown_too(tmp_path: Path) -> None:
     stats = {"median": 0.002, "data": [0.001, 0.002, 0.002, 0.003, 0.002, 0.002]}
     plain = {
@@ -333,9 +350,10 @@ def test_markdown_says_that_a_ceiling_was_passed(results: Path, run_command: Com
 
 def test_markdown_tells_what_settings_of_a_sweep_reached(results: Path, run_command: Command) -> None:
     _, printed, _ = run_command("report", "--markdown", str(results / "card-box"))
-    assert "### test\\_rank\\[toy\\]: toy, –\n\n| setting | step | learning rate |" in printed
-    assert "| r=16 | 2.00 s | – | 0.7500 | 0.7000 to 0.8000 | 0 of 3 |" in printed
-    assert "| r=256 | 500.00 ms | – | – | – | 1 of 3 |" in printed
+    assert "### test\\_rank\\[toy\\]: toy\n\n| setting | step | quality | over seeds | diverged |" in printed
+    assert "| r=16 | 2.00 s | 0.7500 | 0.7000 to 0.8000 | 0 of 3 |" in printed
+    assert "| r=256 | 500.00 ms | – | – | 1 of 3 |" in printed
+    assert "\n\nquality: mean over seeds, more is better; peak: planned.\n" in printed
 
 
 def test_markdown_takes_one_file_and_names_every_machine_of_a_folder(results: Path, run_command: Command) -> None:

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_gauge import methods, models, serving
+from peft_gauge import methods, models
 from peft_gauge.cases import Case
-from peft_gauge.clock.rounds import StoppingRule, WarmUp
+from peft_gauge.clock.rounds import StoppingRule, Stopwatch, WarmUp
 from peft_gauge.errors import GaugeError
-from peft_gauge.serving import BASE, FIRST, Mixing, Server
+from peft_gauge.serving import observed, passes, ways
+from peft_gauge.serving.observed import Mixing
+from peft_gauge.serving.server import BASE, FIRST, Server, grow, stored_bytes, token_ids
 from peft_gauge.step import StepSettings
 
 TOY = models.resolve("toy-llama", weights="random")
@@ -28,18 +30,18 @@ def toy_server(number: int = 1, cls: type[Server] = Server, method: str = "lora"
     """``number`` adapters on toy-llama (or one that differs from it in ``changes``)."""
     toy = models.ModelRecord("toy", "record", json.dumps({**TOY.config, **changes}), "random")
     server = cls(models.build(toy), methods.get(method))
-    serving.grow(server, number)
+    grow(server, number)
     return server
 
 
 def ids_for(server: Server, rows: int = 1) -> Tensor:
-    return serving.token_ids(server, rows, seq=6, seed=0)
+    return token_ids(server, rows, seq=6, seed=0)
 
 
 def mixing(server: Server) -> Mixing:
     names = [*server.names, BASE, FIRST]
     ids = ids_for(server, len(names))
-    return serving.mix(server, ids, names, serving.visit(server, ids, server.names))
+    return observed.mix(server, ids, names, observed.visit(server, ids, server.names))
 
 
 # Bytes.
@@ -56,13 +58,13 @@ def formula_bytes(rank: int) -> int:
 def test_an_adapter_takes_the_bytes_of_its_formula(method: str, rank: int) -> None:
     server = toy_server(method=method)
     assert server.adapters_bytes == formula_bytes(rank)
-    assert server.base_bytes == serving.stored_bytes(models.build(TOY))
+    assert server.base_bytes == stored_bytes(models.build(TOY))
 
 
 @pytest.mark.parametrize(("method", "itemsize"), [("lora", 4), ("lora-16bit", 2)])
 def test_an_added_adapter_has_the_dtype_of_the_first(method: str, itemsize: int) -> None:
     server = Server(models.build(TOY, dtype="bfloat16"), methods.get(method))
-    serving.grow(server, 3)
+    grow(server, 3)
     assert server.adapters_bytes == 3 * formula_bytes(16) * itemsize / 4
     assert mixing(server).holds
 
@@ -75,7 +77,7 @@ def test_a_file_holds_the_very_tensors(tmp_path: Path) -> None:
     server = toy_server(2)
     file = server.save("task-1", tmp_path) / "adapter_model.safetensors"
     assert sum(tensor.nbytes for tensor in load_file(file).values()) == formula_bytes(16)
-    found = serving.turn_over(server, ids_for(server), "task-1")
+    found = observed.turn_over(server, ids_for(server), "task-1")
     assert found.disk_bytes == file.stat().st_size
     assert (found.same, found.kept_bytes, server.names) == (True, 0, [FIRST, "task-1"])
 
@@ -87,7 +89,7 @@ def test_what_a_deleted_adapter_leaves_behind_is_seen() -> None:
             self.model.register_buffer("kept", torch.zeros(5))
 
     server = toy_server(2, Hoarding)
-    assert serving.turn_over(server, ids_for(server), FIRST).kept_bytes == 20
+    assert observed.turn_over(server, ids_for(server), FIRST).kept_bytes == 20
 
 
 def test_an_adapter_that_loads_as_another_one_is_seen() -> None:
@@ -97,7 +99,7 @@ def test_an_adapter_that_loads_as_another_one_is_seen() -> None:
             self._draw(name, seed=99)
 
     server = toy_server(1, Confusing)
-    assert not serving.turn_over(server, ids_for(server), FIRST).same
+    assert not observed.turn_over(server, ids_for(server), FIRST).same
 
 
 # Switching.
@@ -105,7 +107,7 @@ def test_an_adapter_that_loads_as_another_one_is_seen() -> None:
 
 def test_outputs_come_back_and_differ() -> None:
     server = toy_server(4)
-    found = serving.visit(server, ids_for(server), server.names)
+    found = observed.visit(server, ids_for(server), server.names)
     assert found.returned == (BASE, *server.names)
     assert found.least_difference > 0.01
 
@@ -128,7 +130,7 @@ def test_a_switch_that_does_not_restore_is_seen() -> None:
                     self.model.get_input_embeddings().weight.mul_(1 + 2.0**-22)
 
     server = toy_server(3, Leaking)
-    found = serving.visit(server, ids_for(server), server.names)
+    found = observed.visit(server, ids_for(server), server.names)
     assert found.returned == ()
 
 
@@ -138,7 +140,7 @@ def test_a_switch_that_does_nothing_is_seen() -> None:
             pass
 
     server = toy_server(3, Idle)
-    assert serving.visit(server, ids_for(server), server.names).least_difference == 0
+    assert observed.visit(server, ids_for(server), server.names).least_difference == 0
 
 
 def test_every_adapter_is_switched_to_in_turn() -> None:
@@ -150,7 +152,7 @@ def test_every_adapter_is_switched_to_in_turn() -> None:
             super().switch(name)
 
     server = toy_server(2, Listening)
-    rounds = serving.time_switches(server, ids_for(server), *ONCE)
+    rounds = observed.time_switches(server, ids_for(server), *ONCE)
     assert seen == [FIRST, "task-1"] * 2  # one to warm up, three that count
     assert len(rounds.seconds) == len(rounds.control_seconds) == 3
     assert all(seconds > 0 for seconds in (*rounds.seconds, *rounds.control_seconds))
@@ -191,7 +193,7 @@ def test_dropout_that_was_left_on_is_seen() -> None:
     found = mixing(server)
     assert found.rounding_error > 0.001
     assert not found.holds
-    assert serving.visit(server, ids_for(server), server.names).returned == (BASE,)
+    assert observed.visit(server, ids_for(server), server.names).returned == (BASE,)
 
 
 @pytest.mark.parametrize(("error", "holds"), [(1e-6, True), (1.1e-6, False), (math.nan, False)])
@@ -206,9 +208,9 @@ def test_the_tolerance_is_ten_times_the_rounding(error: float, holds: bool) -> N
 def test_merging_and_unmerging_stay_within_rounding() -> None:
     server = toy_server(2)
     server.switch("task-1")
-    found = serving.merge_cycles(server, ids_for(server), cycles=3)
+    found = observed.merge_cycles(server, ids_for(server), cycles=3)
     assert 0 < found.max_error < 1e-5
-    assert len(found.outputs) == 2 * len(found.restored) == 2 * serving.CHECKED_LAYERS
+    assert len(found.outputs) == 2 * len(found.restored) == 2 * observed.CHECKED_LAYERS
     assert all(check.holds for check in (*found.outputs, *found.restored))
     assert len(found.drifts) == 3
     assert 0 < found.drifts[0] <= found.weight_size * 2.0**-22
@@ -223,7 +225,7 @@ def test_what_unmerging_leaves_behind_is_seen() -> None:
                     layer.get_base_layer().weight.add_(1e-4)
 
     server = toy_server(1, Leaving)
-    found = serving.merge_cycles(server, ids_for(server), cycles=3)
+    found = observed.merge_cycles(server, ids_for(server), cycles=3)
     assert not any(check.holds for check in found.restored)
     assert found.drifts == pytest.approx([1e-4, 2e-4, 3e-4], rel=1e-3)
 
@@ -237,7 +239,7 @@ def test_a_merge_of_half_an_adapter_is_seen() -> None:
                     layer.get_base_layer().weight.sub_(layer.get_delta_weight(FIRST) / 2)
 
     server = toy_server(1, Halving)
-    found = serving.merge_cycles(server, ids_for(server), cycles=1)
+    found = observed.merge_cycles(server, ids_for(server), cycles=1)
     assert not any(check.holds for check in found.outputs)
     assert found.max_error > 0.01
 
@@ -249,10 +251,126 @@ def test_a_4bit_base_loses_far_more_by_merging() -> None:
     assert mixing(server).holds
     server.switch(FIRST)
     assert server.adapters_bytes == 2 * formula_bytes(16), "its use changed how the base is stored"
-    found = serving.merge_cycles(server, ids_for(server), cycles=2)
+    found = observed.merge_cycles(server, ids_for(server), cycles=2)
     assert (found.outputs, found.restored) == ((), ())
     assert found.drifts[0] > found.weight_size * 2.0**-10
     assert found.max_error > 1e-3
+
+
+# Ways of serving.
+
+
+class Clocked(Server):
+    """What each operation takes, in seconds, is known; switching all adapters off or on takes the most."""
+
+    now = 0.0
+
+    def __getattribute__(self, name: str) -> object:
+        seconds = {
+            "logits": 1.0,
+            "switch": 0.25,
+            "mixed_logits": 2.0,
+            "merge": 0.5,
+            "unmerge": 0.75,
+            "load": 3.0,
+            "delete": 0.125,
+            "turn_off": 100.0,
+            "turn_on": 100.0,
+        }.get(name)
+        found = super().__getattribute__(name)
+        if seconds is None:
+            return found
+
+        def work(*arguments: object) -> object:
+            self.now += seconds
+            return found(*arguments)
+
+        return work
+
+
+def test_a_way_is_timed_for_what_it_does_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = toy_server(1, Clocked)
+    assert isinstance(server, Clocked)
+    monkeypatch.setattr(ways, "Stopwatch", lambda device: Stopwatch(device, clock=lambda: server.now))
+    reloading = ways.reloading(server, ids_for(server), *ONCE)
+    grow(server, 4)
+
+    found = {way.name: way for way in [reloading, *ways.beside(server, ids_for(server, 4), *ONCE)]}
+
+    assert {name: way.seconds for name, way in found.items()} == {
+        "reloading": (4.625,) * 3,  # load, switch, a row, switch back, delete
+        "switching": (1.25,) * 3,
+        "mixed batch": (2.0,) * 3,
+        "merging": (2.5,) * 3,
+    }
+    assert {way.control_seconds for way in found.values()} == {(1.0,) * 3}
+    assert {name: way.rows_per_forward for name, way in found.items()} == {
+        "reloading": 1 / 4.625,
+        "switching": 0.8,
+        "mixed batch": 2.0,
+        "merging": 0.4,
+    }
+    base_bytes = stored_bytes(models.build(TOY))
+    assert {name: way.held_bytes - base_bytes for name, way in found.items()} == {
+        "reloading": 2 * formula_bytes(16),
+        "switching": 4 * formula_bytes(16),
+        "mixed batch": 4 * formula_bytes(16),
+        "merging": 4 * formula_bytes(16),
+    }
+
+
+def test_the_control_is_the_base_and_each_way_gives_its_adapters_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Tensor] = []
+
+    class Listening(Server):
+        def logits(self, ids: Tensor) -> Tensor:
+            found = super().logits(ids)
+            rows.append(found)
+            return found
+
+    server = toy_server(2, Listening)
+    ids = ids_for(server, 2)
+    expected = [observed.visit(server, ids[:1], server.names).outputs[name] for name in (BASE, FIRST, "task-1")]
+    monkeypatch.setattr(Server, "mixed_logits", lambda self, ids, names: None)
+    rows.clear()
+
+    ways.beside(server, ids, StoppingRule(min_rounds=2, max_rounds=2), WarmUp(least=2, most=2, window=1))
+
+    switching, mixed, merging = rows[:8], rows[8:12], rows[12:]
+    assert [torch.equal(row, expected[place]) for row, place in zip(switching, [0, 1, 0, 2] * 2, strict=True)] == [
+        True
+    ] * 8
+    assert all(torch.equal(row, expected[0]) for row in mixed)
+    for row, place in zip(merging, [0, 1, 0, 2] * 2, strict=True):
+        torch.testing.assert_close(row, expected[place])
+
+
+def test_all_adapters_off_is_the_base_and_on_is_as_before() -> None:
+    server = toy_server(2)
+    ids = ids_for(server)
+    server.switch("task-1")
+    before = server.logits(ids)
+    server.turn_off()
+    assert torch.equal(server.logits(ids), models.build(TOY)(input_ids=ids, use_cache=False).logits)
+    server.turn_on()
+    assert torch.equal(server.logits(ids), before)
+
+
+def test_reloading_leaves_the_server_as_it_was() -> None:
+    server = toy_server()
+    ids = ids_for(server)
+    before, bytes_before = server.logits(ids), server.adapters_bytes
+    ways.reloading(server, ids, *ONCE)
+    assert (server.names, server.adapters_bytes) == ([FIRST], bytes_before)
+    assert torch.equal(server.logits(ids), before)
+    with pytest.raises(GaugeError, match="not beside 2 adapters"):
+        ways.reloading(toy_server(2), ids, *ONCE)
+
+
+def test_a_4bit_base_is_not_merged_into() -> None:
+    pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
+    server = toy_server(2, method="qlora")
+    assert [way.name for way in ways.beside(server, ids_for(server, 2), *ONCE)] == ["switching", "mixed batch"]
 
 
 # A whole case.
@@ -260,7 +378,7 @@ def test_a_4bit_base_loses_far_more_by_merging() -> None:
 
 def test_a_case_measured() -> None:
     case = Case(TOY, methods.LORA, StepSettings(1, 6), "cpu", "float32")
-    found = serving.measure(serving.Setup(case, (1, 3), *ONCE, cycles=2))
+    found = passes.measure(passes.Setup(case, (1, 3), *ONCE, cycles=2))
     assert [record["adapters"] for record in found["served"]] == [1, 3]
     for record in found["served"]:
         assert record["adapter_bytes"] == formula_bytes(16)
@@ -268,6 +386,10 @@ def test_a_case_measured() -> None:
         assert record["full_copies_bytes"] == record["adapters"] * record["full_copy_bytes"]
         assert record["returned"] == record["visited"] == min(record["adapters"], 2) + 1
         assert record["mixed_holds"]
+        assert [way["way"] for way in record["ways"]] == ["switching", "mixed batch", "merging"]
+        assert {way["held_bytes"] for way in record["ways"]} == {record["served_bytes"]}
+        assert record["ways"][1]["rows"] == record["adapters"]
+    assert found["reloading"]["held_bytes"] == found["served"][0]["full_copy_bytes"] + 2 * formula_bytes(16)
     assert found["turnover"]["same"]
     assert found["turnover"]["kept_bytes"] == 0
     assert found["merging"]["merged_share_of_bound"] <= 1
@@ -278,7 +400,7 @@ def test_a_case_measured() -> None:
     ("names", "most", "found"), [("abcdefg", 3, "adg"), ("abcd", 3, "acd"), ("abc", 3, "abc"), ("a", 3, "a")]
 )
 def test_names_are_spread(names: str, most: int, found: str) -> None:
-    assert serving.spread(list(names), most) == list(found)
+    assert observed.spread(list(names), most) == list(found)
 
 
 # Bad input: one line each, and the server is as it was.

@@ -57,8 +57,20 @@ def test_every_figure_is_there_to_its_last_digit() -> None:
 def test_costs_are_those_that_the_sweep_has() -> None:
     points = [{"label": "rank 4", "update_params": 1024, "quality": 0.5, "seeds": 1, "diverged": 0}]
     headings, lines = sweep_table.told({"pareto": points})
-    assert headings[:2] == ["setting", "update"]
-    assert lines == [["rank 4", "1,024", "–", "0.5000", "–", "0 of 1"]]
+    assert headings == ["setting", "update", "quality", "over seeds", "diverged"]
+    assert lines == [["rank 4", "1,024", "0.5000", "–", "0 of 1"]]
+
+
+def test_where_nothing_was_trained_there_are_no_rates_and_seeds() -> None:
+    points = [{"label": "[b]switching", "held_bytes": 567_549_312, "quality": 0.9321}]
+    figures = {"pareto": points, "quality_is": "rows per forward of the base"}
+    served = CaseRecord("benchmarks/test_many.py::test_ways[lora-64]:x:", "test_many", "passed", None, figures)
+    assert sweep_table.told(figures) == (["setting", "held", "quality"], [["[b]switching", "567.55 MB", "0.9321"]])
+    text = sweep_table.summary([served])
+    assert text.splitlines()[0].strip() == "test_ways[lora-64]:x:"
+    assert "quality: rows per forward of the base, more is better" in " ".join(text.split())
+    assert "│ [b]switching │" in text
+    assert "seeds" not in text
 
 
 def test_a_setting_that_was_searched_twice_shows_both_rates() -> None:
@@ -96,7 +108,7 @@ def test_of_one_seed_the_knee_has_no_share() -> None:
 def test_a_quality_that_is_not_0_never_reads_as_0(quality: float, told: str) -> None:
     points = [point("r2", quality=quality, quality_low=quality, quality_high=0.5)]
     _, (line,) = sweep_table.told({"pareto": points})
-    assert line[5:7] == [told, f"{told} to 0.5000"]
+    assert line[4:6] == [told, f"{told} to 0.5000"]
 
 
 def test_a_case_that_swept_nothing_has_no_table() -> None:

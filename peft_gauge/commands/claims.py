@@ -124,12 +124,11 @@ def _markdown_rows(standings: Sequence[Standing]) -> Iterable[list[str]]:
 def _as_terminal(standings: Sequence[Standing]) -> str:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from peft_gauge.report.terminal import ABSENT, as_text
 
     caption = "\n".join([_counted(standings), *map(_told, _sources(standings))])
-    table = Table(title="claims", title_justify="left", caption=Text(caption), caption_justify="left")
+    table = Table(title="claims", title_justify="left", caption=caption, caption_justify="left")
     for heading in ("claim", "model"):
         table.add_column(heading, no_wrap=True)
     for heading in ("verdict", "figure"):
@@ -138,7 +137,7 @@ def _as_terminal(standings: Sequence[Standing]) -> str:
     table.add_column("machine", overflow="fold")
     for one in standings:
         cells = (one.id, one.model, _verdict(one), one.figure or ABSENT, _date(one), _machine(one))
-        table.add_row(*map(Text, cells))  # as texts: a figure's brackets are no markup
+        table.add_row(*cells)
     return as_text([table], Console().width)
 
 

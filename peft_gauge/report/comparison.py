@@ -122,20 +122,13 @@ def as_terminal(comparison: Comparison, width: int, *, everything: bool = False)
         told = cells(row)
         pairs = (told.before, told.after), (told.change, told.judged.replace(OVER, f"\n{OVER.lstrip()}"))
         about = [told.case, *(part for part in (told.figure, told.remark) if part not in (ABSENT, "outcome"))]
-        table.add_row(_plain(told.verdict), _plain("\n".join(about)), *(_plain(_stacked(*pair)) for pair in pairs))
+        table.add_row(told.verdict, "\n".join(about), *(_stacked(*pair) for pair in pairs))
     return "\n".join([*lines, *([as_text([table], width).rstrip()] if rows else []), counts(comparison)]) + "\n"
 
 
 def _stacked(above: str, below: str) -> str:
     """Two cells in one, and a line saved where both are empty."""
     return ABSENT if above == below == ABSENT else f"{above}\n{below}"
-
-
-def _plain(text: str) -> str:
-    """Without rich's markup: a test's id has brackets."""
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def as_markdown(comparisons: Iterable[Comparison], *, everything: bool = False) -> str:

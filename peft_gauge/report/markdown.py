@@ -160,12 +160,12 @@ def _plans(run: Run) -> Iterator[str]:
 
 def _sweep(case: CaseRecord) -> list[str]:
     headings, lines = sweep_table.told(case.figures)
-    found = sweep_table.knees(case)
+    about = [sweep_table.knees(case), sweep_table.note(case)]
     return [
         f"### {escape(sweep_table.title(case))}",
         "",
         *table(headings, lines),
-        *(["", f"{escape(found)}."] if found else []),
+        *(line for each in about if each for line in ("", f"{escape(each)}.")),
     ]
 
 

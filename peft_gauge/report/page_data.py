@@ -311,12 +311,14 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
 
 
 def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
-    """Points of a sweep that was saved: quality (more is better) against each cost (less is better).
+    """Points of a sweep that was saved: quality (more is better) against each cost (less is better). ``quality_is`` of
+    the sweep says what its quality is where nothing was trained.
 
     ``front``: no other point of the sweep costs less or the same and is better, or costs less and is as good. A point
     without a quality, whose training diverged, is on no front.
     """
     points = record.figures.get("pareto") or []
+    quality = record.figures.get("quality_is") or "quality"
     costs = {name for point in points for name, value in point.items() if _is_number(value)} - ABOUT_QUALITY
     for cost in sorted(costs):
         swept = [point for point in points if _is_number(point.get(cost))]
@@ -324,7 +326,7 @@ def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
         for point in swept:
             yield {
                 **_of_method(run, record.figures),
-                "panel": f"{record.id.removeprefix('benchmarks/')}: {cost}, {machine_of(run)}",
+                "panel": f"{record.id.removeprefix('benchmarks/')}: {quality} against {cost}, {machine_of(run)}",
                 "label": str(point.get("label")),
                 "cost": cost,
                 "value": point[cost],

@@ -243,7 +243,7 @@ def _pareto(alt: Any, name: str, _labels: Sequence[str]) -> Any:
             scale=alt.Scale(type="log", nice=False, padding=40),
             axis=alt.Axis(format="~s"),
         ),
-        y=alt.Y("quality:Q", title="quality (more is better)", scale=alt.Scale(zero=False)),
+        y=alt.Y("quality:Q", title="more is better", scale=alt.Scale(zero=False)),
     )
     front = base.transform_filter("datum.front").mark_line(color=GREY, interpolate="step-after")
     shape = alt.Shape(
@@ -255,7 +255,7 @@ def _pareto(alt: Any, name: str, _labels: Sequence[str]) -> Any:
     points = base.mark_point(size=80, opacity=1, strokeWidth=2, color=LOOKS[1][0]).encode(shape=shape, tooltip=tooltip)
     names = base.mark_text(align="left", dx=8, dy=-6).encode(text="label:N")
     spread = base.transform_filter("isValid(datum.quality_low)").mark_rule(color=GREY)
-    over_seeds = spread.encode(y=alt.Y("quality_low:Q", title="quality (more is better)"), y2="quality_high:Q")
+    over_seeds = spread.encode(y=alt.Y("quality_low:Q", title="more is better"), y2="quality_high:Q")
     return alt.layer(over_seeds, front, points, names).properties(height=320)
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from peft_gauge.history.schema import CaseRecord
 
 NOTE = "quality: mean over seeds, more is better; peak: planned"
-QUALITY = ("learning rate", "quality", "over seeds", "diverged")
 ABOUT_QUALITY = frozenset({"quality", "quality_low", "quality_high", "seeds", "diverged"})
 """What a point of a sweep has besides its label and its costs."""
 
@@ -30,8 +29,9 @@ def swept(cases: Iterable[CaseRecord]) -> list[CaseRecord]:
 
 
 def _table(case: CaseRecord) -> Table:
-    table = Table(title=title(case), title_justify="left", caption_justify="left")
-    table.caption = "\n".join(filter(None, (knees(case), NOTE)))
+    named = title(case)
+    table = Table(title=named, title_justify="left", caption_justify="left", min_width=len(named))
+    table.caption = "\n".join(filter(None, (knees(case), note(case))))
     headings, lines = told(case.figures)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", no_wrap=True)
@@ -41,29 +41,35 @@ def _table(case: CaseRecord) -> Table:
 
 
 def title(case: CaseRecord) -> str:
-    """Which sweep, of which model on which task."""
-    name, figures = case.id.rpartition("::")[2], case.figures
-    return f"{name}: {figures.get('model', ABSENT)}, {figures.get('task', ABSENT)}"
+    """Which sweep, of which model on which task, if it has them."""
+    about = [str(case.figures[name]) for name in ("model", "task") if name in case.figures]
+    return ": ".join(filter(None, (case.id.rpartition("::")[2], ", ".join(about))))
+
+
+def note(case: CaseRecord) -> str:
+    """What the table's quality is: that of what was trained, unless the sweep says another."""
+    other = case.figures.get("quality_is")
+    return f"quality: {other}, more is better" if other else NOTE
 
 
 def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each point of the sweep in ``figures``: its costs, its rate, its mean quality."""
+    """Headings, and a line for each point of the sweep in ``figures``: its costs, its rate, its mean quality.
+
+    What no point has, as a rate or seeds where nothing was trained, has no column.
+    """
     points: Sequence[Mapping[str, Any]] = figures["pareto"]
     costs = list(dict.fromkeys(name for point in points for name in point if name not in {"label", *ABOUT_QUALITY}))
     rates = _rates(figures)
-    headings = ["setting", *map(_heading, costs), *QUALITY]
-    lines = [
-        [
-            str(point["label"]),
-            *(_cost(name, point.get(name)) for name in costs),
-            rates.get(point["label"], ABSENT),
-            _quality(point.get("quality")),
-            _spread(point),
-            f"{point.get('diverged', 0)} of {point.get('seeds', ABSENT)}",
-        ]
-        for point in points
-    ]
-    return headings, lines
+    columns = [("setting", [str(point["label"]) for point in points])]
+    columns += [(_heading(name), [_cost(name, point.get(name)) for point in points]) for name in costs]
+    if any(point["label"] in rates for point in points):
+        columns.append(("learning rate", [rates.get(point["label"], ABSENT) for point in points]))
+    columns.append(("quality", [_quality(point.get("quality")) for point in points]))
+    if any("seeds" in point for point in points):
+        columns.append(("over seeds", [_spread(point) for point in points]))
+        diverged = [f"{point.get('diverged', 0)} of {point.get('seeds', ABSENT)}" for point in points]
+        columns.append(("diverged", diverged))
+    return [heading for heading, _ in columns], [list(line) for line in zip(*(c for _, c in columns), strict=True)]
 
 
 def _heading(cost: str) -> str:

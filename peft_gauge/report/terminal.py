@@ -32,9 +32,14 @@ def summary(cases: Iterable[CaseRecord], claims: Iterable[Mapping[str, Any]], wi
 
 
 def as_text(tables: Iterable[Table], width: int) -> str:
-    """``tables`` as plain text of ``width`` columns, or of `WIDTH` where that is more; empty where there are none."""
+    """``tables`` as plain text of ``width`` columns, or of `WIDTH` where that is more; empty where there are none.
+
+    Brackets and colons in a cell, as a test's id has, are no markup.
+    """
     out = io.StringIO()
-    console = Console(file=out, width=max(width, WIDTH), force_terminal=False, highlight=False)
+    console = Console(
+        file=out, width=max(width, WIDTH), force_terminal=False, highlight=False, markup=False, emoji=False
+    )
     for table in tables:
         console.print(table)
     return out.getvalue()
