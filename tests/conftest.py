@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from peft_gauge import cli
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_worker() -> Iterator[None]:
+    """A run that a test starts is no worker of ``pytest tests -n 4``, but would read in the environment that it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_WORKER")]:
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture
