@@ -431,26 +431,21 @@ def logical_params(record: ModelRecord) -> int:
     return sum(parameter.numel() for parameter in build(record, device="meta").parameters())
 
 
+@cache
 def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
     """The tokenizer that came with the record's real weights; ``None`` where there is none (random weights).
 
-    That of a GGUF file is the same object for every caller, as it takes seconds to read.
+    The same object for every caller: out of a GGUF file it takes seconds to read.
     """
     from transformers import AutoTokenizer
 
     if record.weights != "real" or record.location is None:
         return None
     if record.location.endswith(".gguf"):
-        return _tokenizer_in(Path(record.location))
+        path = Path(record.location)
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     if record.source == "folder" and not any(Path(record.location).glob("tokenizer*")):
         return None
     return AutoTokenizer.from_pretrained(
         record.location, local_files_only=record.source != "hub", trust_remote_code=False
     )
-
-
-@cache
-def _tokenizer_in(gguf: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)

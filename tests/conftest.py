@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -17,8 +16,7 @@ Run = Callable[..., tuple[int, str, str]]
 def no_worker() -> Iterator[None]:
     """A run that a test starts is no worker of ``pytest tests -n 4``, but would read in the environment that it is."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_WORKER")]:
-            patch.delenv(name)
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         yield
 
 

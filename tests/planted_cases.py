@@ -160,4 +160,4 @@ def pytest_configure() -> None:
     if PLANS in os.environ:
         plans.plan_in_parallel = partial(plan_in_parallel, json.loads(os.environ[PLANS]))  # type: ignore[assignment]
         models.stored = lambda record, dtype, folder: record
-        models.tokenizer = lambda record: None
+        models.tokenizer = lambda record: None  # type: ignore[assignment]

@@ -123,6 +123,26 @@ def test_an_unusable_config_is_one_line(config: object, said: str, tmp_path: Pat
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_is_read_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    reads: list[str | None] = []
+
+    def read(place: str, gguf_file: str | None = None, **options: object) -> object:
+        reads.append(gguf_file)
+        return object()
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
+    toy = models.resolve("toy-llama")
+    first, second = (
+        dataclasses.replace(toy, weights="real", location=str(tmp_path / name)) for name in ("a.gguf", "b.gguf")
+    )
+    assert models.tokenizer(first) is models.tokenizer(dataclasses.replace(first))
+    assert models.tokenizer(second) is not models.tokenizer(first)
+    assert reads == ["a.gguf", "b.gguf"]
+    assert models.tokenizer(toy) is None
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="did you mean tinyllama"):
         models.resolve("tinylama")

@@ -134,7 +134,6 @@ def split(examples: Sequence[Encoded], task: TextTask) -> tuple[list[Encoded], l
     return ordered[: task.batches * task.batch], validation, held_out
 
 
-@lru_cache(maxsize=1)
 def _tokenizer(model: ModelRecord) -> PreTrainedTokenizerBase:
     found = models.tokenizer(model)
     if found is None:
