@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
 
 # The measured side knows methods and models; the measuring side takes a callable or a module.
 MEASURED = {"models", "methods", "bottleneck", "bottleneck_layers", "step", "cases", "texts", "quality", "serving"}
-MEASURING = {"clock", "counting", "meters", "fingerprint", "identity", "isolation"}
+MEASURING = {"clock", "counting", "flops", "meters", "fingerprint", "identity", "isolation"}
 RECORDS = {"history", "report", "claims", "machine"}
 
 

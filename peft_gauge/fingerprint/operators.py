@@ -1,49 +1,21 @@
 """What one operator does, from its schema and its arguments alone: FLOPs, bytes read and bytes written.
 
-FLOPs are those of matrix products (`torch.utils.flop_counter`'s formulas, and the few below that it has not), two for
-each multiply-add; elementwise arithmetic counts none. Bytes are those of the tensors an operator is given and makes,
-element count × element size: what a kernel must touch at least if it uses every element of its operands once. A
-lookup, such as an embedding's, reads less.
+FLOPs are those of matrix products (`peft_gauge.flops`); elementwise arithmetic counts none. Bytes are those of the
+tensors an operator is given and makes, element count × element size: what a kernel must touch at least if it uses every
+element of its operands once. A lookup, such as an embedding's, reads less.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from peft_gauge.counting import nbytes
-
-Formula = Callable[..., int]
-
-
-def _attention(args: Sequence[Any], backward: bool) -> int:
-    """Attention's products over (batch, heads, queries, keys): QKᵀ and PV; backward QKᵀ again and two for each."""
-    query, key, value = args[1:4] if backward else args[:3]
-    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-    wide, value_wide = query.shape[-1], value.shape[-1]
-    return 2 * pairs * (3 * wide + 2 * value_wide if backward else wide + value_wide)
-
-
-_OWN_FLOPS: Mapping[str, Formula] = {
-    "aten::mv": lambda args: 2 * args[0].numel(),
-    "aten::addmv": lambda args: 2 * args[1].numel(),
-    "aten::dot": lambda args: 2 * args[0].numel(),
-    "aten::vdot": lambda args: 2 * args[0].numel(),
-    "aten::_int_mm": lambda args: 2 * args[0].numel() * args[1].shape[1],
-    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda args: _attention(args, backward=False),
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda args: _attention(args, backward=True),
-    "bitsandbytes::gemm_4bit": lambda args: 2 * args[0].numel() * args[2][0],
-    "bitsandbytes::gemv_4bit": lambda args: 2 * args[0].numel() * args[2][0],
-    "bitsandbytes::int8_linear_matmul": lambda args: 2 * args[0].numel() * args[1].shape[0],
-    "bitsandbytes::int8_scaled_mm": lambda args: 2 * args[0].numel() * args[1].shape[0],
-}
-"""Operator -> FLOPs of its arguments, where `flop_registry` has no formula."""
+from peft_gauge.flops import formula_of
 
 _WITHOUT_PRODUCTS = (
     "bitsandbytes::dequantize_",
@@ -89,20 +61,17 @@ class Operator:
         self._moves_nothing = torchs and bool(_MOVES_NOTHING.search(self._stem))
         self._shape_only = torchs and bool(_SHAPE_ONLY.search(self._stem))
         self._own = namespace == "aten"
-        self._registered = _registered(func, self._stem)
-        self._formula = _OWN_FLOPS.get(self._qualified)
+        self._formula = formula_of(func)
         has_products = (
             bool(_PRODUCT.search(self._stem)) if torchs else not self._qualified.startswith(_WITHOUT_PRODUCTS)
         )
-        self.has_flops = self._registered is not None or self._formula is not None
+        self.has_flops = self._formula is not None
         self.unknown_flops = has_products and not self.has_flops
 
     def flops(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
         """FLOPs of one call; only where ``has_flops``."""
-        if self._registered is not None:
-            return int(self._registered(*args, **kwargs, out_val=out))
         assert self._formula is not None
-        return int(self._formula(args))
+        return self._formula(args, kwargs, out)
 
     def product_type(self, args: Sequence[Any]) -> str:
         """What the product multiplies: its operands' dtype, or a library operator's own name (its weights are packed,
@@ -130,14 +99,6 @@ class Operator:
         made = list(_tensors(out))
         written += sum(nbytes(tensor) for tensor in made if _storage(tensor) not in given)
         return (0, 0) if made and not written else (read, written)
-
-
-def _registered(func: Any, stem: str) -> Formula | None:
-    """torch's formula; an in-place product takes that of its out-of-place twin."""
-    found = flop_registry.get(func._overloadpacket)
-    if found is None and stem.endswith("_") and func.namespace == "aten":
-        found = flop_registry.get(getattr(torch.ops.aten, stem.rstrip("_"), None))
-    return found
 
 
 def _is_written(argument: Any) -> bool:

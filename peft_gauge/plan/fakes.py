@@ -317,11 +317,42 @@ def _attention(
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, keep, dropout_p, is_causal, scale=scale
         )[0]
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = _float_mask(attn_mask, query.dtype)
-    return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _math_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """`_scaled_dot_product_attention_math` (aten/src/ATen/native/transformers/attention.cpp) as it runs on CUDA.
+
+    The operator itself cannot be asked: for tensor subclasses, as fakes are, it adds the mask out of place.
+    """
+    dtype = query.dtype
+    if dtype in (torch.float16, torch.bfloat16) and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
+        query, key, value = query.float(), key.float(), value.float()
+    root = (query.shape[-1] ** -0.5 if scale is None else abs(scale)) ** 0.5
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype is torch.bool:
+        mask = _float_mask(mask, query.dtype)
+    query = query * (-root if scale is not None and scale < 0 else root)
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ (key.transpose(-2, -1) * root)
+    if mask is not None:
+        scores.add_(mask)
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    if dropout_p > 0:
+        weights = torch.dropout(weights, dropout_p, True)
+    return (weights @ value).to(dtype)
 
 
 def _flash_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -405,5 +436,19 @@ def _flash_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
     return scratch
 
 
-CUDA_WORKSPACES = {"aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch}
+def _safe_softmax_scratch(args: Sequence[Any], out: Any) -> list[int]:
+    """Which scores are −∞, and which rows are nothing else; source: aten/src/ATen/native/SoftMax.cpp."""
+    return [out.numel(), out.numel() // out.shape[-1] if out.numel() else 0]
+
+
+def _softmax_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
+    """The product of gradient and output; source: aten/src/ATen/native/cuda/SoftMax.cu, `softmax_backward_cuda_out`."""
+    return [args[0].numel() * args[0].element_size()]
+
+
+CUDA_WORKSPACES = {
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
+    "aten::_safe_softmax": _safe_softmax_scratch,
+    "aten::_softmax_backward_data": _softmax_backward_scratch,
+}
 """Scratch memory that CUDA kernels are known to take, for `StorageTracker(workspaces=...)`."""

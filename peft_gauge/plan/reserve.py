@@ -10,7 +10,7 @@ from peft_gauge.plan import gpus
 from peft_gauge.plan.allocator import Event, ReplayResult, replay
 from peft_gauge.plan.overheads import CUBLAS_WORKSPACES, DeviceOverheads, default_overheads, overheads_for
 from peft_gauge.plan.record import DeviceEstimate, GpuFit
-from peft_gauge.plan.tracker import BACKWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
+from peft_gauge.plan.tracker import BACKWARD, FORWARD, OPTIMIZER_STATE, OUTSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,18 +43,16 @@ class Steps:
         yield from (("alloc", event.storage, event.nbytes) for event in early)
         of_backward = overheads.cublas_workspace_bytes // CUBLAS_WORKSPACES
         yield ("alloc", "cublas", overheads.cublas_workspace_bytes - of_backward)
-        backward_began = False
         yield ("alloc", "cublaslt", overheads.cublaslt_workspace_bytes)
+        # Index in the first step -> what is allocated there for good, before the event of that index.
+        lazily: dict[int, list[Event]] = {}
+        lazily.setdefault(self._backward_begins, []).append(("alloc", "cublas of backward", of_backward))
+        lazily.setdefault(self._update_begins, []).extend(("alloc", state.storage, state.nbytes) for state in late)
         left: dict[tuple[int, int], None] = {}
         for number in range(PASSES):
             alive: dict[tuple[int, int], None] = {}
-            for event in self._step:
-                if not backward_began and event.phase == BACKWARD:
-                    yield ("alloc", "cublas of backward", of_backward)
-                    backward_began = True
-                if late and event.phase == OPTIMIZER:
-                    yield from (("alloc", state.storage, state.nbytes) for state in late)
-                    late = []
+            for index, event in enumerate(self._step):
+                yield from lazily.pop(index, ())
                 key = (number, event.storage)
                 if event.sign > 0:
                     alive[key] = None
@@ -64,10 +62,22 @@ class Steps:
                     yield ("free", key)
                 elif number == 0:
                     yield ("free", event.storage)
+            yield from lazily.pop(len(self._step), ())
             # What a step replaced (a buffer assigned anew) is freed by the next step's replacement.
             yield from (("free", key) for key in left)
             left = alive
-        yield from (("alloc", state.storage, state.nbytes) for state in late)
+
+    @cached_property
+    def _backward_begins(self) -> int:
+        """The index of the step's first event in backward; its end where there is none."""
+        return next((i for i, event in enumerate(self._step) if event.phase == BACKWARD), len(self._step))
+
+    @cached_property
+    def _update_begins(self) -> int:
+        """The index of the first event after backward: the optimizer's phase begins here, also where an update makes
+        no storage of its own (a fused or an 8-bit AdamW) and the next event is the end of a gradient."""
+        last = max((i for i, event in enumerate(self._step) if event.phase in (FORWARD, BACKWARD)), default=-1)
+        return last + 1
 
     @cached_property
     def _results(self) -> dict[tuple[int, int, int | None], ReplayResult]:

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.flop_counter import flop_registry
+
+from peft_gauge.flops import formula_of
 
 BASE_WEIGHTS = "base_weights"
 QUANTISATION_CONSTANTS = "quantisation_constants"
@@ -397,7 +398,7 @@ class StorageTracker(TorchDispatchMode):
             for record in scratch:
                 self._ledger.end(record)
         if plan.flops is not None:
-            flops = int(plan.flops(*args, **kwargs, out_val=out))
+            flops = plan.flops(args, kwargs, out)
             self.flops += flops
             self.flops_by_phase[self._ledger.phase] += flops
         elif plan.foreign:
@@ -445,7 +446,7 @@ class _OperatorPlan:
         self.resizes = "resize" in self.name or "set_" in self.name
         self.reaches_gradient = self.name in _GRADIENT_STEPS
         self.workspace = workspaces.get(self.name)
-        self.flops = None if func is None else flop_registry.get(func._overloadpacket)
+        self.flops = None if func is None else formula_of(func)
         self.foreign = func is not None and self.name.split("::")[0] not in _FLOP_FREE_NAMESPACES
         self.special = bool(self.reaches_gradient or self.workspace or self.flops or self.foreign)
 
