@@ -472,7 +472,7 @@ def _engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -
         return False
     if left.shape != right.shape or left.dtype != right.dtype or left.layout is not torch.strided:
         return False
-    if torch._C._current_autograd_node() is None or not _called_by_engine(sys._getframe(2)):
+    if torch._C._current_autograd_node() is None or not _called_by_engine(sys._getframe().f_back):
         return False
     if not _dense(left):
         return False
@@ -483,6 +483,7 @@ def _engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -
 
 def _called_by_engine(frame: Any) -> bool:
     """True if no Python code stands between the engine and the operator (device threads have no frames at all)."""
+    frame = frame.f_back  # from the tracker's dispatch to what dispatched; nothing on a device's thread
     while frame is not None and frame.f_code.co_filename.endswith("eval_frame.py"):
         frame = frame.f_back
     return frame is None or frame.f_code.co_name == "_engine_run_backward"
