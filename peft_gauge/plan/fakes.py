@@ -346,10 +346,10 @@ def _math_attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = query @ (key.transpose(-2, -1) * root)
+    weights = query @ (key.transpose(-2, -1) * root)
     if mask is not None:
-        scores.add_(mask)
-    weights = torch.ops.aten._safe_softmax(scores, -1)
+        weights.add_(mask)
+    weights = torch.ops.aten._safe_softmax(weights, -1)  # one name: what it stood for before may go here
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
     return (weights @ value).to(dtype)
@@ -436,6 +436,18 @@ def _flash_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
     return scratch
 
 
+def _efficient_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
+    """FP32 gradient of the queries, padded to the kernel's blocks, and two rows of sums.
+
+    Source: aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, `workspace_elements_gq`; the sizes
+    of its blocks as an H200 showed them (tests/data/h200_attention.json).
+    """
+    batch, heads, rows, width = args[1].shape
+    block = 64 if width <= 64 else 128
+    padded = (-(-rows // block) * block) * (-(-width // block) * block)
+    return [batch * heads * padded * 4, *2 * [batch * heads * rows * 4]]
+
+
 def _safe_softmax_scratch(args: Sequence[Any], out: Any) -> list[int]:
     """Which scores are −∞, and which rows are nothing else; source: aten/src/ATen/native/SoftMax.cpp."""
     return [out.numel(), out.numel() // out.shape[-1] if out.numel() else 0]
@@ -448,6 +460,7 @@ def _softmax_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
 
 CUDA_WORKSPACES = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward_scratch,
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward_scratch,
     "aten::_safe_softmax": _safe_softmax_scratch,
     "aten::_softmax_backward_data": _softmax_backward_scratch,
 }
