@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # measured figure -> the plan's figure, the ceiling's
 COMPARED = {
-    "allocated_peak_bytes": ("peak_bytes", "allocated_bytes"),
+    "allocated_peak_bytes": ("allocated_bytes_estimate", "allocated_bytes"),
     "reserved_peak_bytes": ("reserved_bytes_estimate", "reserved_bytes"),
     "own_device_peak_bytes": ("device_bytes_estimate", "device_bytes"),
 }
@@ -87,6 +87,7 @@ def against_plan(measured: Measured) -> dict[str, Any]:
     memory, plan = measured.figures["memory"], measured.plan
     found: dict[str, Any] = {
         "planned_peak_bytes": plan.peak_bytes,
+        "planned_allocated_bytes": plan.allocated_bytes_estimate,
         "planned_reserved_bytes": plan.reserved_bytes_estimate,
         "planned_device_bytes": plan.device_bytes_estimate,
         "planned_saved_activation_bytes_per_token": plan.saved_activation_bytes_per_token,

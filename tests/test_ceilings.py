@@ -28,6 +28,7 @@ TABLE = CeilingTable({LORA: Ceiling(10, 20, 30), FULL: Ceiling(1_000, 2_000, 3_0
 
 def a_plan(**changes: Any) -> Plan:
     device = DeviceEstimate(
+        allocated_bytes=110 * MIB,
         reserved_bytes=120 * MIB,
         context_bytes=500 * MIB,
         cublas_workspace_bytes=8 * MIB,
@@ -37,7 +38,8 @@ def a_plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "model": "toy-llama", "method": "lora", "settings": {}, "trainable_params": 1, "total_params": 2,
         "phase_of_peak": "backward", "peak_bytes": 100 * MIB, "resident_bytes": 1, "resident_live_outputs_bytes": 1,
-        "reserved_bytes_estimate": 120 * MIB, "device_bytes_estimate": 620 * MIB, "device": device,
+        "allocated_bytes_estimate": 110 * MIB, "reserved_bytes_estimate": 120 * MIB,
+        "device_bytes_estimate": 620 * MIB, "device": device,
         "peak_by_category": {}, "resident_by_category": {}, "saved_activation_bytes_per_token": 0.0,
         "flops_per_step": 0,
     }  # fmt: skip

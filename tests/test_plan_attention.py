@@ -18,7 +18,7 @@ UNSPLIT_BYTES = 1 << 20
 """What the allocator may hand out beyond a request: the figures are those of memory_allocated."""
 
 
-# In single precision the GPU took the kernel that is planned, in 16 bit cuDNN's in place of flash or of efficient attention.
+# In single precision the GPU took the kernel that is planned, in 16 bit cuDNN's in place of flash or efficient.
 SINGLE = [row for row in MEASURED if row["dtype"] == "float32"]
 MASKED = [row for row in MEASURED if row["dtype"] != "float32" and row["kind"] in ("bool", "float")]
 HALF = [row for row in MEASURED if row["dtype"] != "float32" and row not in MASKED]
@@ -40,7 +40,7 @@ def planned(row: dict[str, Any]) -> tuple[set[str], int, int, int]:
         )
         if kind == "expanded_kv":
             key, value = (each.repeat_interleave(heads // kv_heads, 1) for each in (key, value))
-        operands = [each.requires_grad_() for each in (query, key, value)]
+        operands = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
         mask = {
             "bool": lambda: torch.ones(batch, 1, tokens, tokens, dtype=torch.bool).tril(),
             "float": lambda: torch.zeros(batch, 1, tokens, tokens, dtype=dtype),
@@ -52,7 +52,9 @@ def planned(row: dict[str, Any]) -> tuple[set[str], int, int, int]:
         with tracker:
             with tracker.phase(FORWARD):
                 out = F.scaled_dot_product_attention(
-                    *operands,
+                    query,
+                    key,
+                    value,
                     attn_mask=mask,
                     is_causal=kind in ("causal", "causal_dropout", "expanded_kv"),
                     enable_gqa=heads != key.shape[1],

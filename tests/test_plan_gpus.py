@@ -67,8 +67,9 @@ def test_names_as_people_and_drivers_write_them(text: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "usable_bytes"),
     [
-        ("24GB", 24 * 10**9),
-        ("24 GB", 24 * 10**9),
+        ("24e9", 24 * 10**9),
+        ("24.0GB", 24 * 10**9),
+        ("25300MB", 25_300 * 10**6),
         ("24GiB", 24 * 2**30),
         ("1.5gib", 3 * 2**29),
         ("80e9", 80 * 10**9),
@@ -82,6 +83,22 @@ def test_sizes(text: str, usable_bytes: int) -> None:
     gpu = gpus.lookup(text)
     assert gpu.usable_bytes == usable_bytes
     assert gpu.compute_capability is None
+
+
+@pytest.mark.parametrize(
+    ("text", "usable_bytes", "like"),
+    [
+        ("24GB", int(23.52 * GIB), "as GeForce RTX 4090"),  # the middle one of three with ECC and four without
+        ("24 gb", int(23.52 * GIB), "as GeForce RTX 4090"),
+        ("8GB", int(7.75 * GIB), "as GeForce RTX 4060"),
+        ("141GB", 143_156 << 20, "as H200"),
+        ("6GB", int(0.97 * 6 * GIB), "97 % of 6 GiB"),  # no card of the table
+    ],
+)
+def test_whole_gigabytes_are_a_card_sold_with_them(text: str, usable_bytes: int, like: str) -> None:
+    gpu = gpus.lookup(text)
+    assert gpu.usable_bytes == usable_bytes
+    assert like in gpu.source
 
 
 @pytest.mark.parametrize(
@@ -149,7 +166,8 @@ def test_workspace_defaults_are_those_of_pytorch() -> None:
 def test_defaults_follow_the_card_and_say_that_the_context_is_an_estimate(tmp_path: Path) -> None:
     overheads = overheads_for("H100", tmp_path)
     assert overheads == default_overheads((9, 0))
-    assert overheads.origins["context_bytes"].startswith("unmeasured estimate")
+    assert overheads.origins["context_bytes"].startswith("measured on an H200")
+    assert overheads_for("A100 80GB", tmp_path).origins["context_bytes"].startswith("unmeasured estimate")
     assert overheads_for("24GB") == default_overheads(None)
 
 

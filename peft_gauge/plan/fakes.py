@@ -439,8 +439,8 @@ def _flash_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
 def _efficient_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
     """FP32 gradient of the queries, padded to the kernel's blocks, and two rows of sums.
 
-    Source: aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, `workspace_elements_gq`; the sizes
-    of its blocks as an H200 showed them (tests/data/h200_attention.json).
+    Source: aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, `workspace_elements_gq`; the
+    sizes of its blocks as an H200 showed them (tests/data/h200_attention.json).
     """
     batch, heads, rows, width = args[1].shape
     block = 64 if width <= 64 else 128

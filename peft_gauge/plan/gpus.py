@@ -19,6 +19,8 @@ _UNITS = {"b": 1} | {
     for kind, base in (("b", 1000), ("ib", 1024))
 }
 _SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.ASCII)
+_SOLD = re.compile(r"(\d{1,5})\s*gb", re.ASCII)
+_LEAST_SHARE_REPORTED = 0.97  # of the memory on the box, by cards without ECC
 _MAKER_WORDS = ("nvidia", "geforce", "tesla", "quadro")
 _LEAST_BYTES = 2 << 20  # less than one allocator segment holds no tensor: surely a forgotten unit
 _MOST_BYTES = 2**63 - 1
@@ -51,17 +53,32 @@ def lookup(text: str) -> Gpu:
     """The card with this name, or a nameless one of this size.
 
     Names ignore case, spaces, dashes and the maker's words, so that `torch.cuda.get_device_name()` can be
-    passed as it is. Sizes are `24GB` (10⁹), `24GiB` (2³⁰), or plain bytes: `80e9`, `17179869184`.
+    passed as it is. A whole number of `GB`, such as `24GB`, is a card sold with that much: it offers what the middle
+    one of the table's cards of that size reports. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or
+    plain bytes: `80e9`, `17179869184`.
     Raises `GaugeError` for a name that is not in the table (with the nearest) and for an unusable size.
     """
     key = _key(text)
     gpu = _by_key().get(key)
     if gpu is not None:
         return gpu
+    sold = _SOLD.fullmatch(text.strip().lower())
+    if sold is not None and parse_bytes(text):
+        return _sold_as(text.strip(), int(sold[1]))
     match = _SIZE.fullmatch(text.strip().lower())
     if match is not None and (match[2] or "b") in _UNITS:
         return Gpu(text.strip(), parse_bytes(text), None, None, source="a size given by the user")
     raise GaugeError(f"no GPU is called {text!r}; {_nearest(key)}, or give a size such as 24GB")
+
+
+def _sold_as(name: str, gigabytes: int) -> Gpu:
+    """A card whose box says ``gigabytes``: makers mean GiB, and the driver keeps some of them."""
+    same = [gpu for gpu in table() if gpu.marketing_memory == f"{gigabytes} GB" and not gpu.nominal]
+    if not same:
+        usable_bytes = int(gigabytes * 2**30 * _LEAST_SHARE_REPORTED)
+        return Gpu(name, usable_bytes, None, None, source=f"a card sold with {gigabytes} GB: 97 % of {gigabytes} GiB")
+    middle = same[(len(same) - 1) // 2]
+    return Gpu(name, middle.usable_bytes, None, None, source=f"a card sold with {gigabytes} GB: as {middle.name}")
 
 
 def parse_bytes(text: str) -> int:

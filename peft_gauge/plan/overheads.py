@@ -33,14 +33,18 @@ CONTEXT_BYTES = 512 << 20
 loading (CUDA 11.7 and later) PyTorch's maintainers speak of about 300 MB (pytorch#107667) and 400 MB
 (pytorch#109888) after the first operation; the kernels of a training step come on top."""
 
+CONTEXT_HOPPER_BYTES = 794_820_608
+"""The same as an H200 showed it under torch 2.11 for CUDA 13.0 (driver 580.159): NVML's figure for the process less the
+allocator's segments, after training steps with cuDNN's attention; 778,043,392 without (2026-11-27)."""
+
 CUBLAS_WORKSPACE_BYTES = 2 * (4096 << 10) + 8 * (16 << 10)
 """cuBLAS, per handle and stream, with the default `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8`: two buffers of
 4 MiB and eight of 16 KiB, 8,519,680 bytes. From `aten/src/ATen/cuda/CublasHandlePool.cpp`; the same figure
 was observed on a device in pytorch#95668."""
 
 CUBLAS_WORKSPACE_HOPPER_BYTES = 8 * (4096 << 10)
-"""The same on compute capability 9.0, 32 MiB. Blackwell (10.0, 12.0) took the smaller default in the version
-of that file that was read (commit 26a3905)."""
+"""The same on compute capability 9.0, 32 MiB; an H200 took it twice, once for forward and once for backward. Blackwell
+(10.0, 12.0) took the smaller default in the version of that file that was read (commit 26a3905)."""
 
 CUBLASLT_WORKSPACE_BYTES = 1 << 20
 """cuBLASLt (a linear layer with a bias): 1 MiB unless `CUBLASLT_WORKSPACE_SIZE` says otherwise, same file.
@@ -71,12 +75,14 @@ def default_overheads(compute_capability: tuple[int, int] | None) -> DeviceOverh
     """What PyTorch's sources say for an architecture; None is treated as one that is not Hopper."""
     hopper = compute_capability == (9, 0)
     return DeviceOverheads(
-        context_bytes=CONTEXT_BYTES,
+        context_bytes=CONTEXT_HOPPER_BYTES if hopper else CONTEXT_BYTES,
         cublas_workspace_bytes=CUBLAS_WORKSPACES
         * (CUBLAS_WORKSPACE_HOPPER_BYTES if hopper else CUBLAS_WORKSPACE_BYTES),
         cublaslt_workspace_bytes=CUBLASLT_WORKSPACE_BYTES,
         origins={
-            "context_bytes": "unmeasured estimate (pytorch#107667, pytorch#109888)",
+            "context_bytes": "measured on an H200, torch 2.11, CUDA 13.0"
+            if hopper
+            else "unmeasured estimate (pytorch#107667, pytorch#109888)",
             "cublas_workspace_bytes": "PyTorch's CublasHandlePool.cpp",
             "cublaslt_workspace_bytes": "PyTorch's CublasHandlePool.cpp; an upper bound",
         },

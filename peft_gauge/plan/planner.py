@@ -14,6 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from peft_gauge.counting import ParameterCount, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.plan import fakes, policies
 from peft_gauge.plan.call import ModelCall, chunk_loss
+from peft_gauge.plan.overheads import overheads_for
 from peft_gauge.plan.record import Plan
 from peft_gauge.plan.reserve import Steps, device_estimate, fit
 from peft_gauge.plan.tracker import (
@@ -54,7 +56,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peft_gauge.models import ModelRecord
-    from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.plan.overheads import DeviceOverheads
+    from peft_gauge.plan.record import DeviceEstimate, PlanRequest
 
 TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
@@ -104,9 +107,13 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
 
 @dataclass(frozen=True)
 class Trace:
-    """One steady step: its log, and what was alive at the moments that a plan reports."""
+    """One steady step: its log, and what was alive at the moments that a plan reports.
+
+    ``made_after_update``: storages (`Event.storage`) that a run makes once, right after its first update.
+    """
 
     tracker: StorageTracker
+    made_after_update: frozenset[int]
     counted: ParameterCount
     peak: Snapshot
     resident: Snapshot
@@ -197,9 +204,9 @@ def follow(
     _adopt_model(tracker, model, base)
     job, call = _job(request, model, tracker)
     _prime(job, tracker, request.settings, notes)
-    _prime_importance(job, model, tracker, notes)
+    importance = _prime_importance(job, model, tracker, notes)
     with no_collector():
-        trace = _step(job, call, tracker, request, counted)
+        trace = _step(job, call, tracker, request, counted, importance)
     tracker.close()
     uncounted = sorted(name for name in tracker.operators_without_flops if not name.startswith(ELEMENTWISE))
     notes += [f"{name}: its operations are not in flops_per_step" for name in uncounted]
@@ -254,9 +261,9 @@ def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, no
         )
 
 
-def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracker, notes: list[str]) -> None:
-    """Make what AdaLoRA and AdaMSS remember of each weight's importance from step to step: a training loop does it
-    through ``update_and_allocate``, which `TrainingJob` leaves out because it reads values."""
+def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracker, notes: list[str]) -> list[Tensor]:
+    """Make and return what AdaLoRA and AdaMSS remember of each weight's importance from step to step: a training loop
+    does it through ``update_and_allocate``, which `TrainingJob` leaves out because it reads values."""
     known = set(map(id, fakes.plain_tensors(model)))
     for parameter in job.trainable:
         parameter.grad = torch.empty_like(parameter)
@@ -266,15 +273,22 @@ def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracke
     if made:
         tracker.adopt(made, BUFFERS)
         notes.append("importance of each weight: its buffers are counted; their update after a step is not traced")
+    return made
 
 
 def _step(
-    job: TrainingJob, call: ModelCall, tracker: StorageTracker, request: PlanRequest, counted: ParameterCount
+    job: TrainingJob,
+    call: ModelCall,
+    tracker: StorageTracker,
+    request: PlanRequest,
+    counted: ParameterCount,
+    importance: Iterable[Tensor],
 ) -> Trace:
     """One step as `TrainingJob.step` takes it, its phases named, and the moments after it."""
     micro_batches = request.settings.grad_accumulation
     traced = min(micro_batches, TRACED_MICRO_BATCHES)
     tracker.start_over()
+    made_after_update = tracker.storages(importance)
     with tracker:
         for _ in range(traced):
             with tracker.phase(FORWARD):
@@ -290,6 +304,7 @@ def _step(
     held = 0 if call.hold_outputs else sum(map(rounded, call.output_bytes))
     return Trace(
         tracker=tracker,
+        made_after_update=made_after_update,
         counted=counted,
         peak=tracker.peak(blocks=True),
         resident=resident,
@@ -303,12 +318,17 @@ def _step(
 
 
 def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: float) -> Plan:
-    steps = Steps(trace.tracker.events)
-    device = device_estimate(steps)
+    steps = Steps(trace.tracker.events, trace.made_after_update)
+    # With one GPU the estimate is of that one, and what a reader adds up is one figure.
+    device = device_estimate(steps, _overheads(request))
+    _check_order(request, trace, device)
     gpus = tuple(fit(steps, gpu, request.calibration_folder) for gpu in request.gpus)
     for found in gpus:
         if found.fits and found.retries:
-            notes.append(f"{found.gpu}: fits only because cached segments are given back on the way, which costs time")
+            notes.append(
+                f"{found.gpu}: fits only because cached segments are given back on the way, which costs time; "
+                f"a card without a limit would show {device.total_bytes / 1e9:.2f} GB"
+            )
     return Plan(
         model=request.model.name,
         method=request.method.name,
@@ -319,6 +339,7 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
         peak_bytes=trace.peak.bytes,
         resident_bytes=trace.resident.bytes,
         resident_live_outputs_bytes=trace.live_outputs_bytes,
+        allocated_bytes_estimate=device.allocated_bytes,
         reserved_bytes_estimate=device.reserved_bytes,
         device_bytes_estimate=device.total_bytes,
         device=device,
@@ -330,6 +351,23 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
         warnings=tuple(notes),
         seconds=time.perf_counter() - started,
     )
+
+
+def _overheads(request: PlanRequest) -> DeviceOverheads | None:
+    if len(request.gpus) != 1:
+        return None
+    folder = request.calibration_folder
+    return overheads_for(request.gpus[0], Path(folder) if folder else None)
+
+
+def _check_order(request: PlanRequest, trace: Trace, device: DeviceEstimate) -> None:
+    """Raise `GaugeError` where the replay lost bytes that the trace has: a plan that is too small is no answer."""
+    if not trace.peak.bytes <= device.allocated_bytes <= device.reserved_bytes <= device.total_bytes:
+        raise GaugeError(
+            f"{request.name} cannot be planned: the step's peak is {trace.peak.bytes:,} bytes and its replay has "
+            f"{device.allocated_bytes:,} allocated, {device.reserved_bytes:,} reserved; this is a fault of peft-gauge: "
+            "please report the command"
+        )
 
 
 def _settings(request: PlanRequest) -> dict[str, Any]:

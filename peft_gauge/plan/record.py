@@ -80,11 +80,13 @@ class PlanRequest:
 class DeviceEstimate:
     """A device's memory by parts, in bytes.
 
-    ``reserved_bytes``: the caching allocator's segments, the library workspaces inside them; ``context_bytes``: driver,
-    CUDA context and kernels, outside the allocator. ``cublas_workspace_bytes`` and ``cublaslt_workspace_bytes`` are
-    the parts of ``reserved_bytes`` that no tensor accounts for. ``origins`` says where each constant is from.
+    ``allocated_bytes``: the most that is handed out of the segments at once, workspaces included; ``reserved_bytes``:
+    the caching allocator's segments, the library workspaces inside them; ``context_bytes``: driver, CUDA context and
+    kernels, outside the allocator. ``cublas_workspace_bytes`` and ``cublaslt_workspace_bytes`` are the parts of
+    ``reserved_bytes`` that no tensor accounts for. ``origins`` says where each constant is from.
     """
 
+    allocated_bytes: int
     reserved_bytes: int
     context_bytes: int
     cublas_workspace_bytes: int
@@ -102,9 +104,9 @@ class GpuFit:
     """Whether a step fits one GPU.
 
     ``fits``: the step's allocations, replayed with this card's memory less its context, never run out.
-    ``headroom_bytes``: what remains unreserved in that replay; where it does not fit, the (negative) difference
-    between the card's memory and the unlimited ``device_bytes``. ``retries``: how often cached segments had to be
-    given back to make room, which costs time.
+    ``device_bytes``: what the card will show as used: that replay's segments and the context; where it does not fit,
+    what a card without a limit would show. ``headroom_bytes``: ``usable_bytes`` less ``device_bytes``, negative where
+    it does not fit. ``retries``: how often cached segments had to be given back to make room, which costs time.
     """
 
     gpu: str
@@ -128,8 +130,11 @@ class Plan:
         resident_bytes: what stays between steps, after ``zero_grad``.
         resident_live_outputs_bytes: the same with loss, outputs and gradients alive, as right after
             ``optimizer.step()``.
+        allocated_bytes_estimate: what ``torch.cuda.max_memory_allocated`` will show: the peak, library workspaces, and
+            what the allocator hands out beyond a request.
         reserved_bytes_estimate: the caching allocator's segments after repeated steps, workspaces included.
-        device_bytes_estimate: that and the CUDA context; ``device`` names the parts.
+        device_bytes_estimate: that and the CUDA context; ``device`` names the parts. Of the GPU that was asked for,
+            where it was one; else of a GPU with PyTorch's usual workspaces.
         peak_by_category, resident_by_category: they sum to ``peak_bytes`` and ``resident_bytes``.
         saved_activation_bytes_per_token: what forward keeps for backward of one micro-batch, over its tokens;
             without logits and loss.
@@ -147,6 +152,7 @@ class Plan:
     peak_bytes: int
     resident_bytes: int
     resident_live_outputs_bytes: int
+    allocated_bytes_estimate: int
     reserved_bytes_estimate: int
     device_bytes_estimate: int
     device: DeviceEstimate

@@ -10,7 +10,7 @@ from peft_gauge.plan import gpus
 from peft_gauge.plan.allocator import Event, ReplayResult, replay
 from peft_gauge.plan.overheads import CUBLAS_WORKSPACES, DeviceOverheads, default_overheads, overheads_for
 from peft_gauge.plan.record import DeviceEstimate, GpuFit
-from peft_gauge.plan.tracker import BACKWARD, FORWARD, OPTIMIZER_STATE, OUTSIDE
+from peft_gauge.plan.tracker import BACKWARD, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,10 +26,12 @@ class Steps:
     """The allocations of a run of `PASSES` equal steps.
 
     The log starts with what is there between two steps. Of that, the optimizer's state is allocated where a run does
-    it: in the optimizer phase of the first step, between the blocks that forward and backward left behind.
+    it: in the optimizer phase of the first step, between the blocks that forward and backward left behind; and
+    ``made_after_update`` (numbers of storages) right after that phase.
     """
 
-    def __init__(self, events: Sequence[StorageEvent]) -> None:
+    def __init__(self, events: Sequence[StorageEvent], made_after_update: frozenset[int] = frozenset()) -> None:
+        self._made_after_update = made_after_update
         self._before = [event for event in events if event.phase == OUTSIDE and event.sign > 0]
         present = {event.storage for event in self._before}
         self._step = [event for event in events if not (event.sign > 0 and event.storage in present)]
@@ -38,8 +40,10 @@ class Steps:
     def allocations(self, overheads: DeviceOverheads) -> Iterator[Event]:
         """The sequence for `replay`; library workspaces come with the first step and are never freed: one of cuBLAS
         with the first product, the other, of autograd's thread, with the first backward."""
+        after_update = [event for event in self._before if event.storage in self._made_after_update]
         late = [event for event in self._before if event.category == OPTIMIZER_STATE]
-        early = [event for event in self._before if event.category != OPTIMIZER_STATE]
+        lazy = {event.storage for event in (*late, *after_update)}
+        early = [event for event in self._before if event.storage not in lazy]
         yield from (("alloc", event.storage, event.nbytes) for event in early)
         of_backward = overheads.cublas_workspace_bytes // CUBLAS_WORKSPACES
         yield ("alloc", "cublas", overheads.cublas_workspace_bytes - of_backward)
@@ -48,6 +52,7 @@ class Steps:
         lazily: dict[int, list[Event]] = {}
         lazily.setdefault(self._backward_begins, []).append(("alloc", "cublas of backward", of_backward))
         lazily.setdefault(self._update_begins, []).extend(("alloc", state.storage, state.nbytes) for state in late)
+        lazily.setdefault(self._update_ends, []).extend(("alloc", made.storage, made.nbytes) for made in after_update)
         left: dict[tuple[int, int], None] = {}
         for number in range(PASSES):
             alive: dict[tuple[int, int], None] = {}
@@ -76,8 +81,14 @@ class Steps:
     def _update_begins(self) -> int:
         """The index of the first event after backward: the optimizer's phase begins here, also where an update makes
         no storage of its own (a fused or an 8-bit AdamW) and the next event is the end of a gradient."""
-        last = max((i for i, event in enumerate(self._step) if event.phase in (FORWARD, BACKWARD)), default=-1)
-        return last + 1
+        return self._after(FORWARD, BACKWARD)
+
+    @cached_property
+    def _update_ends(self) -> int:
+        return self._after(FORWARD, BACKWARD, OPTIMIZER)
+
+    def _after(self, *phases: str) -> int:
+        return 1 + max((i for i, event in enumerate(self._step) if event.phase in phases), default=-1)
 
     @cached_property
     def _results(self) -> dict[tuple[int, int, int | None], ReplayResult]:
@@ -94,8 +105,10 @@ class Steps:
 def device_estimate(steps: Steps, overheads: DeviceOverheads | None = None) -> DeviceEstimate:
     """What a device without a limit would report, by parts."""
     overheads = overheads or default_overheads(None)
+    unlimited = steps.replayed(overheads)
     return DeviceEstimate(
-        reserved_bytes=steps.replayed(overheads).peak_reserved_bytes,
+        allocated_bytes=unlimited.peak_allocated_bytes,
+        reserved_bytes=unlimited.peak_reserved_bytes,
         context_bytes=overheads.context_bytes,
         cublas_workspace_bytes=overheads.cublas_workspace_bytes,
         cublaslt_workspace_bytes=overheads.cublaslt_workspace_bytes,
@@ -107,12 +120,11 @@ def fit(steps: Steps, gpu_name: str, calibration_folder: str | None = None) -> G
     """Whether the steps fit the card called (or as large as) ``gpu_name``; raises `GaugeError` for an unknown one."""
     gpu = gpus.lookup(gpu_name)
     overheads = overheads_for(gpu_name, Path(calibration_folder) if calibration_folder else None)
-    unlimited = device_estimate(steps, overheads)
-    capacity = gpu.usable_bytes - overheads.context_bytes
-    if unlimited.reserved_bytes <= capacity:
-        free, fits, retries = capacity - unlimited.reserved_bytes, True, 0
-    else:
-        limited = steps.replayed(overheads, max(capacity, 0))
-        fits, retries = limited.out_of_memory is None, limited.num_alloc_retries
-        free = capacity - (limited.peak_reserved_bytes if fits else unlimited.reserved_bytes)
-    return GpuFit(gpu.name, gpu.usable_bytes, unlimited.total_bytes, fits, free, retries)
+    estimate = device_estimate(steps, overheads)
+    device_bytes, fits, retries = estimate.total_bytes, estimate.total_bytes <= gpu.usable_bytes, 0
+    if not fits:
+        limited = steps.replayed(overheads, max(gpu.usable_bytes - overheads.context_bytes, 0))
+        if limited.out_of_memory is None:
+            device_bytes = limited.peak_reserved_bytes + overheads.context_bytes
+            fits, retries = True, limited.num_alloc_retries
+    return GpuFit(gpu.name, gpu.usable_bytes, device_bytes, fits, gpu.usable_bytes - device_bytes, retries)

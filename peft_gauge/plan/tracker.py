@@ -216,6 +216,12 @@ class StorageTracker(TorchDispatchMode):
                 else:
                     self._ledger.records[watch.record].category = category
 
+    def storages(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        """The numbers, as `Event.storage` has them, of the followed storages of ``tensors`` in the log as it is now."""
+        alive = self._ledger.alive
+        keys = (tensor.untyped_storage()._cdata for tensor in tensors)
+        return frozenset(alive[key].record for key in keys if key in alive)
+
     def label(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
         """Names storages, followed already or not, also in every event that is past."""
         self.adopt(tensors, category)

@@ -67,15 +67,16 @@ def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=_title(plans), title_justify="left", caption_justify="left")
     table.caption = "peak, resident: as memory_allocated counts; device: estimated, with CUDA context and workspaces"
     if plans[0]["gpus"]:
-        table.caption += "; + is what the GPU has left, − what it lacks"
+        table.caption += "; on a GPU: what it will show as used, + what it has left or − what it lacks"
+        if any(fit["retries"] for plan in plans for fit in plan["gpus"] if fit["fits"]):
+            table.caption += "; *: fits by giving back cached segments, which costs time"
     table.add_column("method", no_wrap=True)
     table.add_column("peak in", no_wrap=True)
-    gpus = [fit["gpu"] for fit in plans[0]["gpus"]]
     searched = "find" in plans[0]
     for heading in [*(["largest"] if searched else []), "trainable", "peak", "resident", "saved/token", "device"]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for gpu in gpus:
-        table.add_column(f"on {gpu}", justify="right", no_wrap=True)
+    for fit in plans[0]["gpus"]:
+        table.add_column(f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})", justify="right", no_wrap=True)
     for plan in plans:
         found = [_found(plan["find"])] if searched else []
         table.add_row(plan["method"], plan["phase_of_peak"], *found, *_cells(plan))
@@ -102,9 +103,13 @@ def _cells(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(fit: Mapping[str, Any]) -> str:
-    """What remains free (+), or is missing (−)."""
-    size = shown_bytes(abs(fit["headroom_bytes"]))
-    return f"+{size}" if fit["fits"] else f"−{size}"
+    """What the GPU will show as used, and what remains free (+) or is missing (−), in the unit of its heading.
+
+    The second is the difference of the two sizes as they are shown, so that what a reader adds up is right.
+    """
+    unit = next(size for size in (1e9, 1e6, 1e3) if fit["usable_bytes"] >= size)
+    device, usable = (round(fit[name] / unit, 2) for name in ("device_bytes", "usable_bytes"))
+    return f"{device:.2f} {'+' if fit['fits'] else '−'}{abs(usable - device):.2f}{'*' if fit['retries'] else ''}"
 
 
 def _found(found: Mapping[str, Any]) -> str:
