@@ -12,6 +12,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.targets import sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,14 +123,15 @@ def quantize_(
       without input gradients: double quantisation is undone and the layer then computes in bfloat16. Steps in
       ``train()`` mode are not touched by this.
 
-    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantised already, and
-    weights that are not 16- or 32-bit floats.
+    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantised already, weights that
+    are not 16- or 32-bit floats, and, on a CPU, rows that this bitsandbytes unpacks wrongly there.
     """
     if quant_format not in LAYER_FORMATS:
         raise unknown("quantised layer format", quant_format, LAYER_FORMATS)
     if getattr(model, "is_quantized", False):
         raise GaugeError("the model is quantised already; start from one in 16 or 32 bit")
-    load_bitsandbytes(_kernels_device(model, device))
+    kernels_device = _kernels_device(model, device)
+    load_bitsandbytes(kernels_device)
     skip = output_heads(model) if skip is None else skip
     names = _linear_names(model, skip)
     if not names:
@@ -136,6 +139,8 @@ def quantize_(
     _check_mixers(model, names)
     for name in names:  # all are checked first: a refused model is left whole
         _check(name, model.get_submodule(name))
+    if quant_format != "int8" and kernels_device == "cpu" and _has_data(model):
+        _check_unpacking(model, names, quant_format)
     for name in names:
         linear = _as_linear(model.get_submodule(name))
         if device is not None:
@@ -171,8 +176,12 @@ def left_unquantised(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def _kernels_device(model: nn.Module, device: str | None) -> str:
     """Where ``model`` is going to be quantised; weights without data run no kernels, wherever they say they are."""
+    return device or next(model.parameters()).device.type if _has_data(model) else "cpu"
+
+
+def _has_data(model: nn.Module) -> bool:
     weight = next(model.parameters())
-    return "cpu" if weight.is_meta or is_fake(weight) else device or weight.device.type
+    return not (weight.is_meta or is_fake(weight))
 
 
 def _linear_names(model: nn.Module, skip: Sequence[str]) -> list[str]:
@@ -228,6 +237,30 @@ def _check(name: str, linear: nn.Module) -> None:
     weight: Any = linear.weight
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise GaugeError(f"{name} is {weight.dtype}; only float32, float16 and bfloat16 weights can be quantised")
+
+
+def _check_unpacking(model: nn.Module, names: Sequence[str], quant_format: str) -> None:
+    """Raise `GaugeError` for a layer whose weight would come back from the CPU's kernel as another one: some releases
+    (0.50 among them) take the next block's scale for the end of a block that ends inside a row."""
+    for name in names:
+        inputs, _ = sizes(model.get_submodule(name))
+        if inputs % BLOCK_SIZE and not _unpacks(inputs, quant_format):
+            raise GaugeError(
+                f"{name} has {inputs} inputs, no multiple of the block size {BLOCK_SIZE}, and the CPU kernel of "
+                f"bitsandbytes {version('bitsandbytes')} unpacks such rows wrongly; use a GPU, or int8"
+            )
+
+
+@cache
+def _unpacks(inputs: int, quant_format: str) -> bool:
+    """Whether rows of ``inputs`` weights are unpacked on the CPU as the same weights are in rows of a block each."""
+    functional = load_bitsandbytes().functional
+    with unset_fake_temporarily():
+        weight = torch.linspace(-1, 1, BLOCK_SIZE * inputs).sin().view(BLOCK_SIZE, inputs)
+        packed, state = pack(weight, quant_format)
+        by_row = functional.dequantize_4bit(packed, state)
+        state.shape = torch.Size((inputs, BLOCK_SIZE))
+        return torch.equal(by_row.flatten(), functional.dequantize_4bit(packed, state).flatten())
 
 
 _MULTIPLIED_BY_HAND = {"MambaMixer": "dt_proj", "FalconMambaMixer": "dt_proj"}
@@ -380,9 +413,11 @@ def dequantised(
         raise GaugeError(f"{weight.numel()} weights do not divide into blocks of {block_size}")
     weight = weight.detach().float().contiguous()
     if quant_format in ("nf4", "fp4"):
-        packed, state = pack(weight, quant_format, double_quant=double_quant, block_size=block_size)
+        # A block a row: the CPU's kernel gets rows wrong that are no multiple of a block (`_check_unpacking`).
+        blocks = weight.view(-1, block_size)
+        packed, state = pack(blocks, quant_format, double_quant=double_quant, block_size=block_size)
         restored: Tensor = load_bitsandbytes().functional.dequantize_4bit(packed, state)
-        return restored
+        return restored.view_as(weight)
     if double_quant:
         raise GaugeError(f"double quantisation belongs to nf4 and fp4, not to {quant_format}")
     blocks = weight.view(-1, block_size)
