@@ -10,7 +10,14 @@ import pytest
 from fixtures import hypothesis_profiles
 from fixtures.cards import case_scheduling, check_workers, is_worker
 from fixtures.measured import LAST_WORDS, PASS_OF_MODULE
-from fixtures.selection import add_options, run_options, selected_cases, selected_device, selected_variations
+from fixtures.selection import (
+    add_options,
+    run_options,
+    selected_cases,
+    selected_device,
+    selected_variations,
+    unusable_adapters,
+)
 from peft_gauge import machine
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
@@ -200,6 +207,8 @@ class Recorder:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         interrupted: list[schema.CaseRecord] | None = self.config.stash.get(LAST_WORDS, None)
         self.cases += interrupted or []
+        if CASES in self.config.stash and not is_worker():
+            self._report_unusable_adapters()
         if is_worker() or all(case.outcome in ("skipped", "failed") for case in self.cases):
             return
         if self.config.getoption("--no-save"):
@@ -216,6 +225,13 @@ class Recorder:
             self.notes.append(f"saved {path}")
             if self.config.getoption("--compare") is not None:
                 self._compare(path)
+
+    def _report_unusable_adapters(self) -> None:
+        """The other cases ran without them; the run is not what was asked for, and its exit code says so."""
+        errors = unusable_adapters(self.config)
+        self.notes += [f"ERROR: {error}" for error in errors]
+        if errors:
+            self._fail(pytest.ExitCode.USAGE_ERROR)
 
     def _compare(self, saved: Path) -> None:
         base = self.config.stash[BASELINE]

@@ -2,8 +2,8 @@
 
 Two styles, placed where the library `adapters` (1.3.0) places them in a Llama, which `tests/reference` holds:
 
-* houlsby (Houlsby et al. 2019, arXiv:1902.00751; `double_seq_bn`): one adapter on the output of attention and one on
-  the output of the feed-forward, each before its residual is added;
+* houlsby (Houlsby et al. 2019, arXiv:1902.00751; `double_seq_bn`): one adapter on the output of attention (or of what
+  a hybrid has in its place) and one on the output of the feed-forward, each before its residual is added;
 * pfeiffer (Pfeiffer et al. 2020, arXiv:2005.00247; `seq_bn`): one adapter a block, after the feed-forward's residual.
 
 The up-projection starts at zero, so an adapted model starts as its base.
@@ -207,7 +207,7 @@ def _check_fit(path: Path, saved: dict[str, torch.Tensor], expected: dict[str, t
 def read_config(path: Path, sizes: Mapping[str, int] | None = None) -> BottleneckConfig:
     """The config in the ``adapter_config.json`` at ``path``; ``sizes``: what it must say of the model it is for."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(described, dict) or described.get("adapter_type") != "bottleneck":

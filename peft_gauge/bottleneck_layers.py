@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.targets import MIXERS, decoder_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,55 +134,52 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, BottleneckAdapter]]:
             yield name, module
 
 
-_BLOCK_LISTS = ("layers", "h", "blocks")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a causal language model, in order; raises `GaugeError` where there is no such list."""
-    # In transformers 4 `get_decoder` does not know every architecture; `base_model` knows those that it misses.
-    get_decoder = getattr(model, "get_decoder", lambda: model)
-    for decoder in (get_decoder(), getattr(model, "base_model", model)):
-        for name in _BLOCK_LISTS:
-            blocks = getattr(decoder, name, None)
-            if isinstance(blocks, nn.ModuleList) and len(blocks) > 0:
-                return list(blocks)
-    raise GaugeError(
-        f"no list of decoder blocks found in {type(model).__name__} (looked for {', '.join(_BLOCK_LISTS)}); "
-        "bottleneck adapters need a decoder-only model"
-    )
+_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block", "shared_mlp", "moe")
+_BARE_FEED_FORWARD = ("fc2",)  # OPT keeps the layers of its feed-forward in the block itself; this one is its last
 
 
 def adapted_modules(model: nn.Module, style: str) -> dict[str, nn.Module]:
     """The modules whose output gets an adapter, by full name, block by block.
 
-    houlsby: attention and feed-forward, before their residual is added. pfeiffer: the whole block, that is, the
-    feed-forward's output with the residual added. Raises `GaugeError` where an architecture has no such modules.
+    houlsby: what mixes tokens (attention; in the other layers of a hybrid linear attention or a state-space layer) and
+    the feed-forward, before their residual is added; a block with one of the two (Nemotron-H) gets one adapter.
+    pfeiffer: the whole block, that is, the feed-forward's output with the residual added. Raises `GaugeError` where an
+    architecture has no such modules.
     """
     names = {module: name for name, module in model.named_modules()}
     blocks = decoder_blocks(model)
     if style == "pfeiffer":
         return {names[block]: block for block in blocks}
-    found = (_sub_layer(model, block, roles) for block in blocks for roles in (_ATTENTION, _FEED_FORWARD))
+    found = [module for block in blocks for module in _sub_layers(model, block)]
     return {names[module]: module for module in found}
 
 
-def _sub_layer(model: nn.Module, block: nn.Module, roles: tuple[str, ...]) -> nn.Module:
-    architecture = type(model).__name__
-    for role in roles:
-        module = getattr(block, role, None)
-        if isinstance(module, nn.Module):
-            break
-    else:
+def _sub_layers(model: nn.Module, block: nn.Module) -> list[nn.Module]:
+    parts = [_part(block, roles) for roles in (MIXERS, (*_FEED_FORWARD, *_BARE_FEED_FORWARD))]
+    found = [part for part in parts if part is not None]
+    if not found:
         raise GaugeError(
-            f"a {type(block).__name__} of {architecture} has none of the sub-layers {', '.join(roles)}; "
-            "use the pfeiffer style, which adapts whole blocks"
+            f"a {type(block).__name__} of {type(model).__name__} has none of the sub-layers "
+            f"{', '.join((*MIXERS, *_FEED_FORWARD))}; use the pfeiffer style, which adapts whole blocks"
         )
-    # BLOOM and MPT add the residual inside the sub-layer: an adapter after it would be in another place than Houlsby's.
-    if "residual" in inspect.signature(module.forward).parameters:
+    return [_before_the_residual(model, part) for part in found]
+
+
+def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    parts = (getattr(block, name, None) for name in names)
+    return next((part for part in parts if isinstance(part, nn.Module)), None)
+
+
+def _before_the_residual(model: nn.Module, part: nn.Module) -> nn.Module:
+    """``part``, or its last linear layer where it adds the residual itself (BLOOM; MPT's feed-forward): an adapter
+    after such a part would be in another place than Houlsby's."""
+    if "residual" not in inspect.signature(part.forward).parameters:
+        return part
+    last = ("dense", "dense_4h_to_h", "down_proj", "out_proj", "o_proj", "c_proj")
+    output = _part(part, last)
+    if output is None:
         raise GaugeError(
-            f"{type(module).__name__} of {architecture} adds the residual itself; "
-            "use the pfeiffer style, which adapts whole blocks"
+            f"{type(part).__name__} of {type(model).__name__} adds the residual itself and has none of the layers "
+            f"{', '.join(last)}; use the pfeiffer style, which adapts whole blocks"
         )
-    return module
+    return output

@@ -7,9 +7,10 @@ training step for all (`peft_gauge.step`).
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Target sets by the names that Llama-like models give their linear layers. A model that has none of them gets PEFT's
-# own default for its architecture.
+# Target sets, by the names that Llama gives these linear layers. As a method's targets each means the layers with that
+# role in whatever architecture the method is attached to (`peft_gauge.targets`). An adapter config's own targets are
+# lists, and mean what PEFT makes of them.
 ATTENTION_QV = ("q_proj", "v_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+KEYS_VALUES_DOWN = ("k_proj", "v_proj", "down_proj")
 ALL_LINEAR = "all-linear"
 
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -100,7 +103,15 @@ PROMPT = Method(
     peft_config={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
     starts_as_base=False,
 )
-IA3 = Method("ia3", "IA³", "peft", peft_config={"peft_type": "IA3", "task_type": "CAUSAL_LM"}, merges=True)
+# Keys, values and the feed-forward's inner activations, as Liu et al. 2022 (arXiv:2205.05638) have it; PEFT's defaults
+# are these for Llama, and other ones for other architectures.
+IA3 = Method(
+    "ia3",
+    "IA³",
+    "peft",
+    peft_config={"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": KEYS_VALUES_DOWN},
+    merges=True,
+)
 
 # The seven that every table shows, in the order it shows them.
 SEVEN = (FULL, LORA, QLORA, BOTTLENECK, PREFIX, PROMPT, IA3)
@@ -134,27 +145,66 @@ def get(name: str) -> Method:
     return METHODS[name.lower()]
 
 
+RENAMED_TYPES = {"BONE": "MISS"}
+"""PEFT types under the names they had in releases before the oldest that this suite takes, or lost since."""
+
+TASK = "CAUSAL_LM"
+
+
 def from_adapter_config(path: Path) -> Method:
-    """A method of any PEFT type, or bottleneck adapters, from the ``adapter_config.json`` at ``path``; named after its
-    folder or file."""
+    """A method of any PEFT type, or bottleneck adapters, from the ``adapter_config.json`` at ``path`` (a file, or the
+    folder that holds it); named after its folder or file.
+
+    Raises `GaugeError` where there is no such file, it is no adapter config, or it is for another task than causal
+    language modelling.
+    """
+    folder = path.is_dir()
+    name = adapter_name(path)
+    path = path / "adapter_config.json" if folder else path
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
     except FileNotFoundError:
-        raise GaugeError(f"no adapter config at {path}") from None
+        where = f"no adapter_config.json in {path.parent}" if folder else f"no adapter config at {path}"
+        raise GaugeError(where) from None
     except (ValueError, RecursionError, OSError) as error:
         raise GaugeError(f"{path} is not readable JSON: {one_line(error, 120)}") from error
-    name = path.resolve().parent.name if path.name == "adapter_config.json" else path.stem
     if isinstance(values, dict) and values.get("adapter_type") == "bottleneck":
         config = bottleneck.read_config(path)
         return replace(BOTTLENECK, name=name, title=f"bottleneck adapters from {path.name}", bottleneck=config)
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise GaugeError(f"{path} is no adapter config: it names no peft_type")
+    _check_type(values["peft_type"])
+    task = values.get("task_type") or TASK
+    if task != TASK:
+        raise GaugeError(
+            f"{path} is an adapter for the task {task}; only causal language modelling is planned and measured "
+            f"(task_type {TASK})"
+        )
+    settings = {**values, "inference_mode": False, "task_type": task}
+    return Method(name, f"{values['peft_type']} from {path.name}", "peft", peft_config=settings, starts_as_base=False)
+
+
+def adapter_name(path: Path) -> str:
+    """What the method from the adapter config at ``path`` is called, whether it can be read or not."""
+    if path.name == "adapter_config.json":
+        return path.resolve().parent.name
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _check_type(peft_type: str) -> None:
+    from peft_gauge.quantization import load_bitsandbytes
+
+    with suppress(GaugeError):
+        load_bitsandbytes()  # PEFT imports it too, with its notices
     from peft import PeftType
 
-    if values["peft_type"] not in list(PeftType):
-        raise unknown("PEFT type", values["peft_type"], [kind.value for kind in PeftType])
-    settings = {**values, "inference_mode": False, "task_type": values.get("task_type") or "CAUSAL_LM"}
-    return Method(name, f"{values['peft_type']} from {path.name}", "peft", peft_config=settings, starts_as_base=False)
+    known = [kind.value for kind in PeftType]
+    if peft_type in known:
+        return
+    renamed = RENAMED_TYPES.get(peft_type.upper())
+    if renamed in known:
+        raise GaugeError(f"unknown PEFT type {peft_type!r}: PEFT calls it {renamed} now; change peft_type to {renamed}")
+    raise unknown("PEFT type", peft_type, known)
 
 
 def attach(
@@ -245,26 +295,100 @@ def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
 
 
 def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """``settings`` with the target modules named as this architecture names them, and a rank that can exist."""
-    from torch import nn
+    """``settings`` as they are meant for this model: targets by its architecture's names, sizes of virtual tokens by
+    its own sizes, and ranks that can exist."""
+    from peft_gauge import targets
 
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    targets = settings.get("target_modules")
-    if targets in (ATTENTION, ATTENTION_QV):
-        has_llama_names = any(path.endswith(tuple(targets)) for path in linears)
-        settings["target_modules"] = list(targets) if has_llama_names else None
-    rank = settings.get("r")
-    if rank is not None:
-        largest = max((min(m.in_features, m.out_features) for m in linears.values()), default=0)
-        _check_rank(rank, largest, name)
+    architecture = str(getattr(model.config, "model_type", type(model).__name__))
+    meant = settings.get("target_modules")
+    if meant in (ATTENTION, ATTENTION_QV, KEYS_VALUES_DOWN):
+        settings |= _targets_in(model, meant, f"{name} on {architecture}")
+    if settings.get("peft_type") in PROMPT_LEARNING:
+        # Saved configs hold the sizes of the model that they were saved from; PEFT asks the model where they are not.
+        settings = {key: value for key, value in settings.items() if key not in SIZES_OF_SAVED_MODEL}
+        settings |= _initial_tokens(settings, model)
+    sizes = (min(targets.sizes(linear)) for linear in targets.linear_layers(model).values())
+    check_ranks(settings, max(sizes, default=0), name)
     return settings
 
 
-def _check_rank(rank: object, largest: int, name: str) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise GaugeError(f"{name}: rank {rank!r} is not a whole number of at least 1")
-    if largest and rank > largest:
-        raise GaugeError(f"{name}: rank {rank} is above the largest matrix rank in this model, {largest}")
+PROMPT_LEARNING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
+SIZES_OF_SAVED_MODEL = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+def _targets_in(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> dict[str, Any]:
+    """What ``target_modules`` (and IA³'s ``feedforward_modules``) are in ``model`` for one of the target sets."""
+    from peft_gauge import targets
+
+    if meant == KEYS_VALUES_DOWN:
+        found, down = targets.keys_and_values(model), targets.down_projections(model)
+        if found:
+            inner, outer = targets.as_targets(model, found, down)
+            both = [*inner, *outer] if isinstance(inner, list) else f"{inner}|{outer}" if outer else inner
+            return {"target_modules": both, "feedforward_modules": outer, **targets.orientation(model, found)}
+    elif meant == ATTENTION_QV:
+        found = targets.attention_projections(model, (targets.QUERY, targets.VALUE))
+    else:  # a model without attention mixes tokens in another way
+        found = targets.attention_projections(model) or targets.mixer_inputs(model)
+    if not found:
+        raise GaugeError(
+            f"{name}: this architecture has no attention projections; name target_modules in an adapter_config.json "
+            f"and use --adapter, or use lora-all-linear"
+        )
+    return {"target_modules": targets.as_targets(model, found)[0], **targets.orientation(model, found)}
+
+
+def _initial_tokens(settings: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Virtual tokens that start from a text or from saved ones: without weights, only their shape; with weights, the
+    tokenizer must be on this machine."""
+    init = settings.get("prompt_tuning_init")
+    if init in (None, "RANDOM", "SAMPLE_VOCAB"):
+        return {}
+    if next(model.parameters()).is_meta:
+        return {"prompt_tuning_init": "RANDOM"}
+    if init == "TEXT":
+        return {"tokenizer_kwargs": {**(settings.get("tokenizer_kwargs") or {}), "local_files_only": True}}
+    return {}
+
+
+RANKS_OF_MATRICES = frozenset(
+    ("LORA", "ADALORA", "LOHA", "HIRA", "DELORA", "GLORA", "GRALORA", "LILY", "PEANUT", "POLY", "SUPERTUNING", "SHADOW")
+)
+"""The PEFT types whose ``r`` is the rank of a product of two matrices, which a larger one cannot raise. Elsewhere it is
+something else, and PEFT says what it may be: the width of a shared random projection (VeRA, PVeRA, RandLoRA), a rank
+from which on a full matrix takes the product's place (LoKr), a number of blocks (OFT) or of reflections (HRA), rows or
+positions (MiSS, SHiRA), a rank that is cut to what there is (AdaMSS, DEFT)."""
+
+_RANKS = ("r", "init_r", "target_r")
+_ALPHAS = ("lora_alpha", "alpha")
+
+
+def check_ranks(settings: Mapping[str, Any], largest: int, name: str) -> None:
+    """Raise `GaugeError` for a rank or an alpha, of a whole adapter or in a pattern, that cannot be.
+
+    ``settings``: as in an ``adapter_config.json``. ``largest``: the highest rank that a matrix of the model can have.
+    A rank is a whole number of at least 1; OFT's may be 0, which leaves its number of blocks to ``oft_block_size``.
+    """
+    kind = str(settings.get("peft_type"))
+    patterns = [(key, settings.get(key)) for key in ("rank_pattern", "alpha_pattern")]
+    for key, pattern in patterns:
+        if pattern is not None and not isinstance(pattern, Mapping):
+            raise GaugeError(f"{name}: {key} must map module names to numbers, not be {one_line(pattern, 40)}")
+    # What AdaLoRA saves as its rank pattern are masks of the singular values that it kept.
+    by_module = {} if kind == "ADALORA" else dict(settings.get("rank_pattern") or {})
+    ranks = {key: settings[key] for key in _RANKS if settings.get(key) is not None}
+    if kind == "OFT" and ranks.get("r") == 0 and not isinstance(ranks["r"], bool):
+        del ranks["r"]
+    for where, rank in [*((f"{key}", value) for key, value in ranks.items()), *by_module.items()]:
+        at = f" for {where}" if where in by_module else ""
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise GaugeError(f"{name}: rank {rank!r}{at} is not a whole number of at least 1")
+        if kind in RANKS_OF_MATRICES and largest and rank > largest:
+            raise GaugeError(f"{name}: rank {rank}{at} is above the largest matrix rank in this model, {largest}")
+    alphas = {key: settings[key] for key in _ALPHAS if settings.get(key) is not None}
+    for where, alpha in {**alphas, **dict(settings.get("alpha_pattern") or {})}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise GaugeError(f"{name}: alpha {alpha!r} for {where} is not a number")
 
 
 @contextmanager

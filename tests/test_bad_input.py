@@ -87,6 +87,20 @@ def _has_cuda() -> bool:
     return why_no_cuda() is None
 
 
+def test_an_adapter_that_cannot_be_used_does_not_lose_the_others(tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    good.mkdir()
+    adapter(good)
+    options = ["--model", "toy-llama", "--rounds", "1", "--adapter", str(good), "--adapter", "nowhere.json"]
+    done = run_pytest(tmp_path, *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: no adapter config at nowhere.json\n" in done.stdout
+    assert " passed" in done.stdout
+    assert " failed" not in done.stdout
+    [saved] = (tmp_path / "out").rglob("*.json")
+    assert "good-toy-llama-cpu" in saved.read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -145,7 +159,8 @@ def test_a_bare_run_takes_paths_in_the_form_that_readme_gives(tmp_path: Path) ->
     command = [sys.executable, "-m", "pytest", "-q", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert " passed" in done.stdout
+    assert " failed" not in done.stdout
     assert list(tmp_path.glob("*/0001_*.json"))
 
 

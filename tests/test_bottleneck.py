@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from peft_gauge.bottleneck import (
     load,
     save,
 )
-from peft_gauge.bottleneck_layers import ACTIVATIONS, BottleneckAdapter
+from peft_gauge.bottleneck_layers import ACTIVATIONS, BottleneckAdapter, adapted_modules
 from peft_gauge.errors import GaugeError
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -345,6 +346,7 @@ def tiny(architecture: str) -> Any:
             },
         ),
         "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
+        "mpt": ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 2}),
         "bert": (
             "BertConfig",
             "BertForMaskedLM",
@@ -356,7 +358,7 @@ def tiny(architecture: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "style"), [("gpt2", "houlsby"), ("gpt2", "pfeiffer"), ("opt", "pfeiffer"), ("bloom", "pfeiffer")]
+    ("architecture", "style"), [(name, style) for name in ("gpt2", "opt", "bloom", "mpt") for style in STYLES]
 )
 def test_other_decoders(architecture: str, style: Style) -> None:
     model = tiny(architecture)
@@ -370,17 +372,23 @@ def test_other_decoders(architecture: str, style: Style) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "style", "named"),
+    ("architecture", "places"),
     [
-        ("opt", "houlsby", "OPTForCausalLM has none of the sub-layers mlp"),
-        ("bloom", "houlsby", "BloomForCausalLM adds the residual itself"),
-        ("bert", "pfeiffer", "no list of decoder blocks found in BertForMaskedLM"),
+        ("gpt2", ("attn", "mlp")),
+        ("opt", ("self_attn", "fc2")),
+        ("bloom", ("self_attention.dense", "mlp.dense_4h_to_h")),  # whose parents add the residual
+        ("mpt", ("attn", "ffn.down_proj")),
     ],
 )
-def test_an_architecture_without_the_places_is_refused_by_name(architecture: str, style: Style, named: str) -> None:
-    model = tiny(architecture)
-    with pytest.raises(GaugeError, match=named):
-        attach_(model, BottleneckConfig(style))
+def test_an_adapter_stands_before_its_residual(architecture: str, places: tuple[str, ...]) -> None:
+    found = adapted_modules(tiny(architecture), "houlsby")
+    assert [re.split(r"\.\d+\.", name)[1] for name in found] == [*places, *places]
+
+
+def test_an_architecture_without_decoder_blocks_is_refused_by_name() -> None:
+    model = tiny("bert")
+    with pytest.raises(GaugeError, match="no list of decoder blocks found in BertForMaskedLM"):
+        attach_(model, BottleneckConfig("pfeiffer"))
     assert all(parameter.requires_grad for parameter in model.parameters()), "a refused model was frozen"
 
 

@@ -14,7 +14,9 @@ PACKAGE = ROOT / "peft_gauge"
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
 
 # The measured side knows methods and models; the measuring side takes a callable or a module.
-MEASURED = {"models", "methods", "bottleneck", "bottleneck_layers", "step", "cases", "texts", "quality", "serving"}
+MEASURED = {
+    "models", "methods", "targets", "bottleneck", "bottleneck_layers", "step", "cases", "texts", "quality", "serving",
+}  # fmt: skip
 MEASURING = {"clock", "counting", "flops", "meters", "fingerprint", "identity", "isolation"}
 RECORDS = {"history", "report", "claims", "machine"}
 

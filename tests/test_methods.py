@@ -134,7 +134,7 @@ def test_ranks_and_targets_of_the_variants() -> None:
     assert methods.get("lora-r8").peft_config["r"] == 8
     assert methods.get("lora-r8").peft_config["lora_alpha"] == 16
     assert methods.get("lora-r8").peft_config["target_modules"] == methods.ATTENTION
-    assert methods.get("lora-qv").peft_config["target_modules"] == ("q_proj", "v_proj")
+    assert methods.get("lora-qv").peft_config["target_modules"] == methods.ATTENTION_QV
     assert {f"lora-r{r}" for r in (2, 4, 8, 32, 64)} <= set(methods.METHODS)
 
 
@@ -218,6 +218,7 @@ def test_an_adapter_config_of_any_type_is_a_method(values: dict[str, Any], tmp_p
     [
         ({"r": 4}, "names no peft_type"),
         ({"peft_type": "LORAX"}, "unknown PEFT type 'LORAX'; did you mean LORA"),
+        ({"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM"}, "is an adapter for the task SEQ_2_SEQ_LM; only causal"),
         ({"peft_type": "LORA", "r": 4, "target_modules": ["nowhere"]}, "nowhere"),
         ({"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}, "rank 0 is not a whole number of at least 1"),
         (
@@ -225,12 +226,99 @@ def test_an_adapter_config_of_any_type_is_a_method(values: dict[str, Any], tmp_p
             "above the largest matrix rank in this model, 64",
         ),
         ({"peft_type": "LORA", "r": "many", "target_modules": ["q_proj"]}, "rank 'many' is not a whole number"),
+        ({"peft_type": "LORA", "r": True, "target_modules": ["q_proj"]}, "rank True is not a whole number"),
+        ({"peft_type": "VERA", "r": 0, "target_modules": ["q_proj"]}, "rank 0 is not a whole number"),
+        ({"peft_type": "OFT", "r": -1, "target_modules": ["q_proj"]}, "rank -1 is not a whole number"),
+        ({"peft_type": "ADALORA", "init_r": 99, "total_step": 9}, "rank 99 is above the largest matrix rank"),
+        (
+            {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 65}},
+            "rank 65 for q_proj is above the largest matrix rank in this model, 64",
+        ),
+        (
+            {"peft_type": "LOKR", "r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 0}},
+            "rank 0 for q_proj is not a whole number of at least 1",
+        ),
+        (
+            {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "rank_pattern": [8]},
+            r"rank_pattern must map module names to numbers, not be \[8\]",
+        ),
+        (
+            {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "alpha_pattern": {"q_proj": "high"}},
+            "alpha 'high' for q_proj is not a number",
+        ),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": None, "alpha": float("nan")}, "alpha nan for alpha"),
     ],
 )
 def test_an_unusable_adapter_config_is_one_line(values: dict[str, Any], said: str, tmp_path: Path, base: Base) -> None:
     with pytest.raises(GaugeError, match=said) as caught:
         methods.attach(base("toy-llama"), methods.from_adapter_config(config_file(tmp_path, **values)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"peft_type": "LORA", "r": 64, "rank_pattern": {"q_proj": 64}, "alpha_pattern": {"q_proj": 0.5}},
+        {"peft_type": "LOKR", "r": 100_000, "rank_pattern": {"q_proj": 7}},  # a full matrix in place of the product
+        {"peft_type": "VERA", "r": 256},  # the width of projections that are shared and frozen
+        {"peft_type": "PVERA", "r": 256},
+        {"peft_type": "RANDLORA", "r": 256},
+        {"peft_type": "OFT", "r": 0, "oft_block_size": 16},
+        {"peft_type": "OFT", "r": 8, "oft_block_size": 0},
+        {"peft_type": "HRA", "r": 100},  # reflections, of a vector as long as the input
+        {"peft_type": "SUPERTUNING", "r": None},
+        {"peft_type": "DEFT", "r": 100},
+    ],
+    ids=lambda values: f"{values['peft_type']}-{values['r']}",
+)
+def test_r_means_what_it_means_to_its_type(values: dict[str, Any], tmp_path: Path, base: Base) -> None:
+    import peft
+
+    if values["peft_type"] not in list(peft.PeftType):
+        pytest.skip(f"this PEFT has no {values['peft_type']}")
+    values = {**values, "target_modules": ["q_proj", "v_proj"]}
+    expected = peft.get_peft_model(base("toy-llama"), peft.PeftConfig.from_peft_type(task_type="CAUSAL_LM", **values))
+    found = methods.attach(base("toy-llama"), methods.from_adapter_config(config_file(tmp_path, **values)))
+    shapes = [(name, p.shape) for name, p in found.named_parameters() if p.requires_grad]
+    assert shapes == [(name, p.shape) for name, p in expected.named_parameters() if p.requires_grad]
+
+
+def test_a_saved_rank_pattern_of_adalora_is_no_pattern_of_ranks(base: Base) -> None:
+    settings = {"peft_type": "ADALORA", "rank_pattern": {"q_proj.lora_E": [True, False]}}
+    methods.check_ranks(settings, 64, "mine")
+
+
+def test_sizes_of_virtual_tokens_are_those_of_the_model(tmp_path: Path, base: Base) -> None:
+    """A saved config holds those of the model that it was trained on."""
+    saved = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "token_dim": 999, "num_layers": 7,
+             "num_attention_heads": 3, "num_transformer_submodules": 2}  # fmt: skip
+    attached = methods.attach(base("toy-llama"), methods.from_adapter_config(config_file(tmp_path, **saved)))
+    assert sum(p.numel() for p in attached.parameters() if p.requires_grad) == 4 * 2 * 2 * 32  # keys, values; 2 layers
+
+
+def test_a_folder_with_an_adapter_config_is_one_and_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    path = config_file(folder, peft_type="LORA", r=4)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert methods.from_adapter_config(folder) == methods.from_adapter_config(path)
+    assert methods.from_adapter_config(folder).name == "mine"
+    with pytest.raises(GaugeError, match=f"no adapter_config.json in {tmp_path}"):
+        methods.from_adapter_config(tmp_path)
+
+    bottleneck = {"adapter_type": "bottleneck", "style": "pfeiffer", "reduction_factor": 8, "nonlinearity": "relu"}
+    path.write_text(json.dumps(bottleneck), encoding="utf-8-sig")
+    assert methods.from_adapter_config(folder).kind == "bottleneck"
+
+
+def test_a_type_that_was_renamed_is_named_as_it_is_called_now(tmp_path: Path) -> None:
+    import peft
+
+    if "BONE" in list(peft.PeftType):
+        pytest.skip("this PEFT still has BONE")
+    with pytest.raises(GaugeError, match="unknown PEFT type 'BONE': PEFT calls it MISS now"):
+        methods.from_adapter_config(config_file(tmp_path, peft_type="BONE", r=4))
 
 
 def test_a_bottleneck_config_is_a_method_too(tmp_path: Path, base: Base) -> None:

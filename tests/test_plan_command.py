@@ -7,7 +7,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,15 +21,13 @@ from peft_gauge.plan.tracker import CATEGORIES
 from peft_gauge.report import plan_table
 from peft_gauge.step import StepSettings
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 TOY = models.resolve("toy-llama", weights="random")
+OFT = Path(__file__).parent / "data" / "adapters" / "oft_new.json"
 CONTRACT = {
     "model", "method", "trainable_params", "total_params", "phase_of_peak", "peak_bytes", "resident_bytes",
     "resident_live_outputs_bytes", "reserved_bytes_estimate", "device_bytes_estimate", "peak_by_category",
     "resident_by_category", "saved_activation_bytes_per_token", "flops_per_step", "fits", "headroom_bytes", "warnings",
-    "seconds",
+    "seconds", "adapted_modules",
 }  # fmt: skip
 
 Run = Callable[..., tuple[int, str, str]]
@@ -153,6 +152,7 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
         (("--find", "batch"), "add --gpu"),
         (("--find", "width", "--gpu", "24GB"), "unknown quantity"),
         (("--find", "rank", "--gpu", "24GB", "--method", "prompt"), "no rank"),
+        (("--find", "rank", "--gpu", "24GB", "--adapter", str(OFT)), "no rank"),
         (("--quantize", "nf5"), "unknown quantised layer format"),
         (("--quantize", "nf4", "--method", "full"), "cannot be quantised"),
         (("--dtype", "float8"), "unknown dtype"),
@@ -204,6 +204,30 @@ def test_a_case_that_cannot_be_planned_does_not_stop_the_others(
     assert set(cases["lost"]) == {"model", "method", "error"}
     assert cases["lost"]["error"] in err
     assert cases["ia3"]["peak_bytes"] > 0
+
+
+def test_adapters_that_cannot_be_used_cost_the_others_nothing(
+    run: Run, in_process: list[PlanRequest], tmp_path: Path
+) -> None:
+    folder = tmp_path / "good"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}))
+    (tmp_path / "bone.json").write_text(json.dumps({"peft_type": "BONE"}))
+    names = ("missing.json", "good", "bone.json")
+    code, out, err = run(*(part for name in names for part in ("--adapter", str(tmp_path / name))), "--json")
+
+    assert code == 2
+    assert [case["method"] for case in json.loads(out)] == ["good", "missing", "bone"]
+    assert ["error" in case for case in json.loads(out)] == [False, True, True]
+    assert [line.partition(": ")[0] for line in err.splitlines()] == ["peft-gauge", "peft-gauge"]
+    assert "no adapter config at" in err
+    assert "MISS" in err
+
+
+def test_an_adapter_that_cannot_be_used_is_not_answered_with_the_seven(run: Run, in_process: list[PlanRequest]) -> None:
+    code, out, _ = run("--adapter", "nowhere.json", "--json")
+    assert code == 2
+    assert [set(case) for case in json.loads(out)] == [{"model", "method", "error"}]
 
 
 DYING = """
@@ -274,6 +298,18 @@ def test_the_table_shows_the_figures_and_each_warning_once(plans: list[dict[str,
     assert text.count("something to know") == 1
     assert "note (full, ia3): " in text
     assert "+23.4" in text
+
+
+def test_the_adapted_modules_stand_below_the_table(run: Run, in_process: list[PlanRequest]) -> None:
+    _, out, _ = run("--method", "lora", "--method", "lora-r8", "--method", "ia3", "--method", "prompt")
+    assert "adapted (lora, lora-r8): self_attn.(q_proj, k_proj, v_proj, o_proj) in 2 of 2 layers\n" in out
+    assert "adapted (ia3): self_attn.(k_proj, v_proj), mlp.down_proj in 2 of 2 layers\n" in out
+    assert "prompt)" not in out
+    _, out, _ = run("--method", "lora-qv", "--json")
+    assert json.loads(out)[0]["adapted_modules"] == [
+        {"module": "self_attn.q_proj", "layers": 2, "of_layers": 2},
+        {"module": "self_attn.v_proj", "layers": 2, "of_layers": 2},
+    ]
 
 
 def test_no_plans_are_no_table() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -264,6 +267,46 @@ def test_what_needs_values_is_planned_and_said(peft_config: dict[str, Any], warn
     found = plan(PlanRequest(TOY, method, SETTINGS))
     assert found.trainable_params > 0
     assert any(warning in said for said in found.warnings), found.warnings
+
+
+MIXTURE = {
+    "model_type": "mixtral", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def test_a_plan_says_what_stays_out_of_4_bit_and_is_cast() -> None:
+    """Experts are 4 × (2·128×64 + 64×128) weights a layer in 3-D parameters; embeddings and head 256×64 each."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("in transformers 4 each expert is a module with linear layers of its own")
+    mixture = models.ModelRecord("mixture", "folder", json.dumps(MIXTURE), "random")
+    prepared, unprepared, lora = (
+        plan(PlanRequest(mixture, methods.get(name), SETTINGS, dtype="bfloat16"))
+        for name in ("qlora", "qlora-unprepared", "lora")
+    )
+    [said] = [warning for warning in prepared.warnings if "not stored in nf4" in warning]
+
+    gate_up, down, embedding = 2 * 4 * 256 * 64, 2 * 4 * 64 * 128, 256 * 64
+    small = 2 * 4 * 64 + 5 * 64  # the routers, and the norms
+    assert said.startswith(
+        f"not stored in nf4: mlp.experts.gate_up_proj {2 * gate_up / 1e6:.2f} MB, mlp.experts.down_proj "
+        f"{2 * down / 1e6:.2f} MB, model.embed_tokens {2 * embedding / 1e6:.2f} MB, lm_head "
+    )
+    assert "not the 3-D parameters that hold a layer's experts" in said
+    total = gate_up + down + 2 * embedding + small
+    assert f"k-bit preparation casts all of these to float32, {4 * total / 1e6:.2f} MB" in said
+    assert prepared.resident_bytes > lora.resident_bytes > unprepared.resident_bytes
+    assert [("3-D" in warning, "casts" in warning) for warning in unprepared.warnings] == [(True, False)]
+    assert not lora.warnings
+
+
+def test_a_target_that_the_architecture_has_not_is_named() -> None:
+    config = {"peft_type": "LORA", "target_modules": ["q_proj", "qkv_proj"], "rank_pattern": {"nowhere": 4}}
+    method = methods.Method("asked", "asked", "peft", peft_config={"task_type": "CAUSAL_LM", **config})
+    found = plan(PlanRequest(TOY, method, SETTINGS))
+    assert "target_modules that llama has not, and PEFT passes over: qkv_proj" in found.warnings
+    if int(peft.__version__.split(".")[1]) >= 21:
+        assert any("rank_pattern keys did not match any targeted module" in warning for warning in found.warnings)
 
 
 def test_adaloras_importance_is_counted() -> None:

@@ -352,6 +352,23 @@ def test_a_mixture_of_experts_is_planned_as_routed_uniformly(kind: Any, experts:
     assert any("Uniform routing" in sentence for sentence in warnings) == (experts == "eager")
 
 
+def test_experts_are_counted_where_the_text_model_has_its_own_config() -> None:
+    nested = AutoConfig.for_model("mixtral", **MIXTURE)
+    wrapped: Any = type("Config", (), {"get_text_config": lambda _: nested})()
+    model: Any = nn.Linear(2, 2)
+    model.config = wrapped
+    assert policies._experts(model) == 4
+
+
+def test_virtual_tokens_from_a_text_are_said() -> None:
+    config = {**TABLE["prompt"].config, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Hello",
+              "tokenizer_name_or_path": "nowhere/at-all"}  # fmt: skip
+    plain, _ = attach_planned(TABLE["prompt"].config)
+    planned, warnings = attach_planned(config)
+    assert tensors_of(planned) == tensors_of(plain)
+    assert warnings == ["Virtual tokens not initialised from TEXT: shapes only."]
+
+
 # Failing, and leaving no trace
 
 

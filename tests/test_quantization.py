@@ -338,6 +338,152 @@ def test_a_4_bit_layer_multiplies_with_the_dequantised_weight(double_quant: bool
     assert model[0].weight.grad is None
 
 
+def unpacked(weight: Tensor, double_quant: bool) -> Tensor:
+    """``weight`` (out×in) through NF4 by the definition: blocks of 64 in the order of memory, the last one short."""
+    blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+    absmax = quantization.pack(weight, "nf4")[1].absmax
+    assert torch.equal(absmax, blocks.abs().amax(dim=1))
+    if double_quant:
+        state = quantization.pack(weight, "nf4", double_quant=True)[1]
+        functional = quantization.load_bitsandbytes().functional
+        absmax_of_state = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    levels = quantization.levels("nf4")
+    nearest = (blocks / absmax[:, None]).unsqueeze(-1).sub(levels).abs().argmin(dim=-1)
+    scale = absmax_of_state if double_quant else absmax
+    return (levels[nearest] * scale[:, None]).flatten()[: weight.numel()].view_as(weight)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4304, 32), (100, 60), (96, 64), (5, 3)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_row_that_is_no_multiple_of_a_block_is_computed_right_or_refused(
+    inputs: int, outputs: int, double_quant: bool
+) -> None:
+    """Blocks run across rows. bitsandbytes 0.50 unpacks some of these wrongly on a CPU (4304 and 96 inputs)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linear = nn.Linear(inputs, outputs)
+        x = torch.randn(4, inputs, requires_grad=True)
+    restored = unpacked(linear.weight.detach(), double_quant)
+    model = nn.Sequential(linear)
+    if not quantization._unpacks(inputs, "nf4"):
+        with pytest.raises(GaugeError, match=f"0 has {inputs} inputs, .* unpacks such rows wrongly; use a GPU"):
+            quantization.quantize_(model, double_quant=double_quant)
+        packed, state = quantization.pack(linear.weight.detach(), "nf4")
+        wrong = quantization.load_bitsandbytes().functional.dequantize_4bit(packed, state)
+        assert not torch.allclose(wrong, unpacked(linear.weight.detach(), False), atol=1e-3)
+        return
+    quantization.quantize_(model, double_quant=double_quant)
+
+    y = model(x)
+    y.sum().backward()
+
+    torch.testing.assert_close(y, nn.functional.linear(x, restored, linear.bias), rtol=1e-5, atol=1e-5)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, restored.sum(dim=0).expand(4, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_that_the_cpu_unpacks_wrongly_are_planned_all_the_same() -> None:
+    model = nn.Sequential(nn.Linear(4304, 1152, device="meta"))
+    quantization.quantize_(model, double_quant=False)
+    assert counting.quantisation_constants(model[0].weight)  # type: ignore[arg-type]
+    assert model[0].weight.numel() == 4304 * 1152 // 2
+    assert model[0].weight.quant_state.absmax.numel() == 4304 * 1152 // 64  # type: ignore[union-attr]
+
+
+def test_a_weight_is_rounded_block_by_block_whatever_its_rows() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(quantization.dequantised(weight, "nf4"), unpacked(weight, False), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("inputs", [64, 576, 4096])
+def test_whole_blocks_in_a_row_are_unpacked_right(inputs: int) -> None:
+    assert quantization._unpacks(inputs, "nf4")
+    assert quantization._unpacks(inputs, "fp4")
+
+
+@pytest.mark.parametrize("quant_format", ["nf4", "int8"])
+def test_a_conv1d_is_quantised_as_the_linear_layer_that_it_is(quant_format: str) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = Conv1D(192, 64)  # outputs, inputs; its weight is (64, 192)
+        nn.init.normal_(conv.bias)
+        linear = nn.Linear(64, 192)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().t().contiguous()), conv.bias
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    exact = conv(x)
+    models = [nn.Sequential(conv), nn.Sequential(linear)]
+    for model in models:
+        quantization.quantize_(model, quant_format=quant_format)
+
+    assert models[0][0].weight.shape == models[1][0].weight.shape
+    assert (models[0][0].in_features, models[0][0].out_features) == (64, 192)
+    torch.testing.assert_close(models[0](x), models[1](x), rtol=0, atol=0)
+    assert ((models[0](x) - exact).norm() / exact.norm()).item() < 0.2
+
+
+def gpt2(**changes: Any) -> PreTrainedModel:
+    quantization.load_bitsandbytes()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **changes)).train()
+
+
+def test_gpt2_is_quantised_layer_by_layer_and_peft_adapts_it() -> None:
+    model = gpt2()
+    quantization.quantize_(model)
+    assert len(layers_of(model, "Linear4bit")) == 2 * 4
+    from peft_gauge import methods
+
+    attached = methods.attach(model, methods.LORA)
+    attached(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is not None for p in attached.parameters() if p.requires_grad)
+
+
+def test_the_output_head_is_left_alone_whatever_its_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.embed_out = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.embed_out
+
+    model = Named()
+    quantization.quantize_(model)
+    assert [type(module).__name__ for module in model.children()] == ["Linear4bit", "Linear"]
+    assert quantization.output_heads(toy_llama()) == ["lm_head"]
+    assert quantization.output_heads(nn.Sequential()) == ["lm_head"]
+
+
+def test_what_is_left_is_named_once_for_all_layers() -> None:
+    model = toy_llama()
+    quantization.quantize_(model)
+    left = {where: sum(p.numel() for p in held) for where, held in quantization.left_unquantised(model).items()}
+    assert left == {"model.embed_tokens": 256 * 64, "lm_head": 256 * 64, "norms and biases": (2 * 2 + 1) * 64}
+
+
+def test_a_mixer_that_multiplies_by_a_weight_itself_is_refused_whole() -> None:
+    quantization.load_bitsandbytes()
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, state_size=8))
+    with pytest.raises(GaugeError, match="its MambaMixer multiplies by the weight of dt_proj itself"):
+        quantization.quantize_(model)
+    assert not layers_of(model, "Linear4bit")
+
+
+def test_falcons_own_linear_class_is_named() -> None:
+    quantization.load_bitsandbytes()
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(GaugeError, match="linear layers are of a class of its own, FalconLinear, which transformers'"):
+        quantization.quantize_(FalconForCausalLM(FalconConfig(**sizes)))
+
+
 @pytest.mark.parametrize(
     ("quant_format", "lora_class"), [("nf4", "Linear4bit"), ("fp4", "Linear4bit"), ("int8", "Linear8bitLt")]
 )
@@ -459,9 +605,12 @@ def test_a_fake_model_has_the_shapes_and_bytes_of_a_real_one(quant_format: str, 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_format", quantization.LAYER_FORMATS)
-def test_on_meta_layers_and_constants_are_those_of_real_ones(quant_format: str, double_quant: bool) -> None:
+@pytest.mark.parametrize("sizes", [(128, 192), (100, 60), (5, 3)])
+def test_on_meta_layers_and_constants_are_those_of_real_ones(
+    quant_format: str, double_quant: bool, sizes: tuple[int, int]
+) -> None:
     def described(device: str) -> tuple[list[Any], counting.ParameterCount]:
-        model = nn.Sequential(nn.Linear(128, 192, device=device))
+        model = nn.Sequential(nn.Linear(*sizes, device=device))
         quantization.quantize_(model, quant_format=quant_format, double_quant=double_quant)
         layer: Any = model[0]
         constants = [(tuple(t.shape), t.dtype) for t in counting.quantisation_constants(layer.weight)]
@@ -477,7 +626,7 @@ def test_on_meta_layers_and_constants_are_those_of_real_ones(quant_format: str, 
     ("model", "message"),
     [
         (nn.Sequential(nn.Conv1d(4, 4, 1)), "no linear layer"),
-        (nn.Sequential(nn.Linear(96, 64)), "in_features 96"),
+        (nn.Sequential(nn.MultiheadAttention(64, 2)), "a class of its own, NonDynamicallyQuantizableLinear"),
         (nn.Sequential(nn.Linear(64, 64, dtype=torch.float64)), "float64"),
     ],
 )

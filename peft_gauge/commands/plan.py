@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft_gauge.methods import Method
-    from peft_gauge.plan.record import Outcome
+    from peft_gauge.plan.record import Outcome, PlanFailure
 
 FINDABLE = ("batch", "seq", "rank")
 
@@ -24,7 +24,7 @@ FINDABLE = ("batch", "seq", "rank")
 def plan(
     model: Annotated[str, typer.Option(help="A record's name, a folder or file with a config, or a hub id.")],
     method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: the seven.")] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(help="An adapter_config.json; repeatable.")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="adapter_config.json or its folder; repeatable.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Store the base in nf4, fp4 or int8.")] = None,
     double_quant: Annotated[bool | None, typer.Option(help="Quantise the 4-bit base's constants too.")] = None,
     dtype: Annotated[str, typer.Option(help="Of base weights and arithmetic.")] = "bfloat16",
@@ -67,10 +67,10 @@ def plan(
         grad_accumulation=grad_accumulation,
         clip_grad_norm=_checked_norm(clip_grad_norm),
     )
-    chosen: list[Method] = [*map(methods.get, method or []), *map(methods.from_adapter_config, adapter or [])]
     record = models.resolve(model)
-    requests = [
-        PlanRequest(
+
+    def request(each: Method) -> PlanRequest:
+        return PlanRequest(
             model=record,
             method=adjusted(each, quantize, double_quant, autocast_adapter_dtype, prepare_kbit),
             settings=settings,
@@ -83,13 +83,31 @@ def plan(
             gpus=gpus,
             calibration_folder=None if calibration is None else str(calibration),
         )
-        for each in chosen or methods.SEVEN
-    ]
+
+    adapters, unusable = _adapters(adapter or [], record.name)
+    chosen: Sequence[Method] = [*map(methods.get, method or []), *adapters]
+    requests = [request(each) for each in (chosen if chosen or unusable else methods.SEVEN)]
     if find is not None:
-        for request in requests:
-            request.with_value(find, 2)  # refused now, not after minutes
+        for each in requests:
+            each.with_value(find, 2)  # refused now, not after minutes
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
-    _show(outcomes, as_json)
+    _show([*outcomes, *unusable], as_json)
+
+
+def _adapters(paths: Sequence[Path], model: str) -> tuple[list[Method], list[PlanFailure]]:
+    """The methods of the adapter configs at ``paths``, and a failure for each that cannot be used: it costs the others
+    nothing."""
+    from peft_gauge import methods
+    from peft_gauge.plan.record import PlanFailure
+
+    found: list[Method] = []
+    failures: list[PlanFailure] = []
+    for path in paths:
+        try:
+            found.append(methods.from_adapter_config(path))
+        except GaugeError as error:
+            failures.append(PlanFailure(model, methods.adapter_name(path), str(error)))
+    return found, failures
 
 
 def adjusted(

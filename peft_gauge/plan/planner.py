@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peft_gauge import methods, models
+from peft_gauge import methods, models, targets
 from peft_gauge.counting import ParameterCount, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.plan import fakes, policies
@@ -81,14 +81,14 @@ def plan(request: PlanRequest) -> Plan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice on training; what matters here is in `notes`
         try:
-            traced = _trace(request, notes)
+            traced, adapted_modules = _trace(request, notes)
         except policies.CannotPlan as error:
             raise GaugeError(f"{request.name} cannot be planned: {error}") from error
         except GaugeError:
             raise
         except Exception as error:  # an operation without a shape rule, or one that needs values
             raise GaugeError(f"{request.name} cannot be planned: {_operation(error)}") from error
-    return _as_plan(request, traced, notes, started)
+    return replace(_as_plan(request, traced, notes, started), adapted_modules=adapted_modules)
 
 
 @contextlib.contextmanager
@@ -152,6 +152,7 @@ def _meta_base(record: ModelRecord, dtype: str, attention: str) -> PreTrainedMod
 class _Adapted:
     model: nn.Module
     base_parameters: frozenset[int]  # ids
+    modules: tuple[targets.Adapted, ...]
 
 
 def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
@@ -162,7 +163,8 @@ def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
 
         load_bitsandbytes()
     base = methods.prepare_base(copy.deepcopy(_meta_base(request.model, request.dtype, request.attention)), method)
-    ids = frozenset(map(id, base.parameters()))
+    ids, places = frozenset(map(id, base.parameters())), targets.Places.of(base)
+    notes += _unquantised(base, request)
     reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
     with policies.attaching(method) as said:
         attached = methods.attach(
@@ -170,27 +172,68 @@ def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
             replace(method, quantization=None, prepare_kbit=False),  # done just above
             grad_checkpointing=settings.grad_checkpointing and not reentrant,
         )
-    notes += said
+    notes += [*said, *_unmatched(method, base, places)]
     if reentrant:
         base.enable_input_require_grads()  # else reentrant checkpointing trains nothing but the last block
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         attached.train()
     if request.loss == "chunked":
         chunk_loss(base)
-    return _Adapted(attached, ids)
+    return _Adapted(attached, ids, () if method.kind == "full" else targets.adapted(attached, places))
+
+
+def _unmatched(method: methods.Method, base: PreTrainedModel, places: targets.Places) -> Iterator[str]:
+    """The targets of an adapter config that this architecture has not: PEFT adapts the others without a word."""
+    named = method.peft_config.get("target_modules")
+    if isinstance(named, list):  # else a pattern, PEFT's own default, or ours for the architecture
+        missing = targets.unmatched(named, places.modules)
+        if missing:
+            yield f"target_modules that {base.config.model_type} has not, and PEFT passes over: {', '.join(missing)}"
+
+
+def _unquantised(base: nn.Module, request: PlanRequest) -> Iterator[str]:
+    """What of a base that ``request`` quantises is not, and what that costs: why QLoRA can need more than LoRA."""
+    if request.method.quantization is None:
+        return
+    from peft_gauge.quantization import left_unquantised
+
+    left = left_unquantised(base)
+    numels = {where: sum(parameter.numel() for parameter in held) for where, held in left.items()}
+    total, itemsize = sum(numels.values()), models.torch_dtype(request.dtype).itemsize
+    is_cast = request.method.prepare_kbit and itemsize < 4
+    has_experts = any("experts" in where for where in numels)
+    if not is_cast and not has_experts:
+        return
+    largest = [where for where in sorted(numels, key=lambda where: -numels[where]) if numels[where] * 100 >= total]
+    parts = [f"{where} {_shown_bytes(numels[where] * itemsize)}" for where in largest]
+    rest = total - sum(numels[where] for where in largest)
+    parts += [f"the rest {_shown_bytes(rest * itemsize)}"] if rest else []
+    sentence = f"not stored in {request.method.quantization.quant_format}: {', '.join(parts)} in {request.dtype}"
+    if has_experts:
+        sentence += "; bitsandbytes quantises linear layers, not the 3-D parameters that hold a layer's experts"
+    if is_cast:
+        sentence += (
+            f"; k-bit preparation casts all of these to float32, {_shown_bytes(total * 4)}, and with them the "
+            f"activations between quantised layers (--no-prepare-kbit leaves both in {request.dtype})"
+        )
+    yield sentence
+
+
+def _shown_bytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
 
 
 # --- the step -----------------------------------------------------------------------------------------------
 
 
-def _trace(request: PlanRequest, notes: list[str]) -> Trace:
+def _trace(request: PlanRequest, notes: list[str]) -> tuple[Trace, tuple[targets.Adapted, ...]]:
     adapted = _adapt(request, notes)
     counted = count(adapted.model)
     mode = fakes.fake_mode()
     made = fakes.to_fake(adapted.model, mode)
     base = [made[key] for key in adapted.base_parameters if key in made]
     with mode, fakes.cuda_kernels(), fakes.unpacked_sequences(), stepping(request, adapted.model, notes):
-        return follow(request, adapted.model, base, counted, notes)
+        return follow(request, adapted.model, base, counted, notes), adapted.modules
 
 
 def follow(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
@@ -60,13 +61,29 @@ def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
         CannotPlan: the initialisation needs values in a way that is not known here.
     """
     config: Mapping[str, Any] = method if hasattr(method, "keys") else method.peft_config  # type: ignore[assignment]
-    warnings: list[str] = []
+    said: list[str] = []
     policy = _ATTACHING.get(str(config.get("peft_type", "")))
     with ExitStack() as stack:
         if policy is not None:
-            policy(_Patches(stack, warnings), config)
+            policy(_Patches(stack, said), config)
+        heard = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
         with _translated():
-            yield warnings
+            yield said
+    said += _about_the_config(str(warning.message) for warning in heard)
+
+
+# How PEFT's own warnings about a config begin: what in it has no effect.
+_WITHOUT_EFFECT = (
+    "Unexpected keyword arguments", "target_modules=", "target_parameters=", "The following rank_pattern",
+    "The following alpha_pattern", "You have passed exclude_modules",
+)  # fmt: skip
+
+
+def _about_the_config(messages: Iterable[str]) -> Iterator[str]:
+    for message in dict.fromkeys(messages):
+        if message.startswith(_WITHOUT_EFFECT):
+            yield f"PEFT says: {one_line(message.partition('. ')[0], 240)}."
 
 
 class _Patches:
@@ -298,6 +315,12 @@ def _attach_adalora(patches: _Patches, config: Mapping[str, Any]) -> None:
     )
 
 
+def _attach_prompt(patches: _Patches, config: Mapping[str, Any]) -> None:
+    init = config.get("prompt_tuning_init")
+    if init not in (None, "RANDOM", "SAMPLE_VOCAB"):  # `methods.attach` makes random ones of the same shape on meta
+        patches.warn(f"Virtual tokens not initialised from {init}: shapes only.")
+
+
 _ATTACHING: dict[str, Callable[[_Patches, Mapping[str, Any]], None]] = {
     "LORA": _attach_lora,
     "SHIRA": _attach_shira,
@@ -307,6 +330,8 @@ _ATTACHING: dict[str, Callable[[_Patches, Mapping[str, Any]], None]] = {
     "WAVEFT": _attach_spectral,
     "XLORA": _attach_xlora,
     "ADALORA": _attach_adalora,
+    "PROMPT_TUNING": _attach_prompt,
+    "MULTITASK_PROMPT_TUNING": _attach_prompt,
 }
 
 
@@ -384,7 +409,8 @@ def update_importance(model: nn.Module) -> None:
 def _experts(model: nn.Module) -> int:
     """Experts a layer of a mixture-of-experts base, 0 for a dense one."""
     config = getattr(model, "config", None)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), 0)
 
 

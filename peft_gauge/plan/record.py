@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft_gauge.methods import Method
     from peft_gauge.models import ModelRecord
     from peft_gauge.step import StepSettings
+    from peft_gauge.targets import Adapted
 
 Loss = Literal["full", "chunked"]
 LOSSES: tuple[Loss, ...] = ("full", "chunked")
@@ -70,9 +71,11 @@ class PlanRequest:
             return replace(self, settings=replace(self.settings, seq=value))
         if quantity != "rank":
             raise unknown("quantity", quantity, ("batch", "seq", "rank"))
-        if self.method.kind != "peft" or "r" not in self.method.peft_config:
+        config = self.method.peft_config
+        # AdaLoRA's r is unused (its ranks are init_r and target_r), OFT's is a number of blocks that must divide.
+        if self.method.kind != "peft" or "r" not in config or config.get("peft_type") in ("ADALORA", "OFT"):
             raise GaugeError(f"{self.method.name} has no rank to search for; use --find batch or --find seq")
-        changed = {**self.method.peft_config, "r": value}
+        changed = {**config, "r": value}
         return replace(self, method=replace(self.method, peft_config=changed))
 
 
@@ -141,6 +144,8 @@ class Plan:
         flops_per_step: of matrix products and attention, forward and backward over all micro-batches.
         gpus: one `GpuFit` a GPU that was asked for.
         warnings: what was assumed or could not be seen. ``seconds``: how long planning took.
+        adapted_modules: the modules of the base that the method trains something on, each with how many of how many
+            decoder blocks have it; empty for full fine-tuning and for virtual tokens.
     """
 
     model: str
@@ -163,6 +168,7 @@ class Plan:
     gpus: tuple[GpuFit, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    adapted_modules: tuple[Adapted, ...] = ()
 
     @property
     def fits(self) -> bool:

@@ -81,10 +81,7 @@ def _limit(request: PlanRequest, quantity: str) -> int:
 
 def _largest_rank(request: PlanRequest) -> int:
     """The largest rank that a matrix of the model can have (`peft_gauge.methods` refuses more)."""
-    from torch import nn
-
-    from peft_gauge import models
+    from peft_gauge import models, targets
 
     model = models.build(request.model, device="meta")
-    sizes = [min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
-    return max(sizes, default=LARGEST)
+    return max((min(targets.sizes(linear)) for linear in targets.linear_layers(model).values()), default=LARGEST)

@@ -58,6 +58,8 @@ def plan_in_parallel(requests: Sequence[PlanRequest], *, workers: int | None = N
 
     Tracing a step is Python on one core, and each worker pays for its imports once.
     """
+    if not requests:
+        return []
     number = max(1, min(workers or os.cpu_count() or 1, len(requests)))
     with ThreadPoolExecutor(number) as pool:
         shares = list(pool.map(lambda start: list(plan_all(requests[start::number])), range(number)))

@@ -57,10 +57,42 @@ def summary(cases: Iterable[CaseRecord], width: int) -> str:
 
 
 def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[RenderableType]:
-    """The renderables for ``plans`` (objects as `--json` prints them): table, bars with legend, warnings."""
+    """The renderables for ``plans`` (objects as `--json` prints them): table, adapted modules, bars with legend,
+    warnings."""
     if not plans:
         return []
-    return [_table(plans), *_bars(plans, width), *_warnings(plans)]
+    return [_table(plans), *_adapted(plans), *_bars(plans, width), *_warnings(plans)]
+
+
+def _adapted(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Which modules the methods train something on, each list once."""
+    concerned: dict[str, list[str]] = {}
+    for plan in plans:
+        sentence = "; ".join(adapted_modules(plan.get("adapted_modules", ())))
+        if sentence and plan["method"] not in concerned.setdefault(sentence, []):
+            concerned[sentence].append(plan["method"])
+    return [Text(f"adapted ({', '.join(names)}): {sentence}") for sentence, names in concerned.items()]
+
+
+def adapted_modules(places: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``places`` (`peft_gauge.targets.Adapted` as JSON holds it) as short sentences, modules of the same layers in one:
+    ``self_attn.(q_proj, k_proj) in 32 of 32 layers``."""
+    groups: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for place in places:
+        parent, _, name = str(place["module"]).rpartition(".")
+        groups.setdefault((place["layers"], place["of_layers"]), {}).setdefault(parent, []).append(name)
+    sentences = []
+    for (layers, of_layers), parents in groups.items():
+        parts = [_joined(parent, names) for parent, names in parents.items()]
+        where = f" in {layers} of {of_layers} layers" if layers else ""
+        sentences.append(f"{', '.join(parts)}{where}")
+    return sentences
+
+
+def _joined(parent: str, names: Sequence[str]) -> str:
+    if not parent:
+        return ", ".join(names)
+    return f"{parent}.{names[0]}" if len(names) == 1 else f"{parent}.({', '.join(names)})"
 
 
 def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
