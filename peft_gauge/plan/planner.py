@@ -74,7 +74,7 @@ def plan(request: PlanRequest) -> Plan:
     message names it).
     """
     started = time.perf_counter()
-    notes = [*_check_sizes(request)]
+    notes = [*models.remarks(request.model), *_check_sizes(request)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice on training; what matters here is in `notes`
         try:
@@ -120,8 +120,7 @@ def _check_sizes(request: PlanRequest) -> Iterator[str]:
     limit = request.model.max_positions
     if limit is not None and settings.seq > limit:
         yield f"a sequence of {settings.seq} tokens is beyond {request.model.name}'s {limit} positions"
-    config = request.model.config
-    width = max(int(config.get("vocab_size") or 1), int(config.get("hidden_size") or 1), settings.seq)
+    width = max(request.model.vocab_size, settings.seq)
     if settings.batch * settings.seq * width * 8 > LARGEST_TENSOR_BYTES:
         raise GaugeError(f"batch {settings.batch} × sequence {settings.seq} overflows 64-bit sizes; make them smaller")
 
@@ -137,7 +136,7 @@ def _operation(error: BaseException) -> str:
 
 
 @lru_cache(maxsize=2)
-def _meta_base(record: ModelRecord, dtype: str, attention: str) -> PreTrainedModel:
+def _meta_base(record: ModelRecord, dtype: str, attention: str | None) -> PreTrainedModel:
     return models.build(record, device="meta", dtype=dtype, attn_implementation=attention)
 
 
@@ -156,6 +155,11 @@ def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
         load_bitsandbytes()
     base = methods.prepare_base(copy.deepcopy(_meta_base(request.model, request.dtype, request.attention)), method)
     ids = frozenset(map(id, base.parameters()))
+    if models.is_recurrent(base):
+        notes.append(
+            "recurrent layers are planned as transformers' PyTorch code computes them; with kernels for them "
+            "(mamba-ssm, causal-conv1d, flash-linear-attention) a step needs less"
+        )
     reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
     with policies.attaching(method) as said:
         attached = methods.attach(
@@ -193,7 +197,7 @@ def follow(
 
     The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see.
     """
-    tracker = StorageTracker(vocabulary=request.model.config.get("vocab_size"), workspaces=fakes.CUDA_WORKSPACES)
+    tracker = StorageTracker(vocabulary=request.model.vocab_size, workspaces=fakes.CUDA_WORKSPACES)
     _adopt_model(tracker, model, base)
     job, call = _job(request, model, tracker)
     _prime(job, tracker, request.settings, notes)
@@ -332,6 +336,12 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
     )
 
 
+@lru_cache(maxsize=8)
+def _attention(record: ModelRecord, dtype: str, asked: str | None) -> str:
+    """The attention that the step of a request has."""
+    return models.attention(_meta_base(record, dtype, asked))
+
+
 def _settings(request: PlanRequest) -> dict[str, Any]:
     settings, method = request.settings, request.method
     quantization = method.quantization
@@ -353,5 +363,5 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "padded": request.padded,
         "use_cache": request.use_cache,
         "hold_outputs": request.hold_outputs,
-        "attention": request.attention,
+        "attention": _attention(request.model, request.dtype, request.attention),
     }
