@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.machine import accelerators
+from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat, name_says, stored_format
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,11 @@ class ModelRecord:
     def vocab_size(self) -> int:
         """The rows of the text model's embedding, as its config or its class's default says."""
         return int(_text_config(self)["vocab_size"])
+
+    @property
+    def stored(self) -> StoredFormat | None:
+        """How the checkpoint stores its weights, as its config says; ``None`` for 16 or 32 bit."""
+        return None if self.source == "gguf" else stored_format(self.config, self.name)
 
     def check_sequence(self, seq: int) -> None:
         """Raise `GaugeError` where ``seq`` tokens are more than the model has positions for."""
@@ -238,6 +244,7 @@ def check_config(config: dict[str, Any], origin: str) -> None:
     Llama without ``hidden_size`` is a 7B.
     """
     _check_kind(config, origin)
+    stored_format(config, origin)
     parts = [value for value in config.values() if isinstance(value, dict)]  # text_config, vision_config, …
     for part in (config, *parts):
         _check_given_sizes(part, _aliases(part.get("model_type") or config["model_type"]), origin)
@@ -341,7 +348,9 @@ def _text_config(record: ModelRecord) -> dict[str, Any]:
 
 def remarks(record: ModelRecord) -> list[str]:
     """What a reader of a figure about ``record`` should know of how its config was read, a sentence each."""
-    return [*_defaulted(record), *_towers(record)]
+    stored, named = record.stored, name_says(record.name, record.config)
+    said = [stored.remark if stored is not None else None, named]
+    return [*_defaulted(record), *_towers(record), *filter(None, said)]
 
 
 def _defaulted(record: ModelRecord) -> Iterator[str]:
@@ -432,15 +441,21 @@ def hf_config(record: ModelRecord) -> PretrainedConfig:
 
 
 def build(
-    record: ModelRecord, *, device: str = "cpu", dtype: str = "float32", attn_implementation: str | None = None
+    record: ModelRecord,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    as_stored: bool = True,
 ) -> PreTrainedModel:
-    """The model of ``record`` on ``device``, with weights in ``dtype``.
+    """The model of ``record`` on ``device``, with weights in ``dtype``; quantised, where the checkpoint is.
 
     On ``"meta"`` nothing is allocated (70B takes about a second). Random weights are drawn in float32 on the CPU from
     ``record.seed`` by the architecture's own initialisation and then rounded to ``dtype``, so the same seed gives
     the same bytes on every device. ``attn_implementation``: sdpa or eager; ``None`` is sdpa where the architecture has
-    it, else eager (`attention` says which). Raises `GaugeError` where the architecture has not the one asked for,
-    where the machine has not enough memory, or where the weights do not match the architecture.
+    it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantised. Raises `GaugeError`
+    where the architecture has not the attention asked for, where the machine has not enough memory, or where the
+    weights do not match the architecture.
     """
     import torch
 
@@ -448,13 +463,37 @@ def build(
     _check_attention(record, attn_implementation)
     if device == "meta":
         with torch.device("meta"):
-            return _from_config(record, attn_implementation).to(wanted)
+            model = _from_config(record, attn_implementation).to(wanted)
+        return _as_stored(model, record) if as_stored else model
+    check_measurable(record)
     _check_memory(record, wanted)
     if record.weights == "real":
-        return _load(record, wanted, attn_implementation).to(device)
+        model = _load(record, wanted, attn_implementation).to(device)
+        setattr(model, STORED_FORMAT, record.stored)
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.seed)
-        return _from_config(record, attn_implementation).to(wanted).to(device)
+        model = _from_config(record, attn_implementation).to(wanted)
+    return (_as_stored(model, record) if as_stored else model).to(device)
+
+
+def _as_stored(model: PreTrainedModel, record: ModelRecord) -> PreTrainedModel:
+    stored = record.stored
+    if stored is not None:
+        from peft_gauge.stored_layers import store_
+
+        store_(model, stored)
+    return model
+
+
+def check_measurable(record: ModelRecord) -> None:
+    """Raise `GaugeError` where the base comes in a format whose steps are planned but not measured."""
+    stored = record.stored
+    if stored is not None and stored.kind != "bitsandbytes":
+        raise GaugeError(
+            f"{record.name} is stored as {stored.title}; steps over such weights are planned (peft-gauge plan) and not "
+            f"measured, because their kernels are not among this project's requirements; measure a 16-bit checkpoint"
+        )
 
 
 def attention(model: PreTrainedModel) -> str:
@@ -487,9 +526,10 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     """``record`` with its very weights as safetensors in ``dtype`` in ``folder``, from which they load in a moment.
 
     For whoever builds the same base many times, in processes of their own: drawing weights and dequantising a GGUF
-    take longer than reading them. A record that loads from safetensors already comes back as it is.
+    take longer than reading them. A record that loads from safetensors already comes back as it is, and so does one
+    whose drawn weights are quantised: they are small, and drawn again.
     """
-    if record.weights == "real" and not str(record.location).endswith(".gguf"):
+    if (record.weights == "real" and not str(record.location).endswith(".gguf")) or record.stored is not None:
         return record
     model = build(record, dtype=dtype)
     with _without_progress_bars():
@@ -591,7 +631,9 @@ def _check_memory(record: ModelRecord, dtype: torch.dtype) -> None:
     import psutil
 
     # Drawn in float32 and then cast: the float32 tensors are all alive at once.
-    needed_bytes = logical_params(record) * (4 if record.weights == "random" else dtype.itemsize)
+    packed = record.stored is not None and record.weights == "real"
+    size = 1 if packed else 4 if record.weights == "random" else dtype.itemsize
+    needed_bytes = logical_params(record) * size
     available_bytes = psutil.virtual_memory().available
     if needed_bytes > available_bytes:
         raise GaugeError(
@@ -603,7 +645,7 @@ def _check_memory(record: ModelRecord, dtype: torch.dtype) -> None:
 @cache
 def logical_params(record: ModelRecord) -> int:
     """The number of the base model's parameters, tied ones once (built on ``meta``)."""
-    return sum(parameter.numel() for parameter in build(record, device="meta").parameters())
+    return sum(parameter.numel() for parameter in build(record, device="meta", as_stored=False).parameters())
 
 
 @cache

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peft_gauge import methods, models
-from peft_gauge.counting import ParameterCount, count, quantisation_constants
+from peft_gauge import methods, models, stored_layers
+from peft_gauge.counting import ParameterCount, constant_buffers, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.plan import fakes, policies
 from peft_gauge.plan.call import ModelCall, chunk_loss
@@ -32,6 +32,7 @@ from peft_gauge.plan.tracker import (
     BACKWARD,
     BASE_WEIGHTS,
     BUFFERS,
+    DEQUANTISED_TEMPORARIES,
     FORWARD,
     HOST,
     INPUTS,
@@ -60,7 +61,12 @@ TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
 the third shows that the second was steady."""
 
-ELEMENTWISE = (*OPERATOR_CATEGORY, "bitsandbytes::optimizer_", "bitsandbytes::int8_vectorwise_quant")
+ELEMENTWISE = (
+    *OPERATOR_CATEGORY,
+    stored_layers.DEQUANTIZE,
+    "bitsandbytes::optimizer_",
+    "bitsandbytes::int8_vectorwise_quant",
+)
 """Names, or their beginnings, of library operators without matrix products."""
 
 PAGED_FROM_ELEMENTS = 100_000  # bitsandbytes: smaller states are not paged (optim/optimizer.py, get_state_buffer)
@@ -85,21 +91,46 @@ def plan(request: PlanRequest) -> Plan:
             raise
         except Exception as error:  # an operation without a shape rule, or one that needs values
             raise GaugeError(f"{request.name} cannot be planned: {_operation(error)}") from error
-    return _as_plan(request, traced, notes, started)
+    return replace(_as_plan(request, traced, notes, started), base=_base(request))
 
 
 @contextlib.contextmanager
 def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Entered around the step on fake tensors, inside the fake mode, for what it needs beyond shapes; adds to ``notes``
     what is done in place of the library's own code."""
-    quantization = request.method.quantization
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(policies.stepping(model))
-        if quantization is not None and quantization.quant_format == "int8":
+        stack.enter_context(stored_layers.kernels())
+        if _quant_format(request) == "int8":
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(fakes.cuda_int8_products())
         yield
     notes += said
+
+
+def _quant_format(request: PlanRequest) -> str | None:
+    """bitsandbytes' format of the base, as the checkpoint stores it or as the method quantises it."""
+    stored, quantization = request.model.stored, request.method.quantization
+    if stored is not None:
+        return stored.settings.get("quant_format") if stored.kind == "bitsandbytes" else None
+    return None if quantization is None else quantization.quant_format
+
+
+def _double_quant(request: PlanRequest) -> bool | None:
+    stored, quantization = request.model.stored, request.method.quantization
+    if _quant_format(request) is None:
+        return None
+    if stored is not None:
+        return bool(stored.settings.get("bnb_4bit_use_double_quant", False))
+    return None if quantization is None else quantization.double_quant
+
+
+def _base(request: PlanRequest) -> str:
+    """How the base's weights are held, and who says so."""
+    if request.model.stored is not None:
+        return request.model.stored.description
+    quantization = request.method.quantization
+    return request.dtype if quantization is None else f"{quantization.quant_format.upper()}, quantised by the method"
 
 
 @dataclass(frozen=True)
@@ -137,7 +168,7 @@ def _operation(error: BaseException) -> str:
 
 @lru_cache(maxsize=2)
 def _meta_base(record: ModelRecord, dtype: str, attention: str | None) -> PreTrainedModel:
-    return models.build(record, device="meta", dtype=dtype, attn_implementation=attention)
+    return models.build(record, device="meta", dtype=dtype, attn_implementation=attention, as_stored=False)
 
 
 @dataclass(frozen=True)
@@ -149,11 +180,14 @@ class _Adapted:
 def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
     """The model on ``meta`` with its method attached; the base is built once for all methods and copied."""
     method, settings = request.method, request.settings
-    if method.quantization is not None or settings.optimizer.endswith("8bit"):
+    if _quant_format(request) is not None or settings.optimizer.endswith("8bit"):
         from peft_gauge.quantization import load_bitsandbytes
 
         load_bitsandbytes()
-    base = methods.prepare_base(copy.deepcopy(_meta_base(request.model, request.dtype, request.attention)), method)
+    base = copy.deepcopy(_meta_base(request.model, request.dtype, request.attention))
+    if request.model.stored is not None:
+        stored_layers.store_(base, request.model.stored)
+    base = methods.prepare_base(base, method)
     ids = frozenset(map(id, base.parameters()))
     if models.is_recurrent(base):
         notes.append(
@@ -197,7 +231,11 @@ def follow(
 
     The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see.
     """
-    tracker = StorageTracker(vocabulary=request.model.vocab_size, workspaces=fakes.CUDA_WORKSPACES)
+    tracker = StorageTracker(
+        vocabulary=request.model.vocab_size,
+        operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTISED_TEMPORARIES},
+        workspaces=fakes.CUDA_WORKSPACES,
+    )
     _adopt_model(tracker, model, base)
     job, call = _job(request, model, tracker)
     _prime(job, tracker, request.settings, notes)
@@ -212,6 +250,7 @@ def follow(
 
 def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
     tracker.adopt(model.buffers(), BUFFERS)
+    tracker.adopt(constant_buffers(model), QUANTISATION_CONSTANTS)
     tracker.adopt(fakes.plain_tensors(model), BUFFERS)
     known = set(map(id, base))
     for parameter in model.parameters():
@@ -344,7 +383,6 @@ def _attention(record: ModelRecord, dtype: str, asked: str | None) -> str:
 
 def _settings(request: PlanRequest) -> dict[str, Any]:
     settings, method = request.settings, request.method
-    quantization = method.quantization
     return {
         "batch": settings.batch,
         "seq": settings.seq,
@@ -354,8 +392,8 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "checkpoint_reentrant": request.checkpoint_reentrant,
         "grad_accumulation": settings.grad_accumulation,
         "clip_grad_norm": settings.clip_grad_norm,
-        "quant_format": None if quantization is None else quantization.quant_format,
-        "double_quant": None if quantization is None else quantization.double_quant,
+        "quant_format": _quant_format(request),
+        "double_quant": _double_quant(request),
         "prepare_kbit": method.prepare_kbit,
         "autocast_adapter_dtype": method.autocast_adapter_dtype,
         "rank": method.peft_config.get("r"),

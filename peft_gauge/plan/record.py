@@ -137,6 +137,7 @@ class Plan:
         flops_per_step: of matrix products and attention, forward and backward over all micro-batches.
         gpus: one `GpuFit` a GPU that was asked for.
         warnings: what was assumed or could not be seen. ``seconds``: how long planning took.
+        base: how the base's weights are held, and who says so: ``"bfloat16"``, ``"FP8, as its config says"``.
     """
 
     model: str
@@ -158,6 +159,7 @@ class Plan:
     gpus: tuple[GpuFit, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    base: str = ""
 
     @property
     def fits(self) -> bool:

@@ -88,6 +88,11 @@ def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     parts += [settings["dtype"], settings["optimizer"]]
     if settings["grad_checkpointing"]:
         parts.append("gradient checkpointing")
+    if settings.get("attention") not in (None, "none"):
+        parts.append(f"{settings['attention']} attention")
+    bases = {plan.get("base") for plan in plans}
+    if len(bases) == 1 and not bases & {None, "", settings["dtype"]}:
+        parts.append(f"base: {bases.pop()}")
     return f"{plans[0]['model']} planned, {', '.join(parts)}"
 
 
