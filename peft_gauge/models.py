@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Source = Literal["record", "folder", "gguf", "hub"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
 # The real weights that `peft-gauge fetch` can bring, by record: the file's name in the cache.
 FETCHED_WEIGHTS = {"smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -452,10 +453,10 @@ def build(
 
     On ``"meta"`` nothing is allocated (70B takes about a second). Random weights are drawn in float32 on the CPU from
     ``record.seed`` by the architecture's own initialisation and then rounded to ``dtype``, so the same seed gives
-    the same bytes on every device. ``attn_implementation``: sdpa or eager; ``None`` is sdpa where the architecture has
-    it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantised. Raises `GaugeError`
-    where the architecture has not the attention asked for, where the machine has not enough memory, or where the
-    weights do not match the architecture.
+    the same bytes on every device. ``attn_implementation``: one of `ATTENTIONS`, or ``None`` for sdpa where the
+    architecture has it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantised.
+    Raises `GaugeError` where the architecture has not the attention asked for, where the machine has not enough
+    memory, or where the weights do not match the architecture.
     """
     import torch
 
@@ -464,6 +465,8 @@ def build(
     if device == "meta":
         with torch.device("meta"):
             model = _from_config(record, attn_implementation).to(wanted)
+        # What flash attention casts to, where activations are float32 and weights are packed.
+        model.config.dtype = model.config.get_text_config().dtype = wanted
         return _as_stored(model, record) if as_stored else model
     check_measurable(record)
     _check_memory(record, wanted)
@@ -515,11 +518,18 @@ def is_recurrent(model: nn.Module) -> bool:
 
 
 def _check_attention(record: ModelRecord, asked: str | None) -> None:
-    kind = model_class(record) if asked == "sdpa" else None
-    if kind is not None and not kind._supports_sdpa:
-        raise GaugeError(
-            f"{kind.__name__} has no sdpa attention in transformers {metadata.version('transformers')}; use eager"
-        )
+    if asked is None:
+        return
+    if asked not in ATTENTIONS:
+        raise unknown("attention", asked, ATTENTIONS)
+    kind, release = model_class(record), metadata.version("transformers")
+    if asked == "sdpa" and not kind._supports_sdpa:
+        raise GaugeError(f"{kind.__name__} has no sdpa attention in transformers {release}; use eager")
+    flash = getattr(kind, "_supports_flash_attn", getattr(kind, "_supports_flash_attn_2", False))
+    only = getattr(kind, "_compatible_flash_implementations", None) or [asked]
+    if asked == "flash_attention_2" and not (flash and asked in only):
+        other = f"; it takes {only[0]}, which is not planned" if flash else ""
+        raise GaugeError(f"{kind.__name__} has no {asked} in transformers {release}{other}; use sdpa or eager")
 
 
 def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:

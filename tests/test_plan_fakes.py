@@ -212,11 +212,11 @@ def attention_of(
     tracker = StorageTracker()
     with fakes.fake_mode(), fakes.cuda_kernels():
         shapes = [query, key or query, value or key or query]
-        tensors = [torch.zeros(BATCH, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        tensors: Any = [torch.zeros(BATCH, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
         if how.pop("strided", False):
             tensors[1] = tensors[1].transpose(-1, -2).contiguous().transpose(-1, -2)
         with tracker, tracker.phase(FORWARD):
-            F.scaled_dot_product_attention(*tensors, **how)
+            F.scaled_dot_product_attention(tensors[0], tensors[1], tensors[2], **how)
     names = {name.removeprefix("aten::_scaled_dot_product_") for name in operators(tracker)}
     fused = names & {"flash_attention", "efficient_attention"}
     return fused.pop().removesuffix("_attention") if fused else "math"

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peft_gauge import methods, models, stored_layers
 from peft_gauge.counting import ParameterCount, constant_buffers, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.plan import fakes, policies
+from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.record import Plan
 from peft_gauge.plan.reserve import Steps, device_estimate, fit
@@ -101,6 +101,7 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(policies.stepping(model))
         stack.enter_context(stored_layers.kernels())
+        stack.enter_context(_attention_package(request.attention))
         if _quant_format(request) == "int8":
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(fakes.cuda_int8_products())
@@ -168,7 +169,12 @@ def _operation(error: BaseException) -> str:
 
 @lru_cache(maxsize=2)
 def _meta_base(record: ModelRecord, dtype: str, attention: str | None) -> PreTrainedModel:
-    return models.build(record, device="meta", dtype=dtype, attn_implementation=attention, as_stored=False)
+    with _attention_package(attention):
+        return models.build(record, device="meta", dtype=dtype, attn_implementation=attention, as_stored=False)
+
+
+def _attention_package(attention: str | None) -> contextlib.AbstractContextManager[None]:
+    return flash_attention.package() if attention == flash_attention.NAME else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

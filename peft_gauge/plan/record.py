@@ -33,8 +33,8 @@ class PlanRequest:
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
             ``outputs = model(**batch)`` does; `peft_gauge.step.TrainingJob` lets them go once it has the loss.
         checkpoint_reentrant: the kind of gradient checkpointing, where ``settings.grad_checkpointing`` is on.
-        attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose) or ``"eager"``; ``None``
-            is sdpa where the architecture has it, else eager.
+        attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose), ``"eager"`` or
+            ``"flash_attention_2"``; ``None`` is sdpa where the architecture has it, else eager.
         gpus: names or sizes, as `peft_gauge.plan.gpus.lookup` takes them.
         calibration_folder: measured overheads by card (`peft_gauge.plan.overheads`), if there are any.
     """
