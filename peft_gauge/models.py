@@ -99,10 +99,10 @@ class ModelRecord:
         config = self.config
         for part in (_text_part(config), config):
             for key in POSITION_LIMITS:
-                if isinstance(part.get(key), int):
+                if _is_limit(part.get(key)):
                     return int(part[key])
         default = _text_config(self).get("max_position_embeddings")
-        return default if isinstance(default, int) else None
+        return default if _is_limit(default) else None
 
     @property
     def vocab_size(self) -> int:
@@ -121,6 +121,11 @@ class ModelRecord:
             raise GaugeError(
                 f"a sequence of {seq} tokens is beyond {self.name}'s limit of {limit}; use --seq {limit} or less"
             )
+
+
+def _is_limit(value: object) -> bool:
+    """Whether ``value`` is a number of positions; XLNet says -1 for none."""
+    return isinstance(value, int) and value > 0
 
 
 def record_names() -> list[str]:
@@ -249,7 +254,11 @@ def check_config(config: dict[str, Any], origin: str) -> None:
     parts = [value for value in config.values() if isinstance(value, dict)]  # text_config, vision_config, …
     for part in (config, *parts):
         _check_given_sizes(part, _aliases(part.get("model_type") or config["model_type"]), origin)
-    _check_built_sizes(_built_config(config, origin), origin)
+    built = _built_config(config, origin)
+    if built.is_encoder_decoder:  # by its class, where the config does not say
+        raise _encoder_decoder(config, origin)
+    _check_built_sizes(built, origin)
+    _check_text_batch(built, origin)
 
 
 def _check_kind(config: dict[str, Any], origin: str) -> None:
@@ -271,13 +280,29 @@ def _check_kind(config: dict[str, Any], origin: str) -> None:
     is_decoder = bool(config.get("is_decoder")) or causal.get(model_type) in (config.get("architectures") or ())
     sequences = model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
     if config.get("is_encoder_decoder") or sequences:
-        raise GaugeError(
-            f"{known} is an encoder-decoder model; only decoder-only causal LMs can be planned or measured"
-        )
+        raise _encoder_decoder(config, origin)
     if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
         raise GaugeError(f"{known} is an encoder (masked LM), no causal LM; a decoder of this type says is_decoder")
     if model_type not in causal and model_type not in with_images:
         raise GaugeError(f"{known} is no causal LM that transformers {transformers.__version__} knows")
+
+
+def _encoder_decoder(config: dict[str, Any], origin: str) -> GaugeError:
+    return GaugeError(
+        f"{origin}: model_type {config['model_type']!r} is an encoder-decoder model; only decoder-only causal LMs can "
+        f"be planned or measured"
+    )
+
+
+def _check_text_batch(built: PretrainedConfig, origin: str) -> None:
+    """Raise `GaugeError` for a vision-language model that takes no batch of text alone (BLIP-2)."""
+    kind = _class_of(type(built))
+    images = inspect.signature(kind.forward).parameters.get("pixel_values")
+    if images is not None and images.default is inspect.Parameter.empty:
+        raise GaugeError(
+            f"{origin}: {kind.__name__} is a vision-language model that takes no batch of text alone; plan its "
+            f"language model by that one's own config"
+        )
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:
@@ -388,9 +413,12 @@ def _towers(record: ModelRecord) -> Iterator[str]:
 
 def model_class(record: ModelRecord) -> type[PreTrainedModel]:
     """The class that ``record`` is built as: the causal LM of its config, else the vision-language model around it."""
+    return _class_of(type(hf_config(record)))
+
+
+def _class_of(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    kind = type(hf_config(record))
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING
     found = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[kind]
     return found[0] if isinstance(found, tuple) else found
@@ -493,9 +521,10 @@ def check_measurable(record: ModelRecord) -> None:
     """Raise `GaugeError` where the base comes in a format whose steps are planned but not measured."""
     stored = record.stored
     if stored is not None and stored.kind != "bitsandbytes":
+        needed = "loading them takes" if stored.kind == "dequantised" else "their layers take"
         raise GaugeError(
             f"{record.name} is stored as {stored.title}; steps over such weights are planned (peft-gauge plan) and not "
-            f"measured, because their kernels are not among this project's requirements; measure a 16-bit checkpoint"
+            f"measured, because {needed} packages that this project does not require; measure a 16-bit checkpoint"
         )
 
 

@@ -126,6 +126,56 @@ def test_weights_of_a_config_file_are_not_at_hand() -> None:
         models.resolve(str(published.path("gpt2")), weights="real")
 
 
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+LLAVA = {
+    "model_type": "llava",
+    "text_config": {"model_type": "llama", **SMALL},
+    "vision_config": {"model_type": "clip_vision_model", "image_size": 28, **TOWER},
+}
+MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "max_seq_len": 128}
+
+
+def small(config: dict[str, Any], folder: Path) -> Path:
+    file = folder / f"{config['model_type']}.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+@pytest.mark.parametrize(("config", "attention"), [(LLAVA, "sdpa"), (MPT, "eager")], ids=["llava", "mpt"])
+def test_other_names_and_other_places_of_sizes_are_read(config: dict[str, Any], attention: str, tmp_path: Path) -> None:
+    record = models.resolve(str(small(config, tmp_path)))
+    found = plan_of(small(config, tmp_path))
+    assert (record.vocab_size, record.max_positions, found.settings["attention"]) == (512, 128, attention)
+    assert not any("left out" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("whisper", "'whisper' is an encoder-decoder model"),
+        ("florence2", "'florence2' is an encoder-decoder model"),
+        ("blip-2", "is a vision-language model that takes no batch of text alone"),
+        ("clip", "'clip' is no causal LM"),
+    ],
+)
+def test_models_of_other_kinds_are_refused_as_what_they_are(model_type: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(GaugeError, match=said):
+        models.resolve(str(small({"model_type": model_type}, tmp_path)))
+
+
+def test_a_limit_of_no_positions_is_none(tmp_path: Path) -> None:
+    config = {"model_type": "xlnet", "d_model": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512}
+    assert models.resolve(str(small(config, tmp_path))).max_positions is None
+
+
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 # One of each kind whose reading or tracing differs; full fine-tuning, because it fits every architecture.
