@@ -129,4 +129,4 @@ def test_the_title_names_attention_and_a_stored_base(tmp_path: Path) -> None:
     config = {**TOY.config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (tmp_path / "toy.json").write_text(json.dumps(config))
     stored = plan_of(models.resolve(str(tmp_path / "toy.json"))).as_json()
-    assert plan_table._title([stored]).endswith("sdpa attention, base: GPTQ 4 bit, as its config says")
+    assert plan_table._title([stored]).endswith("sdpa attention\nbase: GPTQ 4 bit, as its config says")
