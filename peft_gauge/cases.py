@@ -106,4 +106,4 @@ def count_on_meta(model: ModelRecord, method: Method) -> ParameterCount:
     from peft_gauge.counting import count
 
     unquantised = replace(method, quantization=None, prepare_kbit=False)
-    return count(methods.attach(models.build(model, device="meta"), unquantised))
+    return count(methods.attach(models.build(model, device="meta", as_stored=False), unquantised))

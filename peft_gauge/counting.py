@@ -41,7 +41,17 @@ class ParameterCount:
 def logical_numel(parameter: Tensor) -> int:
     """How many weights ``parameter`` stands for (a packed 4-bit weight: the product of its original shape)."""
     state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+    shape = getattr(parameter, "logical_shape", None) if state is None else state.shape
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def constant_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """The scales and zero points that quantised layers hold as buffers, which they name in ``quantisation_buffers``."""
+    for module in model.modules():
+        for name in getattr(module, "quantisation_buffers", ()):
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield buffer
 
 
 def quantisation_constants(parameter: Tensor) -> Iterator[Tensor]:
@@ -67,7 +77,8 @@ def count(model: nn.Module) -> ParameterCount:
     parameters = list(model.parameters())  # `parameters()` already drops tied duplicates
     trainable = [p for p in parameters if p.requires_grad]
     constants = {id(t): t for p in parameters for t in quantisation_constants(p)}
-    buffers = {id(b): b for b in model.buffers()}
+    constants |= {id(t): t for t in constant_buffers(model)}
+    buffers = {id(b): b for b in model.buffers() if id(b) not in constants}
     return ParameterCount(
         trainable_params=sum(map(logical_numel, trainable)),
         total_params=sum(map(logical_numel, parameters)),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from peft_gauge.stored_formats import StoredFormat
+
 # Target sets, by the names that Llama gives these linear layers. As a method's targets each means the layers with that
 # role in whatever architecture the method is attached to (`peft_gauge.targets`). An adapter config's own targets are
 # lists, and mean what PEFT makes of them.
@@ -242,8 +244,9 @@ def prepare_base(
     device: str | None = None,
 ) -> PreTrainedModel:
     """Quantise the base and cast it for k-bit training, in place, as far as ``method`` says, and bring it to
-    ``device``."""
-    if method.quantization is not None:
+    ``device``. A base that comes quantised stays as it is stored; raises `GaugeError` where ``method`` does not fit."""
+    stored = _check_stored(model, method)
+    if method.quantization is not None and stored is None:
         from peft_gauge.quantization import quantize_
 
         quantize_(
@@ -261,6 +264,28 @@ def prepare_base(
         with _without_notices():
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None:
+    """The format that the base is stored in, if it is quantised; raises `GaugeError` where ``method`` needs another."""
+    from peft_gauge.stored_layers import check_adapter, format_of
+
+    stored = format_of(model)
+    if stored is None:
+        return None
+    if method.kind == "full" and getattr(model, "is_quantized", False):
+        raise GaugeError(
+            f"{method.name} trains the base's weights, which this checkpoint stores as {stored.title}; use an adapter "
+            f"method, or a 16-bit checkpoint"
+        )
+    if method.quantization is not None and not stored.same_as(method.quantization.quant_format):
+        raise GaugeError(
+            f"{method.name} quantises the base to {method.quantization.quant_format}, and this checkpoint is stored as "
+            f"{stored.title} already; use a method that leaves the base as it is, such as lora"
+        )
+    if method.kind == "peft":
+        check_adapter(stored, str(method.peft_config.get("peft_type", "")))
+    return stored
 
 
 def _attach_adapter(model: PreTrainedModel, method: Method, seed: int) -> nn.Module:

@@ -8,10 +8,12 @@ the network unless the user names a hub id, and ``trust_remote_code`` is never o
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,14 +25,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.machine import accelerators
+from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat, name_says, stored_format
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Source = Literal["record", "folder", "gguf", "hub"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
 # The real weights that `peft-gauge fetch` can bring, by record: the file's name in the cache.
 FETCHED_WEIGHTS = {"smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -46,7 +51,23 @@ SIZE_LIMITS = {
     "head_dim": 2**14,
     "max_position_embeddings": 2**28,
 }
-REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+NO_ARCHITECTURE = (
+    "quantization_config",  # how weights are stored: see `peft_gauge.stored_formats`
+    "compression_config",
+    "attn_implementation",  # of whoever saved the checkpoint; a library that is not here would be asked for
+    "_attn_implementation",
+    "_attn_implementation_internal",
+)
+"""Keys of a published config that say nothing of the architecture."""
+REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+POSITION_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",  # GPT-2, GPT-J
+    "n_ctx",
+    "seq_length",  # BLOOM
+    "max_seq_len",  # MPT
+    "context_length",  # RWKV
+)
 CONFIG_FILE_LIMIT_BYTES = 4_000_000
 
 
@@ -73,12 +94,25 @@ class ModelRecord:
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence the model was made for, in tokens; ``None`` where the config does not say."""
+        """The longest sequence the model was made for, in tokens: what the text model's config says, else its class's
+        default; ``None`` where there is no such limit (a state-space model)."""
         config = self.config
-        for key in ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"):
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        return None
+        for part in (_text_part(config), config):
+            for key in POSITION_LIMITS:
+                if _is_limit(part.get(key)):
+                    return int(part[key])
+        default = _text_config(self).get("max_position_embeddings")
+        return default if _is_limit(default) else None
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of the text model's embedding, as its config or its class's default says."""
+        return int(_text_config(self)["vocab_size"])
+
+    @property
+    def stored(self) -> StoredFormat | None:
+        """How the checkpoint stores its weights, as its config says; ``None`` for 16 or 32 bit."""
+        return None if self.source == "gguf" else stored_format(self.config, self.name)
 
     def check_sequence(self, seq: int) -> None:
         """Raise `GaugeError` where ``seq`` tokens are more than the model has positions for."""
@@ -89,13 +123,18 @@ class ModelRecord:
             )
 
 
+def _is_limit(value: object) -> bool:
+    """Whether ``value`` is a number of positions; XLNet says -1 for none."""
+    return isinstance(value, int) and value > 0
+
+
 def record_names() -> list[str]:
     """The names of the records under ``fixtures/models/``."""
     return sorted(folder.name for folder in paths.fixture("models").iterdir() if (folder / "config.json").is_file())
 
 
 def resolve(spec: str, *, weights: str | None = None, seed: int = 0) -> ModelRecord:
-    """The record that ``spec`` names: a record's name, a folder, a config or GGUF file, or a hub id ``owner/name``.
+    """The record that ``spec`` names: a record's name, a folder, a .json or .gguf file, or a hub id ``owner/name``.
 
     ``weights``: ``"real"``, ``"random"``, or ``None`` for real ones where they are at hand. Raises `GaugeError` for an
     unknown name, an unusable config, or real weights that are not there.
@@ -109,8 +148,10 @@ def resolve(spec: str, *, weights: str | None = None, seed: int = 0) -> ModelRec
         return _from_folder(path if path.is_dir() else path.parent, weights, seed)
     if path.suffix == ".gguf":
         return _from_gguf(path, weights, seed)
+    if path.suffix == ".json":
+        return _from_config_file(path, weights, seed)
     if path.exists():
-        raise GaugeError(f"{spec} is neither a folder, a config.json nor a .gguf file")
+        raise GaugeError(f"{spec} is neither a folder, a config (.json) nor a .gguf file")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", spec):
         return _from_hub(spec, weights, seed)
     if "/" in spec or spec.startswith((".", "~")):
@@ -139,6 +180,12 @@ def _from_folder(folder: Path, weights: str | None, seed: int) -> ModelRecord:
     return ModelRecord(
         name, "folder", json.dumps(config), "real" if real else "random", str(folder) if real else None, seed
     )
+
+
+def _from_config_file(path: Path, weights: str | None, seed: int) -> ModelRecord:
+    if weights == "real":
+        raise GaugeError(f"{path} is a config without weights; name their folder, or use --weights random")
+    return ModelRecord(path.stem, "folder", json.dumps(read_config(path)), "random", None, seed)
 
 
 def _from_gguf(path: Path, weights: str | None, seed: int) -> ModelRecord:
@@ -198,43 +245,191 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any], origin: str) -> None:
     """Raise `GaugeError` unless ``config`` describes a causal LM that transformers builds without custom code.
 
-    The sizes are checked before anything is built: a missing size would silently become the class's default (a
-    Llama without ``hidden_size`` is a 7B), and a huge one would take the machine's memory.
+    The sizes that are given are checked before anything is built: a huge one would take the machine's memory. What a
+    published config leaves out is its class's default, as transformers builds it; `remarks` names these, because a
+    Llama without ``hidden_size`` is a 7B.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    _check_kind(config, origin)
+    stored_format(config, origin)
+    parts = [value for value in config.values() if isinstance(value, dict)]  # text_config, vision_config, …
+    for part in (config, *parts):
+        _check_given_sizes(part, _aliases(part.get("model_type") or config["model_type"]), origin)
+    built = _built_config(config, origin)
+    if built.is_encoder_decoder:  # by its class, where the config does not say
+        raise _encoder_decoder(config, origin)
+    _check_built_sizes(built, origin)
+    _check_text_batch(built, origin)
 
-    causal = {config_class.model_type: config_class for config_class in MODEL_FOR_CAUSAL_LM_MAPPING}
+
+def _check_kind(config: dict[str, Any], origin: str) -> None:
+    """Raise `GaugeError` for what is no causal LM, with what it is instead."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     model_type = config.get("model_type")
-    if model_type not in causal:
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    with_images = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = f"{origin}: model_type {model_type!r}"
+    if not isinstance(model_type, str):
+        raise GaugeError(f"{origin}: the config names no model_type, so the architecture is unknown")
+    if model_type not in CONFIG_MAPPING_NAMES:
         if config.get("auto_map"):
             raise GaugeError(f"{origin}: this model needs custom code (auto_map), which peft-gauge does not run")
-        raise GaugeError(f"{origin}: model_type {model_type!r} is no causal LM that this transformers knows")
-    if config.get("is_encoder_decoder"):
-        raise GaugeError(f"{origin}: encoder-decoder models are not supported; use a decoder-only causal LM")
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    _check_sizes(inner or config, getattr(causal[model_type], "attribute_map", {}), origin)
+        raise GaugeError(f"{known} is no causal LM that transformers {transformers.__version__} knows")
+    is_decoder = bool(config.get("is_decoder")) or causal.get(model_type) in (config.get("architectures") or ())
+    sequences = model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
+    if config.get("is_encoder_decoder") or sequences:
+        raise _encoder_decoder(config, origin)
+    if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+        raise GaugeError(f"{known} is an encoder (masked LM), no causal LM; a decoder of this type says is_decoder")
+    if model_type not in causal and model_type not in with_images:
+        raise GaugeError(f"{known} is no causal LM that transformers {transformers.__version__} knows")
 
 
-def _check_sizes(config: dict[str, Any], aliases: dict[str, str], origin: str) -> None:
-    found: dict[str, int] = {}
-    for size, limit in SIZE_LIMITS.items():
-        value = config.get(size, config.get(aliases.get(size, size)))
-        if value is None:
-            if size in REQUIRED_SIZES:
-                raise GaugeError(f"{origin}: {size} is missing; the architecture cannot be built without it")
-            continue
-        if isinstance(value, list) and size in ("intermediate_size", "num_key_value_heads"):
-            continue  # a few architectures give one value a layer
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise GaugeError(f"{origin}: {size} = {value!r} is not a whole number from 1 to {limit:,}")
-        found[size] = value
-    heads = found["num_attention_heads"]
-    if "head_dim" not in found and found["hidden_size"] % heads:
-        raise GaugeError(f"{origin}: hidden_size {found['hidden_size']} is no multiple of {heads} attention heads")
-    if heads % found.get("num_key_value_heads", heads):
+def _encoder_decoder(config: dict[str, Any], origin: str) -> GaugeError:
+    return GaugeError(
+        f"{origin}: model_type {config['model_type']!r} is an encoder-decoder model; only decoder-only causal LMs can "
+        f"be planned or measured"
+    )
+
+
+def _check_text_batch(built: PretrainedConfig, origin: str) -> None:
+    """Raise `GaugeError` for a vision-language model that takes no batch of text alone (BLIP-2)."""
+    kind = _class_of(type(built))
+    images = inspect.signature(kind.forward).parameters.get("pixel_values")
+    if images is not None and images.default is inspect.Parameter.empty:
         raise GaugeError(
-            f"{origin}: {heads} attention heads are no multiple of {found['num_key_value_heads']} key-value heads"
+            f"{origin}: {kind.__name__} is a vision-language model that takes no batch of text alone; plan its "
+            f"language model by that one's own config"
         )
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``config`` that describes the text model, as it was published."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _aliases(model_type: object) -> dict[str, str]:
+    """Sizes by the name that everybody uses -> by the name that this architecture uses (GPT-2: ``n_embd``)."""
+    from transformers import CONFIG_MAPPING
+
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return getattr(CONFIG_MAPPING[model_type], "attribute_map", {}) if known else {}
+
+
+def _check_given_sizes(config: dict[str, Any], aliases: dict[str, str], origin: str) -> None:
+    for size, limit in SIZE_LIMITS.items():
+        for name in {size, aliases.get(size, size)} & config.keys():
+            value = config[name]
+            if value is None:
+                continue
+            if isinstance(value, list) and size in ("intermediate_size", "num_key_value_heads", "num_attention_heads"):
+                continue  # a few architectures give one value a layer
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+                raise GaugeError(f"{origin}: {name} = {value!r} is not a whole number from 1 to {limit:,}")
+
+
+def _built_config(config: dict[str, Any], origin: str) -> PretrainedConfig:
+    """``config`` as transformers' own class, which knows the architecture's aliases and defaults."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in config.items() if key not in NO_ARCHITECTURE}
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # config classes validate in their own ways
+        raise GaugeError(f"the config of {origin} is not usable: {one_line(error, 200)}") from error
+
+
+def _size(config: PretrainedConfig, name: str) -> Any:
+    """The size called ``name``; ``None`` where the architecture has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers refuses to give one value for sizes that may differ from layer to layer
+        return None
+
+
+def _check_built_sizes(built: PretrainedConfig, origin: str) -> None:
+    text = built.get_text_config()
+    for size in REQUIRED_SIZES:
+        if _size(text, size) is None:
+            raise GaugeError(f"{origin}: {size} is missing; the architecture cannot be built without it")
+    heads, shared = _size(text, "num_attention_heads"), _size(text, "num_key_value_heads")
+    if not isinstance(heads, int):
+        return  # a state-space or recurrent model; or one value a layer
+    # Where the config has no head_dim, a class leaves it out or divides, and what is left over would be lost.
+    if _size(text, "head_dim") in (None, text.hidden_size // heads) and text.hidden_size % heads:
+        raise GaugeError(f"{origin}: hidden_size {text.hidden_size} is no multiple of {heads} attention heads")
+    if isinstance(shared, int) and heads % shared:
+        raise GaugeError(f"{origin}: {heads} attention heads are no multiple of {shared} key-value heads")
+
+
+@cache
+def _text_config(record: ModelRecord) -> dict[str, Any]:
+    """The text model's sizes under their usual names, defaults and aliases resolved."""
+    text = hf_config(record).get_text_config()
+    return {size: _size(text, size) for size in SIZE_LIMITS}
+
+
+def remarks(record: ModelRecord) -> list[str]:
+    """What a reader of a figure about ``record`` should know of how its config was read, a sentence each."""
+    stored, named = record.stored, name_says(record.name, record.config)
+    said = [stored.remark if stored is not None else None, named]
+    return [*_defaulted(record), *_towers(record), *filter(None, said)]
+
+
+def _defaulted(record: ModelRecord) -> Iterator[str]:
+    """Which sizes the config leaves out, and what its class puts in their place."""
+    given, text = _text_part(record.config), hf_config(record).get_text_config()
+    kind = type(text)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    found = []
+    for size in SIZE_LIMITS:
+        own = kind.attribute_map.get(size, size)
+        default = defaults.get(own)
+        if size in given or own in given or not isinstance(default, int) or isinstance(default, bool):
+            continue
+        if _size(text, size) == default:  # else another key gave it (BLOOM's n_embed), or it was derived
+            found.append(f"{size} {default}")
+    if found:
+        yield f"left out of {record.name}'s config and taken as {kind.__name__}'s defaults: {', '.join(found)}"
+
+
+def _towers(record: ModelRecord) -> Iterator[str]:
+    """What becomes of the parts of a multimodal checkpoint that are not the text model."""
+    config = hf_config(record)
+    if config.get_text_config() is config:
+        return
+    parts = [name for name in config.sub_configs if name != "text_config" and getattr(config, name, None) is not None]
+    names = ", ".join(name.removesuffix("_config") for name in parts)
+    if not parts:
+        return
+    if model_class(record).config_class is type(config):
+        yield f"{record.name} holds more than a text model: its weights of {names} are counted, and the batch is text"
+    else:
+        yield f"{record.name} holds more than a text model: planned and measured without its weights of {names}"
+
+
+def model_class(record: ModelRecord) -> type[PreTrainedModel]:
+    """The class that ``record`` is built as: the causal LM of its config, else the vision-language model around it."""
+    return _class_of(type(hf_config(record)))
+
+
+def _class_of(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    found = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[kind]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _auto_class(record: ModelRecord) -> Any:
+    """transformers' class that builds and loads ``record`` as `model_class`."""
+    import transformers
+
+    causal = type(hf_config(record)) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
 
 
 def check_dtype(name: str) -> None:
@@ -271,48 +466,109 @@ def default_model(device: str) -> str:
 
 def hf_config(record: ModelRecord) -> PretrainedConfig:
     """The record's architecture as a transformers config object."""
-    from transformers import AutoConfig
-
-    values = record.config
-    # Weights read from a GGUF are dequantised on the way in; what is built is an ordinary model.
-    values.pop("quantization_config", None)
-    try:
-        return AutoConfig.for_model(**values)
-    except Exception as error:  # config classes validate in their own ways
-        raise GaugeError(f"the config of {record.name} is not usable: {one_line(error, 200)}") from error
+    return _built_config(record.config, record.name)
 
 
 def build(
-    record: ModelRecord, *, device: str = "cpu", dtype: str = "float32", attn_implementation: str = "sdpa"
+    record: ModelRecord,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    as_stored: bool = True,
 ) -> PreTrainedModel:
-    """The model of ``record`` on ``device``, with weights in ``dtype``.
+    """The model of ``record`` on ``device``, with weights in ``dtype``; quantised, where the checkpoint is.
 
     On ``"meta"`` nothing is allocated (70B takes about a second). Random weights are drawn in float32 on the CPU from
     ``record.seed`` by the architecture's own initialisation and then rounded to ``dtype``, so the same seed gives
-    the same bytes on every device. Raises `GaugeError` where the machine has not enough memory or the weights do
-    not match the architecture.
+    the same bytes on every device. ``attn_implementation``: one of `ATTENTIONS`, or ``None`` for sdpa where the
+    architecture has it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantised.
+    Raises `GaugeError` where the architecture has not the attention asked for, where the machine has not enough
+    memory, or where the weights do not match the architecture.
     """
     import torch
 
     wanted = torch_dtype(dtype)
+    _check_attention(record, attn_implementation)
     if device == "meta":
         with torch.device("meta"):
-            return _from_config(record, attn_implementation).to(wanted)
+            model = _from_config(record, attn_implementation).to(wanted)
+        # What flash attention casts to, where activations are float32 and weights are packed.
+        model.config.dtype = model.config.get_text_config().dtype = wanted
+        return _as_stored(model, record) if as_stored else model
+    check_measurable(record)
     _check_memory(record, wanted)
     if record.weights == "real":
-        return _load(record, wanted, attn_implementation).to(device)
+        model = _load(record, wanted, attn_implementation).to(device)
+        setattr(model, STORED_FORMAT, record.stored)
+        return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.seed)
-        return _from_config(record, attn_implementation).to(wanted).to(device)
+        model = _from_config(record, attn_implementation).to(wanted)
+    return (_as_stored(model, record) if as_stored else model).to(device)
+
+
+def _as_stored(model: PreTrainedModel, record: ModelRecord) -> PreTrainedModel:
+    stored = record.stored
+    if stored is not None:
+        from peft_gauge.stored_layers import store_
+
+        store_(model, stored)
+    return model
+
+
+def check_measurable(record: ModelRecord) -> None:
+    """Raise `GaugeError` where the base comes in a format whose steps are planned but not measured."""
+    stored = record.stored
+    if stored is not None and stored.kind != "bitsandbytes":
+        needed = "loading them takes" if stored.kind == "dequantised" else "their layers take"
+        raise GaugeError(
+            f"{record.name} is stored as {stored.title}; steps over such weights are planned (peft-gauge plan) and not "
+            f"measured, because {needed} packages that this project does not require; measure a 16-bit checkpoint"
+        )
+
+
+def attention(model: PreTrainedModel) -> str:
+    """The attention that ``model`` was built with: sdpa, eager, …; ``"none"`` for a model without attention."""
+    text = model.config.get_text_config()
+    if _size(text, "num_attention_heads") is None:
+        return "none"
+    return str(text._attn_implementation)
+
+
+KERNELS_ELSEWHERE = ("causal_conv1d_fn", "selective_scan_fn", "chunk_gated_delta_rule", "rwkv_linear_attention")
+"""Names in transformers' modelling files of what runs a recurrent layer: kernels of other packages, or PyTorch code."""
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether ``model`` has state-space or other recurrent layers, for which fast kernels come from other packages."""
+    files = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(file), name) for file in files for name in KERNELS_ELSEWHERE)
+
+
+def _check_attention(record: ModelRecord, asked: str | None) -> None:
+    if asked is None:
+        return
+    if asked not in ATTENTIONS:
+        raise unknown("attention", asked, ATTENTIONS)
+    kind, release = model_class(record), metadata.version("transformers")
+    if asked == "sdpa" and not kind._supports_sdpa:
+        raise GaugeError(f"{kind.__name__} has no sdpa attention in transformers {release}; use eager")
+    flash = getattr(kind, "_supports_flash_attn", getattr(kind, "_supports_flash_attn_2", False))
+    only = getattr(kind, "_compatible_flash_implementations", None) or [asked]
+    if asked == "flash_attention_2" and not (flash and asked in only):
+        other = f"; it takes {only[0]}, which is not planned" if flash else ""
+        raise GaugeError(f"{kind.__name__} has no {asked} in transformers {release}{other}; use sdpa or eager")
 
 
 def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     """``record`` with its very weights as safetensors in ``dtype`` in ``folder``, from which they load in a moment.
 
     For whoever builds the same base many times, in processes of their own: drawing weights and dequantising a GGUF
-    take longer than reading them. A record that loads from safetensors already comes back as it is.
+    take longer than reading them. A record that loads from safetensors already comes back as it is, and so does one
+    whose drawn weights are quantised: they are small, and drawn again.
     """
-    if record.weights == "real" and not str(record.location).endswith(".gguf"):
+    if (record.weights == "real" and not str(record.location).endswith(".gguf")) or record.stored is not None:
         return record
     model = build(record, dtype=dtype)
     with _without_progress_bars():
@@ -349,20 +605,18 @@ def kept(record: ModelRecord, dtype: str) -> ModelRecord:
     return replace(record, source="folder", location=str(copy))
 
 
-def _from_config(record: ModelRecord, attn_implementation: str) -> PreTrainedModel:
+def _from_config(record: ModelRecord, attn_implementation: str | None) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = hf_config(record)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        auto = _auto_class(record)
+        return auto.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
     except Exception as error:  # every architecture refuses in its own way
         raise GaugeError(f"{record.name} cannot be built from its config: {one_line(error, 200)}") from error
 
 
-def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
     assert record.location is not None, "real weights have a location"
     where: dict[str, Any] = {"pretrained_model_name_or_path": record.location, "use_safetensors": True}
     if record.location.endswith(".gguf"):
@@ -371,7 +625,7 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str) -> 
     try:
         # The GGUF reader's own progress bar knows no switch; what is wrong with a file comes as an exception.
         with _without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = _auto_class(record).from_pretrained(
                 **where,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -416,7 +670,9 @@ def _check_memory(record: ModelRecord, dtype: torch.dtype) -> None:
     import psutil
 
     # Drawn in float32 and then cast: the float32 tensors are all alive at once.
-    needed_bytes = logical_params(record) * (4 if record.weights == "random" else dtype.itemsize)
+    packed = record.stored is not None and record.weights == "real"
+    size = 1 if packed else 4 if record.weights == "random" else dtype.itemsize
+    needed_bytes = logical_params(record) * size
     available_bytes = psutil.virtual_memory().available
     if needed_bytes > available_bytes:
         raise GaugeError(
@@ -428,7 +684,7 @@ def _check_memory(record: ModelRecord, dtype: torch.dtype) -> None:
 @cache
 def logical_params(record: ModelRecord) -> int:
     """The number of the base model's parameters, tied ones once (built on ``meta``)."""
-    return sum(parameter.numel() for parameter in build(record, device="meta").parameters())
+    return sum(parameter.numel() for parameter in build(record, device="meta", as_stored=False).parameters())
 
 
 @cache

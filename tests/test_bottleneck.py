@@ -36,11 +36,11 @@ STYLES: tuple[Style, ...] = ("houlsby", "pfeiffer")
 TOKEN_IDS = torch.arange(20).reshape(2, 10)
 
 
-def toy(**how: str) -> Any:
+def toy(**how: Any) -> Any:
     return models.build(models.resolve("toy-llama"), **how).eval()
 
 
-def adapted(style: Style = "houlsby", *, seed: int = 0, **how: str) -> Any:
+def adapted(style: Style = "houlsby", *, seed: int = 0, **how: Any) -> Any:
     model = toy(**how)
     attach_(model, BottleneckConfig(style, reduction_factor=8), seed=seed)
     return model

@@ -1,100 +1,132 @@
-"""Attention on fake tensors against what the same calls took on a GPU (tests/data/h200_attention.json)."""
+"""``--attention``: what each kind keeps, which architectures have it, and that the libraries are left as they were."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from torch.nn import functional as F
 
-from peft_gauge.plan import fakes
-from peft_gauge.plan.tracker import BACKWARD, FORWARD, INPUTS, StorageTracker
+from peft_gauge import methods, models
+from peft_gauge.errors import GaugeError
+from peft_gauge.plan import flash_attention, planner
+from peft_gauge.plan.record import Plan, PlanRequest
+from peft_gauge.report import plan_table
+from peft_gauge.step import StepSettings
+from tests import published_models as published
 
-MEASURED = json.loads((Path(__file__).parent / "data" / "h200_attention.json").read_text(encoding="utf-8"))["rows"]
-UNSPLIT_BYTES = 1 << 20
-"""What the allocator may hand out beyond a request: the figures are those of memory_allocated."""
+if TYPE_CHECKING:
+    from pathlib import Path
 
-
-# In single precision the GPU took the kernel that is planned, in 16 bit cuDNN's in place of flash or efficient.
-SINGLE = [row for row in MEASURED if row["dtype"] == "float32"]
-MASKED = [row for row in MEASURED if row["dtype"] != "float32" and row["kind"] in ("bool", "float")]
-HALF = [row for row in MEASURED if row["dtype"] != "float32" and row not in MASKED]
-
-
-def ids(row: dict[str, Any]) -> str:
-    return f"{row['dtype']}-{'x'.join(map(str, row['shape']))}-{row['kind']}"
+TOY = models.resolve("toy-llama", weights="random")  # four heads, two of keys
+FLASH = "flash_attention_2"
 
 
-def planned(row: dict[str, Any]) -> tuple[set[str], int, int, int]:
-    """Operators, and the bytes of `row` as the plan has them: saved, peak of forward, peak of backward."""
-    batch, heads, kv_heads, tokens, width = row["shape"]
-    dtype, kind = getattr(torch, row["dtype"]), row["kind"]
-    tracker = StorageTracker(workspaces=fakes.CUDA_WORKSPACES)
-    with fakes.fake_mode(), fakes.cuda_kernels():
-        query, key, value = (
-            torch.empty(batch, tokens, number, width, dtype=dtype).transpose(1, 2)
-            for number in (heads, kv_heads, kv_heads)
-        )
-        if kind == "expanded_kv":
-            key, value = (each.repeat_interleave(heads // kv_heads, 1) for each in (key, value))
-        operands = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
-        mask = {
-            "bool": lambda: torch.ones(batch, 1, tokens, tokens, dtype=torch.bool).tril(),
-            "float": lambda: torch.zeros(batch, 1, tokens, tokens, dtype=dtype),
-        }.get(kind, lambda: None)()
-        gradient = torch.empty(batch, heads, tokens, width, dtype=dtype)
-        tracker.adopt([*operands, gradient, *([] if mask is None else [mask])], INPUTS)
-        tracker.start_over()
-        before = tracker.live(blocks=True).bytes
-        with tracker:
-            with tracker.phase(FORWARD):
-                out = F.scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=mask,
-                    is_causal=kind in ("causal", "causal_dropout", "expanded_kv"),
-                    enable_gqa=heads != key.shape[1],
-                    dropout_p=0.1 if kind == "causal_dropout" else 0.0,
-                )
-            saved = tracker.live(blocks=True).bytes
-            with tracker.phase(BACKWARD):
-                gradients = torch.autograd.grad(out, operands, gradient)
-        del gradients
-    peaks = (tracker.peak(phase, blocks=True).bytes for phase in (FORWARD, BACKWARD))
-    forward_peak, backward_peak = peaks
-    return {each.operator for each in tracker.records}, saved - before, forward_peak - before, backward_peak - saved
+def plan_of(record: models.ModelRecord = TOY, method: str = "lora", **how: Any) -> Plan:
+    return planner.plan(PlanRequest(record, methods.get(method), StepSettings(2, 64), **how))
 
 
-@pytest.mark.parametrize("row", SINGLE, ids=ids)
-def test_single_precision_takes_what_the_gpu_took(row: dict[str, Any]) -> None:
-    operators, saved, forward_peak, backward_peak = planned(row)
-    is_math = row["kernel"] == "aten::_scaled_dot_product_attention_math"
-    assert ("aten::_safe_softmax" in operators) == is_math
-    assert is_math or row["kernel"] in operators
-    assert saved == pytest.approx(row["saved_bytes"], abs=UNSPLIT_BYTES + 1024)
-    assert forward_peak == pytest.approx(row["forward_peak_bytes"], abs=UNSPLIT_BYTES)
-    assert backward_peak == pytest.approx(row["backward_peak_bytes"], abs=UNSPLIT_BYTES)
+def test_flash_keeps_what_sdpas_flash_keeps() -> None:
+    """Without a mask, in 16 bit, CUDA's sdpa is the same kernel."""
+    flash, sdpa = plan_of(attention=FLASH), plan_of(attention="sdpa")
+    assert (flash.settings["attention"], sdpa.settings["attention"]) == (FLASH, "sdpa")
+    assert flash.peak_by_category == sdpa.peak_by_category
+    assert flash.flops_per_step == sdpa.flops_per_step
 
 
-@pytest.mark.parametrize("row", HALF, ids=ids)
-def test_half_precision_is_not_planned_too_small(row: dict[str, Any]) -> None:
-    """cuDNN's attention needs what flash needs, and less for odd widths and few tokens."""
-    operators, saved, forward_peak, backward_peak = planned(row)
-    assert "aten::_scaled_dot_product_flash_attention" in operators
-    assert saved == pytest.approx(row["saved_bytes"], abs=1024)
-    assert forward_peak == pytest.approx(row["forward_peak_bytes"], abs=1024)
-    assert backward_peak >= row["backward_peak_bytes"] - 1024
+def test_eager_keeps_a_matrix_of_weights() -> None:
+    quadratic = 2 * 2 * 4 * 64 * 64 * 2  # layers, rows, heads, tokens × tokens, 16 bit
+    eager, sdpa = plan_of(attention="eager"), plan_of(attention="sdpa")
+    tokens = 2 * 64
+    assert tokens * (eager.saved_activation_bytes_per_token - sdpa.saved_activation_bytes_per_token) > quadratic
 
 
-@pytest.mark.parametrize("row", MASKED, ids=ids)
-def test_a_mask_is_not_planned_to_keep_less(row: dict[str, Any]) -> None:
-    """With shared heads the plan is of the math path, which a GPU without cuDNN's attention takes."""
-    operators, saved, forward_peak, _ = planned(row)
-    shared = row["shape"][1] != row["shape"][2]
-    assert ("aten::_safe_softmax" if shared else "aten::_scaled_dot_product_efficient_attention") in operators
-    assert saved >= row["saved_bytes"] - 1024
-    assert forward_peak >= row["forward_peak_bytes"] - 1024
+def test_flash_casts_float32_activations_and_sdpa_does_not() -> None:
+    """A base prepared for k-bit training has float32 norms: sdpa has no fused kernel for grouped heads in float32."""
+    pytest.importorskip("bitsandbytes")
+    flash, sdpa = plan_of(method="qlora", attention=FLASH), plan_of(method="qlora", attention="sdpa")
+    assert flash.saved_activation_bytes_per_token < sdpa.saved_activation_bytes_per_token
+
+
+def test_flash_copies_the_rows_of_a_padded_batch() -> None:
+    padded, unpadded = plan_of(attention=FLASH, padded=True), plan_of(attention=FLASH)
+    assert padded.saved_activation_bytes_per_token > unpadded.saved_activation_bytes_per_token, "indices of rows"
+    masked = plan_of(attention="sdpa", padded=True)
+    assert padded.saved_activation_bytes_per_token < masked.saved_activation_bytes_per_token, "no matrix of a mask"
+
+
+def test_none_is_sdpa_where_there_is_one() -> None:
+    assert plan_of().settings["attention"] == "sdpa"
+    assert plan_of().peak_by_category == plan_of(attention="sdpa").peak_by_category
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", "gemma-2-2b", "gpt-j-6b", "deepseek-v2-lite"])
+def test_architectures_with_flash_are_planned(name: str, tmp_path: Path) -> None:
+    """One with a class of its own for it, with softcapping, with heads of 256, and with values narrower than keys."""
+    record = models.resolve(str(published.cut_file(name, tmp_path)))
+    assert plan_of(record, "bottleneck", attention=FLASH).settings["attention"] == FLASH
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "said"),
+    [
+        ("bloom-560m", "sdpa", "BloomForCausalLM has no sdpa attention in transformers .*; use eager"),
+        ("bloom-560m", FLASH, "BloomForCausalLM has no flash_attention_2 in transformers .*; use sdpa or eager"),
+        ("gpt-oss-20b", FLASH, "has no flash_attention_2 in .*; it takes .*, which is not planned; use sdpa or eager"),
+        ("gpt2", "flash", "unknown attention 'flash'"),
+    ],
+)
+def test_attention_that_is_not_there_is_one_line(name: str, attention: str, said: str, tmp_path: Path) -> None:
+    record = models.resolve(str(published.cut_file(name, tmp_path)))
+    with pytest.raises(GaugeError, match=said) as caught:
+        plan_of(record, "full", attention=attention)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_too_wide_for_flash_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "wide.json").write_text(json.dumps({**TOY.config, "head_dim": 264}))
+    with pytest.raises(GaugeError, match="no kernel for heads 264 wide, 256 at most; use --attention sdpa"):
+        plan_of(models.resolve(str(tmp_path / "wide.json")), attention=FLASH)
+
+
+def test_flash_in_single_precision_is_one_line() -> None:
+    with pytest.raises(GaugeError, match="flash attention takes 16 bit alone; use --dtype bfloat16"):
+        plan_of(attention=FLASH, dtype="float32")
+
+
+def test_the_libraries_are_left_as_they_were() -> None:
+    from transformers import masking_utils, modeling_utils
+    from transformers import modeling_flash_attention_utils as utils
+
+    def state() -> list[object]:
+        patched = utils.is_flash_attn_2_available, utils._upad_input, utils._is_packed_sequence
+        own = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[FLASH], vars(modeling_utils.PreTrainedModel)
+        return [*patched, own[0], dict(own[1]), sys.modules.get("flash_attn")]
+
+    before = state()
+    with flash_attention.package():
+        assert state() != before
+    assert state() == before
+
+
+def test_the_option_reaches_the_plan_and_the_table(run_command: Callable[..., tuple[int, str, str]]) -> None:
+    arguments = ("plan", "--model", "toy-llama", "--method", "lora", "--seq", "32", "--attention", FLASH)
+    code, out, err = run_command(*arguments, "--json")
+    assert (code, err) == (0, "")
+    (found,) = json.loads(out)
+    assert found["settings"]["attention"] == FLASH
+    assert found["base"] == "bfloat16"
+    code, _, err = run_command("plan", "--model", "toy-llama", "--attention", "flash")
+    assert code == 2
+    assert "unknown attention 'flash'; known: eager, flash_attention_2, sdpa" in err
+
+
+def test_the_title_names_attention_and_a_stored_base(tmp_path: Path) -> None:
+    plain = plan_of().as_json()
+    assert plan_table._title([plain]) == "toy-llama planned, 2×64 tokens, bfloat16, adamw, sdpa attention"
+    config = {**TOY.config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    (tmp_path / "toy.json").write_text(json.dumps(config))
+    stored = plan_of(models.resolve(str(tmp_path / "toy.json"))).as_json()
+    assert plan_table._title([stored]).endswith("sdpa attention\nbase: GPTQ 4 bit, as its config says")

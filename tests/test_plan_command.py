@@ -178,7 +178,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "t5"}, "no causal LM"),
+        ({"model_type": "t5"}, "is an encoder-decoder model"),
         ({"model_type": "bart", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, "custom code"),
     ],

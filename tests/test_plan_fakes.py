@@ -205,6 +205,53 @@ def test_shared_heads_in_single_precision_take_the_math_path() -> None:
     assert tracker.kept_bytes() >= BATCH * HEADS * ROWS * ROWS * 4
 
 
+def attention_of(
+    query: Any = (HEADS, ROWS, WIDTH), key: Any = None, value: Any = None, dtype: Any = torch.bfloat16, **how: Any
+) -> Any:
+    """The kernel that one attention over tensors of these shapes takes."""
+    tracker = StorageTracker()
+    with fakes.fake_mode(), fakes.cuda_kernels():
+        shapes = [query, key or query, value or key or query]
+        tensors: Any = [torch.zeros(BATCH, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        if how.pop("strided", False):
+            tensors[1] = tensors[1].transpose(-1, -2).contiguous().transpose(-1, -2)
+        with tracker, tracker.phase(FORWARD):
+            F.scaled_dot_product_attention(tensors[0], tensors[1], tensors[2], **how)
+    names = {name.removeprefix("aten::_scaled_dot_product_") for name in operators(tracker)}
+    fused = names & {"flash_attention", "efficient_attention"}
+    return fused.pop().removesuffix("_attention") if fused else "math"
+
+
+ONE_HEAD = (1, ROWS, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "how"),
+    [
+        ("flash", {}),
+        ("flash", {"key": ONE_HEAD, "enable_gqa": True}),  # Gemma-2B, as transformers calls it
+        ("math", {"key": ONE_HEAD}),  # Falcon-7B: one key head, to be broadcast
+        ("math", {"key": ONE_HEAD, "enable_gqa": True, "dtype": torch.float32}),
+        ("efficient", {"key": (HEADS, 2 * ROWS, WIDTH), "is_causal": True}),
+        ("flash", {"key": (HEADS, 2 * ROWS, WIDTH)}),
+        ("efficient", {"query": (HEADS, ROWS, 264)}),
+        ("efficient", {"value": (HEADS, ROWS, 2 * WIDTH)}),  # latent attention: values of another width
+        ("math", {"query": (HEADS, ROWS, WIDTH + 1), "dtype": torch.float32}),
+        ("math", {"strided": True}),
+    ],
+)
+def test_each_attention_takes_the_kernel_that_cuda_takes(
+    kernel: str, how: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes, "_flash_broadcasts_one_head", lambda: False)  # as up to torch 2.13
+    assert attention_of(**how) == kernel
+
+
+def test_a_torch_whose_flash_broadcasts_one_head_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fakes, "_flash_broadcasts_one_head", lambda: True)
+    assert attention_of(key=ONE_HEAD) == "flash"
+
+
 def test_a_head_dimension_off_flashs_grid_is_padded() -> None:
     tracker = attend(width=20)
     assert any(record.nbytes == BATCH * HEADS * ROWS * 24 * 2 for record in tracker.records)

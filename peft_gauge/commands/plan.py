@@ -40,6 +40,10 @@ def plan(
     autocast_adapter_dtype: Annotated[bool | None, typer.Option(help="Keep 16-bit adapters in float32.")] = None,
     prepare_kbit: Annotated[bool | None, typer.Option(help="Cast what is not quantised to float32.")] = None,
     loss: Annotated[str, typer.Option(help="full, or chunked along the sequence.")] = "full",
+    attention: Annotated[
+        str | None,
+        typer.Option(help="sdpa, eager or flash_attention_2. Default: sdpa where the architecture has it, else eager."),
+    ] = None,
     padded: Annotated[bool, typer.Option("--padded/--unpadded", help="Give the batch an attention mask.")] = False,
     use_cache: Annotated[bool, typer.Option(help="Let the model return its key-value cache.")] = False,
     hold_outputs: Annotated[bool, typer.Option(help="Keep the model's outputs alive until the step's end.")] = False,
@@ -59,6 +63,8 @@ def plan(
 
     gpus = _checked_gpus(gpu or [], find)
     models.check_dtype(dtype)
+    if attention is not None and attention not in models.ATTENTIONS:
+        raise unknown("attention", attention, models.ATTENTIONS)
     settings = StepSettings(
         batch=batch,
         seq=_checked_seq(seq),
@@ -76,6 +82,7 @@ def plan(
             settings=settings,
             dtype=dtype,
             loss=loss,  # type: ignore[arg-type]
+            attention=attention,
             padded=padded,
             use_cache=use_cache,
             hold_outputs=hold_outputs,

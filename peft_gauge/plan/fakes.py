@@ -8,6 +8,8 @@ than CUDA's, `cuda_kernels` routes to CUDA's operator, whose shape rules torch s
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 FLASH_ROW_MULTIPLE = 128  # flash attention's backward pads the sequence of its FP32 buffers to this
 FLASH_WIDTH_MULTIPLE = 32  # and the head dimension to this
+FLASH_WIDEST = 256  # the widest head that flash attention has a kernel for
 FUSED_4BIT_ROWS = 4  # bitsandbytes multiplies up to this many rows without a dequantised copy on every GPU
 
 
@@ -305,13 +308,13 @@ def _attention(
             torch.ops.aten.scaled_dot_product_attention.default,
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    if _flash_fits(query, key, value, attn_mask):
+    if _flash_fits(query, key, value, attn_mask, is_causal=is_causal, grouped=enable_gqa):
         width = query.shape[-1]
         scale = width**-0.5 if scale is None else scale
         padded = [_pad_last(t, 8) for t in (query, key, value)]
         out = torch.ops.aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
         return out[..., :width] if out.shape[-1] != width else out
-    if _efficient_fits(query, key, value):
+    if _efficient_fits(query, key, value, attn_mask):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         mask = None if attn_mask is None else _additive_mask(attn_mask, query, key)
         return torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -355,19 +358,67 @@ def _math_attention(
     return (weights @ value).to(dtype)
 
 
-def _flash_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return mask is None and half and query.dim() == 4 and len(widths) == 1 and max(widths) <= 256
+# The filters of `can_use_flash_attention` and `can_use_mem_efficient_attention` that depend on the tensors alone, as of
+# torch 2.13; those that ask for the card (a head wider than 192 on compute capability 8.6, 8.9 or 12) are left out, and
+# so is cuDNN's kernel, which recent releases prefer on compute capability 9 and 10.
 
 
-def _efficient_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    if query.dim() != 4 or query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def _flash_fits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    grouped: bool,
+) -> bool:
+    if mask is not None or query.dtype not in (torch.float16, torch.bfloat16) or not _is_dense(query, key, value):
         return False
-    if not query.shape[1] == key.shape[1] == value.shape[1]:
+    widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
+    if len(widths) != 1 or max(widths) > FLASH_WIDEST:
+        return False
+    if is_causal and query.shape[-2] != key.shape[-2]:
+        return False  # flash aligns a causal mask to the lower right
+    return _heads_fit(query, key, value, grouped)
+
+
+def _efficient_fits(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> bool:
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not _is_dense(query, key, value):
+        return False
+    if mask is not None and mask.stride(-1) != 1:
         return False
     multiple = 4 if query.dtype is torch.float32 else 8
-    return all(t.shape[-1] % multiple == 0 for t in (query, key, value))
+    if query.shape[-1] != key.shape[-1] or any(t.shape[-1] % multiple for t in (query, value)):
+        return False
+    return query.shape[1] == key.shape[1] == value.shape[1]
+
+
+def _is_dense(*tensors: torch.Tensor) -> bool:
+    """Four dimensions, one batch size, no empty sequence, rows in one piece."""
+    one_batch = len({tensor.shape[0] for tensor in tensors if tensor.dim() == 4}) == 1
+    return one_batch and all(t.dim() == 4 and t.shape[-2] > 0 and t.stride(-1) == 1 for t in tensors)
+
+
+def _heads_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grouped: bool) -> bool:
+    """Whether flash takes these heads: as many of each, or a query's several to one key where ``enable_gqa`` says so.
+
+    A single key head that is to be broadcast without ``enable_gqa`` (Falcon-7B) fits no fused kernel up to torch 2.13.
+    """
+    heads, shared, values = query.shape[1], key.shape[1], value.shape[1]
+    if shared != values:
+        return False
+    if grouped or (shared == 1 and _flash_broadcasts_one_head()):
+        return heads % shared == 0
+    return heads == shared
+
+
+@lru_cache(maxsize=1)
+def _flash_broadcasts_one_head() -> bool:
+    """Whether this torch's filters let one key head pass without ``enable_gqa``, as its own header has them."""
+    header = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
+    return header.is_file() and "supports_mqa" in header.read_text(encoding="utf-8", errors="replace")
 
 
 def _float_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

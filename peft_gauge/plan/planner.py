@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from peft_gauge import methods, models, targets
-from peft_gauge.counting import ParameterCount, count, quantisation_constants
+from peft_gauge import methods, models, stored_layers, targets
+from peft_gauge.counting import ParameterCount, constant_buffers, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.plan import fakes, policies
+from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.overheads import overheads_for
 from peft_gauge.plan.record import Plan
@@ -34,6 +34,7 @@ from peft_gauge.plan.tracker import (
     BACKWARD,
     BASE_WEIGHTS,
     BUFFERS,
+    DEQUANTISED_TEMPORARIES,
     FORWARD,
     HOST,
     INPUTS,
@@ -63,7 +64,12 @@ TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
 the third shows that the second was steady."""
 
-ELEMENTWISE = (*OPERATOR_CATEGORY, "bitsandbytes::optimizer_", "bitsandbytes::int8_vectorwise_quant")
+ELEMENTWISE = (
+    *OPERATOR_CATEGORY,
+    stored_layers.DEQUANTIZE,
+    "bitsandbytes::optimizer_",
+    "bitsandbytes::int8_vectorwise_quant",
+)
 """Names, or their beginnings, of library operators without matrix products."""
 
 PAGED_FROM_ELEMENTS = 100_000  # bitsandbytes: smaller states are not paged (optim/optimizer.py, get_state_buffer)
@@ -77,7 +83,7 @@ def plan(request: PlanRequest) -> Plan:
     message names it).
     """
     started = time.perf_counter()
-    notes = [*_check_sizes(request)]
+    notes = [*models.remarks(request.model), *_check_sizes(request)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice on training; what matters here is in `notes`
         try:
@@ -88,21 +94,47 @@ def plan(request: PlanRequest) -> Plan:
             raise
         except Exception as error:  # an operation without a shape rule, or one that needs values
             raise GaugeError(f"{request.name} cannot be planned: {_operation(error)}") from error
-    return replace(_as_plan(request, traced, notes, started), adapted_modules=adapted_modules)
+    return replace(_as_plan(request, traced, notes, started), adapted_modules=adapted_modules, base=_base(request))
 
 
 @contextlib.contextmanager
 def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Entered around the step on fake tensors, inside the fake mode, for what it needs beyond shapes; adds to ``notes``
     what is done in place of the library's own code."""
-    quantization = request.method.quantization
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(policies.stepping(model))
-        if quantization is not None and quantization.quant_format == "int8":
+        stack.enter_context(stored_layers.kernels())
+        stack.enter_context(_attention_package(request.attention))
+        if _quant_format(request) == "int8":
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(fakes.cuda_int8_products())
         yield
     notes += said
+
+
+def _quant_format(request: PlanRequest) -> str | None:
+    """bitsandbytes' format of the base, as the checkpoint stores it or as the method quantises it."""
+    stored, quantization = request.model.stored, request.method.quantization
+    if stored is not None:
+        return stored.settings.get("quant_format") if stored.kind == "bitsandbytes" else None
+    return None if quantization is None else quantization.quant_format
+
+
+def _double_quant(request: PlanRequest) -> bool | None:
+    stored, quantization = request.model.stored, request.method.quantization
+    if _quant_format(request) is None:
+        return None
+    if stored is not None:
+        return bool(stored.settings.get("bnb_4bit_use_double_quant", False))
+    return None if quantization is None else quantization.double_quant
+
+
+def _base(request: PlanRequest) -> str:
+    """How the base's weights are held, and who says so."""
+    if request.model.stored is not None:
+        return request.model.stored.description
+    quantization = request.method.quantization
+    return request.dtype if quantization is None else f"{quantization.quant_format.upper()}, quantised by the method"
 
 
 @dataclass(frozen=True)
@@ -127,8 +159,7 @@ def _check_sizes(request: PlanRequest) -> Iterator[str]:
     limit = request.model.max_positions
     if limit is not None and settings.seq > limit:
         yield f"a sequence of {settings.seq} tokens is beyond {request.model.name}'s {limit} positions"
-    config = request.model.config
-    width = max(int(config.get("vocab_size") or 1), int(config.get("hidden_size") or 1), settings.seq)
+    width = max(request.model.vocab_size, settings.seq)
     if settings.batch * settings.seq * width * 8 > LARGEST_TENSOR_BYTES:
         raise GaugeError(f"batch {settings.batch} × sequence {settings.seq} overflows 64-bit sizes; make them smaller")
 
@@ -144,8 +175,13 @@ def _operation(error: BaseException) -> str:
 
 
 @lru_cache(maxsize=2)
-def _meta_base(record: ModelRecord, dtype: str, attention: str) -> PreTrainedModel:
-    return models.build(record, device="meta", dtype=dtype, attn_implementation=attention)
+def _meta_base(record: ModelRecord, dtype: str, attention: str | None) -> PreTrainedModel:
+    with _attention_package(attention):
+        return models.build(record, device="meta", dtype=dtype, attn_implementation=attention, as_stored=False)
+
+
+def _attention_package(attention: str | None) -> contextlib.AbstractContextManager[None]:
+    return flash_attention.package() if attention == flash_attention.NAME else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -158,13 +194,21 @@ class _Adapted:
 def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
     """The model on ``meta`` with its method attached; the base is built once for all methods and copied."""
     method, settings = request.method, request.settings
-    if method.quantization is not None or settings.optimizer.endswith("8bit"):
+    if _quant_format(request) is not None or settings.optimizer.endswith("8bit"):
         from peft_gauge.quantization import load_bitsandbytes
 
         load_bitsandbytes()
-    base = methods.prepare_base(copy.deepcopy(_meta_base(request.model, request.dtype, request.attention)), method)
+    base = copy.deepcopy(_meta_base(request.model, request.dtype, request.attention))
+    if request.model.stored is not None:
+        stored_layers.store_(base, request.model.stored)
+    base = methods.prepare_base(base, method)
     ids, places = frozenset(map(id, base.parameters())), targets.Places.of(base)
     notes += _unquantised(base, request)
+    if models.is_recurrent(base):
+        notes.append(
+            "recurrent layers are planned as transformers' PyTorch code computes them; with kernels for them "
+            "(mamba-ssm, causal-conv1d, flash-linear-attention) a step needs less"
+        )
     reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
     with policies.attaching(method) as said:
         attached = methods.attach(
@@ -243,7 +287,11 @@ def follow(
 
     The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see.
     """
-    tracker = StorageTracker(vocabulary=request.model.config.get("vocab_size"), workspaces=fakes.CUDA_WORKSPACES)
+    tracker = StorageTracker(
+        vocabulary=request.model.vocab_size,
+        operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTISED_TEMPORARIES},
+        workspaces=fakes.CUDA_WORKSPACES,
+    )
     _adopt_model(tracker, model, base)
     job, call = _job(request, model, tracker)
     _prime(job, tracker, request.settings, notes)
@@ -258,6 +306,7 @@ def follow(
 
 def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
     tracker.adopt(model.buffers(), BUFFERS)
+    tracker.adopt(constant_buffers(model), QUANTISATION_CONSTANTS)
     tracker.adopt(fakes.plain_tensors(model), BUFFERS)
     known = set(map(id, base))
     for parameter in model.parameters():
@@ -413,9 +462,14 @@ def _check_order(request: PlanRequest, trace: Trace, device: DeviceEstimate) -> 
         )
 
 
+@lru_cache(maxsize=8)
+def _attention(record: ModelRecord, dtype: str, asked: str | None) -> str:
+    """The attention that the step of a request has."""
+    return models.attention(_meta_base(record, dtype, asked))
+
+
 def _settings(request: PlanRequest) -> dict[str, Any]:
     settings, method = request.settings, request.method
-    quantization = method.quantization
     return {
         "batch": settings.batch,
         "seq": settings.seq,
@@ -425,8 +479,8 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "checkpoint_reentrant": request.checkpoint_reentrant,
         "grad_accumulation": settings.grad_accumulation,
         "clip_grad_norm": settings.clip_grad_norm,
-        "quant_format": None if quantization is None else quantization.quant_format,
-        "double_quant": None if quantization is None else quantization.double_quant,
+        "quant_format": _quant_format(request),
+        "double_quant": _double_quant(request),
         "prepare_kbit": method.prepare_kbit,
         "autocast_adapter_dtype": method.autocast_adapter_dtype,
         "rank": method.peft_config.get("r"),
@@ -434,5 +488,5 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "padded": request.padded,
         "use_cache": request.use_cache,
         "hold_outputs": request.hold_outputs,
-        "attention": request.attention,
+        "attention": _attention(request.model, request.dtype, request.attention),
     }

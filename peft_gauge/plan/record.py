@@ -34,7 +34,8 @@ class PlanRequest:
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
             ``outputs = model(**batch)`` does; `peft_gauge.step.TrainingJob` lets them go once it has the loss.
         checkpoint_reentrant: the kind of gradient checkpointing, where ``settings.grad_checkpointing`` is on.
-        attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose) or ``"eager"``.
+        attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose), ``"eager"`` or
+            ``"flash_attention_2"``; ``None`` is sdpa where the architecture has it, else eager.
         gpus: names or sizes, as `peft_gauge.plan.gpus.lookup` takes them.
         calibration_folder: measured overheads by card (`peft_gauge.plan.overheads`), if there are any.
     """
@@ -48,7 +49,7 @@ class PlanRequest:
     use_cache: bool = False
     hold_outputs: bool = False
     checkpoint_reentrant: bool = False
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: str | None = None
     gpus: tuple[str, ...] = ()
     calibration_folder: str | None = None
 
@@ -146,6 +147,7 @@ class Plan:
         warnings: what was assumed or could not be seen. ``seconds``: how long planning took.
         adapted_modules: the modules of the base that the method trains something on, each with how many of how many
             decoder blocks have it; empty for full fine-tuning and for virtual tokens.
+        base: how the base's weights are held, and who says so: ``"bfloat16"``, ``"FP8, as its config says"``.
     """
 
     model: str
@@ -169,6 +171,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     adapted_modules: tuple[Adapted, ...] = ()
+    base: str = ""
 
     @property
     def fits(self) -> bool:

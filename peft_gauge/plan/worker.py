@@ -72,7 +72,8 @@ def _start(requests: Sequence[PlanRequest], find: str | None) -> subprocess.Pope
         WORKER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        # transformers sets its logger's level anew when it is imported, from this variable.
+        env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, "PYTHONPATH": path},
     )
     assert worker.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code, read later, says why

@@ -121,7 +121,13 @@ def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     parts += [settings["dtype"], settings["optimizer"]]
     if settings["grad_checkpointing"]:
         parts.append("gradient checkpointing")
-    return f"{plans[0]['model']} planned, {', '.join(parts)}"
+    if settings.get("attention") not in (None, "none"):
+        parts.append(f"{settings['attention']} attention")
+    title = f"{plans[0]['model']} planned, {', '.join(parts)}"
+    bases = {plan.get("base") for plan in plans}
+    if len(bases) == 1 and not bases & {None, "", settings["dtype"]}:
+        title += f"\nbase: {bases.pop()}"  # on a line of its own, which no narrow table breaks
+    return title
 
 
 def _cells(plan: Mapping[str, Any]) -> list[str]:
