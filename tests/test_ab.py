@@ -325,6 +325,14 @@ def test_nothing_below_the_minimum_effect_is_worse_or_better(factor: float) -> N
         assert over_processes(beyond, PairRule()).verdict == ("worse" if factor > 1 else "better")
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_surely_there_but_perhaps_below_the_minimum_effect_cannot_be_told(sign: int) -> None:
+    """An estimate of 2.5 % that lies between 1.6 and 3.4 %; a third of the minimum effect once was enough for it."""
+    judged = over_processes([sign * (0.025 + 0.01 * (-1) ** number) for number in range(16)], PairRule())
+    assert judged.verdict == "cannot tell"
+    assert 0.016 < min(abs(math.log(judged.low)), abs(math.log(judged.high)))
+
+
 def test_a_pair_of_processes_survives_being_kept() -> None:
     (pairs,) = measure_pairs(ENVIRONMENTS, [CASE], 4, PairRule(2.0), Sides(1.1))
     (broken,) = measure_pairs(ENVIRONMENTS, [CASE], 4, PairRule(2.0), Sides(1.1, b={"step": "no such method"}))
