@@ -5,6 +5,7 @@ With ``--self-check`` under one and the same set: then what it sees is the host.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path  # typer reads the annotations at run time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -192,7 +193,8 @@ def _self_checks(
         ratios = [each.log_ratio for each in shown if each.log_ratio is not None]
         found = resolution(ratios, [each.a_first for each in shown], rule)
         wrong = wrong or found.judged.verdict in ("worse", "better")
-        lines += told(found, shown[0].records[0].id, why_unsteady(shown))
+        lead = statistics.fmean(each.lead for each in shown)
+        lines += told(found, shown[0].records[0].id, lead, why_unsteady(shown))
     return lines, wrong
 
 

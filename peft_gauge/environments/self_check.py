@@ -99,16 +99,22 @@ def _judged(log_ratios: Sequence[float], rule: PairRule) -> Judgement:
     return judged
 
 
-def told(found: Resolution, name: str, unsteady: str | None) -> list[str]:
-    """``found`` in lines: ``name`` is the case's, ``unsteady`` what was wrong with the host."""
+def told(found: Resolution, name: str, lead: float, unsteady: str | None) -> list[str]:
+    """``found`` in lines.
+
+    ``name`` is the case's; ``lead``: by how much the first step of a pair took longer, as the logarithm of a factor;
+    ``unsteady``: what was wrong with the host.
+    """
     wrong = found.judged.verdict in ("worse", "better")
     verdict = f"{found.judged.verdict}: WRONG, for both sides are the same" if wrong else found.judged.verdict
-    bias = "a bias" if found.is_biased else "no bias to be seen"
+    bias = f"a bias, more than {BIAS_ERRORS} standard errors (1 check in 20 shows one by chance)"
     lines = [
         f"{name}: {found.pairs} pairs of processes, the same code on both sides",
-        f"  B against A: {_signed(found.bias)} % ± {100 * found.standard_error:.2f} (one standard error): {bias}",
-        f"  to be started first costs {_signed(found.first)} %, which the order takes out",
+        f"  B against A: {_signed(found.bias)} %, standard error {100 * found.standard_error:.2f} %: "
+        f"{bias if found.is_biased else 'no bias'}",
         f"  pairs of processes scatter by {100 * found.spread:.2f} %",
+        f"  to be started first costs {_signed(found.first)} %, to step first {_signed(lead)} %; "
+        "the order takes both out",
         f"  {unsteady or 'the host was steady'}",
         "  what a comparison can decide on this host:",
     ]
