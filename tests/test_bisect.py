@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -359,6 +360,26 @@ def test_interrupted_work_goes_on(bisecting: Bisecting, tmp_path: Path) -> None:
     assert not state.exists()
     run()
     assert len(world.shaped) == 8, "a finished bisection is done anew"
+
+
+def test_what_another_version_kept_is_told_in_one_line(bisecting: Bisecting, tmp_path: Path) -> None:
+    world, run = bisecting(TIME, SAME, SAME, WORSE)
+    world.stop_at = "2.0"
+    assert run()[0] == 130
+    (state,) = (tmp_path / "bisect").iterdir()
+    kept = json.loads(state.read_text())
+    world.stop_at = None
+    for name, part in (("3.0", {"answer": "perhaps", "why": ""}), ("3.0", {"judged": 1}), ("reference 1.0", [])):
+        state.write_text(json.dumps({**kept, "parts": {**kept["parts"], name: part}}))
+        code, _, complaint = run()
+        assert (code, complaint) == (2, f"peft-gauge: {state} holds no finished work; remove it to begin anew\n")
+    state.write_text(json.dumps(kept["parts"]))
+    code, _, complaint = run()
+    assert code == 1
+    assert complaint == (
+        f"peft-gauge: {state} was kept by another version of peft-gauge and cannot be used; remove it\n"
+    )
+    assert world.shaped.count("1.0") == 2, "all is asked anew"
 
 
 def test_a_reference_that_no_longer_runs_is_an_error(bisecting: Bisecting, monkeypatch: pytest.MonkeyPatch) -> None:

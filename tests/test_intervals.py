@@ -149,6 +149,10 @@ def test_what_is_too_little(samples: Samples | None, why: str | None) -> None:
         (-0.035, 0.034, "better"),
         (-0.035, 0.036, "cannot tell"),
         (-0.02, 0.019, "cannot tell"),
+        (math.log(1.0299), 0.001, "cannot tell"),
+        (math.log(1.0301), 0.001, "worse"),
+        (math.log(0.9701), 0.001, "cannot tell"),  # a reader sees −2.99 %, which is less than 3 %
+        (math.log(0.9699), 0.001, "better"),
     ],
 )
 def test_where_an_interval_lies(centre: float, half: float, verdict: str) -> None:

@@ -16,7 +16,7 @@ from peft_gauge.history.intervals import MOST_FURTHER, Replicated, Single, estim
 from peft_gauge.history.metrics import Samples, cases_of
 from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.rules import HostSpread, read_rules
-from peft_gauge.history.simulation import FIRST_OF_PAIR, SEEN, SHARED_HOST, TAKING_TURNS, Noise, Seen
+from peft_gauge.history.simulation import FIRST_OF_PAIR, FIRST_STARTED, SEEN, SHARED_HOST, TAKING_TURNS, Noise, Seen
 
 ROOT = Path(__file__).resolve().parents[1]
 READ_FROM = ("0001_006d869355e5_20261124_191448.json", "0002_21eda5de3f82_20261124_203938.json")
@@ -39,10 +39,12 @@ def test_without_noise_times_are_the_true_ones() -> None:
         assert seconds.shape == (7, 2, 3)
         assert seconds[[0, 1, 3, 4, 5, 6]] == pytest.approx(np.full((6, 2, 3), usual))
         assert seconds[2] == pytest.approx(np.full((2, 3), 1.5 * usual))
-    pairs = simulation.taking_turns(generator(), SILENT, 3, 4, slower=1.1, step_seconds=0.5)
-    first = math.exp(FIRST_OF_PAIR)
-    assert pairs.seconds_a == pytest.approx(np.tile([0.5 * first, 0.5], (3, 2)))
-    assert pairs.seconds_b == pytest.approx(np.tile([0.55, 0.55 * first], (3, 2)))
+    pairs = simulation.taking_turns(generator(), SILENT, [True, False], 4, slower=1.1, step_seconds=0.5, block=2)
+    first, started = math.exp(FIRST_OF_PAIR), math.exp(FIRST_STARTED)
+    a_led = np.array([[True, True, False, False], [False, False, True, True]])
+    assert (pairs.led == a_led).all()
+    assert pairs.seconds_a == pytest.approx(np.where(a_led, first, 1) * np.array([[0.5 * started], [0.5]]))
+    assert pairs.seconds_b == pytest.approx(np.where(a_led, 1, first) * np.array([[0.55], [0.55 * started]]))
 
 
 def test_a_step_is_the_sum_of_its_phases() -> None:
@@ -105,7 +107,7 @@ def test_outliers_have_their_share_and_size() -> None:
 
 
 def test_pairs_have_processes_of_their_own() -> None:
-    pairs = simulation.taking_turns(generator(), replace(SILENT, own_process=0.02), 4000, 2)
+    pairs = simulation.taking_turns(generator(), replace(SILENT, own_process=0.02), [True] * 4000, 2)
     ratios = np.log(pairs.seconds_b / pairs.seconds_a).mean(axis=1)
     assert ratios.std() == pytest.approx(0.02 * math.sqrt(2), rel=0.05)
 
@@ -253,7 +255,8 @@ def test_a_few_verdicts_on_the_same_code() -> None:
 
 
 def test_a_pair_s_order_is_no_difference() -> None:
-    pairs = simulation.taking_turns(generator(), TAKING_TURNS, 3000, 20)
+    pairs = simulation.taking_turns(generator(), TAKING_TURNS, [True, False] * 1500, 20, block=5)
     ratios = np.log(pairs.seconds_b / pairs.seconds_a)
     assert ratios.mean() == pytest.approx(0, abs=0.003)
-    assert ratios[:, ::2].mean() == pytest.approx(-FIRST_OF_PAIR, abs=0.004)
+    assert ratios[pairs.led].mean() == pytest.approx(-FIRST_OF_PAIR, abs=0.004)
+    assert ratios[::2].mean() == pytest.approx(-FIRST_STARTED, abs=0.004)

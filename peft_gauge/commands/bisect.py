@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,7 +35,7 @@ def bisect(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base. Default: float32 on cpu, bfloat16 on cuda.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds of steps a release; then once more three times that.")] = 60.0,
-    minimum_effect: Annotated[float, typer.Option(help="A smaller difference, as a share, is none.")] = 0.03,
+    minimum_effect: Annotated[float, typer.Option(help="Smallest relative change to call worse (0.03 = 3 %).")] = 0.03,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
 ) -> None:
     """Find the first release that is worse than FIRST; of a figure without noise, the first that differs from it.
@@ -54,6 +55,9 @@ def bisect(
     found = _releases(name, releases)
     prober = probing.prober(name, side, case, asked, probing.rule_for(len(found), rule), setting, found)
     change = CHANGE[asked.is_time]
+    older = prober.kept.unused()
+    if older is not None:
+        print(f"peft-gauge: {older}", file=sys.stderr)
     print(f"{len(found)} releases of {name}, {found[0]} to {found[-1]}, by {metric}; environments in {overlays()}")
     with bar(bisecting.expected_probes(len(found))) as display:
         prober.say = display.say

@@ -87,7 +87,8 @@ def _decided(row: Row, finding: Finding, shape: str | None) -> Row:
     judged = finding.judged
     same = judged.verdict == "same"
     cause = None if same else shape or NO_OPERATOR
-    row = replace(row, verdict=judged.verdict, judged=judged, cause=cause, note=finding.note)
+    # The ratio of both sides' medians is not free of who came first, nor of how processes differ.
+    row = replace(row, verdict=judged.verdict, ratio=judged.ratio, judged=judged, cause=cause, note=finding.note)
     return replace(row, label="same") if same else row  # with a label it is shown: it answers what was asked
 
 

@@ -8,12 +8,14 @@ are measured, and it is their ratios that are judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peft_gauge.environments.pairs import PROCESS_PAIRS, Paired, PairRule, over_processes, step_in_pairs
+from peft_gauge.clock.steadiness import host_state, host_unsteady
+from peft_gauge.environments.pairs import PROCESS_PAIRS, Paired, PairRule, a_leads, over_processes, step_in_pairs
 from peft_gauge.environments.worker import CaseSpec, Worker, WorkerFailed
 from peft_gauge.history.intervals import MOST_FURTHER, Judgement
 from peft_gauge.history.schema import SAMPLES, CaseRecord
@@ -26,6 +28,7 @@ STEP = "step_seconds"
 
 Say = Callable[[str], object]
 Answer = TypeVar("Answer")
+Keep = Callable[[str, Sequence["ProcessPair"]], object]
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,37 @@ class Finding:
     judged: Judgement | None
     note: str | None
 
+
+@dataclass(frozen=True)
+class ProcessPair:
+    """What one pair of processes showed of a case.
+
+    ``records`` and ``machines``: as of a `Finding`; ``log_ratio``: of a step of B to one of A, ``None`` where a side
+    did not run; ``lead``: by how much the first step of a pair took longer, as the logarithm of a factor; ``a_first``:
+    whether A was started first; ``unsteady``: what was wrong with the host meanwhile
+    (`peft_gauge.clock.steadiness.host_unsteady`); ``note``: what else to know.
+    """
+
+    records: tuple[CaseRecord, CaseRecord]
+    machines: tuple[Mapping[str, Any], Mapping[str, Any]]
+    a_first: bool
+    log_ratio: float | None = None
+    lead: float = 0.0
+    unsteady: tuple[str, ...] = ()
+    note: str | None = None
+
     def as_json(self) -> dict[str, Any]:
-        return {
-            "records": [asdict(record) for record in self.records],
-            "machines": [dict(machine) for machine in self.machines],
-            "judged": None if self.judged is None else asdict(self.judged),
-            "note": self.note,
-        }
+        return {**asdict(self), "machines": [dict(machine) for machine in self.machines]}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Finding:
+    def from_json(value: Mapping[str, Any]) -> ProcessPair:
+        """Raises `KeyError`, `TypeError` or `ValueError` for what `as_json` did not make."""
         old, new = (CaseRecord(**record) for record in value["records"])
         machine_a, machine_b = value["machines"]
-        judged = None if value["judged"] is None else Judgement(**value["judged"])
-        return Finding((old, new), (machine_a, machine_b), judged, value["note"])
+        if not isinstance(value["log_ratio"], float | None):
+            raise TypeError("a ratio that is no number")
+        told = {**value, "records": (old, new), "machines": (machine_a, machine_b)}
+        return ProcessPair(**{**told, "unsteady": tuple(value["unsteady"])})
 
 
 @dataclass(frozen=True)
@@ -88,8 +108,8 @@ def compare_cases(
     setting: Setting,
     say: Say = lambda text: None,
     *,
-    known: Mapping[str, Sequence[Finding]] | None = None,
-    keep: Callable[[str, Sequence[Finding]], object] = lambda case_id, found: None,
+    known: Mapping[str, Sequence[ProcessPair]] | None = None,
+    keep: Keep = lambda case_id, found: None,
 ) -> Iterator[Finding]:
     """Each of ``cases`` on both sides, as soon as its verdict is clear or its pairs of processes are used up.
 
@@ -100,39 +120,83 @@ def compare_cases(
     Raises `NoEnvironment` where a side's process does not find the versions asked for. A side that cannot build a
     case, or breaks in a step, is an outcome.
     """
-    found = {case.id: list((known or {}).get(case.id, ())) for case in cases}
-    undecided = []
+
+    def decided(found: Sequence[ProcessPair]) -> Finding | None:
+        return _decided(found, rule)
+
+    yield from _measured(environments, cases, rule, setting, say, decided, PROCESS_PAIRS[-1], known or {}, keep)
+
+
+def measure_pairs(
+    environments: tuple[Environment, Environment],
+    cases: Sequence[CaseSpec],
+    count: int,
+    rule: PairRule,
+    setting: Setting,
+    say: Say = lambda text: None,
+    *,
+    known: Mapping[str, Sequence[ProcessPair]] | None = None,
+    keep: Keep = lambda case_id, found: None,
+) -> Iterator[tuple[ProcessPair, ...]]:
+    """What ``count`` pairs of processes show of each of ``cases``, as `compare_cases` measures them; nothing decides.
+
+    Those of a case that does not run end with the pair that showed it.
+    """
+
+    def complete(found: Sequence[ProcessPair]) -> tuple[ProcessPair, ...] | None:
+        over = len(found) >= count or (found and found[-1].log_ratio is None)
+        return tuple(found) if over else None
+
+    yield from _measured(environments, cases, rule, setting, say, complete, count, known or {}, keep)
+
+
+def _measured(
+    environments: tuple[Environment, Environment],
+    cases: Sequence[CaseSpec],
+    rule: PairRule,
+    setting: Setting,
+    say: Say,
+    answer: Callable[[Sequence[ProcessPair]], Answer | None],
+    most: int,
+    known: Mapping[str, Sequence[ProcessPair]],
+    keep: Keep,
+) -> Iterator[Answer]:
+    """What ``answer`` makes of each case's pairs of processes, of which there are ``most``, as soon as it answers."""
+    found = {case.id: list(known.get(case.id, ())) for case in cases}
+    left = []
     for case in cases:
-        finding = _decided(found[case.id], rule)
-        if finding is None:
-            undecided.append(case)
+        answered = answer(found[case.id])
+        if answered is None:
+            left.append(case)
         else:
-            yield finding
-    while undecided:
-        fresh = {case.id for case in undecided if not found[case.id]}
-        number = 1 + min(len(found[case.id]) for case in undecided)
-        for case, each in _by_new_processes(environments, undecided, fresh, rule, setting, _numbered(say, number)):
+            yield answered
+    while left:
+        number = min(len(found[case.id]) for case in left)
+        # Behind an interruption some cases can be one pair ahead, and wait: who comes first goes by the number.
+        turn = [case for case in left if len(found[case.id]) == number]
+        told = _numbered(say, number + 1, most)
+        for case, each in _by_new_processes(environments, turn, number, rule, setting, told):
             found[case.id].append(each)
             keep(case.id, found[case.id])
-            finding = _decided(found[case.id], rule)
-            if finding is not None:
-                undecided = [other for other in undecided if other != case]
-                yield finding
+            answered = answer(found[case.id])
+            if answered is not None:
+                left.remove(case)
+                yield answered
 
 
-def _numbered(say: Say, number: int) -> Say:
-    return lambda text: say(f"processes {number} of at most {PROCESS_PAIRS[-1]}: {text}")
+def _numbered(say: Say, number: int, most: int) -> Say:
+    return lambda text: say(f"processes {number} of at most {most}: {text}")
 
 
-def _decided(found: Sequence[Finding], rule: PairRule) -> Finding | None:
+def _decided(found: Sequence[ProcessPair], rule: PairRule) -> Finding | None:
     """What pairs of processes showed of a case together, or ``None`` where more are to be asked."""
     if not found:
         return None
-    if found[-1].judged is None:  # what does not run, or ran once and not again, is no sound case
-        return found[-1]
+    if found[-1].log_ratio is None:  # what does not run, or ran once and not again, is no sound case
+        return Finding(found[-1].records, found[-1].machines, None, None)
     if len(found) not in PROCESS_PAIRS:
         return None
-    judged = over_processes([math.log(each.judged.ratio) for each in found if each.judged], rule)
+    judged = over_processes([each.log_ratio for each in found if each.log_ratio is not None], rule)
     if judged.verdict == "cannot tell" and len(found) < PROCESS_PAIRS[-1]:
         return None
     return _together(found, judged)
@@ -141,24 +205,29 @@ def _decided(found: Sequence[Finding], rule: PairRule) -> Finding | None:
 def _by_new_processes(
     environments: tuple[Environment, Environment],
     cases: Sequence[CaseSpec],
-    fresh: Collection[str],
+    number: int,
     rule: PairRule,
     setting: Setting,
     say: Say,
-) -> Iterator[tuple[CaseSpec, Finding]]:
-    """Each case by one new pair of processes, or by yet another one behind a case that broke; of the ``fresh`` ones
-    also the figures without noise."""
+) -> Iterator[tuple[CaseSpec, ProcessPair]]:
+    """Each case by the ``number``-th pair of processes, counted from 0, or by yet another one behind a case that broke;
+    by the first pair also the figures without noise."""
     differing = {name for each in environments for name in each.packages}
+    a_first = a_leads(number)
     left = list(cases)
     while left:
         say("starting both sides")
-        with setting.worker(environments[0]) as a, setting.worker(environments[1]) as b:
-            machines = _both(lambda worker: worker.start(differing), a, b)
+        with ExitStack() as stack:
+            in_order = environments if a_first else environments[::-1]
+            started = [stack.enter_context(setting.worker(environment)) for environment in in_order]
+            a, b = started if a_first else started[::-1]
+            machines = _both(lambda worker: worker.start(differing), a, b, a_first)
             broken = False
             while left and not broken:
                 case = left.pop(0)
-                each = _once((a, b), machines, case, case.id in fresh, rule.within_processes, _of_case(say, case))
-                broken = each.judged is None
+                told = _of_case(say, case)
+                each = _once((a, b), machines, case, number == 0, a_first, rule.within_processes, told)
+                broken = each.log_ratio is None
                 yield case, each
 
 
@@ -166,8 +235,8 @@ def _of_case(say: Say, case: CaseSpec) -> Say:
     return lambda text: say(f"{case.method}: {text}")
 
 
-def _together(found: Sequence[Finding], judged: Judgement) -> Finding:
-    """One finding out of those of all pairs of processes."""
+def _together(found: Sequence[ProcessPair], judged: Judgement) -> Finding:
+    """One finding out of what all pairs of processes showed."""
     records = [
         replace(
             found[0].records[side],
@@ -181,7 +250,17 @@ def _together(found: Sequence[Finding], judged: Judgement) -> Finding:
         more = f"more than {MOST_FURTHER}" if judged.further > MOST_FURTHER else f"about {judged.further}"
         notes.append(f"{more} more would decide it")
     notes += sorted({each.note for each in found if each.note})
+    unsteady = why_unsteady(found)
+    notes += [] if unsteady is None else [unsteady]
     return Finding((records[0], records[1]), found[0].machines, judged, "; ".join(notes))
+
+
+def why_unsteady(found: Sequence[ProcessPair]) -> str | None:
+    """What was wrong with the host while pairs of processes were measured, with what the last of them told."""
+    unsteady = [each.unsteady for each in found if each.unsteady]
+    if not unsteady:
+        return None
+    return f"the host was unsteady in {len(unsteady)} of {len(found)}: {'; '.join(unsteady[-1])}"
 
 
 def _once(
@@ -189,36 +268,45 @@ def _once(
     machines: tuple[Mapping[str, Any], Mapping[str, Any]],
     case: CaseSpec,
     described: bool,
+    a_first: bool,
     rule: PairRule,
     say: Say,
-) -> Finding:
+) -> ProcessPair:
     """``case`` by one pair of processes, with its figures without noise where it is to be ``described``."""
     a, b = sides
-    records = _both(lambda worker: _built(worker, case, described), a, b)
+    records = _both(lambda worker: _built(worker, case, described), a, b, a_first)
     if any(record.outcome != "passed" for record in records):
-        return Finding(records, machines, None, None)
+        return ProcessPair(records, machines, a_first)
+    before = host_state()
     try:
-        paired = step_in_pairs(_step(0, a), _step(1, b), rule, on_look=lambda *seen: say(_progress(*seen)))
+        paired = step_in_pairs(
+            _step(0, a), _step(1, b), rule, a_first=a_first, on_blocks=lambda paired: say(_progress(paired))
+        )
     except _SideFailed as failure:
         broken = [
             replace(record, outcome=failure.outcome, reason=failure.reason) if number == failure.side else record
             for number, record in enumerate(records)
         ]
-        return Finding((broken[0], broken[1]), machines, None, None)
+        return ProcessPair((broken[0], broken[1]), machines, a_first)
+    unsteady = host_unsteady(before, host_state())
     for record, seconds in zip(records, (paired.seconds_a, paired.seconds_b), strict=True):
         record.figures[SAMPLES] = {STEP: [list(seconds)]}
-    return Finding(records, machines, paired.judged, _note(paired))
+    return ProcessPair(records, machines, a_first, paired.log_ratio, paired.lead, unsteady, _note(paired))
 
 
-def _both(ask: Callable[[Worker], Answer], a: Worker, b: Worker) -> tuple[Answer, Answer]:
-    """What both sides answer; they work on it at the same time. An interruption does not wait for either."""
+def _both(ask: Callable[[Worker], Answer], a: Worker, b: Worker, a_first: bool = True) -> tuple[Answer, Answer]:
+    """What A and B answer, asked in this order or the other; they work on it at the same time. An interruption does
+    not wait for either."""
+    first, second = (a, b) if a_first else (b, a)
     with ThreadPoolExecutor(1) as pool:
-        of_b = pool.submit(ask, b)
+        of_first = pool.submit(ask, first)
         try:
-            return ask(a), of_b.result()
+            of_second = ask(second)
+            answers = of_first.result(), of_second
         except BaseException:
-            b.close()  # or the pool would wait for its answer
+            first.close()  # or the pool would wait for its answer
             raise
+    return answers if a_first else answers[::-1]
 
 
 def shape_of(environment: Environment, case: CaseSpec, setting: Setting) -> tuple[CaseRecord, Mapping[str, Any]]:
@@ -256,9 +344,12 @@ def _built(worker: Worker, case: CaseSpec, described: bool) -> CaseRecord:
     return CaseRecord(case.id, QUESTION, "passed", figures=figures)
 
 
-def _progress(pairs: int, judged: Judgement) -> str:
-    percent = [f"{100 * (ratio - 1):+.1f}" for ratio in (judged.ratio, judged.low, judged.high)]
-    return f"{pairs} pairs, {percent[0]} % [{percent[1]}, {percent[2]}]: {judged.verdict}"
+def _progress(paired: Paired) -> str:
+    low, ratio, high = (
+        100 * math.expm1(max(min(paired.log_ratio + half, 1.0), -1.0))
+        for half in (-paired.half_width, 0.0, paired.half_width)
+    )
+    return f"{paired.pairs} pairs, {ratio:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def _note(paired: Paired) -> str | None:

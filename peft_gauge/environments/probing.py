@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from peft_gauge import methods
 from peft_gauge.environments.bisecting import Answer, Probe, expected_probes
@@ -118,24 +118,26 @@ class Prober:
 
     def is_usable(self, release: str) -> Probe:
         """Whether ``release`` installs and runs the case: good, and from then on the reference, or unusable."""
-        known = self.kept.get(f"reference {release}")
+        known = self.kept.get(f"reference {release}", _known_shape)
         if known is None:
-            record, why = self._shape(release)
-            known = {"record": None if record is None else asdict(record), "why": why}
-            self.kept.put(f"reference {release}", known)
-        if known["record"] is None:
-            return Probe(release, "unusable", known["why"])
-        self._reference = release, CaseRecord(**known["record"])
+            known = self._shape(release)
+            record, why = known
+            told = {"record": None if record is None else asdict(record), "why": why}
+            self.kept.put(f"reference {release}", told)
+        record, why = known
+        if record is None:
+            return Probe(release, "unusable", why)
+        self._reference = release, record
         return Probe(release, "good", "the reference")
 
     def probe(self, release: str) -> Probe:
         """``release`` against the reference."""
-        known = self.kept.get(release)
+        known = self.kept.get(release, _known_answer)
         if known is None:
-            answer, why = self._timed(release) if self.metric.is_time else self._shaped(release)
-            known = {"answer": answer, "why": why}
-            self.kept.put(release, known)
-        return Probe(release, known["answer"], known["why"])
+            known = self._timed(release) if self.metric.is_time else self._shaped(release)
+            answer, why = known
+            self.kept.put(release, {"answer": answer, "why": why})
+        return Probe(release, *known)
 
     def _environment(self, release: str) -> Environment:
         return self.build(self.beside.with_requirement(f"{self.library}=={release}"))
@@ -187,6 +189,17 @@ class Prober:
 
     def _say_of(self, release: str) -> Say:
         return lambda text: self.say(f"{self.library} {release}: {text}")
+
+
+def _known_shape(kept: Mapping[str, Any]) -> tuple[CaseRecord | None, str]:
+    record = kept["record"]
+    return None if record is None else CaseRecord(**record), kept["why"]
+
+
+def _known_answer(kept: Mapping[str, Any]) -> tuple[Answer, str]:
+    if kept["answer"] not in get_args(Answer):
+        raise ValueError(f"no answer: {kept['answer']!r}")
+    return kept["answer"], kept["why"]
 
 
 def prober(

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.writing import write_whole
 
+FORMAT = 2
+"""The form of a file: ``{"format": 2, "parts": {name: part}}``. The first form was the parts alone; its pairs of
+processes had A first in all of them, so none of them can be used."""
+
+Part = TypeVar("Part")
+
 
 class Kept:
     """A file of finished parts by name; what is put is on the disk before `put` returns.
 
-    ``work``: all that changes what the parts would be, as JSON; other work has another file.
+    ``work``: all that changes what the parts would be, as JSON; other work has another file. A file of another `FORMAT`
+    is not used, and `unused` says so.
     """
 
     def __init__(self, kind: str, work: Any) -> None:
@@ -25,27 +33,52 @@ class Kept:
 
     def _read(self) -> dict[str, Any]:
         try:
-            parts = json.loads(self.path.read_text(encoding="utf-8"))
+            content = _content(self.path)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             raise GaugeError(f"{self.path} cannot be read; remove it to begin anew") from error
-        if not isinstance(parts, dict):
-            raise GaugeError(f"{self.path} holds no finished work; remove it to begin anew")
+        if not isinstance(content, dict):
+            raise self._no_work()
+        if content.get("format") != FORMAT:
+            return {}
+        if not isinstance(content.get("parts"), dict):
+            raise self._no_work()
+        parts: dict[str, Any] = content["parts"]
         return parts
+
+    def _no_work(self) -> GaugeError:
+        return GaugeError(f"{self.path} holds no finished work; remove it to begin anew")
+
+    def unused(self) -> str | None:
+        """One line on files of this kind of work that another version of the project kept, or ``None``.
+
+        What is asked of the work belongs to its file's name, and can change between versions; so all files count.
+        """
+        found = [path for path in sorted(self.path.parent.glob("*.json")) if _is_of_another_format(path)]
+        if not found:
+            return None
+        what = f"{found[0]} was" if len(found) == 1 else f"{len(found)} files in {self.path.parent} were"
+        return f"{what} kept by another version of peft-gauge and cannot be used; remove {_them(len(found))}"
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def get(self, name: str) -> Any:
-        """The part called ``name``, or ``None``."""
-        return self._parts.get(name)
+    def get(self, name: str, read: Callable[[Any], Part] = lambda value: value) -> Part | None:
+        """The part called ``name`` as ``read`` makes it, or ``None``; `GaugeError` where ``read`` can make nothing of
+        it, which it says by a `KeyError`, `TypeError` or `ValueError`."""
+        if name not in self._parts:
+            return None
+        try:
+            return read(self._parts[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._no_work() from error
 
     def put(self, name: str, value: Any) -> None:
         self._parts[name] = value
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(self._parts, allow_nan=False))
+            write_whole(self.path, json.dumps({"format": FORMAT, "parts": self._parts}, allow_nan=False))
         except OSError as error:
             raise GaugeError(f"cannot keep what is finished in {self.path}: {error.strerror or error}") from error
 
@@ -53,3 +86,19 @@ class Kept:
         """Remove the file: the work is done."""
         self._parts = {}
         self.path.unlink(missing_ok=True)
+
+
+def _content(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _is_of_another_format(path: Path) -> bool:
+    try:
+        content = _content(path)
+    except (OSError, ValueError):  # of no format; whose work it is learns of it when it is read
+        return False
+    return isinstance(content, dict) and content.get("format") != FORMAT
+
+
+def _them(number: int) -> str:
+    return "it" if number == 1 else "them"

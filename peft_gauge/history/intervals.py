@@ -238,33 +238,31 @@ def judge(
     *,
     relative_to: float = 0.0,
     in_common: float = 0.0,
-    least_change: float | None = None,
 ) -> Judgement:
     """The verdict on a time, of which lower is better, after ``relative_to`` is taken off its log ratio.
 
     ``in_common`` is as it was for the estimate: what processes share, more of them do not make smaller.
 
-    *same*: the whole interval lies within the minimum effect of 1, either way (as factors: 1/1.03 to 1.03). *worse* and
-    *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect, or beyond
-    ``least_change`` where that is given: half of all estimates of a change lie below it, so to find a change of the
-    minimum effect, smaller estimates have to count.
+    *same*: the whole interval lies within the minimum effect of 1, either way (of 3 %, from 0.97 to 1.03). *worse* and
+    *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect. So of changes of
+    just the minimum effect half are found at most, as half of all estimates lie below them; to find them all, ask for a
+    smaller one.
     """
     low, high = (end - relative_to for end in estimate.interval(error))
     centre = estimate.log_ratio - relative_to
-    effect = math.log1p(minimum_effect)
-    change = effect if least_change is None else math.log1p(least_change)
+    least, most = math.log1p(-minimum_effect), math.log1p(minimum_effect)  # as the per cent that a reader sees
     verdict: Verdict = "cannot tell"
-    if -effect <= low and high <= effect:
+    if least <= low and high <= most:
         verdict = "same"
-    elif low > 0 and centre > change:
+    elif low > 0 and centre > most:
         verdict = "worse"
-    elif high < 0 and centre < -change:
+    elif high < 0 and centre < least:
         verdict = "better"
     further = None
     if verdict == "cannot tell":
         # One process against one is judged by a spread in which what they have in common is contained.
         unseen = _unseen(in_common) if min(estimate.processes) > 1 else 0.0
-        further = _further(estimate.processes, centre, low, high, effect, unseen)
+        further = _further(estimate.processes, centre, low, high, most if centre >= 0 else -least, unseen)
     return Judgement(verdict, math.exp(centre), _exp(low), _exp(high), error, further)
 
 

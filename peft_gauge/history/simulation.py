@@ -165,37 +165,50 @@ def as_run(times: Times, name: str, *, with_control: bool = True) -> Run:
 # of steps each): from what the two halves of their pairs agree on, log B/A has a standard deviation of 0.023.
 TAKING_TURNS = replace(SHARED_HOST, own_process=0.017, moment=0.06)
 FIRST_OF_PAIR = 0.02
-"""The logarithm of the factor by which the first step of a pair takes longer; seen were 0.016 to 0.036."""
+"""The logarithm of the factor by which the first step of a pair takes longer; seen were 0.016 to 0.036 where the order
+changed from pair to pair, and 0.004 where it changed from block to block, beside two busy processes."""
+FIRST_STARTED = 0.005
+"""The same of all steps of the process that was started first; seen were 0.002 to 0.004."""
 
 
 class Pairs(NamedTuple):
-    """Seconds of A's and of B's steps, ``(comparisons, pairs)`` each."""
+    """Seconds of A's and of B's steps, and whether A ``led`` the pair, ``(comparisons, pairs)`` each."""
 
     seconds_a: np.ndarray
     seconds_b: np.ndarray
+    led: np.ndarray
 
 
 def taking_turns(
     generator: np.random.Generator,
     noise: Noise,
-    comparisons: int,
+    a_first: Sequence[bool],
     pairs: int,
     *,
     slower: float = 1.0,
     step_seconds: float = 0.04,
+    block: int = 1,
 ) -> Pairs:
-    """Pairs of steps of A and of B, which truly takes ``slower`` times as long; A begins even pairs, B odd ones.
+    """Pairs of steps of A and of B, which truly takes ``slower`` times as long.
 
-    Each comparison has two processes of its own.
+    Each comparison has two processes of its own, and ``a_first`` says for each whether A's is started first and leads
+    the first block of pairs; the lead changes behind each ``block`` of them.
     """
     import numpy as np
 
-    fleeting = moments(generator, noise, [step_seconds] * (2 * pairs), (comparisons,)).reshape(comparisons, pairs, 2)
+    first = np.asarray(a_first, dtype=bool)[:, np.newaxis]
+    led = first ^ (np.arange(pairs) // block % 2 == 1)
+    shape = (len(first), pairs, 2)
+    fleeting = moments(generator, noise, [step_seconds] * (2 * pairs), (len(first),)).reshape(shape)
     fleeting[..., 0] += FIRST_OF_PAIR
-    fleeting[:, 1::2] = fleeting[:, 1::2, ::-1].copy()  # from the order in time to A and B
-    own = generator.normal(0, noise.own_process, (2, comparisons, 1))
+    fleeting = np.where(led[..., np.newaxis], fleeting, fleeting[..., ::-1])  # from the order in time to A and B
+    own = generator.normal(0, noise.own_process, (2, len(first), 1))
+    own[0] += FIRST_STARTED * first
+    own[1] += FIRST_STARTED * ~first
     return Pairs(
-        step_seconds * np.exp(own[0] + fleeting[..., 0]), step_seconds * slower * np.exp(own[1] + fleeting[..., 1])
+        step_seconds * np.exp(own[0] + fleeting[..., 0]),
+        step_seconds * slower * np.exp(own[1] + fleeting[..., 1]),
+        led,
     )
 
 
