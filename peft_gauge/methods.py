@@ -36,6 +36,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEYS_VALUES_DOWN = ("k_proj", "v_proj", "down_proj")
 ALL_LINEAR = "all-linear"
 
+KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+"""PEFT types whose virtual tokens are keys and values of every layer."""
+
 RANKS = (2, 4, 8, 16, 32, 64)
 
 
@@ -225,6 +228,8 @@ def attach(
     where it is). Gradient checkpointing is a setting of the step and off unless asked for, also where a library's
     preparation would turn it on silently. Raises `GaugeError` where the method does not fit the model.
     """
+    if grad_checkpointing:
+        check_checkpointing(method)
     model = prepare_base(model, method, compute_dtype=compute_dtype, device=device)
     with _seeded(seed):
         attached = _attach_adapter(model, method, seed)
@@ -234,6 +239,15 @@ def attach(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     attached.train()
     return attached
+
+
+def check_checkpointing(method: Method) -> None:
+    """Raise `GaugeError` where ``method`` cannot be trained with gradient checkpointing."""
+    if method.peft_config.get("peft_type") in KEPT_IN_CACHE:
+        raise GaugeError(
+            f"{method.name} gives the model its virtual tokens as a key-value cache, which gradient checkpointing "
+            "drops; train it without checkpointing"
+        )
 
 
 def prepare_base(

@@ -210,6 +210,8 @@ def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
             "(mamba-ssm, causal-conv1d, flash-linear-attention) a step needs less"
         )
     reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
+    if reentrant:
+        methods.check_checkpointing(method)
     with policies.attaching(method) as said:
         attached = methods.attach(
             base,
