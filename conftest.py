@@ -9,8 +9,17 @@ import pytest
 
 from fixtures import hypothesis_profiles
 from fixtures.cards import case_scheduling, check_workers, is_worker
-from fixtures.measured import LAST_WORDS, PASS_OF_MODULE
-from fixtures.selection import add_options, run_options, selected_cases, selected_device, selected_variations
+from fixtures.measured import LAST_WORDS, check_markers, passes_of
+from fixtures.selection import (
+    LeftOut,
+    add_options,
+    case_of,
+    deselect,
+    run_options,
+    selected_cases,
+    selected_device,
+    selected_variations,
+)
 from peft_gauge import machine
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
@@ -44,6 +53,7 @@ VARIATIONS = pytest.StashKey[list[Case]]()
 DEVICE = pytest.StashKey[str]()
 RESUMPTION = pytest.StashKey[Resumption | None]()
 BASELINE = pytest.StashKey[Run | None]()
+LEFT_OUT = pytest.StashKey[list[str]]()
 
 FIGURES = "figures"  # the name of the user property in which a case's figures travel on its report
 
@@ -102,27 +112,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     varies = metafunc.definition.get_closest_marker("variations") is not None
+    slow_on_cpu = metafunc.definition.get_closest_marker("slow_on_cpu") is not None
     cases = metafunc.config.stash[VARIATIONS if varies else CASES]
-    marked = [pytest.param(case, id=case.id, marks=pytest.mark.gpu if case.device == "cuda" else ()) for case in cases]
+    marks = {"cuda": [pytest.mark.gpu], "cpu": [pytest.mark.slow] if slow_on_cpu else []}
+    marked = [pytest.param(case, id=case.id, marks=marks[case.device]) for case in cases]
     # In session scope pytest puts the questions to one case next to each other, and one job serves them all.
     metafunc.parametrize("case", marked, scope="session")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the cases of this machine's device, unless the user chose by marker; say why GPU cases cannot run."""
+    """Of what -m and -k have left, leave out what nobody asked for (`LeftOut`); say why GPU cases cannot run."""
+    check_markers(items)
     device = config.stash[DEVICE]
-    if "gpu" not in config.getoption("markexpr"):
-        _deselect(config, items, lambda item: _device_of(item) not in (None, device))
-    if "slow" not in config.getoption("markexpr"):
-        _deselect(config, items, _is_slow)
+    left_out = LeftOut(config, device)
+    elsewhere = deselect(config, items, left_out.is_of_another_device)
+    slow = deselect(config, items, left_out.is_slow)
+    how = "--device" if config.getoption("--device") else "-m gpu takes them" if device == "cpu" else "--device=cpu"
+    config.stash[LEFT_OUT] = [
+        *([f'{slow} slow cases (-m "slow or not slow" takes them in)'] if slow else []),
+        *([f"{elsewhere} of {'cuda' if device == 'cpu' else 'the CPU'} ({how})"] if elsewhere else []),
+    ]
     resumption = config.stash[RESUMPTION]
     if resumption is not None:
-        _deselect(config, items, lambda item: item.nodeid in resumption.done)
+        deselect(config, items, lambda item: item.nodeid in resumption.done)
     if is_worker():  # other workers' cases would take the time that is measured
         alone = pytest.mark.skip(reason="timing cases do not share this CPU (-n); run without -n")
         for item in items:
-            if _device_of(item) == "cpu" and PASS_OF_MODULE.get(item.path.stem) == "speed":
+            case = case_of(item)
+            if case is not None and case.device == "cpu" and "speed" in passes_of(item):
                 item.add_marker(alone)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = machine.why_no_cuda() if gpu_items else None
@@ -131,20 +149,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _deselect(config: pytest.Config, items: list[pytest.Item], out: Callable[[pytest.Item], bool]) -> None:
-    left_out = [item for item in items if out(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    on_cpu = _device_of(item) == "cpu" and item.get_closest_marker("slow_on_cpu") is not None
-    return on_cpu or item.get_closest_marker("slow") is not None
-
-
-def _device_of(item: pytest.Item) -> str | None:
-    case = item.callspec.params.get("case") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-    return case.device if isinstance(case, Case) else None
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    """What was left out although no expression says so: a run of nothing else would be a riddle."""
+    left_out = config.stash.get(LEFT_OUT, [])
+    return f"peft-gauge: left out {', '.join(left_out)}" if left_out else None
 
 
 @pytest.fixture
