@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,15 @@ from fixtures.selection import (
     selected_cases,
     selected_device,
     selected_variations,
+    selection,
 )
 from peft_gauge import machine
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
+from peft_gauge.history.choosing import newest_base
 from peft_gauge.history.comparing import compare
-from peft_gauge.history.reading import Run, last_run, read_run
+from peft_gauge.history.reading import Run, read_run, runs_in
 from peft_gauge.history.resuming import Resumption, merged, resumable
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.writing import write_run
@@ -92,13 +95,11 @@ def _resumption(config: pytest.Config) -> Resumption:
 
 
 def _baseline(config: pytest.Config) -> Run | None:
-    """What ``--compare`` compares with; ``None`` where this machine has no run so far. Read before hours are spent."""
+    """The run that ``--compare`` names, read before hours are spent; ``None`` where the new run's cases will choose."""
     if config.getoption("--no-save"):
         raise GaugeError("--compare reads this run as it was saved; drop --no-save")
     named = config.getoption("--compare")
-    if named:
-        return read_run(Path(named))
-    return last_run(Path(config.getoption("--results")), machine.machine_info()["name"])
+    return read_run(Path(named)) if named else None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -178,6 +179,13 @@ class Recorder:
         self.claims: list[dict[str, Any]] = []
         self.timings: list[Any] = []  # pytest-benchmark's own records, which its hook turns into JSON
         self.notes: list[str] = []
+        self.deselected: set[str] | None = None  # what workers deselect, the session that saves is not told
+
+    def pytest_collection_modifyitems(self) -> None:
+        self.deselected = self.deselected or set()
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected = (self.deselected or set()) | {item.nodeid for item in items}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -226,15 +234,20 @@ class Recorder:
                 self._compare(path)
 
     def _compare(self, saved: Path) -> None:
-        base = self.config.stash[BASELINE]
+        base, new = self.config.stash[BASELINE], read_run(saved)
         if base is None:
-            self.notes.append("not compared: this machine has no earlier run")
-            return
-        comparison = compare(base, read_run(saved), read_rules(None))
+            earlier = runs_in(saved.parent)
+            chosen = newest_base(earlier[: [path.name for path in earlier].index(saved.name)], new.cases)
+            self.notes += chosen.passed_over
+            if not chosen.runs:
+                self.notes.append("not compared: no earlier run of this machine has cases in common")
+                return
+            (base,) = chosen.runs
+        comparison = compare(base, new, read_rules(None))
         if comparison.incomparable is not None:
             self.notes.append(f"NOT COMPARED with {base.path.name}: {comparison.incomparable}")
         else:
-            self.notes.append(as_terminal(comparison, width=0))
+            self.notes.append(as_terminal(comparison, width=shutil.get_terminal_size().columns))
         if comparison.exit_code() != 0:
             self._fail(pytest.ExitCode.TESTS_FAILED)
 
@@ -263,6 +276,7 @@ class Recorder:
             run_options(self.config),
             interrupted=interrupted,
             resumed_from=resumption.run.path.name if resumption is not None else None,
+            selection=selection(self.config, self.deselected),
         )
         return run
 

@@ -148,6 +148,17 @@ def test_the_rounds_of_the_process_are_those_of_the_benchmark(measured_run: Ende
     assert step["step_seconds"] == timed["stats"]["median"]
 
 
+def test_the_run_says_what_it_was_asked_for(measured_run: Ended) -> None:
+    asked = measured_run.saved["peft_gauge"]["selection"]
+    assert asked["args"] == ["benchmarks/test_memory.py", "benchmarks/test_speed.py"]
+    assert (asked["markers"], asked["keywords"]) == ("", "peak or step or backward")
+    left_out = set(asked["deselected"])
+    assert "benchmarks/test_speed.py::test_phase[lora-toy-llama-cpu-forward]" in left_out  # by -k
+    assert "benchmarks/test_memory.py::test_growth[lora-toy-llama-cpu]" in left_out  # slow
+    assert "benchmarks/test_memory.py::test_peak[lora-toy-llama-cuda]" in left_out  # of another device
+    assert not left_out & {case["id"] for case in measured_run.saved["peft_gauge"]["cases"]}
+
+
 # All other ends, Ctrl-C, and going on --------------------------------------------------------------------------------
 
 ENDS = {"lora": "give", "full": "be_killed", "ia3": "break_the_device", "bottleneck": "hang", "prefix": "give"}
@@ -298,6 +309,7 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Ended:
 def test_workers_share_the_cases_and_the_run_is_saved_once(shared_run: Ended) -> None:
     assert shared_run.code == pytest.ExitCode.TESTS_FAILED, shared_run.output
     assert shared_run.started == {"lora": 1, "full": 1, "ia3": 1}
+    assert shared_run.saved["peft_gauge"]["selection"]["deselected"] is None  # it is the workers that collect
     cases = by_question(shared_run.saved)
     assert {name: case["outcome"] for name, case in cases.items() if name.startswith("test_peak")} == {
         "test_peak lora": "passed",

@@ -81,11 +81,14 @@ def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
 
 def _rows(machine: Machine, comparison: Comparison) -> Iterable[tuple[Any, Row, list[str]]]:
     subjects = {name: subject_of(case) for name, case in page_data.case_subjects(machine.newest).items()}
-    for row in words.shown_rows(comparison, everything=False):
-        told_as = words.cells(row)
-        values = [any_value(row.metric, value) for value in (row.before, row.after)]
+    for line in words.shown_lines(comparison, everything=False):
+        row, told_as = line.rows[0], line.cells
         kind = f"{told_as.figure} ({row.label})" if row.label else told_as.figure
-        rest = (told_as.change, told_as.judged, told_as.remark)
+        rest = (told_as.change, told_as.judged, told_as.remark.removesuffix("; --all shows each"))
+        if len(line.rows) > 1:
+            yield row, {}, [text(told_as.case), text(kind), text(told_as.before), text(told_as.after), *map(text, rest)]
+            continue
+        values = [any_value(row.metric, value) for value in (row.before, row.after)]
         model = {"model": row.test.partition("[")[2].rstrip("]")} if row.test.startswith("claim::") else {}
         about = subjects.get(row.test, model)
         yield row, about, [text(told_as.case), text(kind), *values, *map(text, rest)]

@@ -1,0 +1,65 @@
+"""Why a run does not hold a case that another one holds: it was not asked, left out, not reached, or it is gone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from peft_gauge.history.reading import Run
+
+NOT_ASKED, DESELECTED, NOT_REACHED, MISSING = "NOT ASKED", "DESELECTED", "NOT REACHED", "MISSING"
+ABSENT = frozenset({NOT_ASKED, DESELECTED, NOT_REACHED, MISSING})
+
+NAMING = ("model", "method", "adapter", "device")
+"""The options that stand in the ids of cases: under another one, a case has another name."""
+
+
+class Absence(NamedTuple):
+    """``label``: one of `ABSENT`; ``why``: goes on from the run's name, as in "NEW did not ask this question"."""
+
+    label: str
+    why: str
+
+
+class Absences:
+    """``absences(id, question, figures)``: why ``run`` does not hold a case of ``held``.
+
+    A run says since schema 2 what it was asked for and what was deselected (`Selection`). One that does not say so is
+    taken at its word: it did not ask a question of which it holds no case, and what else it lacks is missing.
+    """
+
+    def __init__(self, held: Run, run: Run) -> None:
+        self._run = run
+        self._questions = {case.question for case in run.cases}
+        self._options = [
+            f"--{name}: {_told(held.options.get(name))} → {_told(run.options.get(name))}"
+            for name in NAMING
+            if held.options.get(name) != run.options.get(name)
+        ]
+
+    def __call__(self, id_: str, question: str, figures: Mapping[str, Any]) -> Absence:
+        run, selection = self._run, self._run.selection
+        if selection is not None:
+            if id_ in (selection.deselected or ()):
+                by = selection.expressions or "slow, or of another device"
+                return Absence(DESELECTED, f"left it out ({by})")
+            if not selection.covers(id_):
+                return Absence(NOT_ASKED, f"was asked for {', '.join(selection.args)} only")
+        # What is about no method has the same name whatever is asked for; what has no figures may be about one.
+        if self._options and ("method" in figures or not figures):
+            return Absence(NOT_ASKED, f"had other options ({'; '.join(self._options)})")
+        if run.interrupted:
+            return Absence(NOT_REACHED, "was interrupted before it")
+        if question not in self._questions and not (selection is not None and selection.deselected is not None):
+            return Absence(NOT_ASKED, "did not ask this question")
+        unsaid = "" if selection is not None else ", and does not say what it left out"
+        return Absence(MISSING, f"asked the question without it{unsaid}")
+
+
+def _told(option: object) -> str:
+    if option is None:
+        return "none"
+    return ",".join(map(str, option)) if isinstance(option, list | tuple) else str(option)
