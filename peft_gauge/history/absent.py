@@ -27,13 +27,15 @@ class Absence(NamedTuple):
 class Absences:
     """``absences(id, question, figures)``: why ``run`` does not hold a case of ``held``.
 
-    A run says since schema 2 what it was asked for and what was deselected (`Selection`). One that does not say so is
-    taken at its word: it did not ask a question of which it holds no case, and what else it lacks is missing.
+    A run says what it was asked for and what was deselected (`Selection`). Of an older one, which does not, a question
+    was not asked if it holds none of its cases, and only in other parts if it holds none that the other run has.
     """
 
     def __init__(self, held: Run, run: Run) -> None:
         self._run = run
         self._questions = {case.question for case in run.cases}
+        ids = {case.id for case in held.cases}
+        self._repeated = {case.question for case in run.cases if case.id in ids}
         self._options = [
             f"--{name}: {_told(held.options.get(name))} → {_told(run.options.get(name))}"
             for name in NAMING
@@ -55,6 +57,8 @@ class Absences:
             return Absence(NOT_REACHED, "was interrupted before it")
         if question not in self._questions and not (selection is not None and selection.deselected is not None):
             return Absence(NOT_ASKED, "did not ask this question")
+        if selection is None and question not in self._repeated:
+            return Absence(NOT_ASKED, "asked other cases of this question")
         unsaid = "" if selection is not None else ", and does not say what it left out"
         return Absence(MISSING, f"asked the question without it{unsaid}")
 
