@@ -37,7 +37,7 @@ class Absences:
         ids = {case.id for case in held.cases}
         self._repeated = {case.question for case in run.cases if case.id in ids}
         self._options = [
-            f"--{name}: {_told(held.options.get(name))} → {_told(run.options.get(name))}"
+            f"--{name} {_told(run.options[name])}" if run.options.get(name) is not None else f"no --{name}"
             for name in NAMING
             if held.options.get(name) != run.options.get(name)
         ]
@@ -52,7 +52,7 @@ class Absences:
                 return Absence(NOT_ASKED, f"was asked for {', '.join(selection.args)} only")
         # What is about no method has the same name whatever is asked for; what has no figures may be about one.
         if self._options and ("method" in figures or not figures):
-            return Absence(NOT_ASKED, f"had other options ({'; '.join(self._options)})")
+            return Absence(NOT_ASKED, f"had {' and '.join(self._options)}")
         if run.interrupted:
             return Absence(NOT_REACHED, "was interrupted before it")
         if question not in self._questions and not (selection is not None and selection.deselected is not None):
@@ -64,6 +64,4 @@ class Absences:
 
 
 def _told(option: object) -> str:
-    if option is None:
-        return "none"
     return ",".join(map(str, option)) if isinstance(option, list | tuple) else str(option)
