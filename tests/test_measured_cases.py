@@ -251,7 +251,7 @@ def test_a_case_that_cannot_fit_is_skipped_with_plan_and_room(interrupted: Ended
 def resumed(interrupted: Ended, suite: Suite) -> Ended:
     """The same run gone on with: what had crashed goes well now, what hung hangs on, until its time is up."""
     ends = {**ENDS, "full": "give", "ia3": "give"}
-    done = suite.run(MEMORY, METHODS, "--resume", "--time-limit=5", planted=ends, plans=PEAKS)
+    done = suite.run(MEMORY, METHODS, "--resume", "--compare", "--time-limit=5", planted=ends, plans=PEAKS)
     return Ended(done.returncode, done.stdout + done.stderr, suite.saved(2), suite.started() - interrupted.started)
 
 
@@ -280,6 +280,17 @@ def test_a_hang_is_ended_and_keeps_the_last_known_figures(resumed: Ended) -> Non
     assert case["reason"] == "timed-out: did not end within 5 s; last seen in phase step"
     assert case["figures"]["last_known"] == LAST
     assert case["figures"]["planned_peak_bytes"] == PLANNED_PEAK_BYTES
+
+
+def test_it_is_compared_with_the_interrupted_run_and_says_so(resumed: Ended) -> None:
+    """``--compare`` takes the newest run with cases in common: here the one that was gone on with."""
+    told = " ".join(resumed.output.partition(" against ")[2].split())
+    assert "0001_" in told
+    assert "note: BASE was interrupted" in told
+    assert "test_memory.py::test_peak[prefix-toy-llama-cpu] – → passed BASE was interrupted before it" in told
+    assert "MISSING" not in told
+    assert "settings" not in told
+    assert "1 worse, 0 cannot tell, 2 better," in told  # what had crashed goes well now; the hang has timed out
 
 
 def test_a_run_with_other_options_is_not_gone_on_with(resumed: Ended, suite: Suite) -> None:
