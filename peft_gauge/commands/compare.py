@@ -19,9 +19,9 @@ def compare(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[BASE] NEW...",
-            help="Saved runs. A folder is the newest run in it that has cases in common with the others. Of a single "
-            "run, BASE is the newest before it that has.",
+            metavar="RUN",
+            help="Saved runs: BASE, then one or more NEW. A folder is the newest run in it that has cases in common "
+            "with the others. A single run is NEW, and BASE the newest before it that has cases in common with it.",
         ),
     ] = None,
     last: Annotated[
@@ -37,9 +37,10 @@ def compare(
         bool, typer.Option("--across-machines", help="Let machines differ; compare only what carries no noise.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 1 also for what is missing, skipped or not comparable.")
+        bool,
+        typer.Option("--strict", help="Exit code 1 also for what is missing, not asked, skipped or not comparable."),
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Show also what stayed the same.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show each figure, and also what stayed the same.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, such as for a job's summary.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:

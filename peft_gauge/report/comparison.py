@@ -22,7 +22,7 @@ TEXT_LIMIT = 48
 NARROWEST = 40  # columns of the terminal, whatever it says it has
 
 FEW = 3
-"""So many cases with the same word and the same reason have a line each; more have one together."""
+"""So many rows that say the same have a line each; more have one together."""
 TOLD_FILES = 4
 
 
@@ -104,8 +104,8 @@ class Line:
 def shown_lines(comparison: Comparison, *, everything: bool) -> list[Line]:
     """The lines of ``comparison``, the worst first: all rows one by one if ``everything`` is asked for.
 
-    Else without what stayed the same. Times that cannot be told apart are one line, and so are more than `FEW` cases
-    that have the same label for the same reason.
+    Else without what stayed the same. More than `FEW` times that cannot be told apart are one line, and so are more
+    than `FEW` cases that have the same label for the same reason.
     """
     if everything:
         return [Line((row,), cells(row)) for row in comparison.rows]
@@ -129,7 +129,7 @@ def _group(row: Row) -> Hashable:
 
 
 def _together(key: Hashable, rows: Sequence[Row]) -> list[Line]:
-    if len(rows) > (1 if key == UNDECIDED else FEW):
+    if len(rows) > FEW:
         return [Line(tuple(rows), _undecided(rows) if key == UNDECIDED else _alike(rows))]
     return [Line((row,), cells(row)) for row in rows]
 
