@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,21 +10,26 @@ import pytest
 
 from fixtures import hypothesis_profiles
 from fixtures.cards import case_scheduling, check_workers, is_worker
-from fixtures.measured import LAST_WORDS, PASS_OF_MODULE
+from fixtures.measured import LAST_WORDS, check_markers, passes_of
 from fixtures.selection import (
+    LeftOut,
     add_options,
+    case_of,
+    deselect,
     run_options,
     selected_cases,
     selected_device,
     selected_variations,
+    selection,
     unusable_adapters,
 )
 from peft_gauge import machine
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
+from peft_gauge.history.choosing import newest_base
 from peft_gauge.history.comparing import compare
-from peft_gauge.history.reading import Run, last_run, read_run
+from peft_gauge.history.reading import Run, read_run, runs_in
 from peft_gauge.history.resuming import Resumption, merged, resumable
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.writing import write_run
@@ -51,6 +57,7 @@ VARIATIONS = pytest.StashKey[list[Case]]()
 DEVICE = pytest.StashKey[str]()
 RESUMPTION = pytest.StashKey[Resumption | None]()
 BASELINE = pytest.StashKey[Run | None]()
+LEFT_OUT = pytest.StashKey[list[str]]()
 
 FIGURES = "figures"  # the name of the user property in which a case's figures travel on its report
 
@@ -89,13 +96,11 @@ def _resumption(config: pytest.Config) -> Resumption:
 
 
 def _baseline(config: pytest.Config) -> Run | None:
-    """What ``--compare`` compares with; ``None`` where this machine has no run so far. Read before hours are spent."""
+    """The run that ``--compare`` names, read before hours are spent; ``None`` where the new run's cases will choose."""
     if config.getoption("--no-save"):
         raise GaugeError("--compare reads this run as it was saved; drop --no-save")
     named = config.getoption("--compare")
-    if named:
-        return read_run(Path(named))
-    return last_run(Path(config.getoption("--results")), machine.machine_info()["name"])
+    return read_run(Path(named)) if named else None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,27 +114,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     varies = metafunc.definition.get_closest_marker("variations") is not None
+    slow_on_cpu = metafunc.definition.get_closest_marker("slow_on_cpu") is not None
     cases = metafunc.config.stash[VARIATIONS if varies else CASES]
-    marked = [pytest.param(case, id=case.id, marks=pytest.mark.gpu if case.device == "cuda" else ()) for case in cases]
+    marks = {"cuda": [pytest.mark.gpu], "cpu": [pytest.mark.slow] if slow_on_cpu else []}
+    marked = [pytest.param(case, id=case.id, marks=marks[case.device]) for case in cases]
     # In session scope pytest puts the questions to one case next to each other, and one job serves them all.
     metafunc.parametrize("case", marked, scope="session")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the cases of this machine's device, unless the user chose by marker; say why GPU cases cannot run."""
+    """Of what -m and -k have left, leave out what nobody asked for (`LeftOut`); say why GPU cases cannot run."""
+    check_markers(items)
     device = config.stash[DEVICE]
-    if "gpu" not in config.getoption("markexpr"):
-        _deselect(config, items, lambda item: _device_of(item) not in (None, device))
-    if "slow" not in config.getoption("markexpr"):
-        _deselect(config, items, _is_slow)
+    left_out = LeftOut(config, device)
+    elsewhere = deselect(config, items, left_out.is_of_another_device)
+    slow = deselect(config, items, left_out.is_slow)
+    how = "--device" if config.getoption("--device") else "-m gpu takes them" if device == "cpu" else "--device=cpu"
+    config.stash[LEFT_OUT] = [
+        *([f'{slow} slow cases (-m "slow or not slow" takes them in)'] if slow else []),
+        *([f"{elsewhere} of {'cuda' if device == 'cpu' else 'the CPU'} ({how})"] if elsewhere else []),
+    ]
     resumption = config.stash[RESUMPTION]
     if resumption is not None:
-        _deselect(config, items, lambda item: item.nodeid in resumption.done)
+        deselect(config, items, lambda item: item.nodeid in resumption.done)
     if is_worker():  # other workers' cases would take the time that is measured
         alone = pytest.mark.skip(reason="timing cases do not share this CPU (-n); run without -n")
         for item in items:
-            if _device_of(item) == "cpu" and PASS_OF_MODULE.get(item.path.stem) == "speed":
+            case = case_of(item)
+            if case is not None and case.device == "cpu" and "speed" in passes_of(item):
                 item.add_marker(alone)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     reason = machine.why_no_cuda() if gpu_items else None
@@ -138,20 +151,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _deselect(config: pytest.Config, items: list[pytest.Item], out: Callable[[pytest.Item], bool]) -> None:
-    left_out = [item for item in items if out(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    on_cpu = _device_of(item) == "cpu" and item.get_closest_marker("slow_on_cpu") is not None
-    return on_cpu or item.get_closest_marker("slow") is not None
-
-
-def _device_of(item: pytest.Item) -> str | None:
-    case = item.callspec.params.get("case") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
-    return case.device if isinstance(case, Case) else None
+def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
+    """What was left out although no expression says so: a run of nothing else would be a riddle."""
+    left_out = config.stash.get(LEFT_OUT, [])
+    return f"peft-gauge: left out {', '.join(left_out)}" if left_out else None
 
 
 @pytest.fixture
@@ -177,6 +180,13 @@ class Recorder:
         self.claims: list[dict[str, Any]] = []
         self.timings: list[Any] = []  # pytest-benchmark's own records, which its hook turns into JSON
         self.notes: list[str] = []
+        self.deselected: set[str] | None = None  # what workers deselect, the session that saves is not told
+
+    def pytest_collection_modifyitems(self) -> None:
+        self.deselected = self.deselected or set()
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected = (self.deselected or set()) | {item.nodeid for item in items}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -234,15 +244,20 @@ class Recorder:
             self._fail(pytest.ExitCode.USAGE_ERROR)
 
     def _compare(self, saved: Path) -> None:
-        base = self.config.stash[BASELINE]
+        base, new = self.config.stash[BASELINE], read_run(saved)
         if base is None:
-            self.notes.append("not compared: this machine has no earlier run")
-            return
-        comparison = compare(base, read_run(saved), read_rules(None))
+            earlier = runs_in(saved.parent)
+            chosen = newest_base(earlier[: [path.name for path in earlier].index(saved.name)], new.cases)
+            self.notes += chosen.passed_over
+            if not chosen.runs:
+                self.notes.append("not compared: no earlier run of this machine has cases in common")
+                return
+            (base,) = chosen.runs
+        comparison = compare(base, new, read_rules(None))
         if comparison.incomparable is not None:
             self.notes.append(f"NOT COMPARED with {base.path.name}: {comparison.incomparable}")
         else:
-            self.notes.append(as_terminal(comparison, width=0))
+            self.notes.append(as_terminal(comparison, width=shutil.get_terminal_size().columns))
         if comparison.exit_code() != 0:
             self._fail(pytest.ExitCode.TESTS_FAILED)
 
@@ -271,6 +286,7 @@ class Recorder:
             run_options(self.config),
             interrupted=interrupted,
             resumed_from=resumption.run.path.name if resumption is not None else None,
+            selection=selection(self.config, self.deselected),
         )
         return run
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fixtures.measured import Measured
+
+
+pytestmark = [pytest.mark.measures("fingerprint"), pytest.mark.quick]
 
 
 def test_fingerprint(measured: Measured, record: Callable[..., None]) -> None:

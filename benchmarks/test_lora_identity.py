@@ -29,6 +29,8 @@ from peft_gauge.identity import Bounded, IdentityCheck, LoraCase
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.quick
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures.cards import card_environment
-from fixtures.selection import DEVICES, selected_cases, selected_device
+from fixtures.selection import selected_cases
 from peft_gauge import isolation, methods, models
 from peft_gauge.cases import Case, count_on_meta
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
@@ -50,11 +50,10 @@ RULE = StoppingRule(min_rounds=5, max_rounds=5)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """LoRA, and among the slow ones QLoRA, or the methods asked for; on this machine's device, or by marker."""
+    """LoRA and QLoRA, or the methods asked for; on each device, of which the run keeps its own."""
     config = metafunc.config
-    devices = DEVICES if "gpu" in config.getoption("markexpr") else (selected_device(config),)
     chosen = config.getoption("--method") or config.getoption("--adapter")
-    found = [case for case in selected_cases(config) if case.device in devices]
+    found = selected_cases(config)
     if not chosen:
         found = [case for case in found if case.method in (methods.LORA, methods.QLORA)]
     shaped = [short(case, config) for case in found]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Record = Callable[..., None]
 
+pytestmark = pytest.mark.measures("memory")
+
 # measured figure -> the plan's figure, the ceiling's
 COMPARED = {
     "allocated_peak_bytes": ("allocated_bytes_estimate", "allocated_bytes"),
@@ -39,6 +41,7 @@ def test_peak(measured: Measured, record: Record) -> None:
     assert over_ceiling(measured) == []
 
 
+@pytest.mark.measures("memory", shapes=True)
 @pytest.mark.slow_on_cpu
 def test_growth(measured: Measured, record: Record) -> None:
     """Slope and intercept along the batch and along the sequence, planned and measured."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Replay = Callable[[Sequence[float]], None]
     Record = Callable[..., None]
 
-pytestmark = pytest.mark.benchmark(timer=REPLAY_CLOCK)
+pytestmark = [pytest.mark.benchmark(timer=REPLAY_CLOCK), pytest.mark.measures("speed")]
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
@@ -40,6 +40,7 @@ def test_phase(phase: str, measured: Measured, replay: Replay, record: Record) -
     record(**figures(measured.speeds, name))
 
 
+@pytest.mark.quick
 def test_step(measured: Measured, replay: Replay, record: Record, card_speed: CardSpeed) -> None:
     replay(all_rounds(measured.speeds, "step_seconds"))
 

@@ -114,6 +114,8 @@ def test_trainable_params(method: methods.Method, architecture: str, record: Cal
     assert counted.total_params == base_params + added
 
 
+@pytest.mark.measures
+@pytest.mark.quick
 def test_params_of_the_built_model(measured: Measured, record: Callable[..., None]) -> None:
     built = measured.figures["counted"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import reading
-from peft_gauge.history.reading import last_run, read_run, runs_in
+from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.schema import KEY, SAMPLES, VERSION
 
 if TYPE_CHECKING:
@@ -170,9 +170,6 @@ def test_a_folder_named_like_a_run(tmp_path: Path, saved: Saved, run_command: Co
     assert (code, err.count("\n")) == (2, 1)
     assert "holds no saved run" in err
     assert runs_in(tmp_path, "m") == [good]  # and it is not taken for the newest
-    run = last_run(tmp_path, "m")
-    assert run is not None
-    assert run.path == good
 
 
 # Files that can be read, and yet do not go together
@@ -254,8 +251,6 @@ def test_a_machine_s_name_never_leads_out_of_the_results(name: str, tmp_path: Pa
     results.mkdir()
     with pytest.raises(GaugeError, match="no name of a machine"):
         runs_in(results, name)
-    with pytest.raises(GaugeError, match="no name of a machine"):
-        last_run(results, name)
     with pytest.raises(GaugeError, match="no name of a machine"):
         read_run(saved(document(machine=name)))
 

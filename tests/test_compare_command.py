@@ -143,6 +143,42 @@ def test_the_last_runs_of_a_machine(tmp_path: Path, run_command: Command) -> Non
     assert run_command("compare", "--last", "3", *options)[1].count("1 better") == 2
 
 
+def other_question(name: str) -> dict[str, Any]:
+    id_ = f"benchmarks/test_verdicts.py::test_{name}"
+    return {"id": id_, "question": "test_verdicts", "outcome": "passed", "reason": None, "figures": {}}
+
+
+def test_runs_of_other_questions_are_passed_over(tmp_path: Path, run_command: Command) -> None:
+    folder = tmp_path / "results" / "a-2c-cpu"
+    save(folder / "0001_x.json")
+    save(folder / "0002_x.json", section={"cases": [other_question("simulated")]})
+    save(folder / "0003_x.json", figures(slower=1.2))
+    save(folder / "0004_x.json", section={"cases": [other_question("real")]})
+    options = ("--results", str(tmp_path / "results"), "--machine", "a-2c-cpu")
+    for arguments in (["--last", "2", *options], [str(folder)], [str(folder.parent)], [str(folder), str(folder)]):
+        code, printed, _ = run_command("compare", *arguments)
+        assert code == 1
+        first, second, *_ = printed.splitlines()
+        assert first == f"{folder / '0003_x.json'} against {folder / '0001_x.json'}"
+        assert second == "note: passed over, without cases in common: 0004, 0002"
+    out = tmp_path / "x.json"
+    _, markdown, _ = run_command("compare", "--last", "2", *options, "--markdown", "--json", str(out))
+    assert "- note: passed over, without cases in common: 0004, 0002\n" in markdown
+    assert "passed over" in json.loads(out.read_text())["comparisons"][0]["notes"][0]
+
+
+def test_one_run_is_compared_with_the_newest_before_it_that_it_can_be(tmp_path: Path, run_command: Command) -> None:
+    save(tmp_path / "0001_x.json", figures(slower=1.2))
+    save(tmp_path / "0002_x.json")
+    save(tmp_path / "0003_x.json", section={"cases": [other_question("real")]})
+    new = save(tmp_path / "0004_x.json", figures(slower=1.2))
+    save(tmp_path / "0005_x.json")  # after it, and none of its business
+    code, printed, _ = run_command("compare", new)
+    assert code == 1
+    assert printed.startswith(f"{new} against {tmp_path / '0002_x.json'}\n")
+    assert run_command("compare", str(tmp_path / "0002_x.json"))[0] == 0
+
+
 def test_without_a_name_the_last_runs_are_this_machine_s(
     tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,8 +204,10 @@ def test_own_rules(base: str, tmp_path: Path, run_command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "compare needs BASE and at least one NEW, or --last N"),
-        (["{base}"], "compare needs BASE and at least one NEW, or --last N"),
+        ([], "compare needs a saved run, or BASE and at least one NEW, or --last N"),
+        (["{base}"], "no run before it in its folder has cases in common with it; name BASE, too"),
+        (["{folder}/apart/m/0002_x.json"], "none of the 1 runs before it in its folder has cases in common with it"),
+        (["--last", "2", "--machine", "m", "--results", "{folder}/apart"], "no 2 of the 2 runs in "),
         (["{base}", "{folder}/none.json"], "none.json does not exist"),
         (["{base}", "{folder}/broken.json"], "broken.json is truncated"),
         (["{base}", "{folder}/newer.json"], "was written by a newer peft-gauge"),
@@ -193,6 +231,8 @@ def test_what_cannot_be_compared_is_one_line(
     (folder / "broken.json").write_text(Path(base).read_text()[:300])
     save(folder / "newer.json", section={"schema": VERSION + 1})
     save(folder / "other.json", machine={"name": "b", "threads": 4})
+    save(folder / "apart" / "m" / "0001_x.json")
+    save(folder / "apart" / "m" / "0002_x.json", section={"cases": [other_question("real")]})
     for machine in ("m", "n"):
         save(folder / "two" / machine / "0001_x.json")
     code, _, complaint = run_command("compare", *(each.format(base=base, folder=folder) for each in arguments))
@@ -259,38 +299,23 @@ def test_terminal_markdown_and_json_agree(outputs: dict[str, str]) -> None:
     table = [line for line in outputs["markdown"].splitlines() if line.startswith("| ")][2:]
     in_markdown = [[unescaped(part) for part in re.split(r"(?<!\\) ?\| ?", line)[1:-1]] for line in table]
     assert in_markdown == shown
-    assert rows_of_terminal(outputs["terminal"]) == [
-        [verdict, case + (figure if figure != "outcome" else "") + dashless(remark), *map(dashless, rest)]
-        for verdict, case, figure, *rest, remark in ([each.replace(" ", "") for each in row] for row in shown)
-    ]
+    terminal = spaceless(outputs["terminal"])
+    for verdict, case, figure, before, after, change, judged, remark in shown:
+        values = f"{before} → {after}" if (before, after) != ("–", "–") else ""
+        about = ", ".join(part for part in (values, change) if part not in ("", "–"))
+        told = ": ".join(part for part in (figure if figure != "outcome" else "", about) if part)
+        told += (f"judged {judged}" if judged != "–" else "") + (remark if remark != "–" else "")
+        place = terminal.find(spaceless(f"{verdict}{case}{told}"))
+        assert place >= 0, told
+        terminal = terminal[place:]  # in the same order
     counts = ", ".join(f"{number} {name}" for name, number in comparison["counts"].items())
     assert counts in outputs["markdown"]
     assert outputs["terminal"].splitlines()[-1] == counts
 
 
-def dashless(text: str) -> str:
-    return "" if text == "–" else text
-
-
-def rows_of_terminal(text: str) -> list[list[str]]:
-    """The table's rows, folded lines joined and spaces left out: verdict, case, before, after, change, judged."""
-    lines = [[cell.strip() for cell in line[1:-1].split("│")] for line in text.splitlines() if line.startswith("│")]
-    rows: list[list[list[str]]] = []
-    for line in lines:
-        if line[0]:
-            rows.append([[] for _ in line])
-        for cell, part in zip(rows[-1], line, strict=True):
-            cell.append(part)
-    found = []
-    for row in rows:
-        verdict, case, *pairs = [[part.replace(" ", "") for part in cell] for cell in row]
-        found.append(["".join(verdict), "".join(case), *(dashless(part) for pair in pairs for part in two_of(pair))])
-    return found
-
-
-def two_of(lines: list[str]) -> tuple[str, str]:
-    """The first line, and all that follows."""
-    return lines[0], "".join(lines[1:])
+def spaceless(text: str) -> str:
+    """``text`` however it was wrapped."""
+    return re.sub(r"\s", "", text)
 
 
 def unescaped(text: str) -> str:
@@ -342,6 +367,61 @@ def test_the_json_is_as_its_description_says(outputs: dict[str, str]) -> None:
 def test_no_text_of_a_run_becomes_markup(outputs: dict[str, str]) -> None:
     assert "a|b`c <d> [e] *f* _g_ \\ &" in outputs["terminal"]
     assert "a\\|b\\`c &lt;d&gt; \\[e\\] \\*f\\* \\_g\\_ \\\\ &amp;" in outputs["markdown"]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> tuple[str, str]:
+    """Nine cases timed by one process, four that are gone, five new ones that BASE did not ask, and one regression."""
+
+    def document(slower: float, *others: dict[str, Any]) -> dict[str, Any]:
+        cases = [
+            {
+                "id": f"benchmarks/test_speed.py::test_step[method-{number}-toy-cpu]",
+                "question": "test_speed",
+                "outcome": "passed",
+                "reason": None,
+                "figures": {"trainable_params": 7, SAMPLES: {"step_seconds": [[slower * (1 + number / 100)] * 5]}},
+            }
+            for number in range(9)
+        ]
+        return {"cases": [*cases, *others]}
+
+    gone = [{**other_question(f"gone[{number}]"), "question": "test_speed"} for number in range(4)]
+    come = [other_question(f"come[{number}]") for number in range(5)]
+    worse = other_question("worse") | {"question": "test_speed"}
+    return (
+        save(tmp_path / "1.json", section=document(1.0, *gone, worse)),
+        save(tmp_path / "2.json", section=document(1.02, *come, worse | {"outcome": "crashed", "reason": "signal 11"})),
+    )
+
+
+def test_times_that_cannot_be_told_apart_are_one_line(many: tuple[str, str], run_command: Command) -> None:
+    code, printed, _ = run_command("compare", *many)
+    assert code == 1
+    verdicts = [line[:12].strip() for line in printed.splitlines()[1:-1] if not line.startswith(" ")]
+    assert verdicts == ["worse: CRASH", "MISSING", "cannot tell", "NEW"]
+    assert "9 times of 9 cases" in printed
+    assert "step_seconds (9): +2.0 % to +2.0 %" in printed
+    assert "more processes a side would decide the clearest; --all" in " ".join(printed.split())
+    assert "4 cases: test_verdicts.py (4)" in printed
+    assert "5 cases: test_verdicts.py (5)" in printed
+    assert "BASE did not ask this question" in printed
+    assert printed.splitlines()[-1] == "1 worse, 9 cannot tell, 0 better, 18 same, 4 MISSING, 5 NEW"
+    every = run_command("compare", *many, "--all")[1]
+    assert every.count("step_seconds") == 9
+    assert every.count("MISSING") == 4 + 1
+    table = run_command("compare", *many, "--markdown")[1]
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 2 + 4
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("every", [[], ["--all"]])
+def test_it_fits_the_terminal(
+    width: int, every: list[str], many: tuple[str, str], run_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, *lines, _ = run_command("compare", *many, *every)[1].splitlines()  # paths are not broken
+    assert max(map(len, lines)) <= width
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_a_changed_verdict_of_a_claim_has_a_row(made: Made) -> None:
         "claim::a[m]": "worse",
         "claim::b[m]": "better",
         "claim::c[m]": "NEW",
-        "claim::d[m]": "MISSING",
+        "claim::d[m]": "NOT ASKED",
         "claim::e[m]": "same",
         "claim::f[m]": "worse",
     }
@@ -309,7 +309,7 @@ def test_new_and_missing_cases_have_rows(made: Made) -> None:
         made(kept, case(STEP.format("lora"))), made(kept, case(STEP.format("ia3"), "skipped", "no GPU")), RULES
     )
     assert [(row.says, row.test, row.note) for row in found.rows if row.says != "same"] == [
-        ("MISSING", STEP.format("lora"), None),
+        ("MISSING", STEP.format("lora"), "NEW asked the question without it, and does not say what it left out"),
         ("NEW", STEP.format("ia3"), "no GPU"),
     ]
     assert (found.exit_code(), found.exit_code(strict=True)) == (0, 1)
@@ -320,7 +320,13 @@ def test_an_interrupted_run_says_so(made: Made) -> None:
     kept, lost = case(STEP.format("full")), case(STEP.format("lora"))
     found = compare(made(kept, lost), made(kept, section={"interrupted": True}), RULES)
     assert found.notes == ("NEW was interrupted",)
-    assert [row.note for row in found.rows if row.says == "MISSING"] == ["the run was interrupted"]
+    (row,) = [row for row in found.rows if row.says != "same"]
+    assert (row.says, row.note) == ("NOT REACHED", "NEW was interrupted before it")
+    assert (found.exit_code(), found.exit_code(strict=True)) == (0, 1)
+    other = compare(made(kept, section={"interrupted": True}), made(kept, lost), RULES)
+    assert other.notes == ("BASE was interrupted",)
+    (row,) = [row for row in other.rows if row.says != "same"]
+    assert (row.says, row.note) == ("NEW", "BASE was interrupted before it")
 
 
 ABOUT: Figures = {"method": "lora", "model": "toy", "device": "cpu", "settings": SETTINGS}
@@ -335,6 +341,18 @@ def test_a_renamed_case_is_compared_under_its_new_name(made: Made) -> None:
     assert (row.before, row.after, row.test) == (STEP.format("lora"), *[STEP.format("lora-r16")] * 2)
     assert only(found, "trainable_params").test == STEP.format("lora-r16")
     assert found.exit_code(strict=True) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["benchmarks/test_pace.py::test_step[lora-toy-cpu]", "benchmarks/test_pace.py::test_whole[lora-toy-cpu]"]
+)
+def test_a_benchmark_s_file_and_function_may_be_renamed(name: str, made: Made) -> None:
+    """What is recorded is compared; that both names are new changes no verdict."""
+    claims = "benchmarks/test_claims.py::test_claim[{}]"
+    old = made(case(STEP.format("lora"), **ABOUT, trainable_params=5), case(claims.format("x")))
+    new = made(case(name, **ABOUT, trainable_params=6), case(claims.format("x").replace("claims", "sayings")))
+    found = compare(old, new, RULES)
+    assert sorted(said(found)) == [("RENAMED", "id"), ("RENAMED", "id"), ("worse", "trainable_params")]
 
 
 def test_a_fingerprint_also_tells_a_renamed_case(made: Made) -> None:
@@ -420,9 +438,92 @@ def test_other_settings_make_a_case_incomparable_and_no_other(inside: str, made:
 
 def test_nothing_that_can_be_compared_is_no_success(made: Made) -> None:
     settings = [case(STEP.format("lora"), settings=SETTINGS | {"seq": seq}) for seq in (1, 2)]
-    assert compare(made(settings[0]), made(settings[1]), RULES).incomparable == "the settings of every case differ"
+    assert compare(made(settings[0]), made(settings[1]), RULES).incomparable == (
+        "the settings of every case in both differ (seq: 1 → 2)"
+    )
     disjoint = compare(made(case(STEP.format("lora"))), made(case(STEP.format("full"))), RULES)
-    assert (disjoint.incomparable, disjoint.exit_code()) == ("no case stands in both", 2)
+    assert disjoint.incomparable is not None
+    assert disjoint.incomparable.startswith("no case stands in both, although both ask test_speed: NEW asked ")
+    assert disjoint.exit_code() == 2
+
+
+# Why a case is not there
+
+PEAK = "benchmarks/test_memory.py::test_peak[{}-toy-cpu]"
+
+
+def selection(*args: str, deselected: list[str] | None, markers: str = "", keywords: str = "") -> Figures:
+    told = {"args": args or ["benchmarks"], "markers": markers, "keywords": keywords, "deselected": deselected}
+    return {"selection": told}
+
+
+@pytest.mark.parametrize(
+    ("section", "says", "why"),
+    [
+        ({}, "NOT ASKED", "did not ask this question"),
+        ({"interrupted": True}, "NOT REACHED", "was interrupted before it"),
+        (
+            selection("benchmarks/test_speed.py", deselected=[]),
+            "NOT ASKED",
+            "was asked for benchmarks/test_speed.py only",
+        ),
+        (selection(deselected=[]), "MISSING", "asked the question without it"),
+        (selection(deselected=[PEAK.format("lora")], keywords="not peak"), "DESELECTED", "left it out (-k 'not peak')"),
+        (selection(deselected=[PEAK.format("lora")]), "DESELECTED", "left it out (slow, or of another device)"),
+        (
+            selection("benchmarks/test_memory.py::test_growth", deselected=[]),
+            "NOT ASKED",
+            "was asked for benchmarks/test_memory.py::test_growth only",
+        ),
+        (selection("benchmarks/test_memory.py::test_peak", deselected=[]), "MISSING", "asked the question without it"),
+        (selection(deselected=None), "NOT ASKED", "did not ask this question"),
+        (
+            selection(deselected=[]) | {"options": {"method": ["full", "ia3"]}},
+            "NOT ASKED",
+            "had --method full,ia3",
+        ),
+        (selection(deselected=[]) | {"interrupted": True}, "NOT REACHED", "was interrupted before it"),
+    ],
+)
+def test_why_a_case_is_not_there(section: Figures, says: str, why: str, made: Made) -> None:
+    """Of a question that one run did not put at all; on either side."""
+    kept, lost = case(STEP.format("full")), case(PEAK.format("lora"), **ABOUT)
+    whole, part = made(kept, lost), made(kept, section=section)
+    found = compare(whole, part, RULES)
+    (row,) = [row for row in found.rows if row.says != "same"]
+    assert (row.says, row.test, row.note) == (says, PEAK.format("lora"), f"NEW {why}")
+    assert (found.exit_code(), found.exit_code(strict=True)) == (0, 1)
+    (row,) = [row for row in compare(part, whole, RULES).rows if row.says != "same"]
+    assert (row.says, row.note) == ("NEW", None if says == "MISSING" else f"BASE {why}")
+
+
+def test_different_questions_are_told_as_that(made: Made) -> None:
+    speed = made(*(case(STEP.format(name)) for name in ("full", "lora")))
+    memory = made(case(PEAK.format("full")), section={"interrupted": True})
+    found = compare(speed, memory, RULES)
+    assert found.incomparable == (
+        "no case stands in both; they ask different questions: "
+        "BASE test_speed (2 cases) and NEW test_memory (1 case), interrupted"
+    )
+    assert [row.says for row in found.rows] == ["NOT REACHED", "NOT REACHED", "NEW"]
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "interrupted", "out-of-memory", "crashed"])
+def test_a_case_that_did_not_run_has_no_settings_to_differ(outcome: str, made: Made) -> None:
+    """What a skip or a death leaves behind holds no settings: its outcome says all, on either side."""
+    ended = case(STEP.format("lora"), outcome, "why", method="lora", model="toy", device="cpu")
+    whole = case(STEP.format("lora"), **ABOUT, trainable_params=5)
+    for runs in ((made(ended), made(whole)), (made(whole), made(ended))):
+        found = compared(runs)
+        assert found.incomparable is None
+        assert only(found, "outcome").verdict != "same"
+        assert "settings" not in {row.metric for row in found.rows}
+
+
+def test_what_did_not_run_before_is_not_missed(made: Made) -> None:
+    kept = case(STEP.format("full"))
+    found = compare(made(kept, case(STEP.format("lora"), "skipped", "no GPU")), made(kept), RULES)
+    assert said(found) == []
 
 
 # Times

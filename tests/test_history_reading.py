@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ import pytest
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import reading, schema
-from peft_gauge.history.reading import last_run, read_run, runs_in
+from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, CaseRecord
 from peft_gauge.history.writing import write_run
 
@@ -320,18 +321,50 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pyt
         runs_in(tmp_path)
 
 
-def test_the_last_run_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
-    assert last_run(tmp_path / "nowhere", "m") is None
-    assert last_run(tmp_path, "m") is None
-    for seed in range(3):
-        saved(tmp_path, ours(options={"seed": seed}))
-    saved(tmp_path, ours(options={"seed": 9}), machine="other")
-    run = last_run(tmp_path, "m")
-    assert run is not None
-    assert (run.name, run.options) == ("0003", {"seed": 2})
-    (tmp_path / "m" / "0004_x_y.json").write_text("{")
-    with pytest.raises(GaugeError, match="0004_x_y.json is truncated"):
-        last_run(tmp_path, "m")
+@pytest.mark.parametrize(
+    ("selection", "id_", "covered"),
+    [
+        (["benchmarks"], "benchmarks/test_a.py::test_b[c]", True),
+        (["."], "benchmarks/test_a.py::test_b[c]", True),
+        (["bench"], "benchmarks/test_a.py::test_b[c]", False),
+        (["benchmarks/test_a.py"], "benchmarks/test_a.py::test_b[c]", True),
+        (["benchmarks/test_a.py::test_b"], "benchmarks/test_a.py::test_b[c]", True),
+        (["benchmarks/test_a.py::test_b"], "benchmarks/test_a.py::test_bc", False),
+        (["benchmarks/test_a.py::test_b[c]"], "benchmarks/test_a.py::test_b[c]", True),
+        (["benchmarks/test_a.py::test_b[c]"], "benchmarks/test_a.py::test_b[d]", False),
+        (["benchmarks/test_c.py", "benchmarks/test_a.py"], "benchmarks/test_a.py::test_b[c]", True),
+    ],
+)
+def test_what_a_run_was_asked_for(selection: list[str], id_: str, covered: bool) -> None:
+    assert schema.Selection(tuple(selection)).covers(id_) == covered
+
+
+def test_a_run_says_what_it_was_asked_for(tmp_path: Path) -> None:
+    asked = schema.Selection(("benchmarks",), "not slow", "lora or 'x'", frozenset({"b", "a"}))
+    document = ours()
+    assert read_run(saved(tmp_path, document)).selection is None  # as runs were before
+    document[KEY]["selection"] = asked.as_json()
+    assert json.dumps(document[KEY]["selection"]["deselected"]) == '["a", "b"]'
+    assert read_run(saved(tmp_path, document)).selection == asked
+    assert asked.expressions == """-m 'not slow' -k 'lora or '"'"'x'"'"''"""
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ([], "peft_gauge.selection is [], not an object"),
+        ({}, "args is missing"),
+        ({"args": "x"}, 'selection.args is "x", not a list'),
+        ({"args": [1]}, "selection.args is no list of texts"),
+        ({"args": [], "markers": 1}, "selection.markers is 1, not a text"),
+        ({"args": [], "deselected": [None]}, "selection.deselected is no list of texts"),
+    ],
+)
+def test_a_selection_that_is_none_is_malformed(selection: Any, said: str, tmp_path: Path) -> None:
+    document = ours()
+    document[KEY]["selection"] = selection
+    with pytest.raises(GaugeError, match=re.escape(said)):
+        read_run(saved(tmp_path, document))
 
 
 def test_reading_needs_no_heavy_library() -> None:

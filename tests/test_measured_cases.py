@@ -148,6 +148,17 @@ def test_the_rounds_of_the_process_are_those_of_the_benchmark(measured_run: Ende
     assert step["step_seconds"] == timed["stats"]["median"]
 
 
+def test_the_run_says_what_it_was_asked_for(measured_run: Ended) -> None:
+    asked = measured_run.saved["peft_gauge"]["selection"]
+    assert asked["args"] == ["benchmarks/test_memory.py", "benchmarks/test_speed.py"]
+    assert (asked["markers"], asked["keywords"]) == ("", "peak or step or backward")
+    left_out = set(asked["deselected"])
+    assert "benchmarks/test_speed.py::test_phase[lora-toy-llama-cpu-forward]" in left_out  # by -k
+    assert "benchmarks/test_memory.py::test_growth[lora-toy-llama-cpu]" in left_out  # slow
+    assert "benchmarks/test_memory.py::test_peak[lora-toy-llama-cuda]" in left_out  # of another device
+    assert not left_out & {case["id"] for case in measured_run.saved["peft_gauge"]["cases"]}
+
+
 # All other ends, Ctrl-C, and going on --------------------------------------------------------------------------------
 
 ENDS = {"lora": "give", "full": "be_killed", "ia3": "break_the_device", "bottleneck": "hang", "prefix": "give"}
@@ -240,7 +251,7 @@ def test_a_case_that_cannot_fit_is_skipped_with_plan_and_room(interrupted: Ended
 def resumed(interrupted: Ended, suite: Suite) -> Ended:
     """The same run gone on with: what had crashed goes well now, what hung hangs on, until its time is up."""
     ends = {**ENDS, "full": "give", "ia3": "give"}
-    done = suite.run(MEMORY, METHODS, "--resume", "--time-limit=5", planted=ends, plans=PEAKS)
+    done = suite.run(MEMORY, METHODS, "--resume", "--compare", "--time-limit=5", planted=ends, plans=PEAKS)
     return Ended(done.returncode, done.stdout + done.stderr, suite.saved(2), suite.started() - interrupted.started)
 
 
@@ -271,6 +282,17 @@ def test_a_hang_is_ended_and_keeps_the_last_known_figures(resumed: Ended) -> Non
     assert case["figures"]["planned_peak_bytes"] == PLANNED_PEAK_BYTES
 
 
+def test_it_is_compared_with_the_interrupted_run_and_says_so(resumed: Ended) -> None:
+    """``--compare`` takes the newest run with cases in common: here the one that was gone on with."""
+    told = " ".join(resumed.output.partition(" against ")[2].split())
+    assert "0001_" in told
+    assert "note: BASE was interrupted" in told
+    assert "test_memory.py::test_peak[prefix-toy-llama-cpu] – → passed BASE was interrupted before it" in told
+    assert "MISSING" not in told
+    assert "settings" not in told
+    assert "1 worse, 0 cannot tell, 2 better," in told  # what had crashed goes well now; the hang has timed out
+
+
 def test_a_run_with_other_options_is_not_gone_on_with(resumed: Ended, suite: Suite) -> None:
     before = suite.started()
     done = suite.run(MEMORY, METHODS, "--resume", "--seed=1", planted=ENDS, plans=PEAKS)
@@ -298,6 +320,7 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Ended:
 def test_workers_share_the_cases_and_the_run_is_saved_once(shared_run: Ended) -> None:
     assert shared_run.code == pytest.ExitCode.TESTS_FAILED, shared_run.output
     assert shared_run.started == {"lora": 1, "full": 1, "ia3": 1}
+    assert shared_run.saved["peft_gauge"]["selection"]["deselected"] is None  # it is the workers that collect
     cases = by_question(shared_run.saved)
     assert {name: case["outcome"] for name, case in cases.items() if name.startswith("test_peak")} == {
         "test_peak lora": "passed",

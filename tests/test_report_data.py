@@ -109,9 +109,10 @@ def test_a_case_is_compared_with_the_last_run_that_held_it(tmp_path: Path) -> No
     save(tmp_path, 2, [step_case("lora", "toy")])
     save(tmp_path, 3, [memory_case("lora", "toy", extra=10**7)])
     report = gather([tmp_path], RULES)
-    machine = report.machines["cpu-box"]
-    assert machine.base is not None
-    assert machine.base.name == "0001"
+    newest, before = report.machines["cpu-box"].answering
+    assert newest.base is not None
+    assert (newest.run.name, newest.base.name) == ("0003", "0001")
+    assert (before.run.name, before.base) == ("0002", None)
     assert report.history is not None
     assert {(change.run, change.metric) for change in report.history.changes} >= {(2, "tensor_peak_bytes")}
 
@@ -280,10 +281,11 @@ def test_the_saved_runs_of_this_repository_can_be_reported() -> None:
     for machine in report.machines.values():
         peaks = {
             (plan["model"], plan["method"], plan["settings"]["batch"], plan["settings"]["seq"]): plan["peak_bytes"]
-            for plan in page_data.plans_of(machine.newest)
+            for answering in machine.answering
+            for plan in page_data.plans_of(answering.run)
         }
         bars: dict[tuple[str, str], int] = {}
-        for row in page_data.memory_rows(machine.newest):
+        for row in report.rows("memory"):
             if row["source"] == "planned":
                 bars[row["panel"], row["label"]] = bars.get((row["panel"], row["label"]), 0) + row["bytes"]
         assert sorted(bars.values()) == sorted(peaks.values())

@@ -184,3 +184,8 @@ def test_a_mistake_in_the_file_is_one_line(text: str, said: str, tmp_path: Path)
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="the rules in .*none.toml cannot be read: No such file"):
         read_rules(tmp_path / "none.toml")
+
+
+def test_no_rule_goes_by_the_name_of_a_benchmark() -> None:
+    """A file or a test may be renamed; only claims, whose ids are their own, have rules by test."""
+    assert {rule.test for rule in read_rules().rules} == {"*", "claim::*"}

@@ -89,7 +89,7 @@ def named_commands() -> list[tuple[str, list[str]]]:
 
 def test_the_commands_to_check_are_found() -> None:
     assert {"doctor", "report", "compare"} <= {verb for verb, _ in named_commands()}
-    assert ("compare", ["--last", "--results", "--markdown"]) in named_commands()
+    assert ("compare", ["--markdown"]) in named_commands()
 
 
 @pytest.mark.parametrize(

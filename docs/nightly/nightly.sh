@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One night without GitHub: a fresh environment, the CUDA cases, a comparison with the run before.
+# One night without GitHub: a fresh environment, the CUDA cases, a comparison with the last run that had cases in common.
 #
 #   PEFT_GAUGE_RESULTS   where runs are kept between nights (default: ~/peft-gauge-results)
 #
@@ -40,6 +40,6 @@ runs=("${run%/*}"/[0-9]*.json) # those of this machine and accelerator
 if (( ${#runs[@]} < 2 )); then
   echo "the first run of this machine: there is none to compare it with"
 else
-  peft-gauge compare --last 2 --results "$results" || compared=$?
+  peft-gauge compare "$run" || compared=$?
 fi
 exit "$(( measured ? measured : compared ))"

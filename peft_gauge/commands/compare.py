@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path  # typer reads the annotations at run time
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,15 +11,24 @@ import typer
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
+    from peft_gauge.history.choosing import Chosen
     from peft_gauge.history.comparing import Comparison
 
 
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="BASE NEW...", help="Saved runs; a folder is the newest run in it.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Saved runs: BASE, then one or more NEW. A folder is the newest run in it that has cases in common "
+            "with the others. A single run is NEW, and BASE the newest before it that has cases in common with it.",
+        ),
     ] = None,
     last: Annotated[
-        int | None, typer.Option(help="Take the newest N runs of a machine instead; the oldest of them is BASE.")
+        int | None,
+        typer.Option(
+            help="Take the newest N runs of a machine that have cases in common instead; the oldest of them is BASE."
+        ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Where --last looks.")] = Path("results"),
     machine: Annotated[str | None, typer.Option(help="Whose runs --last takes. Default: this machine's.")] = None,
@@ -27,9 +37,10 @@ def compare(
         bool, typer.Option("--across-machines", help="Let machines differ; compare only what carries no noise.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 1 also for what is missing, skipped or not comparable.")
+        bool,
+        typer.Option("--strict", help="Exit code 1 also for what is missing, not asked, skipped or not comparable."),
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Show also what stayed the same.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show each figure, and also what stayed the same.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, such as for a job's summary.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
@@ -38,13 +49,13 @@ def compare(
     Exit code 0 where nothing got worse, 1 where something did, 2 where runs are not comparable or cannot be read.
     """
     from peft_gauge.history import comparing
-    from peft_gauge.history.reading import read_run
     from peft_gauge.history.rules import read_rules
 
-    paths = _chosen(runs or [], last, results, machine)
+    chosen = _chosen(runs or [], last, results, machine)
     judged_by = read_rules(rules)
-    base, *others = map(read_run, paths)
+    base, *others = chosen.runs
     comparisons = [comparing.compare(base, new, judged_by, across_machines=across_machines) for new in others]
+    comparisons = [replace(each, notes=(*chosen.passed_over, *each.notes)) for each in comparisons]
     if json_file is not None:
         _write_json(json_file, comparisons, strict)
     _print(comparisons, markdown, everything)
@@ -54,14 +65,17 @@ def compare(
     raise typer.Exit(max(comparison.exit_code(strict=strict) for comparison in comparisons))
 
 
-def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | None) -> list[Path]:
-    """The files to compare, BASE first; raises `GaugeError` for fewer than two."""
+def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | None) -> Chosen:
+    """The runs to compare, BASE first; raises `GaugeError` where there are not two."""
+    from peft_gauge.history import choosing
     from peft_gauge.history.reading import runs_in
 
     if last is None:
-        if len(runs) < 2:
-            raise GaugeError("compare needs BASE and at least one NEW, or --last N")
-        return [_newest(path) for path in runs]
+        if not runs:
+            raise GaugeError("compare needs a saved run, or BASE and at least one NEW, or --last N")
+        if len(runs) > 1:
+            return choosing.of_each(list(map(_candidates, runs)))
+        return choosing.newest_in_common(_candidates(runs[0]), 2) if runs[0].is_dir() else _with_base(runs[0])
     if runs:
         raise GaugeError("name runs or give --last, not both")
     if last < 2:
@@ -70,22 +84,38 @@ def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | No
     found = runs_in(results, owner)
     if len(found) < last:
         raise GaugeError(f"--last {last}: {results / owner} has {len(found)} saved runs")
-    return found[-last:]
+    return choosing.newest_in_common(found, last)
 
 
-def _newest(path: Path) -> Path:
-    """``path``, or the newest run in it if it is a folder."""
+def _with_base(path: Path) -> Chosen:
+    """The run in ``path`` and, as BASE, the newest before it in its folder that has cases in common with it."""
+    from peft_gauge.history import choosing
+    from peft_gauge.history.reading import read_run, runs_in
+
+    new = read_run(path)
+    beside = runs_in(path.parent)
+    names = [each.name for each in beside]
+    before = beside[: names.index(path.name)] if path.name in names else beside
+    found = choosing.newest_base(before, new.cases)
+    if not found.runs:
+        number = f"none of the {len(before)} runs" if before else "no run"
+        raise GaugeError(f"{path}: {number} before it in its folder has cases in common with it; name BASE, too")
+    return replace(found, runs=(*found.runs, new))
+
+
+def _candidates(path: Path) -> list[Path]:
+    """``path``, or the runs in it if it is a folder, the oldest first."""
     from peft_gauge.history.reading import runs_in
 
     if not path.is_dir():
-        return path
+        return [path]
     found = runs_in(path)
     if not found:
         raise GaugeError(f"{path} holds no saved run")
     folders = {run.parent for run in found}
     if len(folders) > 1:
         raise GaugeError(f"{path} holds runs of several machines; name one: {', '.join(sorted(map(str, folders)))}")
-    return found[-1]
+    return found
 
 
 def _this_machine() -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path  # typer reads the annotations at run time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from peft_gauge.errors import GaugeError, unknown
-
-if TYPE_CHECKING:
-    from peft_gauge.history.reading import Run
 
 DEFAULT_PAGE, DEFAULT_FOLDER = Path("report.html"), Path("report")
 
@@ -29,11 +26,11 @@ def report(
         str, typer.Option("--format", help="html: one page; png or svg: a folder with a picture of each plot.")
     ] = "html",
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print each machine's newest run instead, as for a job's summary.")
+        bool, typer.Option("--markdown", help="Print each machine's newest answers instead, as for a job's summary.")
     ] = False,
     rules: Annotated[Path | None, typer.Option(help="How figures are judged. Default: fixtures/rules.toml.")] = None,
 ) -> None:
-    """Show saved runs: tables, plots and history, with what changed against the run before.
+    """Show saved runs: tables, plots and history, with what changed. Of each case, the newest run counts that ran it.
 
     What cannot be read is named on standard error and left out. Exit code 2 where nothing is left.
     """
@@ -79,7 +76,7 @@ def _draw(paths: list[Path], folder: Path, form: str, rules: Path | None) -> Non
     _warn(found.left_out)
     saved = pictures.save_pictures(found, folder, form)
     if not saved:
-        raise GaugeError("the newest runs hold no memory, no times and no sweep: there is nothing to draw")
+        raise GaugeError("the runs hold no memory, no times and no sweep: there is nothing to draw")
     print(f"wrote {len(saved)} pictures to {folder}")
 
 
@@ -87,26 +84,11 @@ def _print_markdown(paths: list[Path]) -> None:
     from peft_gauge.report import markdown, page_data
 
     files, left_out = page_data.find(paths)
-    newest = list(_newest(files, left_out))
-    if not newest:
+    answers = page_data.newest_answers(files, left_out)
+    if not answers:
         raise GaugeError(page_data.nothing_left(left_out))
     _warn(left_out)
-    print("\n".join(markdown.summary(run) for run in newest), end="")
-
-
-def _newest(files: list[Path], left_out: list[str]) -> list[Run]:
-    """The newest run that can be read of each folder; what had to be passed over goes to ``left_out``."""
-    from peft_gauge.history.reading import read_run
-
-    found: dict[Path, Run] = {}
-    for file in reversed(files):
-        if file.parent in found:
-            continue
-        try:
-            found[file.parent] = read_run(file)
-        except GaugeError as error:
-            left_out.append(str(error))
-    return list(reversed(found.values()))
+    print("\n".join(markdown.summary(*each) for each in answers), end="")
 
 
 def _warn(left_out: list[str]) -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.history import intervals
+from peft_gauge.history.absent import ABSENT, MISSING, NOT_ASKED, NOT_REACHED, Absences
 from peft_gauge.history.metrics import (
     FINGERPRINT,
+    IDENTITY,
     Case,
     Samples,
     cases_of,
@@ -21,25 +23,26 @@ from peft_gauge.history.metrics import (
     environment_changes,
     machine_changes,
 )
+from peft_gauge.history.schema import NOT_RUN
 
 if TYPE_CHECKING:
     from peft_gauge.history.intervals import Estimate, Judgement, Verdict
     from peft_gauge.history.reading import Run
     from peft_gauge.history.rules import Rule, Rules
 
-NOT_RUN = ("skipped", "interrupted")
 BROKEN = ("failed", "out-of-memory", "crashed", "timed-out")
 NOT_MEASURED = "not measured yet"
 """What a claim's verdict is while no benchmark decides it."""
 
-NEW, MISSING, RENAMED, NOT_COMPARABLE, ALL_TIMES = "NEW", "MISSING", "RENAMED", "NOT COMPARABLE", "ALL TIMES"
-UNCHECKED = frozenset({MISSING, NOT_COMPARABLE, *(name.upper() for name in NOT_RUN)})
+NEW, RENAMED, NOT_COMPARABLE, ALL_TIMES = "NEW", "RENAMED", "NOT COMPARABLE", "ALL TIMES"
+UNCHECKED = frozenset({*ABSENT, NOT_COMPARABLE, *(name.upper() for name in NOT_RUN)})
 """Labels of rows that say: this was checked once, and now it is not."""
 
 LEAST_TIMES = 5
 AGREEING = 0.9
 """A common factor is read from at least `LEAST_TIMES` times, of which at least this share agree with it."""
 TOLD_NAMES = 5
+TOLD_QUESTIONS = 3
 TOLD_DIFFERENCES = 2
 """How many of a fingerprint's differences stand beside a verdict."""
 
@@ -48,9 +51,10 @@ TOLD_DIFFERENCES = 2
 class Row:
     """One line of a comparison.
 
-    ``test`` and ``metric``: what was compared; ``label``: for what is no plain figure, what it is (NEW, MISSING,
-    RENAMED, SKIPPED, OUT OF MEMORY, …); ``before`` and ``after``: the values, of a time in seconds; ``ratio``: after /
-    before. Of a time that was judged: ``judged``, which may be ``relative_to`` the control or a common factor.
+    ``test`` and ``metric``: what was compared; ``label``: for what is no plain figure, what it is (NEW, RENAMED,
+    SKIPPED, OUT OF MEMORY, …; of a case that only BASE holds, one of `ABSENT`); ``before`` and ``after``: the values,
+    of a time in seconds; ``ratio``: after / before. Of a time that was judged: ``judged``, which may be ``relative_to``
+    the control or a common factor.
     ``cause``: what may explain a change; ``note``: anything else.
     """
 
@@ -125,6 +129,13 @@ class _Pair:
     new: Case
     shape: _Shape | None
 
+    @property
+    def differing(self) -> list[str]:
+        """The settings that differ. A case that did not run, or died, may have none of its own to hold against it."""
+        known = self.old.settings and self.new.settings
+        both_passed = self.old.outcome == self.new.outcome == "passed"
+        return changes(self.old.settings, self.new.settings) if known or both_passed else []
+
     def one_sided(self, row: Row) -> Iterator[Row]:
         """The row of a figure that one run lacks; of a case that did not pass, that says nothing new."""
         if self.old.outcome == self.new.outcome == "passed":
@@ -154,9 +165,10 @@ def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False)
         for old in old_cases.values()
         if (name := names.get(old.id, old.id)) in new_cases
     ]
-    rows += _unpaired(old_cases, new_cases, names, "the run was interrupted" if new.interrupted else None)
+    rows += _only_in_base(base, new, old_cases, new_cases, names)
+    rows += _only_in_new(base, new, old_cases, new_cases, names)
     rows += [row for pair in pairs for row in _conditions(pair)]
-    comparable = [pair for pair in pairs if not changes(pair.old.settings, pair.new.settings)]
+    comparable = [pair for pair in pairs if not pair.differing]
     rows += [row for pair in comparable for row in _noise_free(pair, rules, across_machines)]
     rows += _claims(base, new, rules)
     notes = [f"machines differ: {'; '.join(machines)}; what carries noise was not compared"] if machines else []
@@ -166,8 +178,7 @@ def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False)
         judged, note = _judged_times(comparable, rules, moved)
         rows += judged
         notes += note
-    why = "the settings of every case differ" if pairs else "no case stands in both"
-    return _comparison(base, new, rows, notes, None if comparable else why)
+    return _comparison(base, new, rows, notes, None if comparable else _why_incomparable(base, new, pairs))
 
 
 def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], incomparable: str | None) -> Comparison:
@@ -182,28 +193,66 @@ def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], inco
     )
 
 
+def _why_incomparable(base: Run, new: Run, pairs: Sequence[_Pair]) -> str:
+    """Why nothing can be judged: other settings, or no case in both, and then what each of them asked."""
+    if pairs:
+        differing = Counter(change for pair in pairs for change in pair.differing)
+        ((most, _),) = differing.most_common(1)
+        return f"the settings of every case in both differ ({most}{', …' if len(differing) > 1 else ''})"
+    asked = [{case.question for case in run.cases} for run in (base, new)]
+    told = " and ".join(f"{name} {_questions(run)}" for name, run in (("BASE", base), ("NEW", new)))
+    if not asked[0] & asked[1]:
+        return f"no case stands in both; they ask different questions: {told}"
+    absences = Absences(base, new)
+    reasons = Counter(absences(case.id, case.question, case.figures).why for case in base.cases)
+    return f"no case stands in both, although both ask {', '.join(sorted(asked[0] & asked[1]))}: NEW {_most(reasons)}"
+
+
+def _questions(run: Run) -> str:
+    """ "test_speed (28 cases) and 3 more", and that it was interrupted where it was."""
+    counted = Counter(case.question for case in run.cases).most_common()
+    named = [f"{question} ({number} case{'s' * (number != 1)})" for question, number in counted[:TOLD_QUESTIONS]]
+    more = f" and {len(counted) - TOLD_QUESTIONS} more" if len(counted) > TOLD_QUESTIONS else ""
+    return f"{', '.join(named) or 'none'}{more}{', interrupted' if run.interrupted else ''}"
+
+
+def _most(reasons: Counter[str]) -> str:
+    (most, _), *rest = reasons.most_common()
+    return most + (f", and {len(rest)} other reason{'s' * (len(rest) > 1)}" if rest else "")
+
+
 # Which case is which
 
 
 def renamed(old_cases: Mapping[str, Case], new_cases: Mapping[str, Case]) -> dict[str, str]:
     """Old id -> new id of cases that only changed their name.
 
-    The same question, with the same figures' names about the same subject, or with the same fingerprint. Where two
-    could be meant, none is.
+    The same figures' names under the same test in another file, or about the same subject; or the same fingerprint.
+    Where two could be meant, none is.
     """
     gone = [case for case in old_cases.values() if case.id not in new_cases]
     come = [case for case in new_cases.values() if case.id not in old_cases]
     found: dict[str, str] = {}
-    for key in (_by_subject, _by_fingerprint):
-        old, new = _unique(gone, key), _unique(come, key)
-        for shared in old.keys() & new.keys():
-            if old[shared].id not in found and new[shared].id not in found.values():
-                found[old[shared].id] = new[shared].id
+    for key in (_by_test, _by_subject_and_file, _by_subject, _by_fingerprint):
+        taken = set(found.values())
+        old = _unique([case for case in gone if case.id not in found], key)
+        new = _unique([case for case in come if case.id not in taken], key)
+        found |= {old[shared].id: new[shared].id for shared in old.keys() & new.keys()}
     return found
 
 
-def _by_subject(case: Case) -> str | None:
+def _by_test(case: Case) -> str | None:
+    return json.dumps([case.id.partition("::")[2], sorted(case.figures)])
+
+
+def _by_subject_and_file(case: Case) -> str | None:
     return None if case.subject is None else json.dumps([case.question, sorted(case.figures), case.subject])
+
+
+def _by_subject(case: Case) -> str | None:
+    """In any file: then figures besides those that name the subject have to say what was asked of it."""
+    said = case.figures.keys() - {*IDENTITY}
+    return None if case.subject is None or not said else json.dumps([sorted(said), case.subject])
 
 
 def _by_fingerprint(case: Case) -> str | None:
@@ -221,15 +270,28 @@ def _renamed_row(old: str, new: str) -> Row:
     return Row(new, "id", "same", RENAMED, before=old, after=new)
 
 
-def _unpaired(
-    old_cases: Mapping[str, Case], new_cases: Mapping[str, Case], names: Mapping[str, str], why: str | None
+def _only_in_base(
+    base: Run, new: Run, old_cases: Mapping[str, Case], new_cases: Mapping[str, Case], names: Mapping[str, str]
 ) -> Iterator[Row]:
+    """Rows of cases that NEW does not hold, and why; one that did not run in BASE either is no loss."""
+    absences = Absences(base, new)
     for case in old_cases.values():
-        if case.id not in new_cases and case.id not in names:
-            yield Row(case.id, "outcome", "cannot tell", MISSING, before=case.outcome, note=why)
+        if case.id not in new_cases and case.id not in names and case.outcome not in NOT_RUN:
+            label, why = absences(case.id, case.question, case.figures)
+            yield Row(case.id, "outcome", "cannot tell", label, before=case.outcome, note=f"NEW {why}")
+
+
+def _only_in_new(
+    base: Run, new: Run, old_cases: Mapping[str, Case], new_cases: Mapping[str, Case], names: Mapping[str, str]
+) -> Iterator[Row]:
+    """Rows of cases that BASE does not hold, and why, where it is not only that they are new."""
+    absences = Absences(new, base)
+    known = set(names.values())
     for case in new_cases.values():
-        if case.id not in old_cases and case.id not in names.values():
-            yield Row(case.id, "outcome", "cannot tell", NEW, after=case.outcome, note=case.reason)
+        if case.id not in old_cases and case.id not in known:
+            label, why = absences(case.id, case.question, case.figures)
+            note = None if label == MISSING else f"BASE {why}"
+            yield Row(case.id, "outcome", "cannot tell", NEW, after=case.outcome, note=case.reason or note)
 
 
 # How a case ended, and under which conditions
@@ -241,9 +303,8 @@ def _conditions(pair: _Pair) -> Iterator[Row]:
     label = None if old == new else NEW if old in NOT_RUN and new == "passed" else new.replace("-", " ").upper()
     note = pair.new.reason if new != "passed" else pair.old.reason
     yield Row(pair.new.id, "outcome", outcome_verdict(old, new), label, old, new, note=note)
-    differing = changes(pair.old.settings, pair.new.settings)
-    if differing:
-        yield Row(pair.new.id, "settings", "cannot tell", NOT_COMPARABLE, note="; ".join(differing))
+    if pair.differing:
+        yield Row(pair.new.id, "settings", "cannot tell", NOT_COMPARABLE, note="; ".join(pair.differing))
 
 
 def outcome_verdict(old: str, new: str) -> Verdict:
@@ -330,8 +391,16 @@ def _claims(base: Run, new: Run, rules: Rules) -> Iterator[Row]:
         row = Row(name, "verdict", "same", before=before, after=after, note=now.get(name, {}).get("figure"))
         if before == after:
             yield row
-        elif before is None or after is None:
-            yield replace(row, verdict="cannot tell", label=NEW if before is None else MISSING)
+        elif before is None:
+            yield replace(row, verdict="cannot tell", label=NEW)
+        elif after is None:
+            # A claim that a run lists and does not decide, or of a run without claims, is decided by a question that
+            # it did not ask.
+            asked = now and name not in now
+            label = NOT_REACHED if new.interrupted else MISSING if asked else NOT_ASKED
+            yield replace(
+                row, verdict="cannot tell", label=label, note=None if label == MISSING else "NEW does not decide it"
+            )
         else:
             yield replace(row, verdict="better" if before == "cannot tell" else "worse")
 

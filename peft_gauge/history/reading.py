@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseRecord, Outcome
+from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseRecord, Outcome, Selection
 
 OUTCOMES = frozenset(get_args(Outcome))
 
@@ -36,7 +36,8 @@ class Run:
 
     ``machine`` and ``commit``: what ``machine_info`` and ``commit_info`` held; ``when``: its end, with its time zone;
     ``options``: what shaped it; ``cases`` and ``claims``: its records; ``benchmarks``: pytest-benchmark's own entries;
-    ``interrupted``: whether it ended before all its cases.
+    ``interrupted``: whether it ended before all its cases; ``selection``: which cases it was asked for, ``None`` for a
+    run that does not say so.
 
     ``schema`` is ``None`` for a file of plain pytest-benchmark. Each of its benchmarks is a passed case with the figure
     ``seconds``, the median, and its rounds as samples where they were saved; it has no options and no claims.
@@ -52,6 +53,7 @@ class Run:
     benchmarks: tuple[Mapping[str, Any], ...]
     schema: int | None
     interrupted: bool
+    selection: Selection | None = None
 
     @property
     def libraries(self) -> Mapping[str, str | None]:
@@ -99,12 +101,6 @@ def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
         return [path for each in (folder, *machines) for path in _files(each)]
     except OSError as error:
         raise GaugeError(f"{folder} cannot be listed: {error.strerror or error}") from error
-
-
-def last_run(results: Path, machine: str) -> Run | None:
-    """The newest run of ``machine`` under ``results``, or ``None``; raises `GaugeError` where it cannot be read."""
-    paths = runs_in(results, machine) if results.exists() else []
-    return read_run(paths[-1]) if paths else None
 
 
 def _is_name(text: str) -> bool:
@@ -212,7 +208,25 @@ def _run(path: Path, document: dict[str, Any]) -> Run:
         schema=schema,
         # Schema 1 saved no run that had been interrupted.
         interrupted=_field({"interrupted": False} | (section or {}), "interrupted", bool, f"{KEY}."),
+        selection=_selection((section or {}).get("selection")),
     )
+
+
+def _selection(told: Any) -> Selection | None:
+    """Runs before 27 November 2026 do not say what they were asked for."""
+    if told is None:
+        return None
+    where = f"{KEY}.selection"
+    if type(told) is not dict:
+        raise _Malformed(f"is malformed: {where} is {_shown(told)}, not an object")
+    given = [name for name in ("args", "deselected") if name == "args" or told.get(name) is not None]
+    lists: dict[str, list[str]] = {name: _field(told, name, list, f"{where}.") for name in given}
+    for name, values in lists.items():
+        if not all(type(value) is str for value in values):
+            raise _Malformed(f"is malformed: {where}.{name} is no list of texts")
+    markers, keywords = (_field({name: ""} | told, name, str, f"{where}.") for name in ("markers", "keywords"))
+    deselected = frozenset(lists["deselected"]) if "deselected" in lists else None
+    return Selection(tuple(lists["args"]), markers, keywords, deselected)
 
 
 def _schema(section: dict[str, Any]) -> int:

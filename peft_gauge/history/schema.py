@@ -6,6 +6,7 @@ cases stand under ``benchmarks``, and everything else under one further key, `KE
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ KEY = "peft_gauge"
 VERSION = 2
 
 Outcome = Literal["passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted"]
+
+NOT_RUN: tuple[Outcome, ...] = ("skipped", "interrupted")
+"""How a case ends that answers nothing."""
 
 SAMPLES = "sampled_seconds"
 """The figure under which raw times stand: metric -> one list of seconds for each process that measured it."""
@@ -38,6 +42,37 @@ class CaseRecord:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a run was asked for, of all the cases that there are.
+
+    ``args``: the paths and node ids on its command line, relative to the project's root, or where it looked without
+    any; ``markers`` and ``keywords``: its expressions (``-m``, ``-k``); ``deselected``: the ids of cases that these, or
+    the suite's own defaults, left out; ``None`` where several workers collected and nobody noted them.
+    """
+
+    args: tuple[str, ...]
+    markers: str = ""
+    keywords: str = ""
+    deselected: frozenset[str] | None = None
+
+    def covers(self, id_: str) -> bool:
+        """Whether the case ``id_`` stands in one of the paths, or is one of the node ids or an instance of one."""
+        return any(id_ == arg or id_.startswith((f"{arg}/", f"{arg}::", f"{arg}[")) for arg in self.args) or (
+            "." in self.args
+        )
+
+    @property
+    def expressions(self) -> str:
+        """``-m 'not slow' -k lora``, as somebody would type it; empty where there were none."""
+        given = {"-m": self.markers, "-k": self.keywords}
+        return " ".join(f"{option} {shlex.quote(value)}" for option, value in given.items() if value)
+
+    def as_json(self) -> dict[str, Any]:
+        deselected = None if self.deselected is None else sorted(self.deselected)
+        return {**asdict(self), "args": list(self.args), "deselected": deselected}
+
+
 def as_json(
     cases: list[CaseRecord],
     claims: list[dict[str, Any]],
@@ -45,16 +80,19 @@ def as_json(
     *,
     interrupted: bool = False,
     resumed_from: str | None = None,
+    selection: Selection | None = None,
 ) -> dict[str, Any]:
     """The value stored under `KEY`: schema version, options of the run, cases and claims.
 
-    ``interrupted``: whether the run ended before all its cases; ``resumed_from``: the file whose cases it took over.
+    ``interrupted``: whether the run ended before all its cases; ``resumed_from``: the file whose cases it took over;
+    ``selection``: which cases it was asked for, of all that there are.
     """
     return {
         "schema": VERSION,
         "options": options,
         "interrupted": interrupted,
         "resumed_from": resumed_from,
+        "selection": None if selection is None else selection.as_json(),
         "cases": [asdict(case) for case in cases],
         "claims": claims,
     }

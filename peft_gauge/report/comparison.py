@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
-from peft_gauge.report.terminal import ABSENT, as_text, shown_seconds
+from peft_gauge.report.terminal import ABSENT, shown_seconds
 
 if TYPE_CHECKING:
     from peft_gauge.history.comparing import Comparison, Row
@@ -17,7 +19,11 @@ SCHEMA = 1
 HEADINGS = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know")
 OVER = " over "
 TEXT_LIMIT = 48
-NARROW = 28  # columns of the terminal; any number fits, a text is folded
+NARROWEST = 40  # columns of the terminal, whatever it says it has
+
+FEW = 3
+"""So many rows that say the same have a line each; more have one together."""
+TOLD_FILES = 4
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,91 @@ def _percent(ratio: float) -> str:
     return "> +999 %" if percent > 999 else f"{percent:+.1f} %"
 
 
-def shown_rows(comparison: Comparison, *, everything: bool) -> list[Row]:
-    """The rows worth a line: all but what stayed the same, unless ``everything`` is asked for."""
-    return [row for row in comparison.rows if everything or row.verdict != "same" or row.label is not None]
+@dataclass(frozen=True)
+class Line:
+    """What stands in one line of a table: one row, or several that say the same."""
+
+    rows: tuple[Row, ...]
+    cells: Cells
+
+
+def shown_lines(comparison: Comparison, *, everything: bool) -> list[Line]:
+    """The lines of ``comparison``, the worst first: all rows one by one if ``everything`` is asked for.
+
+    Else without what stayed the same. More than `FEW` times that cannot be told apart are one line, and so are more
+    than `FEW` cases that have the same label for the same reason.
+    """
+    if everything:
+        return [Line((row,), cells(row)) for row in comparison.rows]
+    groups: dict[Hashable, list[Row]] = {}
+    for row in comparison.rows:
+        if row.verdict != "same" or row.label is not None:
+            groups.setdefault(_group(row), []).append(row)
+    return [line for key, rows in groups.items() for line in _together(key, rows)]
+
+
+UNDECIDED = "undecided times"
+
+
+def _group(row: Row) -> Hashable:
+    """What a row shares with those that it can share a line with."""
+    if row.label is None:
+        return UNDECIDED if row.verdict == "cannot tell" and row.metric.endswith("seconds") else row
+    if row.verdict in ("worse", "better") or row.judged is not None or row.cause is not None:
+        return row
+    return row.verdict, row.label, row.metric, row.note
+
+
+def _together(key: Hashable, rows: Sequence[Row]) -> list[Line]:
+    if len(rows) > FEW:
+        return [Line(tuple(rows), _undecided(rows) if key == UNDECIDED else _alike(rows))]
+    return [Line((row,), cells(row)) for row in rows]
+
+
+def _undecided(rows: Sequence[Row]) -> Cells:
+    """One line for times that were not decided: how many, how far they moved at most, and what would decide them."""
+    metrics = Counter(row.metric for row in rows)
+    judged = [row for row in rows if row.judged is not None]
+    ratios = sorted(row.judged.ratio if row.judged is not None else row.ratio or 1.0 for row in rows)
+    over = sorted({row.relative_to for row in judged if row.relative_to is not None})
+    further = [row.judged.further for row in judged if row.judged is not None and row.judged.further is not None]
+    unjudged = Counter(str(row.note) for row in rows if row.judged is None)
+    unsteady = sum("unsteady" in (row.note or "") for row in rows)
+    remarks = [
+        *([f"about {min(further)} more processes a side would decide the clearest"] if further else []),
+        *(f"{number} of them: {note}" for note, number in unjudged.items()),
+        *([f"{unsteady} of them unsteady"] if unsteady else []),
+        "--all shows each",
+    ]
+    return Cells(
+        verdict="cannot tell",
+        case=f"{len(rows)} times of {len({row.test for row in rows})} cases",
+        figure=", ".join(f"{metric} ({number})" for metric, number in metrics.items()),
+        before=ABSENT,
+        after=ABSENT,
+        change=f"{_percent(ratios[0])} to {_percent(ratios[-1])}" + (f"{OVER}{', '.join(over)}" if over else ""),
+        judged=ABSENT,
+        remark="; ".join(remarks),
+    )
+
+
+def _alike(rows: Sequence[Row]) -> Cells:
+    """One line for cases with the same label and the same reason: how many, and of which files."""
+    files = Counter(row.test.partition("::")[0].removeprefix("benchmarks/") for row in rows).most_common()
+    named = ", ".join(f"{name} ({number})" for name, number in files[:TOLD_FILES])
+    more = f" and {len(files) - TOLD_FILES} more files" if len(files) > TOLD_FILES else ""
+    outcomes = [", ".join(sorted({str(getattr(row, side)) for row in rows} - {"None"})) for side in ("before", "after")]
+    shown = [one_line(each, TEXT_LIMIT) if each and rows[0].metric != "id" else ABSENT for each in outcomes]
+    return Cells(
+        verdict=cells(rows[0]).verdict,
+        case=f"{len(rows)} cases: {named}{more}",
+        figure=rows[0].metric,
+        before=shown[0],
+        after=shown[1],
+        change=ABSENT,
+        judged=ABSENT,
+        remark=one_line(rows[0].note) if rows[0].note else ABSENT,
+    )
 
 
 def heading(comparison: Comparison) -> list[str]:
@@ -108,27 +196,33 @@ def counts(comparison: Comparison) -> str:
 
 
 def as_terminal(comparison: Comparison, width: int, *, everything: bool = False) -> str:
-    """``comparison`` as text of at least ``width`` columns."""
-    from rich.table import Table
-
-    lines = heading(comparison)
-    rows = shown_rows(comparison, everything=everything)
-    table = Table()
-    table.add_column("verdict", max_width=NARROW, overflow="fold")
-    table.add_column("case, figure, and what to know", overflow="fold")
-    table.add_column("before, after", max_width=NARROW, overflow="fold")
-    table.add_column("change, and as judged", no_wrap=True)
-    for row in rows:
-        told = cells(row)
-        pairs = (told.before, told.after), (told.change, told.judged.replace(OVER, f"\n{OVER.lstrip()}"))
-        about = [told.case, *(part for part in (told.figure, told.remark) if part not in (ABSENT, "outcome"))]
-        table.add_row(told.verdict, "\n".join(about), *(_stacked(*pair) for pair in pairs))
-    return "\n".join([*lines, *([as_text([table], width).rstrip()] if rows else []), counts(comparison)]) + "\n"
+    """``comparison`` as text that fits ``width`` columns: under each verdict what it is about, and what to know."""
+    width = max(width, NARROWEST)
+    first, *rest = heading(comparison)
+    lines = [first, *(part for line in rest for part in _wrapped(line, width, hanging=2))]
+    shown = [line.cells for line in shown_lines(comparison, everything=everything)]
+    indent = max((len(told.verdict) for told in shown), default=0) + 2
+    for told in shown:
+        beside = told.verdict.ljust(indent)
+        for text in _told(told):
+            lines += [f"{beside}{part}" for part in _wrapped(text, width - indent, hanging=2)][:1]
+            lines += [f"{' ' * indent}{part}" for part in _wrapped(text, width - indent, hanging=2)[1:]]
+            beside = " " * indent
+    return "\n".join([*lines, counts(comparison)]) + "\n"
 
 
-def _stacked(above: str, below: str) -> str:
-    """Two cells in one, and a line saved where both are empty."""
-    return ABSENT if above == below == ABSENT else f"{above}\n{below}"
+def _told(told: Cells) -> list[str]:
+    """The lines on one row: the case; its figure before and after, and the change; how that was judged; remarks."""
+    values = f"{told.before} → {told.after}" if (told.before, told.after) != (ABSENT, ABSENT) else ""
+    figure = told.figure if told.figure != "outcome" else ""
+    change = told.change if told.change != ABSENT else ""
+    about = ": ".join(filter(None, (figure, ", ".join(filter(None, (values, change))))))
+    judged = f"judged {told.judged}" if told.judged != ABSENT else ""
+    return [told.case, *filter(None, (about, judged, told.remark if told.remark != ABSENT else ""))]
+
+
+def _wrapped(text: str, width: int, *, hanging: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=" " * hanging, break_on_hyphens=False) or [""]
 
 
 def as_markdown(comparisons: Iterable[Comparison], *, everything: bool = False) -> str:
@@ -140,10 +234,10 @@ def _markdown(comparison: Comparison, everything: bool) -> str:
     first, *rest = map(in_markdown, heading(comparison))
     lines = [f"### {first}", "", f"**{counts(comparison)}**", ""]
     lines += [f"- {line}" for line in rest] + ([""] if rest else [])
-    rows = shown_rows(comparison, everything=everything)
-    if rows:
+    shown = shown_lines(comparison, everything=everything)
+    if shown:
         lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
-        lines += [_line([in_markdown(cell) for cell in cells(row)]) for row in rows] + [""]
+        lines += [_line([in_markdown(cell) for cell in line.cells]) for line in shown] + [""]
     return "\n".join(lines)
 
 

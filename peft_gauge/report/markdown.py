@@ -1,17 +1,20 @@
-"""The newest run in Markdown, as GitHub shows it: for the summary of a nightly job."""
+"""A machine's newest answers in Markdown, as GitHub shows it, or one run's: for the summary of a nightly job."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
+from peft_gauge.history.metrics import environment_changes, machine_changes
 from peft_gauge.report import page_data, sweep_table
 from peft_gauge.report.comparison import in_markdown
 from peft_gauge.report.page_history import machine_of
 from peft_gauge.report.terminal import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds
 
 if TYPE_CHECKING:
+    from peft_gauge.history.ledger import Standing
     from peft_gauge.history.reading import Run
     from peft_gauge.history.schema import CaseRecord
 
@@ -32,21 +35,28 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: i
     return [f"| {' | '.join(headings)} |", f"| {' | '.join(rule)} |", *lines]
 
 
-def summary(run: Run) -> str:
-    """``run`` as Markdown: machine, versions, claims, methods, memory with plan and ceiling, sweeps, what failed."""
+def summary(runs: Sequence[Run], claims: Sequence[Standing]) -> str:
+    """One machine's answers as Markdown: machine, versions, claims, methods, memory with plan and ceiling, sweeps, what
+    failed.
+
+    ``runs``: one, or those that together hold the newest answers, newest first, each with the cases that it answers;
+    ``claims``: the newest verdicts. Where runs are several, each line of a table names its own.
+    """
+    newest, *_ = runs
     parts = [
-        [f"## {escape(machine_of(run))}, run {escape(run.name)}"],
-        list(_about(run)),
-        list(_methods(run)),
-        list(_memory(run)),
-        list(_plans(run)),
-        *map(_sweep, sweep_table.swept(run.cases)),
-        list(_not_passed(run)),
+        [f"## {escape(machine_of(newest))}, {escape(page_data.named(runs))}"],
+        list(_about(runs, claims)),
+        list(_methods(runs)),
+        list(_memory(runs)),
+        list(_plans(runs)),
+        *(_sweep(runs, run, case) for run in runs for case in sweep_table.swept(run.cases)),
+        list(_not_passed(runs)),
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
-def _about(run: Run) -> Iterator[str]:
+def _about(runs: Sequence[Run], claims: Sequence[Standing]) -> Iterator[str]:
+    run, *earlier = runs
     accelerator = run.machine.get("accelerator") or {}
     cpu = run.machine.get("cpu") or {}
     threads = f", {run.machine['threads']} threads" if run.machine.get("threads") is not None else ""
@@ -62,25 +72,44 @@ def _about(run: Run) -> Iterator[str]:
     yield f"- versions: {escape(', '.join(told))}"
     if run.commit.get("id"):
         yield f"- commit: {escape(str(run.commit['id'])[:12])}{', with changes' if run.commit.get('dirty') else ''}"
-    yield f"- cases: {page_data.counted(case.outcome for case in run.cases) or 'none'}"
-    verdicts = page_data.counted(claim["verdict"] for claim in run.claims)
-    yield f"- claims: {verdicts or 'none'}"
+    yield f"- cases: {page_data.counted(case.outcome for each in runs for case in each.cases) or 'none'}"
+    yield f"- claims: {page_data.counted(claim.verdict for claim in claims) or 'none'}"
+    if earlier:
+        yield from (f"- run {escape(each.name)}: {_answers(each, run)}" for each in runs)
+
+
+def _answers(run: Run, newest: Run) -> str:
+    """Which questions ``run`` answers with how many cases, when it ended, and what else was different then."""
+    questions = Counter(case.question for case in run.cases)
+    told = ", ".join(f"{escape(question)} ({number})" for question, number in questions.items()) or "nothing anew"
+    differs = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
+    when = f"ended {run.when:%Y-%m-%d %H:%M %Z}{', interrupted' if run.interrupted else ''}"
+    return f"{told}; {when}" + (f"; since then {'; '.join(differs)}" if differs else "")
+
+
+def _with_run(runs: Sequence[Run], headings: Sequence[str]) -> list[str]:
+    """A table's ``headings``, with a column for the run where there are several."""
+    return [*headings, "run"] if len(runs) > 1 else [*headings]
+
+
+def _in_run(runs: Sequence[Run], cells: Sequence[str], name: str) -> list[str]:
+    return [*cells, name] if len(runs) > 1 else [*cells]
 
 
 def _where(row: dict[str, Any]) -> str:
     return f"{row['model']} on {row['device']}"
 
 
-def _methods(run: Run) -> Iterator[str]:
-    rows = page_data.methods_told(run)
+def _methods(runs: Sequence[Run]) -> Iterator[str]:
+    rows = page_data.methods_told(runs)
     if not rows:
         return
     yield "### Methods"
     yield ""
     headings = ("method", "model", "conditions", "trainable", "% of base", "on disk", *PHASES, "step ×", "tokens/s")
-    yield from table(headings, map(_method, rows), texts=3)
+    yield from table(_with_run(runs, headings), (_in_run(runs, _method(row), row["run"]) for row in rows), texts=3)
     yield ""
-    yield "Medians of this run; × is against a bare-base forward timed beside each round. 1 GB = 10⁹ bytes."
+    yield "Medians; × is against a bare-base forward timed beside each round. 1 GB = 10⁹ bytes."
     for row in rows:
         if row.get("unsteady"):
             yield f"- unsteady: {escape(label(row))} on {escape(_where(row))}: {escape('; '.join(row['unsteady']))}"
@@ -100,28 +129,25 @@ def _method(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _memory(run: Run) -> Iterator[str]:
-    rows = list(page_data.planned_rows(run))
+def _memory(runs: Sequence[Run]) -> Iterator[str]:
+    rows = [(run, row) for run in runs for row in page_data.planned_rows(run)]
     if not rows:
         return
     yield "### Memory of a step, measured"
     yield ""
     headings = ("method and meter", "step", "measured", "planned", "of plan", "ceiling")
-    yield from table(
-        headings,
-        (
-            [
-                row["label"],
-                row["panel"],
-                shown_bytes(row["measured_bytes"]),
-                shown_bytes(row["planned_bytes"]),
-                f"{100 * row['measured_bytes'] / row['planned_bytes']:.1f} %" if row["planned_bytes"] else ABSENT,
-                _ceiling(row["measured_bytes"], row["ceiling_bytes"]),
-            ]
-            for row in rows
-        ),
-        texts=2,
-    )
+    yield from table(_with_run(runs, headings), (_in_run(runs, _measured(row), run.name) for run, row in rows), texts=2)
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    return [
+        row["label"],
+        row["panel"],
+        shown_bytes(row["measured_bytes"]),
+        shown_bytes(row["planned_bytes"]),
+        f"{100 * row['measured_bytes'] / row['planned_bytes']:.1f} %" if row["planned_bytes"] else ABSENT,
+        _ceiling(row["measured_bytes"], row["ceiling_bytes"]),
+    ]
 
 
 def _ceiling(measured: int, limit: int | None) -> str:
@@ -132,45 +158,40 @@ def _ceiling(measured: int, limit: int | None) -> str:
     )
 
 
-def _plans(run: Run) -> Iterator[str]:
-    plans = list(page_data.plans_of(run))
+def _plans(runs: Sequence[Run]) -> Iterator[str]:
+    plans = [(run, plan) for run in runs for plan in page_data.plans_of(run)]
     if not plans:
         return
     yield "### Memory of a step, planned"
     yield ""
     headings = ("method", "model", "conditions", "resident", "peak", "reserved", "device", "peak in")
-    yield from table(
-        headings,
-        (
-            [
-                plan["method"],
-                plan["model"],
-                page_data.conditions(plan["settings"]),
-                *(
-                    shown_bytes(plan.get(name))
-                    for name in ("resident_bytes", "peak_bytes", "reserved_bytes_estimate", "device_bytes_estimate")
-                ),
-                plan.get("phase_of_peak") or ABSENT,
-            ]
-            for plan in plans
-        ),
-        texts=3,
-    )
+    yield from table(_with_run(runs, headings), (_in_run(runs, _plan(plan), run.name) for run, plan in plans), texts=3)
 
 
-def _sweep(case: CaseRecord) -> list[str]:
+def _plan(plan: Mapping[str, Any]) -> list[str]:
+    sizes = ("resident_bytes", "peak_bytes", "reserved_bytes_estimate", "device_bytes_estimate")
+    return [
+        plan["method"],
+        plan["model"],
+        page_data.conditions(plan["settings"]),
+        *(shown_bytes(plan.get(name)) for name in sizes),
+        plan.get("phase_of_peak") or ABSENT,
+    ]
+
+
+def _sweep(runs: Sequence[Run], run: Run, case: CaseRecord) -> list[str]:
     headings, lines = sweep_table.told(case.figures)
     about = [sweep_table.knees(case), sweep_table.note(case)]
     return [
-        f"### {escape(sweep_table.title(case))}",
+        f"### {escape(sweep_table.title(case))}{f' (run {escape(run.name)})' if len(runs) > 1 else ''}",
         "",
         *table(headings, lines),
         *(line for each in about if each for line in ("", f"{escape(each)}.")),
     ]
 
 
-def _not_passed(run: Run) -> Iterator[str]:
-    cases = page_data.not_passed(run)
+def _not_passed(runs: Sequence[Run]) -> Iterator[str]:
+    cases = [case for run in runs for case in page_data.not_passed(run)]
     if not cases:
         return
     broken = [case for case in cases if case.outcome != "skipped"]

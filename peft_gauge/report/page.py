@@ -44,7 +44,7 @@ TITLES = {
     "times": "Times",
     "pareto": "Quality against cost",
 }
-NOTHING = "No newest run holds figures for this."
+NOTHING = "No run holds figures for this."
 
 
 def render(report: Report) -> str:
@@ -72,7 +72,7 @@ def render(report: Report) -> str:
 <body>
 <a class="skip" href="#main">Skip to the report</a>
 <header><h1>peft-gauge report</h1>
-<p>{text("Shown: " + "; ".join(page_tables.newest_of(report)))}.
+<p>{text("Shown: " + "; ".join(page_tables.shown_of(report)))}.
 1 GB = 10⁹ bytes, 1 MB = 10⁶ bytes, 1 kB = 10³ bytes.</p>
 <nav aria-label="Sections"><ul>{head}</ul></nav>
 </header>
@@ -163,15 +163,15 @@ def _summary(report: Report) -> str:
     parts.append(page_tables.machines(report))
     for name, machine in report.machines.items():
         verdicts = page_data.counted(claim.verdict for claim in machine.claims)
-        outcomes = page_data.counted(case.outcome for case in machine.newest.cases)
-        told = f"cases: {outcomes}" + (f"; claims, over all its runs: {verdicts}" if verdicts else "")
+        outcomes = page_data.counted(case.outcome for each in machine.answering for case in each.run.cases)
+        told = f"cases: {outcomes or 'none'}" + (f"; claims: {verdicts}" if verdicts else "")
         parts.append(f'<p data-machine="{html.escape(name)}">{text(name)}: {text(told)}.</p>')
         notes = page_tables.environment(machine)
         if notes:
             lines = "".join(f"<li>{line}</li>" for line in notes)
             parts.append(f'<ul data-machine="{html.escape(name)}">{lines}</ul>')
     decided = page_tables.compared("t-decided", report, ("worse", "better"))
-    parts.append(decided or "<p>No figure got worse or better in a newest run.</p>")
+    parts.append(decided or "<p>No figure got worse or better in a newest answer.</p>")
     rest = page_tables.compared("t-undecided", report, ("cannot tell", "same"))
     return "\n".join([*parts, *([_details(rest, "What cannot be told, is new, or is missing")] if rest else [])])
 

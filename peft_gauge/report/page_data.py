@@ -6,14 +6,16 @@ of one ``panel`` share a plot.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history.answers import NewestAnswers
 from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import Case, cases_of, machine_changes
 from peft_gauge.history.reading import read_run, runs_in
@@ -34,22 +36,28 @@ Row = dict[str, Any]
 
 PLOTTED = ("memory", "planned", "sequence", "times", "pareto")
 EARLIER_LOOKED_AT = 20
-"""How many runs back the newest one's base is looked for: a run of one benchmark may lie between two of all."""
+"""How many runs back a base is looked for: runs of one benchmark may lie between two of all."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A run that holds the newest answers to some cases, with these only, and the newest earlier run that it can be
+    compared with, if there is any."""
+
+    run: Run
+    base: Run | None = None
+    comparison: Comparison | None = None
 
 
 @dataclass
 class Machine:
-    """One machine's newest run, and the newest earlier one that it can be compared with, if there is any.
+    """What one machine's runs answer. No single run asks everything: of each case the newest run counts that ran it.
 
-    ``claims``: the newest verdicts of all its runs; ``sweeps``: of every sweep, the newest run that has it, with its
-    record. Both are seldom of the newest run, which may have asked for less.
+    ``answering``: these runs, the newest first; ``claims``: the newest verdicts.
     """
 
-    newest: Run
-    base: Run | None = None
-    comparison: Comparison | None = None
+    answering: list[Answering]
     claims: list[Standing] = field(default_factory=list)
-    sweeps: list[tuple[Run, CaseRecord]] = field(default_factory=list)
 
 
 @dataclass
@@ -61,12 +69,16 @@ class Report:
     left_out: list[str] = field(default_factory=list)
 
     def rows(self, kind: str) -> list[Row]:
-        """The rows of all newest runs, or newest sweeps, for the plot ``kind``, one of `PLOTTED`."""
-        if kind == "pareto":
-            sweeps = [sweep for machine in self.machines.values() for sweep in machine.sweeps]
-            return [row for run, record in sweeps for row in pareto_rows(run, record)]
-        made = {"memory": memory_rows, "planned": planned_rows, "sequence": sequence_rows, "times": time_rows}[kind]
-        return [row for machine in self.machines.values() for row in made(machine.newest)]
+        """The rows of all newest answers for the plot ``kind``, one of `PLOTTED`; ``run`` names the run of each."""
+        made: Callable[[Run], Iterator[Row]] = {
+            "memory": memory_rows,
+            "planned": planned_rows,
+            "sequence": sequence_rows,
+            "times": time_rows,
+            "pareto": sweep_rows,
+        }[kind]
+        runs = [each.run for machine in self.machines.values() for each in machine.answering]
+        return [row | {"run": run.name} for run in runs for row in made(run)]
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -95,8 +107,8 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     history = History(remembered)
     files, left_out = find(paths)
     latest: dict[str, list[Run]] = {}
+    answers: dict[str, NewestAnswers] = {}
     verdicts: dict[str, NewestVerdicts] = {}
-    sweeps: dict[str, dict[str, tuple[Run, CaseRecord]]] = {}
     for file in files:
         try:
             run = read_run(file)
@@ -105,17 +117,17 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
             continue
         history.add(run)
         verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
-        of_run = {record.id: (run, record) for record in swept(run.cases)}
-        sweeps.setdefault(machine_of(run), {}).update(of_run)
+        answers.setdefault(machine_of(run), NewestAnswers()).add(run)
         kept = latest.setdefault(machine_of(run), [])
         kept.append(run)
         del kept[: -EARLIER_LOOKED_AT - 1]
     if not latest:
         raise GaugeError(nothing_left(left_out))
-    machines = {name: _compared(runs, remembered) for name, runs in sorted(latest.items())}
-    for name, machine in machines.items():
-        machine.claims = verdicts[name].standings()
-        machine.sweeps = list(sweeps[name].values())
+    machines = {}
+    for name, runs in sorted(latest.items()):
+        claims = verdicts[name].standings()
+        answering = _compared(answers[name].by_run(), runs, claims, remembered)
+        machines[name] = Machine(answering, claims)
     return Report(machines, history, left_out)
 
 
@@ -125,20 +137,57 @@ def nothing_left(left_out: Sequence[str]) -> str:
     return f"{left_out[0]}{more}" if left_out else "no saved run was named"
 
 
-def _compared(runs: list[Run], rules: RememberedRules) -> Machine:
+def newest_answers(files: Sequence[Path], left_out: list[str]) -> list[tuple[list[Run], list[Standing]]]:
+    """Of each machine the runs that hold its newest answers, as `NewestAnswers.by_run`, and its newest verdicts.
+
+    ``files``: oldest first; what cannot be read goes to ``left_out``.
+    """
+    answers: dict[str, NewestAnswers] = {}
+    verdicts: dict[str, NewestVerdicts] = {}
+    for file in files:
+        try:
+            run = read_run(file)
+        except GaugeError as error:
+            left_out.append(str(error))
+        else:
+            answers.setdefault(machine_of(run), NewestAnswers()).add(run)
+            verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
+    return [(found.by_run(), verdicts[name].standings()) for name, found in sorted(answers.items())]
+
+
+def _compared(
+    answering: list[Run], latest: Sequence[Run], claims: Sequence[Standing], rules: RememberedRules
+) -> list[Answering]:
+    """Each of ``answering`` against the newest of the ``latest`` runs before it that it can be compared with."""
+    answered = {case.id for run in answering for case in run.cases}
+    places = {run.path: place for place, run in enumerate(latest)}
+    found = []
+    for run in answering:
+        earlier = latest[: places.get(run.path, 0)]
+        decided = {(each.id, each.model) for each in claims if each.source is not None and each.source.run == run.name}
+        found.append(_against_newest(_with_claims(run, decided), earlier, answered, rules))
+    return found
+
+
+def _with_claims(run: Run, decided: set[tuple[str, str]]) -> Run:
+    return replace(run, claims=tuple(each for each in run.claims if (each["id"], each["model"]) in decided))
+
+
+def _against_newest(new: Run, earlier: Sequence[Run], answered: set[str], rules: RememberedRules) -> Answering:
+    """Of BASE counts what asks the same; what another run answers is neither missing nor new."""
     from peft_gauge.history.comparing import compare
 
-    *earlier, newest = runs
+    own, questions = {case.id for case in new.cases}, {case.question for case in new.cases}
+    decided = {(claim["id"], claim["model"]) for claim in new.claims}
     for base in reversed(earlier):
-        if _shares_a_case(base, newest) and not machine_changes(base, newest):
-            comparison = compare(base, newest, rules)
-            if comparison.incomparable is None:
-                return Machine(newest, base, comparison)
-    return Machine(newest)
-
-
-def _shares_a_case(base: Run, newest: Run) -> bool:
-    return bool({case.id for case in base.cases} & {case.id for case in newest.cases})
+        if not own & {case.id for case in base.cases} or machine_changes(base, new):
+            continue
+        asked = (each for each in base.cases if each.id in own or each.question in questions)
+        cases = tuple(each for each in asked if each.id in own or each.id not in answered)
+        comparison = compare(replace(_with_claims(base, decided), cases=cases), new, rules)
+        if comparison.incomparable is None:
+            return Answering(new, base, comparison)
+    return Answering(new)
 
 
 # Rows of one run
@@ -161,10 +210,32 @@ def plans_of(run: Run) -> Iterator[Mapping[str, Any]]:
             yield plan
 
 
-def methods_told(run: Run) -> list[Row]:
-    """A merged row of figures for each method that was counted or timed, the ways it was trained told apart."""
+def methods_told(runs: Sequence[Run]) -> list[Row]:
+    """A merged row of figures for each method that was counted or timed, the ways it was trained told apart.
+
+    Of ``runs``, newest first, figures of the same settings are merged; ``run`` names all that a row is of.
+    """
     told = {"trainable_params", *(f"{phase}_seconds" for phase in PHASES)}
-    return [row for row in method_rows(run.cases) if row.keys() & told]
+    by_settings: dict[str, list[tuple[Run, CaseRecord]]] = {}
+    for run in reversed(runs):
+        for case in run.cases:
+            if told & case.figures.keys() and "method" in case.figures and case.outcome == "passed":
+                by_settings.setdefault(_settings_of(case), []).append((run, case))
+    rows = []
+    for records in by_settings.values():
+        for row in method_rows(case for _, case in records):
+            of_row = [run.name for run, case in records if _is_of(row, case)]
+            rows.append(row | {"run": ", ".join(reversed(dict.fromkeys(of_row)))})
+    return rows
+
+
+def _settings_of(case: CaseRecord) -> str:
+    return json.dumps(case.figures.get("settings"), sort_keys=True, default=str)
+
+
+def _is_of(row: Row, case: CaseRecord) -> bool:
+    (own,) = method_rows([case])
+    return label(own) == label(row) and all(own[name] == row[name] for name in ("model", "device"))
 
 
 def measured_steps(run: Run) -> list[Row]:
@@ -310,6 +381,12 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
     }
 
 
+def sweep_rows(run: Run) -> Iterator[Row]:
+    """The points of every sweep of ``run``, as `pareto_rows` has them."""
+    for record in swept(run.cases):
+        yield from pareto_rows(run, record)
+
+
 def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
     """Points of a sweep that was saved: quality (more is better) against each cost (less is better). ``quality_is`` of
     the sweep says what its quality is where nothing was trained.
@@ -343,6 +420,12 @@ def _dominates(other: Mapping[str, Any], point: Mapping[str, Any], cost: str) ->
 def not_passed(run: Run) -> list[CaseRecord]:
     """The cases that ended otherwise than asked for, the skipped ones last."""
     return sorted((case for case in run.cases if case.outcome != "passed"), key=lambda case: case.outcome == "skipped")
+
+
+def named(runs: Sequence[Run]) -> str:
+    """ "run 0003", or "runs 0003, 0002 and 0001": whose answers are shown."""
+    *most, last = [run.name for run in runs]
+    return f"runs {', '.join(most)} and {last}" if most else f"run {last}"
 
 
 def counted(values: Iterable[str]) -> str:

@@ -14,9 +14,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.history import intervals
-from peft_gauge.history.comparing import NOT_MEASURED, NOT_RUN, Row, compare, judge_value, outcome_verdict
+from peft_gauge.history.comparing import NOT_MEASURED, Row, compare, judge_value, outcome_verdict
 from peft_gauge.history.metrics import FINGERPRINT, Case, Samples, cases_of, environment_changes, machine_changes
 from peft_gauge.history.rules import Rule, Rules
+from peft_gauge.history.schema import NOT_RUN
 
 if TYPE_CHECKING:
     from peft_gauge.history.reading import Run

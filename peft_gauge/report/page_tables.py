@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from peft_gauge.report import comparison as words
 from peft_gauge.report import page_data, plots
 from peft_gauge.report.page_cells import any_value, number, plain, seconds, size, table, text, verdict
-from peft_gauge.report.page_history import machine_of, subject_of
+from peft_gauge.report.page_history import subject_of
 from peft_gauge.report.terminal import ABSENT, PHASES, label
 
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from peft_gauge.history.comparing import Comparison
     from peft_gauge.history.ledger import Source
+    from peft_gauge.history.reading import Run
     from peft_gauge.report.page_cells import Line
-    from peft_gauge.report.page_data import Machine, Report, Row
+    from peft_gauge.report.page_data import Answering, Machine, Report, Row
     from peft_gauge.report.page_history import Change, History
 
 MOST_CHANGES = 500
@@ -30,9 +31,10 @@ MOST_CHANGES = 500
 def machines(report: Report) -> str:
     headings = (
         "machine",
-        "newest run",
+        "run",
         "ended (UTC)",
         "cases",
+        "of",
         "compared with",
         "worse",
         "better",
@@ -41,51 +43,64 @@ def machines(report: Report) -> str:
     )
     return table(
         "t-machines",
-        "Newest run of each machine, and what changed since the one before it",
+        "Runs with the newest answers of each machine, and what changed since the newest earlier run of the same cases",
         headings,
-        [({"machine": name}, _machine(name, machine)) for name, machine in report.machines.items()],
+        [
+            ({"machine": name}, _machine(name, answering))
+            for name, machine in report.machines.items()
+            for answering in machine.answering
+        ],
     )
 
 
-def _machine(name: str, machine: Machine) -> list[str]:
-    newest, compared = machine.newest, machine.comparison
-    about = newest.name + (", interrupted" if newest.interrupted else "")
-    cells = [text(name), text(about), text(f"{newest.when:%Y-%m-%d %H:%M}"), plain(len(newest.cases), "{}")]
-    if compared is None or machine.base is None:
+def _machine(name: str, answering: Answering) -> list[str]:
+    run, compared = answering.run, answering.comparison
+    about = run.name + (", interrupted" if run.interrupted else "")
+    questions = ", ".join(dict.fromkeys(case.question.removeprefix("test_") for case in run.cases))
+    cells = [text(name), text(about), text(f"{run.when:%Y-%m-%d %H:%M}"), plain(len(run.cases), "{}"), text(questions)]
+    if compared is None or answering.base is None:
         return [*cells, text("none: no earlier run can be compared with it"), *[ABSENT] * 4]
     counts = [compared.counts[verdict] for verdict in ("worse", "better", "cannot tell", "same")]
-    return [*cells, text(machine.base.name), *(plain(count, "{}") for count in counts)]
+    return [*cells, text(answering.base.name), *(plain(count, "{}") for count in counts)]
 
 
 def environment(machine: Machine) -> list[str]:
-    """What else differs between the newest run and its base, and what to know: lines of HTML."""
-    if machine.comparison is None:
-        return []
-    return [text(line) for line in words.heading(machine.comparison)[1:]]
+    """What else differs between each run and its base, and what to know: lines of HTML."""
+    return [
+        text(f"run {each.run.name}: {line}")
+        for each in machine.answering
+        if each.comparison is not None
+        for line in words.heading(each.comparison)[1:]
+    ]
 
 
 def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
     """The rows of all comparisons whose verdicts are ``wanted``; empty text where there are none."""
     lines: list[Line] = []
-    for machine_name, machine in report.machines.items():
-        if machine.comparison is None:
+    answering = [(name, each) for name, machine in report.machines.items() for each in machine.answering]
+    for machine_name, each in answering:
+        if each.comparison is None or each.base is None:
             continue
+        runs = text(f"{each.base.name} → {each.run.name}")
         lines += [
-            ({**about, "machine": machine_name}, [verdict(row.verdict), *cells])
-            for row, about, cells in _rows(machine, machine.comparison)
+            ({**about, "machine": machine_name}, [verdict(row.verdict), *cells, runs])
+            for row, about, cells in _rows(each.run, each.comparison)
             if row.verdict in wanted
         ]
-    headings = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know")
-    return table(name, f"Newest run against the one before: {', '.join(wanted)}", headings, lines) if lines else ""
+    headings = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know", "runs")
+    return table(name, f"Newest answers against those before: {', '.join(wanted)}", headings, lines) if lines else ""
 
 
-def _rows(machine: Machine, comparison: Comparison) -> Iterable[tuple[Any, Row, list[str]]]:
-    subjects = {name: subject_of(case) for name, case in page_data.case_subjects(machine.newest).items()}
-    for row in words.shown_rows(comparison, everything=False):
-        told_as = words.cells(row)
-        values = [any_value(row.metric, value) for value in (row.before, row.after)]
+def _rows(run: Run, comparison: Comparison) -> Iterable[tuple[Any, Row, list[str]]]:
+    subjects = {name: subject_of(case) for name, case in page_data.case_subjects(run).items()}
+    for line in words.shown_lines(comparison, everything=False):
+        row, told_as = line.rows[0], line.cells
         kind = f"{told_as.figure} ({row.label})" if row.label else told_as.figure
-        rest = (told_as.change, told_as.judged, told_as.remark)
+        rest = (told_as.change, told_as.judged, told_as.remark.removesuffix("; --all shows each"))
+        if len(line.rows) > 1:
+            yield row, {}, [text(told_as.case), text(kind), text(told_as.before), text(told_as.after), *map(text, rest)]
+            continue
+        values = [any_value(row.metric, value) for value in (row.before, row.after)]
         model = {"model": row.test.partition("[")[2].rstrip("]")} if row.test.startswith("claim::") else {}
         about = subjects.get(row.test, model)
         yield row, about, [text(told_as.case), text(kind), *values, *map(text, rest)]
@@ -117,7 +132,7 @@ def _decided(source: Source | None) -> str | None:
 def methods(report: Report) -> str:
     lines: list[Line] = []
     for name, machine in report.machines.items():
-        for row in page_data.methods_told(machine.newest):
+        for row in page_data.methods_told([each.run for each in machine.answering]):
             about = {"machine": name, "model": row["model"], "method": row["method"]}
             cells = [
                 text(label(row)),
@@ -130,11 +145,12 @@ def methods(report: Report) -> str:
                 plain(row.get("step_over_control"), "{:.2f}"),
                 plain(row.get("tokens_per_second"), "{:.0f}"),
                 text("; ".join(map(str, row.get("unsteady") or [])) or None),
+                text(row["run"]),
                 text(name),
             ]
             lines.append((about, cells))
     headings = ("method", "model", "conditions", "trainable", "% of base", "on disk", *PHASES)
-    rest = ("step ÷ bare forward", "tokens/s", "unsteady", "machine")
+    rest = ("step ÷ bare forward", "tokens/s", "unsteady", "run", "machine")
     return table("t-methods", "Methods side by side: counts, and medians of times", (*headings, *rest), lines)
 
 
@@ -142,16 +158,18 @@ def memory(rows: Sequence[Row]) -> str:
     """A row for each bar, a column for each category that occurs."""
     used = [name for name in plots.CATEGORIES if any(row["category"] == name for row in rows)]
     used += sorted({row["category"] for row in rows} - set(used))
-    bars: dict[tuple[str, str], list[Row]] = {}
+    bars: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        bars.setdefault((row["panel"], row["label"]), []).append(row)
+        bars.setdefault((row["panel"], row["label"], row["run"]), []).append(row)
     lines: list[Line] = []
-    for (panel, name), parts in bars.items():
+    for (panel, name, _), parts in bars.items():
         by_category = {part["category"]: part["bytes"] for part in parts}
         sizes = [size(sum(by_category.values())), *(size(by_category.get(category)) for category in used)]
-        lines.append((parts[0], [text(name), text(panel), *sizes]))
+        lines.append((parts[0], [text(name), text(panel), text(parts[0]["run"]), *sizes]))
     names = [plots.category_name(category) if category in plots.CATEGORIES else category for category in used]
-    return table("t-memory", "Memory at the peak of a step by category", ("method", "step", "peak", *names), lines)
+    return table(
+        "t-memory", "Memory at the peak of a step by category", ("method", "step", "run", "peak", *names), lines
+    )
 
 
 def planned(rows: Sequence[Row]) -> str:
@@ -161,13 +179,14 @@ def planned(rows: Sequence[Row]) -> str:
             [
                 text(row["label"]),
                 text(row["panel"]),
+                text(row["run"]),
                 *(size(row[f"{kind}_bytes"]) for kind in plots.KINDS),
                 number(row["relative_error"], f"{100 * (row['relative_error'] or 0):+.1f} %"),
             ],
         )
         for row in rows
     ]
-    headings = ("method and meter", "step", *plots.KINDS, "measured against planned")
+    headings = ("method and meter", "step", "run", *plots.KINDS, "measured against planned")
     return table("t-planned", "Peaks: measured, planned, and the ceiling", headings, lines)
 
 
@@ -175,11 +194,15 @@ def sequence(rows: Sequence[Row]) -> str:
     lines: list[Line] = [
         (
             row,
-            [text(row["label"]), text(row["panel"]), text(row["source"]), plain(row["seq"], "{}"), size(row["bytes"])],
+            [
+                *(text(row[name]) for name in ("label", "panel", "run", "source")),
+                plain(row["seq"], "{}"),
+                size(row["bytes"]),
+            ],
         )
         for row in rows
     ]
-    headings = ("method", "model", "planned or measured", "tokens", "peak")
+    headings = ("method", "model", "run", "planned or measured", "tokens", "peak")
     return table("t-sequence", "Peak memory at several lengths of sequence", headings, lines)
 
 
@@ -196,7 +219,8 @@ def growth(report: Report) -> str:
             ],
         )
         for machine in report.machines.values()
-        for row in page_data.growth_rows(machine.newest)
+        for answering in machine.answering
+        for row in page_data.growth_rows(answering.run)
     ]
     headings = ("method", "model", "more by", "with", "measured", "planned")
     return table("t-growth", "Bytes of peak for a token or a row more", headings, lines) if lines else ""
@@ -214,12 +238,13 @@ def times(rows: Sequence[Row]) -> str:
                 plain(row["processes"], "{}"),
                 plain(row["over_control"], "{:.2f}"),
                 text(row["unsteady"]),
+                text(row["run"]),
             ],
         )
         for row in rows
     ]
     interval = ("95 % interval from", "to", "rounds", "processes")
-    headings = ("case", "time of", "median", *interval, "÷ bare forward", "unsteady")
+    headings = ("case", "time of", "median", *interval, "÷ bare forward", "unsteady", "run")
     return table("t-times", "Times: median, and a 95 % interval of the rounds’ median", headings, lines)
 
 
@@ -234,12 +259,13 @@ def pareto(rows: Sequence[Row]) -> str:
                 *(plain(row[name], "{:.7g}") for name in ("quality", "quality_low", "quality_high")),
                 *(plain(row[name], "{}") for name in ("seeds", "diverged")),
                 text("no" if row["front"] else "no quality" if row["quality"] is None else "yes"),
+                text(row["run"]),
             ],
         )
         for row in rows
     ]
     quality = ("quality", "least over seeds", "most", "seeds", "of them diverged")
-    headings = ("point", "sweep and cost", "cost", *quality, "dominated")
+    headings = ("point", "sweep and cost", "cost", *quality, "dominated", "run")
     return table("t-pareto", "Sweeps: quality against cost", headings, lines)
 
 
@@ -276,12 +302,13 @@ def _change(history: History, change: Change) -> list[str]:
 def not_passed(report: Report) -> str:
     lines: list[Line] = []
     for name, machine in report.machines.items():
-        subjects = page_data.case_subjects(machine.newest)
-        for case in page_data.not_passed(machine.newest):
-            about = {**subject_of(subjects[case.id]), "machine": name}
-            cells = [text(case.id.removeprefix("benchmarks/")), verdict(case.outcome), text(case.reason), text(name)]
-            lines.append((about, cells))
-    return table("t-outcomes", "Cases that did not pass", ("case", "outcome", "reason", "machine"), lines)
+        for run in (answering.run for answering in machine.answering):
+            subjects = page_data.case_subjects(run)
+            for case in page_data.not_passed(run):
+                about = {**subject_of(subjects[case.id]), "machine": name}
+                cells = [text(case.id.removeprefix("benchmarks/")), verdict(case.outcome), text(case.reason)]
+                lines.append((about, [*cells, text(run.name), text(name)]))
+    return table("t-outcomes", "Cases that did not pass", ("case", "outcome", "reason", "run", "machine"), lines)
 
 
 def runs(history: History) -> str:
@@ -308,6 +335,9 @@ def versions(libraries: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {version}" for name, version in libraries.items() if version is not None)
 
 
-def newest_of(report: Report) -> list[str]:
-    """The machines with the name of the run that is shown of each."""
-    return [f"{machine_of(machine.newest)}, run {machine.newest.name}" for machine in report.machines.values()]
+def shown_of(report: Report) -> list[str]:
+    """The machines with the names of the runs that are shown of each."""
+    return [
+        f"{name}, {page_data.named([each.run for each in machine.answering])}"
+        for name, machine in report.machines.items()
+    ]
