@@ -401,10 +401,19 @@ def drawn_comparisons(measured: RealPairs, slower: float, rule: PairRule, count:
     return [looked_at(drawn(), rule) for _ in range(count)]
 
 
+BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # an orphan ends
+    for _ in range(100_000):
+        pass
+"""
+
+
 @contextmanager
 def busy_neighbours(count: int) -> Iterator[None]:
     """So many processes that use a core each, for as long as they get one."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield
     finally:
