@@ -318,4 +318,4 @@ def test_an_architecture_that_is_not_known_is_refused_with_what_to_do() -> None:
             self.layers = nn.ModuleList([nn.Linear(4, 4)])
 
     with pytest.raises(GaugeError, match="lora on strange: .* use lora-all-linear"):
-        methods.attach(Strange(), methods.LORA)  # type: ignore[arg-type]
+        methods.attach(Strange(), methods.LORA)

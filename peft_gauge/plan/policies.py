@@ -408,7 +408,7 @@ def update_importance(model: nn.Module) -> None:
 
 def _experts(model: nn.Module) -> int:
     """Experts a layer of a mixture-of-experts base, 0 for a dense one."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), 0)
