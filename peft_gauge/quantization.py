@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
+from peft_gauge._internals.bitsandbytes import code_books
+from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.targets import sizes
 
@@ -342,12 +343,13 @@ def _fake_dynamic_code(device: torch.device) -> Iterator[None]:
     """Lend bitsandbytes a fake copy of its cached 8-bit code: it cannot compute one in a fake mode nor use
     the real.
     """
-    name2qmap = load_bitsandbytes().functional.name2qmap
-    name2qmap["dynamic"] = torch.empty(256, device=device)
+    load_bitsandbytes()
+    books = code_books()
+    books["dynamic"] = torch.empty(256, device=device)
     try:
         yield
     finally:
-        del name2qmap["dynamic"]  # bitsandbytes computes it again when it next needs one
+        del books["dynamic"]  # bitsandbytes computes it again when it next needs one
 
 
 def _mark(

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from peft_gauge._internals.torch import FakeTensor, parameters_of
 from peft_gauge.errors import GaugeError
 from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat
 
@@ -138,14 +138,15 @@ def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
     for module in model.modules():
         if isinstance(module, (fp8.FP8Linear, fp8.FP8Experts)):
             found = True
-            scales = [name for name in module._parameters if name.endswith(("scale_inv", "activation_scale"))]
+            parameters = parameters_of(module)
+            scales = [name for name in parameters if name.endswith(("scale_inv", "activation_scale"))]
             for name in scales:
-                scale = module._parameters.pop(name)
+                scale = parameters.pop(name)
                 module.register_buffer(name, None if scale is None else scale.detach())
             module.quantisation_buffers = tuple(scales)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-            if module._parameters.get("bias") is not None:
+            if parameters.get("bias") is not None:
                 module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     if not found:
         raise GaugeError(f"no layer of {type(model).__name__} is stored in FP8: its config leaves all of them out")

@@ -16,8 +16,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from peft_gauge._internals.torch import FakeTensor
+from peft_gauge._internals.torch import flash_attention as cuda_flash_attention
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def attend(
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     q, k, v = (_in_rows(tensor) for tensor in (q, k, v))
     heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-    out = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, dropout_p, causal, scale=scale)[0]
+    out = cuda_flash_attention(*heads_first, dropout_p, causal, scale=scale)[0]
     out = out.transpose(1, 2)
     return out if out.shape[-1] == width else out[..., :width]
 

@@ -19,14 +19,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 from torch.overrides import TorchFunctionMode
 
+from peft_gauge._internals import peft as peft_internals
+from peft_gauge._internals.torch import NEEDS_VALUES, modules_of, shape_rules, sparse_coo, sparse_parts
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
@@ -37,7 +33,6 @@ if TYPE_CHECKING:
     from peft_gauge.methods import Method
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
-_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 class CannotPlan(GaugeError):
@@ -139,7 +134,7 @@ def _attach_lora(patches: _Patches, config: Mapping[str, Any]) -> None:
     def not_truncated(original: Callable[..., None]) -> Callable[..., None]:
         def init(module: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
             original(module, adapter_name, *args, **kwargs)
-            module._lora_kasa_truncation_deferred.discard(adapter_name)
+            peft_internals.kasa_deferred(module).discard(adapter_name)
 
         return init
 
@@ -161,12 +156,10 @@ def _with_sampler(original: Callable[..., None]) -> Callable[..., None]:
     """PEFT would make the sampler in the first forward, after the optimizer was given its parameters."""
 
     def init(module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        from peft.tuners.lora.variants import MontecloraLinearVariant
-
         original(module, adapter_name, config, **kwargs)
         if adapter_name not in module.lora_monteclora_sampler:
             with torch.device("meta"):
-                sampler = MontecloraLinearVariant._create_sampler(module, adapter_name, config.monteclora_config)
+                sampler = peft_internals.montecloras_sampler(module, adapter_name, config.monteclora_config)
             module.lora_monteclora_sampler[adapter_name] = sampler
 
     return init
@@ -253,20 +246,17 @@ def _attach_frod(patches: _Patches, config: Mapping[str, Any]) -> None:
 
 def _frod_projections(tuner: Any, config: Any, adapter_name: str) -> None:
     """`FrodModel._init_frod_projections` without values: V (in×in), COO indices and size for each category of layer."""
-    from peft.tuners._buffer_dict import BufferDict
-    from peft.tuners.frod.model import _category_from_key
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
     from torch import nn
 
-    settings = tuner._prepare_adapter_config(config, tuner.get_model_config(tuner.model))
-    settings = _maybe_include_all_linear_layers(settings, tuner.model)
+    category_of, buffers = peft_internals.frod_category(), peft_internals.buffer_dict()
+    settings = peft_internals.settings_of(tuner, config)
     if not hasattr(tuner, "frod_V"):
         tuner.frod_V, tuner.frod_s_indices, tuner.frod_s_size = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
     for key, module in tuner.model.named_modules():
-        category = _category_from_key(key)
-        if not isinstance(module, nn.Linear) or not tuner._check_target_module_exists(settings, key):
+        category = category_of(key)
+        if not isinstance(module, nn.Linear) or not peft_internals.is_target(tuner, settings, key):
             continue
-        if adapter_name in tuner.frod_V._modules.get(category, ()):
+        if adapter_name in modules_of(tuner.frod_V).get(category, ()):
             continue
         width = module.in_features
         most = width * width - width
@@ -280,7 +270,7 @@ def _frod_projections(tuner: Any, config: Any, adapter_name: str) -> None:
         }
         for name, value in made.items():
             holder = getattr(tuner, name)
-            holder[category] = BufferDict({}, persistent=config.save_projection)
+            holder[category] = buffers({}, persistent=config.save_projection)
             holder[category][adapter_name] = value
 
 
@@ -491,11 +481,12 @@ class _Answers:
         return tensor.new_empty(1), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
 
     def coalesced(self, mode: Any, func: Any, tensor: Any) -> torch.Tensor:
-        return _sparse(torch.empty_like(tensor._indices()), torch.empty_like(tensor._values()), tensor)
+        indices, values = sparse_parts(tensor)
+        return _sparse(torch.empty_like(indices), torch.empty_like(values), tensor)
 
     def masked(self, mode: Any, func: Any, tensor: Any, mask: Any) -> torch.Tensor:
-        values = torch.empty(mask._values().shape, dtype=tensor.dtype)
-        return _sparse(torch.empty_like(mask._indices()), values, mask)
+        indices, values = sparse_parts(mask)
+        return _sparse(torch.empty_like(indices), torch.empty(values.shape, dtype=tensor.dtype), mask)
 
     def say(self, question: str, answer: str) -> None:
         self.patches.warn(f"{_asked_by()} asks for {question}; answered: {answer}.")
@@ -512,8 +503,7 @@ def _within_mode(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sparse(indices: torch.Tensor, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    make = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
-    return make(
+    return sparse_coo(
         like.sparse_dim(), like.dense_dim(), like.shape, indices, values,
         dtype=values.dtype, layout=torch.sparse_coo, device=like.device, is_coalesced=True,
     )  # fmt: skip
@@ -541,7 +531,7 @@ def _sparse_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _fake_operators(replaced: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    table = fake_impls.op_implementations_dict
+    table = shape_rules()
     saved = {operator: table[operator] for operator in replaced if operator in table}
     table.update(replaced)
     try:
@@ -570,7 +560,7 @@ def _asked_by() -> str:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (*_NEEDS_VALUES, NotImplementedError, GaugeError) as error:
+    except (*NEEDS_VALUES, NotImplementedError, GaugeError) as error:
         cause = _value_error(error)
         if cause is None or isinstance(error, CannotPlan):
             raise
@@ -578,7 +568,7 @@ def _translated() -> Iterator[None]:
 
 
 def _value_error(error: BaseException | None) -> BaseException | None:
-    while error is not None and not isinstance(error, (*_NEEDS_VALUES, NotImplementedError)):
+    while error is not None and not isinstance(error, (*NEEDS_VALUES, NotImplementedError)):
         error = error.__cause__
     return error
 
