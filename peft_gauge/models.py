@@ -609,8 +609,10 @@ def _from_config(record: ModelRecord, attn_implementation: str | None) -> PreTra
     import torch
 
     config = hf_config(record)
+    text, auto = config.get_text_config(), _auto_class(record)
+    if model_class(record).config_class is type(text):  # the text model of a multimodal checkpoint, or all of it
+        config = text
     try:
-        auto = _auto_class(record)
         return auto.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
     except Exception as error:  # every architecture refuses in its own way
         raise GaugeError(f"{record.name} cannot be built from its config: {one_line(error, 200)}") from error

@@ -123,10 +123,10 @@ def _store_bitsandbytes(model: PreTrainedModel, stored: StoredFormat) -> None:
 def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
     """transformers' own FP8 layers, their scales as buffers: scales are no parameters of the model."""
     from transformers import FineGrainedFP8Config
-    from transformers.integrations import finegrained_fp8 as fp8
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    if not hasattr(fp8, "FP8LinearFunction"):
+    fp8 = _fp8_layers()
+    if fp8 is None:
         raise GaugeError(
             f"transformers {version('transformers')} has no backward pass over FP8 weights; take a newer one, or a "
             f"16-bit checkpoint"
@@ -151,6 +151,15 @@ def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
     if not found:
         raise GaugeError(f"no layer of {type(model).__name__} is stored in FP8: its config leaves all of them out")
     _mark(model, quantizer.quantization_config, dtype)
+
+
+def _fp8_layers() -> Any:
+    """transformers' module of FP8 layers; ``None`` where they have no backward pass (and, before 5, need triton)."""
+    try:
+        from transformers.integrations import finegrained_fp8 as fp8
+    except ImportError:
+        return None
+    return fp8 if hasattr(fp8, "FP8LinearFunction") else None
 
 
 def _mark(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> None:
@@ -325,12 +334,8 @@ def kernels() -> Iterator[None]:
     A product quantises its input to FP8 with a float32 scale a block first (DeepGEMM, which is preferred from Hopper
     on, in a kernel of its own; the Triton kernel in the same).
     """
-    try:
-        from transformers.integrations import finegrained_fp8 as fp8
-    except ImportError:
-        yield
-        return
-    if not hasattr(fp8, "FP8LinearFunction"):
+    fp8 = _fp8_layers()
+    if fp8 is None:
         yield
         return
     patched = {

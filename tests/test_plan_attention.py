@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 TOY = models.resolve("toy-llama", weights="random")  # four heads, two of keys
 FLASH = "flash_attention_2"
+BEFORE_5 = int(version("transformers").split(".")[0]) < 5
 
 
 def plan_of(record: models.ModelRecord = TOY, method: str = "lora", **how: Any) -> Plan:
@@ -65,6 +67,8 @@ def test_none_is_sdpa_where_there_is_one() -> None:
 @pytest.mark.parametrize("name", ["falcon-7b", "gemma-2-2b", "gpt-j-6b", "deepseek-v2-lite"])
 def test_architectures_with_flash_are_planned(name: str, tmp_path: Path) -> None:
     """One with a class of its own for it, with softcapping, with heads of 256, and with values narrower than keys."""
+    if name == "deepseek-v2-lite" and BEFORE_5:
+        pytest.skip("transformers 4 cuts the output of its flash attention twice")
     record = models.resolve(str(published.cut_file(name, tmp_path)))
     assert plan_of(record, "bottleneck", attention=FLASH).settings["attention"] == FLASH
 
@@ -79,6 +83,8 @@ def test_architectures_with_flash_are_planned(name: str, tmp_path: Path) -> None
     ],
 )
 def test_attention_that_is_not_there_is_one_line(name: str, attention: str, said: str, tmp_path: Path) -> None:
+    if name == "gpt-oss-20b" and BEFORE_5:
+        pytest.skip("transformers 4 does not say which flash attention this architecture takes")
     record = models.resolve(str(published.cut_file(name, tmp_path)))
     with pytest.raises(GaugeError, match=said) as caught:
         plan_of(record, "full", attention=attention)

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = "flash_attention_2"
+# What transformers keeps of the functions that it has looked up: forgotten while `package` is active, and back after.
+LOOKED_UP = (
+    "_loaded_implementation",
+    "_flash_fn",
+    "_flash_varlen_fn",
+    "_flash_with_kvcache_fn",
+    "_pad_fn",
+    "_unpad_fn",
+    "_process_flash_kwargs_fn",
+)
 WIDEST_HEAD = 256
 WIDTH_MULTIPLE = 8  # flash-attn pads heads to it
 
@@ -47,8 +57,9 @@ def package() -> Iterator[None]:
         enter = stack.enter_context
         enter(patch.dict(sys.modules, {"flash_attn": found, "flash_attn.bert_padding": padding}))
         enter(patch.object(utils, "is_flash_attn_2_available", lambda *args, **kwargs: True))
-        enter(patch.object(utils, "_loaded_implementation", None))  # what was looked up before; and again after
-        enter(patch.object(utils, "_is_packed_sequence", lambda *args: False))  # asks for values
+        for looked_up in (name for name in LOOKED_UP if hasattr(utils, name)):
+            enter(patch.object(utils, looked_up, None))
+        enter(patch.object(utils, "_is_packed_sequence", lambda *args, **kwargs: False))  # asks for values
         enter(patch.object(utils, "_upad_input", _rows_of))
         for file in _files_without_flash():
             enter(patch.object(file, "_flash_attention_forward", utils._flash_attention_forward, create=True))
