@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from peft_gauge._internals.bitsandbytes import code_books
 from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
+from peft_gauge._internals.transformers import mark_quantised
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.targets import sizes
 
@@ -375,10 +376,7 @@ def _mark(
         setattr(model, name, value)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = config
-        # Flash attention asks a quantised model's config, not its (packed) weights, for the dtype to compute in:
-        # transformers 5 looks for the first of these, transformers 4 for the second.
-        model.config._is_quantized = True
-        model.config._pre_quantization_dtype = model.dtype
+        mark_quantised(model.config, model.dtype)
 
 
 # --- the formats --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from peft_gauge._internals.torch import FakeTensor, parameters_of
+from peft_gauge._internals.transformers import mark_quantised, replace_layers
 from peft_gauge.errors import GaugeError
 from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat
 
@@ -133,7 +134,7 @@ def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
         )
     dtype = model.dtype
     quantizer = AutoHfQuantizer.from_config(FineGrainedFP8Config.from_dict(dict(stored.settings)), pre_quantized=True)
-    quantizer._process_model_before_weight_loading(model)
+    replace_layers(quantizer, model)
     found = False
     for module in model.modules():
         if isinstance(module, (fp8.FP8Linear, fp8.FP8Experts)):
@@ -167,8 +168,7 @@ def _mark(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
-    model.config._is_quantized = True
-    model.config._pre_quantization_dtype = dtype
+    mark_quantised(model.config, dtype)
 
 
 # ---- GPTQ and AWQ ----------------------------------------------------------------------------------------------------

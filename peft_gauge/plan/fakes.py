@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peft_gauge._internals import bitsandbytes as bnb_internals
+from peft_gauge._internals import moved, released
 from peft_gauge._internals.torch import (
     FakeTensor,
     FakeTensorMode,
@@ -30,6 +31,7 @@ from peft_gauge._internals.torch import (
     safe_softmax,
     storage_key,
 )
+from peft_gauge._internals.transformers import PACKING, has_packing, without_packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -245,7 +247,7 @@ def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
     routes: dict[str, dict[str, Callable[..., Any]]] = {
         "aten": {"scaled_dot_product_attention": _attention, "dropout": _dropout}
     }
-    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+    if bnb_internals.has_product_4bit():
         routes["bitsandbytes"] = {"gemm_4bit": _product_4bit(fused_4bit_rows)}
     libraries = []
     try:
@@ -260,6 +262,20 @@ def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
             end_library(library)
 
 
+def unrouted(model: nn.Module) -> Iterator[str]:
+    """A sentence for each route of `cuda_kernels` and `unpacked_sequences` that this release of a library should have,
+    has not, and ``model`` would take.
+
+    bitsandbytes before 0.50 needs no route for its 4-bit products: its own autograd function calls `dequantize_4bit`
+    and an ordinary product, on any device.
+    """
+    in_4bit = any(_is_quant_state(getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    if in_4bit and not bnb_internals.has_product_4bit() and released("bitsandbytes", bnb_internals.PRODUCT_4BIT_SINCE):
+        yield moved("bitsandbytes", "operator gemm_4bit")
+    if not has_packing():
+        yield moved("transformers", f"masking_utils.{PACKING}")
+
+
 @contextmanager
 def unpacked_sequences() -> Iterator[None]:
     """While active, transformers takes no row of a batch for several packed sequences.
@@ -267,14 +283,8 @@ def unpacked_sequences() -> Iterator[None]:
     It decides by the values of `position_ids`, which fakes lack; without this it would build the mask of a packed
     batch, and attention would take the memory-efficient kernel with a mask a layer in place of flash.
     """
-    from transformers import masking_utils
-
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    with without_packing():
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 @contextmanager
