@@ -492,6 +492,7 @@ def build(
     wanted = torch_dtype(dtype)
     _check_attention(record, attn_implementation)
     if device == "meta":
+        model_class(record), _auto_class(record)  # imported here: under a device, torch 2.6 cannot import its compiler
         with torch.device("meta"):
             model = _from_config(record, attn_implementation).to(wanted)
         # What flash attention casts to, where activations are float32 and weights are packed.
