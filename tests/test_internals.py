@@ -306,7 +306,7 @@ def _method(**settings: Any) -> methods.Method:
     return methods.Method("case", "case", "peft", peft_config={"task_type": "CAUSAL_LM", **settings})
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     **{name: {"peft_type": "LORA", "init_lora_weights": name} for name in ("pissa", "olora", "mica", "loftq")},
     "monteclora": {"peft_type": "LORA", "monteclora_config": {}},
     "shira": {"peft_type": "SHIRA"},
