@@ -24,6 +24,7 @@ from fixtures.selection import (
     unusable_adapters,
 )
 from peft_gauge import machine
+from peft_gauge._internals.pytest import width_of
 from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
@@ -297,7 +298,7 @@ class Recorder:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.cases:
-            width = terminalreporter._tw.fullwidth
+            width = width_of(terminalreporter)
             terminalreporter.write(terminal.summary(self.cases, self.claims, width))
             terminalreporter.write(memory_table.summary(self.cases, width))
             terminalreporter.write(plan_table.summary(self.cases, width))

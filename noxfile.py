@@ -1,4 +1,4 @@
-"""Checks that need environments of their own: `nox -s reference`, `nox -s matrix`."""
+"""Checks that need environments of their own: `nox -s reference`, `nox -s matrix`, `nox -s torch`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,37 @@ def matrix(session: nox.Session, requirement: str) -> None:
     """
     session.install(TORCH)
     session.install("--upgrade", requirement, "-e", ".")
+    _ask_quick_questions(session)
+
+
+def _ask_quick_questions(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "list")
     asked = ["-m", QUICK, "--model=toy-llama", "--rounds=3", "--no-save"]
     session.run("python", "-m", "pytest", "benchmarks", "-q", *asked, *session.posargs)
+
+
+# The oldest torch that is supported, two between (one with a transformers of its time), the newest, and the next.
+# `--pre` looks for nightly builds too where pip is told of their index.
+TORCHES = {
+    "2.6": (["torch==2.6.0"], []),
+    "2.8": (["torch==2.8.0"], []),
+    "2.11": (["torch==2.11.0"], ["transformers==5.17.0"]),
+    "newest": (["--upgrade", "torch"], []),
+    "pre-release": (["--upgrade", "--pre", "torch"], []),
+}
+PLANNING = [f"tests/test_{name}.py" for name in ("internals", "plan_tracker", "plan_fakes", "plan_planner")]
+
+
+@nox.session
+@nox.parametrize("release", list(TORCHES), ids=list(TORCHES))
+def torch(session: nox.Session, release: str) -> None:
+    """Ask the quick questions, and pass the tests of planning, with a torch; `nox -s "torch(2.6)"` is one of them.
+
+    From PyPI these are CUDA builds of several GB each, which need no GPU; PIP_EXTRA_INDEX_URL can name torch's index of
+    CPU builds.
+    """
+    build, others = TORCHES[release]
+    session.install(*build)
+    session.install(*others, "-e", ".")
+    _ask_quick_questions(session)
+    session.run("python", "-m", "pytest", "-q", *PLANNING)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peft_gauge._internals.torch import buffers_of
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -49,7 +51,7 @@ def constant_buffers(model: nn.Module) -> Iterator[Tensor]:
     """The scales and zero points that quantised layers hold as buffers, which they name in ``quantisation_buffers``."""
     for module in model.modules():
         for name in getattr(module, "quantisation_buffers", ()):
-            buffer = module._buffers.get(name)
+            buffer = buffers_of(module).get(name)
             if buffer is not None:
                 yield buffer
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from peft_gauge._internals.torch import packet, schema
+
 Formula = Callable[[Sequence[Any], Mapping[str, Any], Any], int]
 """(positional arguments, keyword arguments, output) of one call -> its FLOPs."""
 
@@ -22,11 +24,11 @@ def formula_of(func: Any) -> Formula | None:
 
     An in-place product takes that of its out-of-place twin.
     """
-    name = func._schema.name
+    name = schema(func).name
     own = _OWN.get(name)
     if own is not None:
         return lambda args, kwargs, out: int(own(args))
-    found = flop_registry.get(func._overloadpacket)
+    found = flop_registry.get(packet(func))
     namespace, stem = name.split("::")
     if found is None and stem.endswith("_") and namespace == "aten":
         found = flop_registry.get(getattr(torch.ops.aten, stem.rstrip("_"), None))

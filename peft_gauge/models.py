@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_gauge import paths
+from peft_gauge._internals.transformers import attention_of, flash_attentions, forget_origin, has_sdpa
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.machine import accelerators
 from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat, name_says, stored_format
@@ -491,6 +492,7 @@ def build(
     wanted = torch_dtype(dtype)
     _check_attention(record, attn_implementation)
     if device == "meta":
+        model_class(record), _auto_class(record)  # imported here: under a device, torch 2.6 cannot import its compiler
         with torch.device("meta"):
             model = _from_config(record, attn_implementation).to(wanted)
         # What flash attention casts to, where activations are float32 and weights are packed.
@@ -533,7 +535,7 @@ def attention(model: PreTrainedModel) -> str:
     text = model.config.get_text_config()
     if _size(text, "num_attention_heads") is None:
         return "none"
-    return str(text._attn_implementation)
+    return str(attention_of(text))
 
 
 KERNELS_ELSEWHERE = ("causal_conv1d_fn", "selective_scan_fn", "chunk_gated_delta_rule", "rwkv_linear_attention")
@@ -552,12 +554,11 @@ def _check_attention(record: ModelRecord, asked: str | None) -> None:
     if asked not in ATTENTIONS:
         raise unknown("attention", asked, ATTENTIONS)
     kind, release = model_class(record), metadata.version("transformers")
-    if asked == "sdpa" and not kind._supports_sdpa:
+    if asked == "sdpa" and not has_sdpa(kind):
         raise GaugeError(f"{kind.__name__} has no sdpa attention in transformers {release}; use eager")
-    flash = getattr(kind, "_supports_flash_attn", getattr(kind, "_supports_flash_attn_2", False))
-    only = getattr(kind, "_compatible_flash_implementations", None) or [asked]
-    if asked == "flash_attention_2" and not (flash and asked in only):
-        other = f"; it takes {only[0]}, which is not planned" if flash else ""
+    flash = flash_attentions(kind, asked)
+    if asked == "flash_attention_2" and asked not in flash:
+        other = f"; it takes {flash[0]}, which is not planned" if flash else ""
         raise GaugeError(f"{kind.__name__} has no {asked} in transformers {release}{other}; use sdpa or eager")
 
 
@@ -646,7 +647,8 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | No
         _forget_gguf(model)
     if record.source != "hub":
         # With a name, saving an adapter would look the base up on the hub, and write this machine's path into it.
-        model.name_or_path = model.config._name_or_path = ""
+        model.name_or_path = ""
+        forget_origin(model.config)
     return model
 
 

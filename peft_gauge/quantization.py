@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
+from peft_gauge._internals.bitsandbytes import code_books
+from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
+from peft_gauge._internals.transformers import mark_quantised
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.targets import sizes
 
@@ -342,12 +344,13 @@ def _fake_dynamic_code(device: torch.device) -> Iterator[None]:
     """Lend bitsandbytes a fake copy of its cached 8-bit code: it cannot compute one in a fake mode nor use
     the real.
     """
-    name2qmap = load_bitsandbytes().functional.name2qmap
-    name2qmap["dynamic"] = torch.empty(256, device=device)
+    load_bitsandbytes()
+    books = code_books()
+    books["dynamic"] = torch.empty(256, device=device)
     try:
         yield
     finally:
-        del name2qmap["dynamic"]  # bitsandbytes computes it again when it next needs one
+        del books["dynamic"]  # bitsandbytes computes it again when it next needs one
 
 
 def _mark(
@@ -373,10 +376,7 @@ def _mark(
         setattr(model, name, value)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = config
-        # Flash attention asks a quantised model's config, not its (packed) weights, for the dtype to compute in:
-        # transformers 5 looks for the first of these, transformers 4 for the second.
-        model.config._is_quantized = True
-        model.config._pre_quantization_dtype = model.dtype
+        mark_quantised(model.config, model.dtype)
 
 
 # --- the formats --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peft_gauge._internals.transformers import attention_of
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class TrainingJob:
             "grad_accumulation": self.settings.grad_accumulation,
             "clip_grad_norm": self.settings.clip_grad_norm,
             "grad_checkpointing": self.settings.grad_checkpointing,
-            "attention": getattr(config, "_attn_implementation", None),
+            "attention": attention_of(config),
         }
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from peft_gauge._internals.torch import FakeTensor, parameters_of
+from peft_gauge._internals.transformers import mark_quantised, replace_layers
 from peft_gauge.errors import GaugeError
 from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat
 
@@ -133,19 +134,20 @@ def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
         )
     dtype = model.dtype
     quantizer = AutoHfQuantizer.from_config(FineGrainedFP8Config.from_dict(dict(stored.settings)), pre_quantized=True)
-    quantizer._process_model_before_weight_loading(model)
+    replace_layers(quantizer, model)
     found = False
     for module in model.modules():
         if isinstance(module, (fp8.FP8Linear, fp8.FP8Experts)):
             found = True
-            scales = [name for name in module._parameters if name.endswith(("scale_inv", "activation_scale"))]
+            parameters = parameters_of(module)
+            scales = [name for name in parameters if name.endswith(("scale_inv", "activation_scale"))]
             for name in scales:
-                scale = module._parameters.pop(name)
+                scale = parameters.pop(name)
                 module.register_buffer(name, None if scale is None else scale.detach())
             module.quantisation_buffers = tuple(scales)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-            if module._parameters.get("bias") is not None:
+            if parameters.get("bias") is not None:
                 module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     if not found:
         raise GaugeError(f"no layer of {type(model).__name__} is stored in FP8: its config leaves all of them out")
@@ -166,8 +168,7 @@ def _mark(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
-    model.config._is_quantized = True
-    model.config._pre_quantization_dtype = dtype
+    mark_quantised(model.config, dtype)
 
 
 # ---- GPTQ and AWQ ----------------------------------------------------------------------------------------------------

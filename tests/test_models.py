@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +290,24 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     assert not Path(elsewhere.location or "").is_relative_to(paths.cache())
     with pytest.raises(GaugeError, match="No space left on device.*PEFT_GAUGE_CACHE moves it"):
         prepare(Path(fetched.location or ""))
+
+
+def test_nothing_is_imported_while_meta_is_the_default_device() -> None:
+    """A module's own tensors would be without data for good, and torch 2.6 cannot import its compiler so."""
+    code = """if True:
+        import sys
+        import torch
+        from peft_gauge import models
+
+        class Finder:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name.startswith(("torch._dynamo", "transformers.models")) and torch.empty(0).is_meta:
+                    print(name)
+
+        record = models.resolve("toy-llama")
+        sys.meta_path.insert(0, Finder)
+        models.build(record, device="meta")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

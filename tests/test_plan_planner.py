@@ -169,7 +169,8 @@ def test_a_matrix_costs_two_operations_an_element_three_times() -> None:
     attention = found.flops_per_step - 3 * 2 * TOKENS * matrices
 
     # Scores and their product with the values, 4 heads of width 16: twice forward, five times backward, 2 layers.
-    assert attention == 2 * (2 + 5) * 2 * BATCH * 4 * SEQ * SEQ * 16
+    angles = 2 * 8 * SEQ  # transformers 5.17 makes the 8 rotary angles of each position by a matrix product
+    assert attention - 2 * (2 + 5) * 2 * BATCH * 4 * SEQ * SEQ * 16 in (0, angles)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -303,7 +303,9 @@ class Forks(nn.Module):
 
 def allocator_peak(action: Any) -> Any:
     """Peak of what torch's CPU allocator handed out during `action`, by the profiler's account."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # Without `acc_events` torch 2.11 warns that the events of earlier cycles go.
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         action()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from peft_gauge import cli
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 NIGHTLY = ROOT / ".github" / "workflows" / "nightly-gpu.yml"
+WEEKLY = ROOT / ".github" / "workflows" / "weekly-matrix.yml"
 DOCS = ROOT / "docs" / "nightly"
 SCRIPT = DOCS / "nightly.sh"
 UNITS = sorted(path for path in DOCS.iterdir() if path.suffix in (".service", ".timer"))
@@ -149,6 +152,26 @@ def test_steps_after_measuring_run_also_when_it_fails_and_hide_nothing() -> None
     assert [step for step in night if "continue-on-error" in step] == []
     assert "always()" in after[-1]["if"]
     assert after[-1]["uses"].startswith("actions/upload-artifact@")
+
+
+def test_the_weekly_run_has_every_torch_of_the_noxfile(tmp_path: Path) -> None:
+    job = load(WEEKLY)["jobs"]["torch"]
+    releases = job["strategy"]["matrix"]["release"]
+    [script] = [step["run"] for step in job["steps"] if "nox -s" in step.get("run", "")]
+    named = re.sub(r'^nox -s "(.*)"$', r"\1", script)
+    found = subprocess.run(
+        [sys.executable, "-m", "nox", "--list", "--json", "-s", "torch", "-f", str(ROOT / "noxfile.py")],
+        capture_output=True, text=True, check=True, env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    sessions = {session["session"] for session in json.loads(found.stdout)}
+    assert {named.replace("$RELEASE", release) for release in releases} == sessions
+    assert all(isinstance(release, str) for release in releases)  # 2.10 without quotes would be 2.1
+
+
+def test_a_pre_release_of_torch_alone_may_fail() -> None:
+    for name, job in load(WEEKLY)["jobs"].items():
+        allowed = job.get("continue-on-error", False)
+        assert allowed == ("${{ matrix.release == 'pre-release' }}" if name == "torch" else False)
 
 
 # --------------------------------------------------------------------------------------------- systemd and cron

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_gauge._internals.torch import DispatchMode
 from peft_gauge.counting import count, quantisation_constants, trainable_dtypes
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.operators import Operator
@@ -185,7 +185,7 @@ def _traffic(phase: str, recorder: _Recorder, tracker: StorageTracker) -> dict[s
 # --- operators ----------------------------------------------------------------------------------------------
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Counts what is dispatched while it is entered; the caller sets ``phase``."""
 
     def __init__(self, places: Places) -> None:
@@ -199,10 +199,6 @@ class _Recorder(TorchDispatchMode):
         self.read: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
         self._operators: dict[Any, Operator] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # no compiler runs here, and its guard would double the cost of each call
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

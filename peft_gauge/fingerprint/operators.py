@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_gauge._internals.torch import schema as schema_of
+from peft_gauge._internals.torch import storage_key
 from peft_gauge.counting import nbytes
 from peft_gauge.flops import formula_of
 
@@ -51,7 +53,7 @@ class Operator:
 
     def __init__(self, func: Any) -> None:
         self.name = str(func)
-        schema = func._schema
+        schema = schema_of(func)
         self._qualified: str = schema.name
         namespace, self._stem = self._qualified.split("::")
         self.silent = namespace == "profiler"
@@ -117,4 +119,4 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     # A sparse tensor has no storage of its own; it is never a view.
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+    return storage_key(tensor.untyped_storage()) if tensor.layout is torch.strided else id(tensor)

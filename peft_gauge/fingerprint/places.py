@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from peft_gauge._internals.torch import ACCUMULATE_GRAD, current_node, next_sequence_number, sequence_number
+
+if TYPE_CHECKING:
+    from torch import nn
 
 UNKNOWN = "?"
 ROOT = "(model)"
@@ -58,12 +61,12 @@ class Places:
     def now(self) -> str:
         if self._open:
             return self._open[-1]
-        node = torch._C._current_autograd_node()
+        node = current_node()
         if node is None:
             return UNKNOWN
-        if node.name() == "torch::autograd::AccumulateGrad":
+        if node.name() == ACCUMULATE_GRAD:
             return self._owners.get(id(getattr(node, "variable", None)), UNKNOWN)
-        before = bisect_right(self._numbers, node._sequence_nr())
+        before = bisect_right(self._numbers, sequence_number(node))
         return self._places[before - 1] if before else UNKNOWN
 
     def _entered(self, module: nn.Module, args: Any) -> None:
@@ -77,5 +80,5 @@ class Places:
 
     def _mark(self) -> None:
         """From the next autograd node on, nodes belong to what is open now."""
-        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._numbers.append(next_sequence_number())
         self._places.append(self._open[-1] if self._open else UNKNOWN)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from peft_gauge._internals.torch import modules_of, storage_key
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class ModelCall(nn.Module):
         storages = {}
         for tensor in _tensors({name: value for name, value in outputs.items() if name != "loss"}):
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
+            storages[storage_key(storage)] = storage.nbytes()
         self.output_bytes = list(storages.values())
         if self.hold_outputs:
             self._held = [outputs]
@@ -86,7 +87,7 @@ def chunk_loss(base: nn.Module) -> None:
     name = next((name for name, module in base.named_children() if module is head), None)
     if head is None or name is None or not isinstance(getattr(type(base), "loss_function", None), property):
         raise GaugeError(f"--loss chunked cannot be planned for {type(base).__name__}: its loss cannot be exchanged")
-    base._modules[name] = _HiddenStates(head)
+    modules_of(base)[name] = _HiddenStates(head)
 
     def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = head(hidden).float()

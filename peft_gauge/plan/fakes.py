@@ -14,7 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from peft_gauge._internals import bitsandbytes as bnb_internals
+from peft_gauge._internals import moved, released
+from peft_gauge._internals.torch import (
+    FakeTensor,
+    FakeTensorMode,
+    below_autograd,
+    buffers_of,
+    composite,
+    efficient_attention,
+    end_library,
+    flash_attention,
+    hooks_of,
+    parameters_of,
+    safe_softmax,
+    storage_key,
+)
+from peft_gauge._internals.transformers import PACKING, has_packing, without_packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,12 +59,13 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:
     """
     faker = _Faker(mode)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        parameters, buffers = parameters_of(module), buffers_of(module)
+        for name, parameter in parameters.items():
             if parameter is not None:
-                module._parameters[name] = faker.parameter(parameter)  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
+                parameters[name] = faker.parameter(parameter)
+        for name, buffer in buffers.items():
             if buffer is not None:
-                module._buffers[name] = faker.tensor(buffer)
+                buffers[name] = faker.tensor(buffer)
         for name, value in list(vars(module).items()):
             if name not in _REGISTRIES:
                 module.__dict__[name] = faker.value(value)
@@ -150,10 +168,10 @@ class _Faker:
     def _view(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         with self.mode, torch.no_grad():
-            base = self._storages.get(storage._cdata)
+            base = self._storages.get(storage_key(storage))
             if base is None:
                 base = torch.empty(storage.nbytes(), dtype=torch.uint8)
-                self._storages[storage._cdata] = base
+                self._storages[storage_key(storage)] = base
                 self._originals.append(storage)
             # Not `set_`: a fake that was set to a storage keeps it for good, also after `parameter.data = other`.
             typed = base[: base.numel() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
@@ -163,8 +181,9 @@ class _Faker:
         """What `Params4bit._quantize` makes of a 16- or 32-bit weight, by its own code on a fake."""
         from bitsandbytes import functional
 
-        if "dynamic" not in functional.name2qmap:  # a code book that needs values, cached by the library for good
-            functional.name2qmap["dynamic"] = functional.create_dynamic_map()
+        code_books = bnb_internals.code_books()
+        if "dynamic" not in code_books:  # it needs values, and the library keeps it for good
+            code_books["dynamic"] = functional.create_dynamic_map()
         with self.mode, torch.no_grad():
             weight = torch.empty(parameter.shape, dtype=parameter.dtype)
             packed, state = functional.quantize_4bit(
@@ -204,9 +223,10 @@ def _inside(value: Any) -> dict[Any, Any] | list[Any] | None:
 
 def _carry_hooks(original: torch.Tensor, fake: torch.Tensor) -> None:
     """Gradient hooks work on the step's memory too: a projection of the gradient, a mask."""
-    for hook in (original._backward_hooks or {}).values():
+    hooks, hooks_after = hooks_of(original)
+    for hook in hooks:
         fake.register_hook(hook)
-    for hook in (original._post_accumulate_grad_hooks or {}).values():
+    for hook in hooks_after:
         fake.register_post_accumulate_grad_hook(hook)
 
 
@@ -227,7 +247,7 @@ def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
     routes: dict[str, dict[str, Callable[..., Any]]] = {
         "aten": {"scaled_dot_product_attention": _attention, "dropout": _dropout}
     }
-    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+    if bnb_internals.has_product_4bit():
         routes["bitsandbytes"] = {"gemm_4bit": _product_4bit(fused_4bit_rows)}
     libraries = []
     try:
@@ -239,7 +259,21 @@ def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
         yield
     finally:
         for library in libraries:
-            library._destroy()
+            end_library(library)
+
+
+def unrouted(model: nn.Module) -> Iterator[str]:
+    """A sentence for each route of `cuda_kernels` and `unpacked_sequences` that this release of a library should have,
+    has not, and ``model`` would take.
+
+    bitsandbytes before 0.50 needs no route for its 4-bit products: its own autograd function calls `dequantize_4bit`
+    and an ordinary product, on any device.
+    """
+    in_4bit = any(_is_quant_state(getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    if in_4bit and not bnb_internals.has_product_4bit() and released("bitsandbytes", bnb_internals.PRODUCT_4BIT_SINCE):
+        yield moved("bitsandbytes", "operator gemm_4bit")
+    if not has_packing():
+        yield moved("transformers", f"masking_utils.{PACKING}")
 
 
 @contextmanager
@@ -249,14 +283,8 @@ def unpacked_sequences() -> Iterator[None]:
     It decides by the values of `position_ids`, which fakes lack; without this it would build the mask of a packed
     batch, and attention would take the memory-efficient kernel with a mask a layer in place of flash.
     """
-    from transformers import masking_utils
-
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
+    with without_packing():
         yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 @contextmanager
@@ -266,11 +294,10 @@ def cuda_int8_products() -> Iterator[None]:
     LLM.int8()'s outlier columns are left out: which they are depends on values.
     """
     import bitsandbytes
-    from bitsandbytes.autograd._functions import MatMul8bitLt
 
     def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
         state.threshold = 0.0
-        return MatMul8bitLt.apply(A, B, out, bias, state)
+        return bnb_internals.product_int8(A, B, out, bias, state)
 
     original = bitsandbytes.matmul
     bitsandbytes.matmul = matmul
@@ -283,12 +310,7 @@ def cuda_int8_products() -> Iterator[None]:
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     if isinstance(input, FakeTensor) and train and 0 < p < 1 and input.numel():
         return torch.native_dropout(input, p, train)[0]
-    return _composite(torch.ops.aten.dropout.default, input, p, train)
-
-
-def _composite(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """The operator's own decomposition, as if no route were there."""
-    return operator._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+    return composite(torch.ops.aten.dropout.default, input, p, train)
 
 
 def _attention(
@@ -304,7 +326,7 @@ def _attention(
 ) -> torch.Tensor:
     """CUDA's choice (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): flash, else efficient, else math."""
     if not isinstance(query, FakeTensor):
-        return _composite(
+        return composite(
             torch.ops.aten.scaled_dot_product_attention.default,
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
@@ -312,14 +334,12 @@ def _attention(
         width = query.shape[-1]
         scale = width**-0.5 if scale is None else scale
         padded = [_pad_last(t, 8) for t in (query, key, value)]
-        out = torch.ops.aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
+        out = flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
         return out[..., :width] if out.shape[-1] != width else out
     if _efficient_fits(query, key, value, attn_mask):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         mask = None if attn_mask is None else _additive_mask(attn_mask, query, key)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, keep, dropout_p, is_causal, scale=scale
-        )[0]
+        return efficient_attention(query, key, value, mask, keep, dropout_p, is_causal, scale=scale)[0]
     return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -352,7 +372,7 @@ def _math_attention(
     weights = query @ (key.transpose(-2, -1) * root)
     if mask is not None:
         weights.add_(mask)
-    weights = torch.ops.aten._safe_softmax(weights, -1)  # one name: what it stood for before may go here
+    weights = safe_softmax(weights, -1)  # one name: what it stood for before may go here
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
     return (weights @ value).to(dtype)
@@ -456,7 +476,7 @@ def _product_4bit(fused_rows: int) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         fake = isinstance(A, FakeTensor)
         if not fake or A.numel() // A.shape[-1] <= fused_rows:
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 return torch.ops.bitsandbytes.gemm_4bit.default(
                     A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
                 )

@@ -16,24 +16,16 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from peft_gauge._internals.torch import FakeTensor
+from peft_gauge._internals.torch import flash_attention as cuda_flash_attention
+from peft_gauge._internals.transformers import flash_on_fakes, missing_flash
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = "flash_attention_2"
-# What transformers keeps of the functions that it has looked up: forgotten while `package` is active, and back after.
-LOOKED_UP = (
-    "_loaded_implementation",
-    "_flash_fn",
-    "_flash_varlen_fn",
-    "_flash_with_kvcache_fn",
-    "_pad_fn",
-    "_unpad_fn",
-    "_process_flash_kwargs_fn",
-)
 WIDEST_HEAD = 256
 WIDTH_MULTIPLE = 8  # flash-attn pads heads to it
 
@@ -41,7 +33,7 @@ WIDTH_MULTIPLE = 8  # flash-attn pads heads to it
 @contextmanager
 def package() -> Iterator[None]:
     """While active, transformers takes flash-attn for installed, and its functions take fakes."""
-    from transformers import masking_utils, modeling_utils
+    from transformers import masking_utils
     from transformers import modeling_flash_attention_utils as utils
 
     found, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
@@ -50,37 +42,20 @@ def package() -> Iterator[None]:
         flash_attn_func=attend, flash_attn_varlen_func=attend_rows, flash_attn_with_kvcache=None, bert_padding=padding
     )
     vars(padding).update(pad_input=_padded, unpad_input=None)
-    base = modeling_utils.PreTrainedModel
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(patch.dict(sys.modules, {"flash_attn": found, "flash_attn.bert_padding": padding}))
         enter(patch.object(utils, "is_flash_attn_2_available", lambda *args, **kwargs: True))
-        for looked_up in (name for name in LOOKED_UP if hasattr(utils, name)):
-            enter(patch.object(utils, looked_up, None))
-        enter(patch.object(utils, "_is_packed_sequence", lambda *args, **kwargs: False))  # asks for values
-        enter(patch.object(utils, "_upad_input", _rows_of))
-        for file in _files_without_flash():
-            enter(patch.object(file, "_flash_attention_forward", utils._flash_attention_forward, create=True))
-        for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # transformers 5, transformers 4
-            if hasattr(base, check):
-                enter(patch.object(base, check, lambda *args, **kwargs: True))
+        enter(flash_on_fakes(_rows_of))
+        for file in [file for name, file in sys.modules.items() if name.startswith("transformers.models.")]:
+            for missing, function in missing_flash(file).items():
+                enter(patch.object(file, missing, function, create=True))
         original = masks[NAME]
         masks[NAME] = _mask
         stack.callback(masks.__setitem__, NAME, original)
         utils.lazy_import_flash_attention(NAME)
         yield
-
-
-def _files_without_flash() -> list[ModuleType]:
-    """The modelling files that import flash attention only where it was there when they were imported (Falcon's)."""
-    files = [file for name, file in sys.modules.items() if name.startswith("transformers.models.")]
-    asks = ("is_flash_attn_available", "is_flash_attn_2_available")
-    return [
-        file
-        for file in files
-        if any(name in vars(file) for name in asks) and "_flash_attention_forward" not in vars(file)
-    ]
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int = 0, **kwargs: Any) -> Tensor | None:
@@ -117,7 +92,7 @@ def attend(
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     q, k, v = (_in_rows(tensor) for tensor in (q, k, v))
     heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-    out = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, dropout_p, causal, scale=scale)[0]
+    out = cuda_flash_attention(*heads_first, dropout_p, causal, scale=scale)[0]
     out = out.transpose(1, 2)
     return out if out.shape[-1] == width else out[..., :width]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peft_gauge import methods, models, stored_layers, targets
+from peft_gauge._internals.torch import unset_fake_temporarily
 from peft_gauge.counting import ParameterCount, constant_buffers, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.plan import fakes, flash_attention, policies

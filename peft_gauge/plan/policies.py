@@ -19,15 +19,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 from torch.overrides import TorchFunctionMode
 
+from peft_gauge._internals import moved, released
+from peft_gauge._internals import peft as peft_internals
+from peft_gauge._internals.torch import NEEDS_VALUES, modules_of, shape_rules, sparse_coo, sparse_parts
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.plan import fakes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from peft_gauge.methods import Method
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
-_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 class CannotPlan(GaugeError):
@@ -97,21 +94,26 @@ class _Patches:
         if sentence not in self.warnings:
             self.warnings.append(sentence)
 
-    def replace(self, owner: str, make: Callable[[Any], Any], *, warning: str = "") -> None:
+    def replace(
+        self, owner: str, make: Callable[[Any], Any], *, since: str = "0.18.0", wanted: bool = True, warning: str = ""
+    ) -> None:
         """`owner` is 'module:Class.attribute'; `make` gets the original and returns what stands in for it.
 
-        Does nothing where the library has no such attribute: older releases lack newer tuners and options.
+        Where the library has no such attribute, nothing is replaced. Releases before ``since`` lack newer tuners and
+        options; in any other the piece was moved, and a warning says so if the plan reaches it (``wanted``).
         """
         module, _, path = owner.partition(":")
         *parents, name = path.split(".")
         try:
             target: Any = importlib.import_module(module)
         except ModuleNotFoundError:
-            return
+            target = None
         for parent in parents:
             target = getattr(target, parent, None)
         original = vars(target).get(name) if target is not None else None
         if original is None:
+            if wanted and released("peft", since):
+                self.warn(moved("peft", owner.replace(":", ".")))
             return
         is_static = isinstance(original, staticmethod)
         stand_in = make(original.__func__ if is_static else original)
@@ -125,34 +127,46 @@ class _Patches:
         self.stack.callback(setattr, target, name, original)
 
 
+def _asks_for(config: Mapping[str, Any], variant: str) -> bool:
+    """Whether a setting of ``config`` that is on names ``variant``: ``init_lora_weights="pissa"``, for instance."""
+    return any(value and variant in f"{name}={value}".lower() for name, value in config.items())
+
+
 def _attach_lora(patches: _Patches, config: Mapping[str, Any]) -> None:
     def default_values(layer: Any, adapter_name: str, *_: Any, **__: Any) -> None:
         layer.reset_lora_parameters(adapter_name, True)
 
-    for title in ("PiSSA", "OLoRA", "CorDA", "MiCA", "LoftQ"):
+    inits = {"PiSSA": "0.18.0", "OLoRA": "0.18.0", "CorDA": "0.18.0", "MiCA": "0.20.0", "LoftQ": "0.18.0"}
+    for title, since in inits.items():
         patches.replace(
             f"peft.tuners.lora.layer:LoraLayer.{title.lower()}_init",
             lambda _: default_values,
+            since=since,
+            wanted=_asks_for(config, title.lower()),
             warning=f"{title} initialisation from the base weights skipped: shapes only.",
         )
 
     def not_truncated(original: Callable[..., None]) -> Callable[..., None]:
         def init(module: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
             original(module, adapter_name, *args, **kwargs)
-            module._lora_kasa_truncation_deferred.discard(adapter_name)
+            peft_internals.kasa_deferred(module).discard(adapter_name)
 
         return init
 
     patches.replace(
         "peft.tuners.lora.variants:KasaLinearVariant.init",
         not_truncated,
+        since="0.21.0",
+        wanted=_asks_for(config, "kasa"),
         warning="KaSA's truncation of the base weights (an SVD a layer, once) skipped: shapes only.",
     )
 
-    patches.replace("peft.tuners.lora.variants:MontecloraLinearVariant.init", _with_sampler)
+    montecloras: dict[str, Any] = {"since": "0.20.0", "wanted": _asks_for(config, "monteclora")}
+    patches.replace("peft.tuners.lora.variants:MontecloraLinearVariant.init", _with_sampler, **montecloras)
     patches.replace(
         "peft.tuners.lora.monteclora:BufferedMontecloraSampler.__init__",
         lambda _: _unfilled_sampler,
+        **montecloras,
         warning="MonteCLoRA's samples not drawn; a refill of their buffers, which holds two at once, is not planned.",
     )
 
@@ -161,12 +175,10 @@ def _with_sampler(original: Callable[..., None]) -> Callable[..., None]:
     """PEFT would make the sampler in the first forward, after the optimizer was given its parameters."""
 
     def init(module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        from peft.tuners.lora.variants import MontecloraLinearVariant
-
         original(module, adapter_name, config, **kwargs)
         if adapter_name not in module.lora_monteclora_sampler:
             with torch.device("meta"):
-                sampler = MontecloraLinearVariant._create_sampler(module, adapter_name, config.monteclora_config)
+                sampler = peft_internals.montecloras_sampler(module, adapter_name, config.monteclora_config)
             module.lora_monteclora_sampler[adapter_name] = sampler
 
     return init
@@ -222,13 +234,14 @@ def _attach_adamss(patches: _Patches, config: Mapping[str, Any]) -> None:
 
     _without_sklearn(patches)
     layer = "peft.tuners.adamss.layer"
-    patches.replace(f"{layer}:slice_pca", lambda _: factors)
+    patches.replace(f"{layer}:slice_pca", lambda _: factors, since="0.19.0")
     patches.replace(
         f"{layer}:clustering_Z",
         lambda _: even_clusters,
+        since="0.19.0",
         warning="AdaMSS's k-means of the base weights replaced by clusters of equal size.",
     )
-    patches.replace(f"{layer}:AdamssLayer.update_layer", fixed_rank)
+    patches.replace(f"{layer}:AdamssLayer.update_layer", fixed_rank, since="0.19.0")
 
 
 def _without_sklearn(patches: _Patches) -> None:
@@ -243,30 +256,28 @@ def _attach_frod(patches: _Patches, config: Mapping[str, Any]) -> None:
         # PEFT asks for copies on the CPU, which `meta` cannot give; memory never written to is none.
         return torch.empty(W.shape, dtype=V.dtype), torch.empty(W.shape[1])
 
-    patches.replace("peft.tuners.frod.layer:FrodLayer._calculate_frod_u_and_lambda", lambda _: factors)
+    patches.replace("peft.tuners.frod.layer:FrodLayer._calculate_frod_u_and_lambda", lambda _: factors, since="0.20.0")
     patches.replace(
         "peft.tuners.frod.model:FrodModel._init_frod_projections",
         lambda _: _frod_projections,
+        since="0.20.0",
         warning="FRoD's joint decomposition of the base weights skipped: shapes only.",
     )
 
 
 def _frod_projections(tuner: Any, config: Any, adapter_name: str) -> None:
     """`FrodModel._init_frod_projections` without values: V (in×in), COO indices and size for each category of layer."""
-    from peft.tuners._buffer_dict import BufferDict
-    from peft.tuners.frod.model import _category_from_key
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
     from torch import nn
 
-    settings = tuner._prepare_adapter_config(config, tuner.get_model_config(tuner.model))
-    settings = _maybe_include_all_linear_layers(settings, tuner.model)
+    category_of, buffers = peft_internals.frod_category(), peft_internals.buffer_dict()
+    settings = peft_internals.settings_of(tuner, config)
     if not hasattr(tuner, "frod_V"):
         tuner.frod_V, tuner.frod_s_indices, tuner.frod_s_size = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
     for key, module in tuner.model.named_modules():
-        category = _category_from_key(key)
-        if not isinstance(module, nn.Linear) or not tuner._check_target_module_exists(settings, key):
+        category = category_of(key)
+        if not isinstance(module, nn.Linear) or not peft_internals.is_target(tuner, settings, key):
             continue
-        if adapter_name in tuner.frod_V._modules.get(category, ()):
+        if adapter_name in modules_of(tuner.frod_V).get(category, ()):
             continue
         width = module.in_features
         most = width * width - width
@@ -280,7 +291,7 @@ def _frod_projections(tuner: Any, config: Any, adapter_name: str) -> None:
         }
         for name, value in made.items():
             holder = getattr(tuner, name)
-            holder[category] = BufferDict({}, persistent=config.save_projection)
+            holder[category] = buffers({}, persistent=config.save_projection)
             holder[category][adapter_name] = value
 
 
@@ -359,11 +370,14 @@ def stepping(model: nn.Module) -> Iterator[list[str]]:
     Raises:
         CannotPlan: an operation needs values in another way.
     """
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in getattr(model, "peft_config", {}).values()}
+    configs = list(getattr(model, "peft_config", {}).values())
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
     with ExitStack() as stack:
         patches = _Patches(stack, [])
-        _whole_sequence_alora(patches)
-        _fixed_sparse_size(patches)
+        for sentence in fakes.unrouted(model):
+            patches.warn(sentence)
+        _whole_sequence_alora(patches, wanted=any(getattr(c, "alora_invocation_tokens", None) for c in configs))
+        _fixed_sparse_size(patches, wanted="FROD" in kinds)
         if any(isinstance(module, torch.nn.RNNBase) for module in model.modules()):
             patches.warn("A recurrent layer is traced step by step; the reserve of cuDNN's fused one is not modelled.")
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
@@ -414,18 +428,19 @@ def _experts(model: nn.Module) -> int:
     return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), 0)
 
 
-def _whole_sequence_alora(patches: _Patches) -> None:
+def _whole_sequence_alora(patches: _Patches, *, wanted: bool) -> None:
     def every_token(peft_config: Any, active_adapter: str, input_ids: torch.Tensor, *_: Any, **__: Any) -> list[int]:
         return [input_ids.shape[1]] * input_ids.shape[0]
 
     patches.replace(
         "peft.tuners.lora.variants:calculate_alora_offsets",
         lambda _: every_token,
+        wanted=wanted,
         warning="aLoRA's invocation taken to stand at the first token: an upper bound.",
     )
 
 
-def _fixed_sparse_size(patches: _Patches) -> None:
+def _fixed_sparse_size(patches: _Patches, *, wanted: bool) -> None:
     def size_of_projection(original: Callable[..., Any]) -> Callable[..., Any]:
         def tensors(layer: Any, adapter: str, *, device: Any, dtype: torch.dtype) -> tuple[Any, Any, Any, Any]:
             U = layer.frod_U[adapter].to(device=device, dtype=dtype)
@@ -437,7 +452,8 @@ def _fixed_sparse_size(patches: _Patches) -> None:
 
         return tensors
 
-    patches.replace("peft.tuners.frod.layer:Linear._get_frod_tensors", size_of_projection)
+    owner = "peft.tuners.frod.layer:Linear._get_frod_tensors"
+    patches.replace(owner, size_of_projection, since="0.20.0", wanted=wanted)
 
 
 class _Answers:
@@ -491,11 +507,12 @@ class _Answers:
         return tensor.new_empty(1), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
 
     def coalesced(self, mode: Any, func: Any, tensor: Any) -> torch.Tensor:
-        return _sparse(torch.empty_like(tensor._indices()), torch.empty_like(tensor._values()), tensor)
+        indices, values = sparse_parts(tensor)
+        return _sparse(torch.empty_like(indices), torch.empty_like(values), tensor)
 
     def masked(self, mode: Any, func: Any, tensor: Any, mask: Any) -> torch.Tensor:
-        values = torch.empty(mask._values().shape, dtype=tensor.dtype)
-        return _sparse(torch.empty_like(mask._indices()), values, mask)
+        indices, values = sparse_parts(mask)
+        return _sparse(torch.empty_like(indices), torch.empty(values.shape, dtype=tensor.dtype), mask)
 
     def say(self, question: str, answer: str) -> None:
         self.patches.warn(f"{_asked_by()} asks for {question}; answered: {answer}.")
@@ -512,8 +529,7 @@ def _within_mode(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sparse(indices: torch.Tensor, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    make = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default
-    return make(
+    return sparse_coo(
         like.sparse_dim(), like.dense_dim(), like.shape, indices, values,
         dtype=values.dtype, layout=torch.sparse_coo, device=like.device, is_coalesced=True,
     )  # fmt: skip
@@ -541,7 +557,7 @@ def _sparse_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _fake_operators(replaced: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
-    table = fake_impls.op_implementations_dict
+    table = shape_rules()
     saved = {operator: table[operator] for operator in replaced if operator in table}
     table.update(replaced)
     try:
@@ -570,7 +586,7 @@ def _asked_by() -> str:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (*_NEEDS_VALUES, NotImplementedError, GaugeError) as error:
+    except (*NEEDS_VALUES, NotImplementedError, GaugeError) as error:
         cause = _value_error(error)
         if cause is None or isinstance(error, CannotPlan):
             raise
@@ -578,7 +594,7 @@ def _translated() -> Iterator[None]:
 
 
 def _value_error(error: BaseException | None) -> BaseException | None:
-    while error is not None and not isinstance(error, (*_NEEDS_VALUES, NotImplementedError)):
+    while error is not None and not isinstance(error, (*NEEDS_VALUES, NotImplementedError)):
         error = error.__cause__
     return error
 

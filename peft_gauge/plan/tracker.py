@@ -22,8 +22,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from peft_gauge._internals.torch import (
+    ACCUMULATE_GRAD,
+    DispatchMode,
+    called_by_engine,
+    current_node,
+    holders,
+    schema,
+    sparse_parts,
+    storage_key,
+    without_modes,
+)
 from peft_gauge.flops import formula_of
 
 BASE_WEIGHTS = "base_weights"
@@ -169,7 +179,7 @@ def no_collector() -> Iterator[None]:
             gc.enable()
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(DispatchMode):
     """Follows storages while active (``with tracker:``); nest it *inside* a `FakeTensorMode` if there is one.
 
     Args:
@@ -209,7 +219,7 @@ class StorageTracker(TorchDispatchMode):
         for tensor in _each(tensors):
             if self._follows(tensor):
                 storage = tensor.untyped_storage()
-                key = storage._cdata
+                key = storage_key(storage)
                 watch = self._ledger.alive.get(key)
                 if watch is None:
                     self._ledger.born(storage, key, category, "")
@@ -219,7 +229,7 @@ class StorageTracker(TorchDispatchMode):
     def storages(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         """The numbers, as `Event.storage` has them, of the followed storages of ``tensors`` in the log as it is now."""
         alive = self._ledger.alive
-        keys = (tensor.untyped_storage()._cdata for tensor in tensors)
+        keys = (storage_key(tensor.untyped_storage()) for tensor in tensors)
         return frozenset(alive[key].record for key in keys if key in alive)
 
     def label(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
@@ -322,10 +332,6 @@ class StorageTracker(TorchDispatchMode):
 
     # The watching itself
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # no compiler runs here, and its guard would double the cost of each call
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -364,7 +370,7 @@ class StorageTracker(TorchDispatchMode):
             self._see_parts(tensor, plan)
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         ledger = self._ledger
         if key in ledger.alive:
             if plan.resizes:
@@ -374,15 +380,15 @@ class StorageTracker(TorchDispatchMode):
 
     def _see_parts(self, tensor: torch.Tensor, plan: _OperatorPlan) -> None:
         if tensor.layout is torch.sparse_coo:
-            self._see(tensor._indices(), plan)
-            self._see(tensor._values(), plan)
+            for part in sparse_parts(tensor):
+                self._see(part, plan)
 
     def _category(self, tensor: torch.Tensor, plan: _OperatorPlan, args: Sequence[Any]) -> str:
         if plan.category is not None:
             return plan.category
         phase = self._ledger.phase
         if plan.copies and args and isinstance(args[0], torch.Tensor):
-            source = self._ledger.alive.get(args[0].untyped_storage()._cdata)
+            source = self._ledger.alive.get(storage_key(args[0].untyped_storage()))
             if source is not None:
                 category = self._ledger.records[source.record].category
                 if category == DEQUANTISED_TEMPORARIES:
@@ -393,8 +399,8 @@ class StorageTracker(TorchDispatchMode):
 
     def _after(self, plan: _OperatorPlan, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         if plan.reaches_gradient and self._ledger.phase == BACKWARD:
-            node = torch._C._current_autograd_node()
-            if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+            node = current_node()
+            if node is not None and node.name() == ACCUMULATE_GRAD:
                 self.label((t for t in (*args[:2], out) if isinstance(t, torch.Tensor)), GRADIENTS)
         if plan.workspace is not None:
             scratch = [
@@ -446,7 +452,7 @@ class _OperatorPlan:
         workspaces: Mapping[str, Workspace],
         name: str | None = None,
     ) -> None:
-        self.name = func._schema.name if name is None else name
+        self.name = schema(func).name if name is None else name
         self.category = categories.get(self.name)
         self.copies = self.name in _COPIES
         self.resizes = "resize" in self.name or "set_" in self.name
@@ -478,21 +484,13 @@ def _engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -
         return False
     if left.shape != right.shape or left.dtype != right.dtype or left.layout is not torch.strided:
         return False
-    if torch._C._current_autograd_node() is None or not _called_by_engine(sys._getframe().f_back):
+    if current_node() is None or not called_by_engine(sys._getframe().f_back):
         return False
     if not _dense(left):
         return False
     lone_tensor, lone_storage = _lone_holders()
-    tensor_holders, storage_holders = _holders(left)
+    tensor_holders, storage_holders = holders(left)
     return tensor_holders <= lone_tensor and storage_holders <= lone_storage
-
-
-def _called_by_engine(frame: Any) -> bool:
-    """True if no Python code stands between the engine and the operator (device threads have no frames at all)."""
-    frame = frame.f_back  # from the tracker's dispatch to what dispatched; nothing on a device's thread
-    while frame is not None and frame.f_code.co_filename.endswith("eval_frame.py"):
-        frame = frame.f_back
-    return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -506,30 +504,21 @@ def _dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _holders(tensor: torch.Tensor) -> tuple[int, int]:
-    count = tensor._use_count()  # type: ignore[attr-defined]
-    return count, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
 @functools.cache
 def _lone_holders() -> tuple[int, int]:
     """Reference counts of a gradient that only the engine's buffer holds, as this torch version shows them."""
 
-    class Probe(TorchDispatchMode):
+    class Probe(DispatchMode):
         def __init__(self) -> None:
             super().__init__()
             self.seen: deque[tuple[int, int]] = deque()
 
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            return False
-
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is _ADD and torch._C._current_autograd_node() is not None:
-                self.seen.append(_holders(args[0]))
+            if func is _ADD and current_node() is not None:
+                self.seen.append(holders(args[0]))
             return func(*args, **(kwargs or {}))
 
-    with _disable_current_modes(), torch.enable_grad():
+    with without_modes(), torch.enable_grad():
         x = torch.zeros(2, requires_grad=True)
         y = x * 1.0
         total = y * 2.0 + y * 3.0

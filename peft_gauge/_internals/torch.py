@@ -1,0 +1,181 @@
+"""What is private in torch, and used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import fake_impls, fake_tensor
+from torch.utils import _python_dispatch
+
+# --- fake tensors -------------------------------------------------------------------------------------------
+
+FakeTensor = fake_tensor.FakeTensor
+"""A tensor with a shape and no data; a plan is made of them. Unguarded: without it there is no plan."""
+
+FakeTensorMode = fake_tensor.FakeTensorMode
+"""The mode under which operators make fake tensors. Unguarded, likewise."""
+
+is_fake = fake_tensor.is_fake
+"""Whether a tensor is fake, or wraps such a one. Unguarded."""
+
+unset_fake_temporarily = fake_tensor.unset_fake_temporarily
+"""Leaves the fake mode for a block that needs real values, a library's tables for instance. Unguarded."""
+
+NEEDS_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+)
+"""What a fake tensor raises where an operator asks for values; they become `CannotPlan`. Unguarded."""
+
+
+def shape_rules() -> dict[Any, Callable[..., Any]]:
+    """The table of fake implementations by operator overload; a plan lends it answers. What is put in is taken out."""
+    return fake_impls.op_implementations_dict
+
+
+# --- dispatch -----------------------------------------------------------------------------------------------
+
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+"""Sees every operator that is dispatched. Unguarded: torch documents it, and keeps it in a private module."""
+
+without_modes = _python_dispatch._disable_current_modes
+"""Leaves all dispatch modes for a block: the tracker's probe of reference counts sees real tensors. Unguarded."""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode without the guard against a compiler (none runs here), which would double the cost of each call.
+
+    A torch without that guard never asks.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def schema(func: Any) -> Any:
+    """The schema of an operator overload: its qualified name and its arguments. Unguarded."""
+    return func._schema
+
+
+def packet(func: Any) -> Any:
+    """The operator that ``func`` is an overload of: FLOP formulas are registered for it. Unguarded."""
+    return func._overloadpacket
+
+
+def composite(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """The operator's own decomposition, as if no route were laid over it. Unguarded."""
+    return operator._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def below_autograd() -> Any:
+    """A block in which operators are called past autograd, as from within a backend's kernel. Unguarded."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def end_library(library: torch.library.Library) -> None:
+    """Takes a library's kernels back at once, not when the collector comes by. Unguarded."""
+    library._destroy()
+
+
+# --- operators of aten without a public name ----------------------------------------------------------------
+
+
+def flash_attention(*args: Any, **kwargs: Any) -> Any:
+    """CUDA's flash attention, whose shape rule any build of torch has; the CPU's attention is routed to it."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(*args, **kwargs)
+
+
+def efficient_attention(*args: Any, **kwargs: Any) -> Any:
+    """CUDA's memory-efficient attention, likewise."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(*args, **kwargs)
+
+
+def safe_softmax(*args: Any, **kwargs: Any) -> Any:
+    """The softmax of attention's math path, with zeros for a row that is masked whole. Unguarded."""
+    return torch.ops.aten._safe_softmax(*args, **kwargs)
+
+
+def sparse_coo(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """A sparse tensor out of its parts without a look at values, that is with ``is_coalesced`` as said. Unguarded."""
+    made: torch.Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default(*args, **kwargs)
+    return made
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and values of a sparse tensor, coalesced or not (the public names refuse the latter). Unguarded."""
+    return tensor._indices(), tensor._values()
+
+
+# --- autograd -----------------------------------------------------------------------------------------------
+
+ACCUMULATE_GRAD = "torch::autograd::AccumulateGrad"
+"""The name of the node that writes a gradient: what passes through it is called one. Held by a contract test."""
+
+
+def current_node() -> Any:
+    """The autograd node that runs now in this thread; `None` outside of a backward pass. Unguarded."""
+    return torch._C._current_autograd_node()
+
+
+def next_sequence_number() -> int:
+    """The number that the next autograd node of this thread gets: forward's modules are found by it in backward."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def sequence_number(node: Any) -> int:
+    """The number that an autograd node got. Unguarded."""
+    return int(node._sequence_nr())
+
+
+def called_by_engine(frame: Any) -> bool:
+    """Whether no Python code stands between the engine and a mode's dispatch (device threads have no frames at all).
+
+    By names of torch's own Python functions; without them gradients are not summed in place (contract test).
+    """
+    frame = frame.f_back  # from the mode's dispatch to what dispatched; nothing on a device's thread
+    while frame is not None and frame.f_code.co_filename.endswith("eval_frame.py"):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
+
+
+def hooks_of(tensor: torch.Tensor) -> tuple[list[Any], list[Any]]:
+    """A tensor's gradient hooks, and those after accumulation: a fake of it gets them too. Unguarded."""
+    after = tensor._post_accumulate_grad_hooks
+    return list((tensor._backward_hooks or {}).values()), list((after or {}).values())
+
+
+# --- storages -----------------------------------------------------------------------------------------------
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """The address of what a storage stands for: the same for every view, and for fakes, which have no data pointer."""
+    return storage._cdata
+
+
+def holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """Reference counts of a tensor and of its storage. Guarded by a probe: only comparisons with its counts matter."""
+    count = tensor._use_count()  # type: ignore[attr-defined]
+    return count, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+# --- modules ------------------------------------------------------------------------------------------------
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters by name, to be replaced past `setattr`, which would check and reorder. Unguarded."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own buffers by name, likewise."""
+    return module._buffers
+
+
+def modules_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own children by name, likewise."""
+    return module._modules

@@ -1,0 +1,116 @@
+"""What is private in transformers, and used. Nothing is imported until it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+PACKING = "find_packed_sequence_indices"
+"""In masking_utils: tells by the values of `position_ids` whether a row of a batch is several sequences."""
+
+
+def has_packing() -> bool:
+    """Whether `without_packing` finds what it replaces; a plan says in its warnings where it does not."""
+    from transformers import masking_utils
+
+    return hasattr(masking_utils, PACKING)
+
+
+@contextmanager
+def without_packing() -> Iterator[None]:
+    """While active, no row of a batch is taken for several sequences. Guarded by `has_packing`."""
+    from transformers import masking_utils
+
+    with ExitStack() as stack:
+        if has_packing():
+            stack.enter_context(patch.object(masking_utils, PACKING, lambda position_ids: None))
+        yield
+
+
+# What transformers keeps of the functions that it has looked up, by release: forgotten for a block, and back after.
+_LOOKED_UP = (
+    "_loaded_implementation",
+    "_flash_fn",
+    "_flash_varlen_fn",
+    "_flash_with_kvcache_fn",
+    "_pad_fn",
+    "_unpad_fn",
+    "_process_flash_kwargs_fn",
+)
+
+
+@contextmanager
+def flash_on_fakes(rows_of: Callable[..., Any]) -> Iterator[None]:
+    """While active, transformers' flash attention asks no tensor for values, and no package for a GPU.
+
+    ``rows_of`` stands in for `_upad_input`. What is missing raises `AttributeError`, but for what releases differ in.
+    """
+    from transformers import modeling_flash_attention_utils as utils
+    from transformers import modeling_utils
+
+    base = modeling_utils.PreTrainedModel
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        for looked_up in (name for name in _LOOKED_UP if hasattr(utils, name)):
+            enter(patch.object(utils, looked_up, None))
+        enter(patch.object(utils, "_is_packed_sequence", lambda *args, **kwargs: False))  # asks for values
+        enter(patch.object(utils, "_upad_input", rows_of))
+        for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # transformers 5, transformers 4
+            if hasattr(base, check):
+                enter(patch.object(base, check, lambda *args, **kwargs: True))
+        yield
+
+
+def missing_flash(file: ModuleType) -> Mapping[str, Any]:
+    """The function that a modelling file imports only where flash-attn was there when it was imported (Falcon's)."""
+    from transformers import modeling_flash_attention_utils as utils
+
+    asks = ("is_flash_attn_available", "is_flash_attn_2_available")
+    name = "_flash_attention_forward"
+    if name in vars(file) or not any(each in vars(file) for each in asks):
+        return {}
+    return {name: getattr(utils, name)}
+
+
+def attention_of(config: Any) -> Any:
+    """The attention that a model was built with; `None` for a config that has none."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def has_sdpa(kind: Any) -> bool:
+    """Whether a model class has sdpa attention. Unguarded."""
+    return bool(kind._supports_sdpa)
+
+
+def flash_attentions(kind: Any, asked: str) -> list[str]:
+    """The flash attentions that a model class takes, ``asked`` where it names none; empty where it takes none."""
+    if not getattr(kind, "_supports_flash_attn", getattr(kind, "_supports_flash_attn_2", False)):
+        return []
+    return list(getattr(kind, "_compatible_flash_implementations", None) or [asked])
+
+
+# --- quantised models, and where a model came from ----------------------------------------------------------
+
+
+def replace_layers(quantizer: Any, model: Any) -> None:
+    """Puts a quantiser's own layers into a model without weights, as `from_pretrained` does. Unguarded."""
+    quantizer._process_model_before_weight_loading(model)
+
+
+def mark_quantised(config: Any, dtype: Any) -> None:
+    """Flash attention asks a quantised model's config, not its (packed) weights, for the dtype to compute in:
+    transformers 5 looks for the first of these, transformers 4 for the second."""
+    config._is_quantized = True
+    config._pre_quantization_dtype = dtype
+
+
+def forget_origin(config: Any) -> None:
+    """Takes a config's name away: with one, saving an adapter would look its base up on the hub."""
+    config._name_or_path = ""
