@@ -575,6 +575,7 @@ def test_the_distance_from_the_plan_is_a_part_of_the_plan() -> None:
     found = memory_question.against_plan(measured_on("cuda", tensor_peak_bytes=3_750_000_000, **figures))
     assert found == {
         "planned_peak_bytes": PEAK,
+        "planned_allocated_bytes": PEAK,
         "planned_reserved_bytes": 2 * PEAK,
         "planned_device_bytes": 3 * PEAK,
         "planned_saved_activation_bytes_per_token": 512.0,

@@ -231,4 +231,5 @@ def test_lengths_are_sorted_and_counted_once() -> None:
 def test_a_card_is_named_with_the_memory_on_its_box_once() -> None:
     assert card("RTX 4090").name == "GeForce RTX 4090 24GB"
     assert card("H100 80GB").name == "H100 80GB"
-    assert card("24GB") == Card("24GB", 24 * GB)
+    assert card("24e9") == Card("24e9", 24 * GB)
+    assert card("24GB").name == "24GB"
