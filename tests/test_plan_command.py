@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -297,7 +298,10 @@ def test_the_table_shows_the_figures_and_each_warning_once(plans: list[dict[str,
     assert f"{plans[0]['peak_bytes'] / 1e6:.2f} MB" in text
     assert text.count("something to know") == 1
     assert "note (full, ia3): " in text
-    assert "+23.4" in text
+    used_and_left = re.findall(r"(\d+\.\d\d) \+(\d+\.\d\d)", text)
+    assert len(used_and_left) >= len(plans)
+    (memory,) = set(re.findall(r"\((\d+\.\d\d) GB\)", text))
+    assert {round(float(used) + float(left), 2) for used, left in used_and_left} == {float(memory)}, "a reader adds up"
 
 
 def test_the_adapted_modules_stand_below_the_table(run: Run, in_process: list[PlanRequest]) -> None:
