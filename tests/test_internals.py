@@ -10,6 +10,7 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -168,6 +169,14 @@ def test_torch_current_node_is_told_in_backward_alone() -> None:
     with _Nodes() as seen:
         total.backward(torch.ones(2))
     assert {from_torch.ACCUMULATE_GRAD, "MulBackward0"} <= set(seen.names)
+
+
+def test_torch_called_by_engine_where_the_dispatch_is_a_threads_first_frame() -> None:
+    """On CUDA backward runs in a thread of the device's without Python frames: the dispatch has no caller."""
+    dispatch = SimpleNamespace(f_back=None)
+    assert from_torch.called_by_engine(dispatch)
+    in_python = SimpleNamespace(f_back=None, f_code=SimpleNamespace(co_filename="model.py", co_name="forward"))
+    assert not from_torch.called_by_engine(SimpleNamespace(f_back=in_python))
 
 
 def test_torch_holders_of_a_tensor_are_counted() -> None:
