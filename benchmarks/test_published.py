@@ -18,8 +18,8 @@ What came out, with torch 2.13, transformers 5.24 and PEFT 0.21:
 - Its 4-bit runs are planned 20 to 22 % too low: bitsandbytes 0.41.1 kept the input of every 4-bit layer for backward,
   as today's does not. For Llama 2 7B that is tokens × layers × (2·4096 + 11008) × 2 bytes = 1.60 GB of the 2.95; the
   same unknown as above is 0.80. litgpt also quantises the head, which is left in 16 bit here.
-- 36 steps were measured on an H200 with this suite's own loop (`fixtures/h200_steps.json`). Planned peaks of the 33 that
-  are not of the toy model are within 0.03 % of what the allocator was asked for, and within 0.6 % of
+- 36 steps were measured on an H200 with this suite's own loop (`fixtures/h200_steps.json`). Planned peaks of the 33
+  that are not of the toy model are within 0.03 % of what the allocator was asked for, and within 0.6 % of
   `max_memory_allocated` over the first steps; reserved bytes within 8 %, half of them within 0.07 %. Of the toy model
   the rounding to blocks of 512, which a plan counts and a request does not, is up to 0.17 %.
 - Two figures are context: torchao's NF4 layer has constants of its own layout (13,312 bytes beside packed weights and
