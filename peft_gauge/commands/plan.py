@@ -47,7 +47,13 @@ def plan(
     padded: Annotated[bool, typer.Option("--padded/--unpadded", help="Give the batch an attention mask.")] = False,
     use_cache: Annotated[bool, typer.Option(help="Let the model return its key-value cache.")] = False,
     hold_outputs: Annotated[bool, typer.Option(help="Keep the model's outputs alive until the step's end.")] = False,
-    gpu: Annotated[list[str] | None, typer.Option(help="A GPU's name or its memory; repeatable.")] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A GPU's name or its memory; repeatable. 24GB is a card sold with 24 GB (25.25·10⁹ bytes usable); "
+            "24GiB, 25300MB and plain bytes are exact."
+        ),
+    ] = None,
     find: Annotated[str | None, typer.Option(help="The largest batch, seq or rank that fits --gpu.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="A folder of measured overheads by GPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a case.")] = False,
