@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry
 
-from peft_gauge._internals.torch import packet, schema
+from peft_gauge._internals.torch import flop_formulas, packet, schema
 
 Formula = Callable[[Sequence[Any], Mapping[str, Any], Any], int]
 """(positional arguments, keyword arguments, output) of one call -> its FLOPs."""
@@ -28,10 +27,11 @@ def formula_of(func: Any) -> Formula | None:
     own = _OWN.get(name)
     if own is not None:
         return lambda args, kwargs, out: int(own(args))
-    found = flop_registry.get(packet(func))
+    registered = flop_formulas()
+    found = registered.get(packet(func))
     namespace, stem = name.split("::")
     if found is None and stem.endswith("_") and namespace == "aten":
-        found = flop_registry.get(getattr(torch.ops.aten, stem.rstrip("_"), None))
+        found = registered.get(getattr(torch.ops.aten, stem.rstrip("_"), None))
     if found is None:
         return None
     return lambda args, kwargs, out: int(found(*args, **kwargs, out_val=out))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_gauge._internals.bitsandbytes import code_books
+from peft_gauge._internals.bitsandbytes import NOTICES, code_books, native_library
 from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
 from peft_gauge._internals.transformers import mark_quantised
 from peft_gauge.errors import GaugeError, one_line, unknown
@@ -47,8 +47,8 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
     Call it before PEFT is imported, which imports bitsandbytes by itself. Raises `GaugeError` where bitsandbytes is
     missing or older than 0.46.1, and, with a CUDA ``device``, where it has no kernels for this torch's CUDA.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_notice)
-    logging.getLogger("bitsandbytes.cextension").addFilter(_is_no_load_error)
+    for name in NOTICES:
+        logging.getLogger(name).addFilter(_is_no_notice)
     try:
         installed = version("bitsandbytes")
         # bitsandbytes makes lookup tables when imported; made under a fake mode they would stay fake for good.
@@ -67,8 +67,7 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
 
 def _check_cuda_kernels(installed: str) -> None:
     """bitsandbytes imports without its CUDA library too, and fails at the first kernel, with a page of advice."""
-    from bitsandbytes.cextension import lib
-
+    lib = native_library()
     if lib.compiled_with_cuda:
         return
     # What stands in for a library that did not load gives a function for any name that it has not itself.
@@ -82,12 +81,8 @@ def _check_cuda_kernels(installed: str) -> None:
     )
 
 
-def _is_no_kernel_notice(message: logging.LogRecord) -> bool:
-    return not message.msg.startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
-
-
-def _is_no_load_error(message: logging.LogRecord) -> bool:
-    return not message.msg.startswith("bitsandbytes library load error")
+def _is_no_notice(message: logging.LogRecord) -> bool:
+    return not str(message.msg).startswith(NOTICES[message.name])
 
 
 # --- a model's layers ---------------------------------------------------------------------------------------

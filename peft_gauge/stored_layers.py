@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
-from peft_gauge._internals.torch import FakeTensor, parameters_of
+from peft_gauge._internals.torch import FakeTensor, flop_formulas, parameters_of
 from peft_gauge._internals.transformers import mark_quantised, replace_layers
 from peft_gauge.errors import GaugeError
 from peft_gauge.stored_formats import STORED_FORMAT, StoredFormat
@@ -319,11 +319,11 @@ def _(input: Tensor, packed: Tensor, columns: int) -> Tensor:
 
 
 def _product_flops(input: Sequence[int], packed: Sequence[int], columns: int, *args: Any, **kwargs: Any) -> int:
-    """Two for each multiply-add; ``flop_registry`` hands shapes over."""
+    """Two for each multiply-add; torch's counter hands shapes over."""
     return 2 * columns * math.prod(input)
 
 
-if torch.ops.peft_gauge.stored_product not in flop_registry:
+if torch.ops.peft_gauge.stored_product not in flop_formulas():
     register_flop_formula(torch.ops.peft_gauge.stored_product)(_product_flops)
 
 

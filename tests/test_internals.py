@@ -208,6 +208,17 @@ def test_torch_engines_own_sums_are_known_by_who_calls() -> None:
     assert sums.by_engine == [False]
 
 
+def test_torch_keeps_flop_formulas_by_operator() -> None:
+    formula = from_torch.flop_formulas()[torch.ops.aten.mm]
+    assert formula(torch.empty(3, 5), torch.empty(5, 7), out_val=torch.empty(3, 7)) == 2 * 3 * 5 * 7
+
+
+def test_torch_says_in_its_header_whether_flash_broadcasts_one_head() -> None:
+    header = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
+    assert "enable_gqa" in header.read_text(encoding="utf-8", errors="replace"), "the filters stand elsewhere now"
+    assert not from_torch.flash_broadcasts_one_head() or _internals.released("torch", "2.13.1")
+
+
 def test_torch_sequence_numbers_order_nodes_as_forward_made_them() -> None:
     before = from_torch.next_sequence_number()
     first = torch.ones(2, requires_grad=True) * 2
@@ -365,6 +376,18 @@ def test_peft_has_monteclora_and_kasa_as_their_policies_find_them() -> None:
 
 
 # --- bitsandbytes -------------------------------------------------------------------------------------------
+
+
+def test_bitsandbytes_prints_the_notices_that_are_left_out() -> None:
+    load_bitsandbytes()
+    for module, words in from_bitsandbytes.NOTICES.items():
+        if _internals.released("bitsandbytes", "0.50.0"):
+            assert words in Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
+
+
+def test_bitsandbytes_names_what_its_library_was_built_for() -> None:
+    load_bitsandbytes()
+    assert from_bitsandbytes.native_library().compiled_with_cuda in (True, False)
 
 
 def test_bitsandbytes_keeps_code_books_by_name() -> None:

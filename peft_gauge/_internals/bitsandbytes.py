@@ -10,6 +10,21 @@ PRODUCT_4BIT_SINCE = "0.50.0"
 """The release whose 4-bit layers multiply by an operator of their own, which hides the weight's dequantised copy."""
 
 
+NOTICES = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "bitsandbytes.cextension": "bitsandbytes library load error",
+}
+"""Logger -> how a message begins that is left out: advice on an optional CPU kernel, and the traceback of a CUDA
+library that did not load. Unguarded: where the words change, they are printed."""
+
+
+def native_library() -> Any:
+    """The loaded library of kernels; its ``compiled_with_cuda`` says which. Unguarded."""
+    from bitsandbytes.cextension import lib
+
+    return lib
+
+
 def has_product_4bit() -> bool:
     """Whether that operator, `bitsandbytes::gemm_4bit`, is there (once bitsandbytes is imported)."""
     return hasattr(torch.ops.bitsandbytes, "gemm_4bit")

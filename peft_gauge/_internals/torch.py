@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import fake_impls, fake_tensor
-from torch.utils import _python_dispatch
+from torch.utils import _python_dispatch, flop_counter
 
 # --- fake tensors -------------------------------------------------------------------------------------------
 
@@ -82,6 +84,12 @@ def end_library(library: torch.library.Library) -> None:
     library._destroy()
 
 
+def flop_formulas() -> dict[Any, Callable[..., Any]]:
+    """torch's table of FLOP formulas by operator packet; `register_flop_formula`, which is public, adds to it.
+    Unguarded."""
+    return flop_counter.flop_registry
+
+
 # --- operators of aten without a public name ----------------------------------------------------------------
 
 
@@ -93,6 +101,14 @@ def flash_attention(*args: Any, **kwargs: Any) -> Any:
 def efficient_attention(*args: Any, **kwargs: Any) -> Any:
     """CUDA's memory-efficient attention, likewise."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(*args, **kwargs)
+
+
+@cache
+def flash_broadcasts_one_head() -> bool:
+    """Whether this torch's filters let one key head pass to flash attention without ``enable_gqa``, as its own header
+    has them; a torch without the header does not."""
+    header = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
+    return header.is_file() and "supports_mqa" in header.read_text(encoding="utf-8", errors="replace")
 
 
 def safe_softmax(*args: Any, **kwargs: Any) -> Any:

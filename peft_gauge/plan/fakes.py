@@ -8,8 +8,6 @@ than CUDA's, `cuda_kernels` routes to CUDA's operator, whose shape rules torch s
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +24,7 @@ from peft_gauge._internals.torch import (
     efficient_attention,
     end_library,
     flash_attention,
+    flash_broadcasts_one_head,
     hooks_of,
     parameters_of,
     safe_softmax,
@@ -429,16 +428,9 @@ def _heads_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grou
     heads, shared, values = query.shape[1], key.shape[1], value.shape[1]
     if shared != values:
         return False
-    if grouped or (shared == 1 and _flash_broadcasts_one_head()):
+    if grouped or (shared == 1 and flash_broadcasts_one_head()):
         return heads % shared == 0
     return heads == shared
-
-
-@lru_cache(maxsize=1)
-def _flash_broadcasts_one_head() -> bool:
-    """Whether this torch's filters let one key head pass without ``enable_gqa``, as its own header has them."""
-    header = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
-    return header.is_file() and "supports_mqa" in header.read_text(encoding="utf-8", errors="replace")
 
 
 def _float_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
