@@ -16,6 +16,13 @@ def fixture(name: str) -> Path:
     return in_checkout if in_checkout.exists() else Path(__file__).resolve().parent / "_data" / name
 
 
+def calibrations() -> Path:
+    """The user's folder of measured overheads, a file a GPU (`peft-gauge calibrate`); ``PEFT_GAUGE_CALIBRATIONS`` moves
+    it."""
+    override = os.environ.get("PEFT_GAUGE_CALIBRATIONS")
+    return Path(override) if override else platformdirs.user_data_path("peft-gauge") / "calibrations"
+
+
 def cache() -> Path:
     """The user's cache folder for fetched weights; ``PEFT_GAUGE_CACHE`` moves it."""
     override = os.environ.get("PEFT_GAUGE_CACHE")

@@ -20,6 +20,14 @@ def no_worker() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans of tests are the same everywhere, also where the user has calibrated a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_GAUGE_CALIBRATIONS", str(tmp_path_factory.getbasetemp() / "no-calibrations"))
+        yield
+
+
 @pytest.fixture
 def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """``run_command("plan", …)`` runs ``peft-gauge plan …`` here: exit code, standard output, standard error."""

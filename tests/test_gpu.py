@@ -17,7 +17,7 @@ import pytest
 
 from peft_gauge import ceilings, isolation, machine, methods, models, paths
 from peft_gauge.cases import BATCHES, Case
-from peft_gauge.plan.calibrate import Reading, outside_bytes, workspace_bytes
+from peft_gauge.plan.calibrate import FURTHER, Reading, assumptions, outside_bytes, workspace_bytes
 from peft_gauge.plan.overheads import overheads_for, write_calibration
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.step import StepSettings
@@ -289,8 +289,7 @@ def test_the_overheads_of_this_card(overheads: dict[str, Any], record_property: 
     """What is printed (``-s``) can be kept for `peft-gauge plan` as a calibration of this card."""
     for name, value in overheads.items():
         record_property(name, value)
-    besides = ("bare_context_bytes", "forward_workspace_bytes")
-    record = {name: value for name, value in overheads.items() if name not in besides}
+    record = {name: value for name, value in overheads.items() if name not in (*FURTHER, "nvml", "allocator")}
     gpu_name = record.pop("gpu_name")
     path = write_calibration(tmp_path, gpu_name, **record)
     print(f"\n{path.name}: {path.read_text()}")
@@ -301,6 +300,21 @@ def test_the_overheads_of_this_card(overheads: dict[str, Any], record_property: 
     assert 50e6 <= overheads["bare_context_bytes"] <= overheads["context_bytes"] <= 2e9
     assert 0 < overheads["forward_workspace_bytes"] <= overheads["cublas_workspace_bytes"] <= 256 * MIB
     assert 0 <= overheads["cublaslt_workspace_bytes"] <= 256 * MIB
+
+
+@pytest.mark.gpu
+def test_a_calibration_is_what_plans_for_this_card_then_use(tmp_path: Path) -> None:
+    """All of `peft-gauge calibrate`; the allocator's sizes are those that plans replay, to the byte."""
+    found = dict(value_of(call("peft_gauge.plan.calibrate:calibrate")))
+    gpu_name = found.pop("gpu_name")
+    write_calibration(tmp_path, gpu_name, **found)
+    used = overheads_for(gpu_name, tmp_path)
+    assert used.usable_bytes == found["usable_bytes"] == machine.accelerators()[0].memory_bytes
+    rows = assumptions(found, used, None)
+    assert [row.name for row in rows if not row.holds] == []
+    workspace = found["workspaces"]["forward_workspace_bytes"]
+    assert found["workspaces"]["further_stream_bytes"] == workspace, "a workspace belongs to a handle and a stream"
+    assert found["speed"]["product_flops_per_second"] > 1e12
 
 
 @pytest.mark.gpu

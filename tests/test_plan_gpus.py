@@ -184,7 +184,7 @@ def test_calibration_overrides_under_every_spelling_of_the_card(tmp_path: Path) 
     assert path.name == "h100-80gb.json"
     overheads = overheads_for("h100", tmp_path / "new")
     assert (overheads.context_bytes, overheads.cublas_workspace_bytes, overheads.cublaslt_workspace_bytes) == (1, 2, 0)
-    assert overheads.origins["context_bytes"] == f"measured: {path}"
+    assert overheads.origins["context_bytes"] == "measured on 2026-01-31 with torch 2.13.0 (h100-80gb.json)"
     assert overheads_for("A100 80GB", tmp_path / "new") == default_overheads((8, 0))
 
 

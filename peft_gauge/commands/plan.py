@@ -55,7 +55,9 @@ def plan(
         ),
     ] = None,
     find: Annotated[str | None, typer.Option(help="The largest batch, seq or rank that fits --gpu.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A folder of measured overheads by GPU.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A folder of calibrations. Default: the user's (peft-gauge calibrate).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a case.")] = False,
 ) -> None:
     """Plan a training step: peak, resident and device memory by category.

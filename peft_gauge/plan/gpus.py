@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.paths import fixture
+from peft_gauge.paths import calibrations, fixture
 
 _UNITS = {"b": 1} | {
     f"{prefix}{kind}": base**power
@@ -55,7 +56,7 @@ def lookup(text: str) -> Gpu:
     Names ignore case, spaces, dashes and the maker's words, so that `torch.cuda.get_device_name()` can be
     passed as it is. A whole number of `GB`, such as `24GB`, is a card sold with that much: it offers what the middle
     one of the table's cards of that size reports. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or
-    plain bytes: `80e9`, `17179869184`.
+    plain bytes: `80e9`, `17179869184`. A card outside the table is known by its name once it was calibrated here.
     Raises `GaugeError` for a name that is not in the table (with the nearest) and for an unusable size.
     """
     key = _key(text)
@@ -68,7 +69,26 @@ def lookup(text: str) -> Gpu:
     match = _SIZE.fullmatch(text.strip().lower())
     if match is not None and (match[2] or "b") in _UNITS:
         return Gpu(text.strip(), parse_bytes(text), None, None, source="a size given by the user")
+    calibrated = _calibrated(key)
+    if calibrated is not None:
+        return calibrated
     raise GaugeError(f"no GPU is called {text!r}; {_nearest(key)}, or give a size such as 24GB")
+
+
+def _calibrated(key: str) -> Gpu | None:
+    """The card with this key that `peft-gauge calibrate` has measured on this machine. A file that cannot be read is
+    passed over here: it tells of itself where its own card is asked for."""
+    for file in sorted(calibrations().glob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            name, usable_bytes = str(record["gpu"]), int(record["usable_bytes"])
+            major, minor = record.get("allocator", {}).get("compute_capability", (None, None))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if key and _key(name) == key:
+            capability = None if major is None else (major, minor)
+            return Gpu(name, usable_bytes, None, capability, source=f"measured here: {file.name}")
+    return None
 
 
 def _sold_as(name: str, gigabytes: int) -> Gpu:

@@ -4,13 +4,15 @@ The workspaces are allocated through the caching allocator at the first matrix p
 they belong into the allocation sequence and count as allocated. The context lies outside the allocator: it
 is taken off the device's capacity.
 
-The defaults here can be overwritten by what was measured on a card: one JSON file a card,
-`<slug of the card's name>.json`, in a folder of the caller's choice:
+The defaults here can be overwritten by what was measured on a GPU: one JSON file each,
+`<slug of the GPU's name>.json`, in the user's folder (`peft_gauge.paths.calibrations`) or one that is named:
 
     {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "measured_on": "2026-01-31",
-     "context_bytes": 545259520, "cublas_workspace_bytes": 33554432, "cublaslt_workspace_bytes": 0}
+     "context_bytes": 545259520, "cublas_workspace_bytes": 33554432, "cublaslt_workspace_bytes": 0,
+     "usable_bytes": 84942979072, "workspaces": {…}, "allocator": {…}, "nvml": {…}, "speed": {…}}
 
-The first three fields are required; of the others, those that are absent keep their default.
+The first three fields are required; of the others, those that are absent keep their default. Plans read the bytes; the
+four records are for people, and for `peft-gauge calibrate`, which writes them.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import gpus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
 CONTEXT_BYTES = 512 << 20
 """Driver, CUDA context and loaded kernels of one process. An **unmeasured estimate**: with lazy module
@@ -55,20 +59,27 @@ CUBLAS_WORKSPACES = 2
 """Of a training step: handles belong to a thread, and backward runs in a thread of autograd's own, same file."""
 
 _BYTE_FIELDS = ("context_bytes", "cublas_workspace_bytes", "cublaslt_workspace_bytes")
+_USABLE = "usable_bytes"
 _TEXT_FIELDS = ("gpu", "torch", "measured_on")
+RECORDS = ("workspaces", "allocator", "nvml", "speed")
+"""What a calibration has beside the bytes that plans read."""
 
 
 @dataclass(frozen=True)
 class DeviceOverheads:
     """The overheads of one process on one device; `origins` says for each field where it is from.
 
-    ``cublas_workspace_bytes``: those of forward and of backward together.
+    ``calibration``: when and with what they were measured on this very device, and the file, if they were.
+    ``cublas_workspace_bytes``: those of forward and of backward together. ``usable_bytes``: what the driver reports
+    that this device has, where it was measured.
     """
 
     context_bytes: int
     cublas_workspace_bytes: int
     cublaslt_workspace_bytes: int
     origins: Mapping[str, str]
+    usable_bytes: int | None = None
+    calibration: str | None = None
 
 
 def default_overheads(compute_capability: tuple[int, int] | None) -> DeviceOverheads:
@@ -92,11 +103,12 @@ def default_overheads(compute_capability: tuple[int, int] | None) -> DeviceOverh
 def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> DeviceOverheads:
     """The overheads on this card (a name or a size, as `gpus.lookup` takes it), measured ones first.
 
-    Raises `GaugeError` for a broken calibration file, and for a card that has neither a row in the table
-    nor a calibration file.
+    ``calibration_folder``: by default the user's. Raises `GaugeError` for a broken calibration file, and for a card
+    that has neither a row in the table nor a calibration file.
     """
-    path = calibration_path(calibration_folder, gpu_name) if calibration_folder is not None else None
-    measured = _read(path, gpu_name) if path is not None and path.exists() else {}
+    path = calibration_path(calibration_folder or paths.calibrations(), gpu_name)
+    record = _read(path, gpu_name) if path.exists() else {}
+    measured = {field: value for field, value in record.items() if field in (*_BYTE_FIELDS, _USABLE)}
     try:
         capability = gpus.lookup(gpu_name).compute_capability
     except GaugeError:
@@ -105,8 +117,11 @@ def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> Devi
         capability = None
     default = default_overheads(capability)
     values = {field: measured.get(field, getattr(default, field)) for field in _BYTE_FIELDS}
-    origins = {field: f"measured: {path}" if field in measured else default.origins[field] for field in _BYTE_FIELDS}
-    return DeviceOverheads(**values, origins=origins)
+    calibration = f"{record['measured_on']} with torch {record['torch']} ({path.name})" if measured else None
+    origins = {
+        field: f"measured on {calibration}" if field in measured else default.origins[field] for field in _BYTE_FIELDS
+    }
+    return DeviceOverheads(**values, origins=origins, usable_bytes=measured.get(_USABLE), calibration=calibration)
 
 
 def calibration_path(folder: Path, gpu_name: str) -> Path:
@@ -123,8 +138,13 @@ def write_calibration(
     context_bytes: int,
     cublas_workspace_bytes: int,
     cublaslt_workspace_bytes: int,
+    **further: Any,
 ) -> Path:
-    """Store what was measured on a card (`measured_on` is an ISO date) and return the file's path."""
+    """Store what was measured on a card (`measured_on` is an ISO date) and return the file's path.
+
+    ``further``: ``usable_bytes`` and any of `RECORDS`. Raises `GaugeError` where the file cannot be written; one that
+    is there stays whole until the new one is.
+    """
     path = calibration_path(folder, gpu_name)
     record = {
         "gpu": gpu_name,
@@ -133,11 +153,24 @@ def write_calibration(
         "context_bytes": context_bytes,
         "cublas_workspace_bytes": cublas_workspace_bytes,
         "cublaslt_workspace_bytes": cublaslt_workspace_bytes,
+        **further,
     }
     _check(record, path, gpu_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise GaugeError(f"the calibration cannot be kept as {path}: {reason}; name a folder with --folder") from error
     return path
+
+
+def read_calibration(folder: Path, gpu_name: str) -> dict[str, Any] | None:
+    """The calibration of a card as it was written, if there is one. Raises `GaugeError` where it is broken."""
+    path = calibration_path(folder, gpu_name)
+    return _read(path, gpu_name) if path.exists() else None
 
 
 def _slug(gpu_name: str) -> str:
@@ -149,7 +182,7 @@ def _slug(gpu_name: str) -> str:
     return slug
 
 
-def _read(path: Path, gpu_name: str) -> dict[str, int]:
+def _read(path: Path, gpu_name: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -159,9 +192,9 @@ def _read(path: Path, gpu_name: str) -> dict[str, int]:
     return _check(record, path, gpu_name)
 
 
-def _check(record: dict[str, object], path: Path, gpu_name: str) -> dict[str, int]:
-    """The measured fields of a record, once it is sound."""
-    unknown = sorted(set(record) - {*_BYTE_FIELDS, *_TEXT_FIELDS})
+def _check(record: dict[str, Any], path: Path, gpu_name: str) -> dict[str, Any]:
+    """``record``, which is sound."""
+    unknown = sorted(set(record) - {*_BYTE_FIELDS, _USABLE, *_TEXT_FIELDS, *RECORDS})
     if unknown:
         raise _broken(path, f"unknown field {unknown[0]!r}")
     for field in _TEXT_FIELDS:
@@ -169,15 +202,14 @@ def _check(record: dict[str, object], path: Path, gpu_name: str) -> dict[str, in
             raise _broken(path, f"{field!r} must be a text")
     if _slug(str(record["gpu"])) != _slug(gpu_name):
         raise _broken(path, f"it was measured on {record['gpu']!r}")
-    measured: dict[str, int] = {}
-    for field in _BYTE_FIELDS:
-        value = record.get(field)
-        if field not in record:
-            continue
+    for field in (*_BYTE_FIELDS, _USABLE):
+        value = record.get(field, 0)
         if type(value) is not int or value < 0:  # a bool is an int to isinstance
             raise _broken(path, f"{field!r} must be a whole number of bytes, not {value!r}")
-        measured[field] = value
-    return measured
+    for field in RECORDS:
+        if not isinstance(record.get(field, {}), dict):
+            raise _broken(path, f"{field!r} must be a JSON object")
+    return record
 
 
 def _broken(path: Path, reason: str) -> GaugeError:

@@ -413,11 +413,14 @@ def _step(
 
 def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: float) -> Plan:
     steps = Steps(trace.tracker.events, trace.made_after_update)
+    overheads = _overheads(request)
     # With one GPU the estimate is of that one, and what a reader adds up is one figure.
-    device = device_estimate(steps, _overheads(request))
+    device = device_estimate(steps, overheads[0] if len(overheads) == 1 else None)
     _check_order(request, trace, device)
-    gpus = tuple(fit(steps, gpu, request.calibration_folder) for gpu in request.gpus)
-    for found in gpus:
+    gpus = tuple(fit(steps, gpu, each) for gpu, each in zip(request.gpus, overheads, strict=True))
+    for found, each in zip(gpus, overheads, strict=True):
+        if each.calibration is not None:
+            notes.append(f"{found.gpu}: CUDA context and workspaces as calibrated on {each.calibration}")
         if found.fits and found.retries:
             notes.append(
                 f"{found.gpu}: fits only because cached segments are given back on the way, which costs time; "
@@ -447,11 +450,10 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
     )
 
 
-def _overheads(request: PlanRequest) -> DeviceOverheads | None:
-    if len(request.gpus) != 1:
-        return None
+def _overheads(request: PlanRequest) -> list[DeviceOverheads]:
+    """Those of each GPU of the request."""
     folder = request.calibration_folder
-    return overheads_for(request.gpus[0], Path(folder) if folder else None)
+    return [overheads_for(gpu, Path(folder) if folder else None) for gpu in request.gpus]
 
 
 def _check_order(request: PlanRequest, trace: Trace, device: DeviceEstimate) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_gauge.plan import gpus
 from peft_gauge.plan.allocator import Event, ReplayResult, replay
-from peft_gauge.plan.overheads import CUBLAS_WORKSPACES, DeviceOverheads, default_overheads, overheads_for
+from peft_gauge.plan.overheads import CUBLAS_WORKSPACES, DeviceOverheads, default_overheads
 from peft_gauge.plan.record import DeviceEstimate, GpuFit
 from peft_gauge.plan.tracker import BACKWARD, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
 
@@ -116,15 +115,16 @@ def device_estimate(steps: Steps, overheads: DeviceOverheads | None = None) -> D
     )
 
 
-def fit(steps: Steps, gpu_name: str, calibration_folder: str | None = None) -> GpuFit:
-    """Whether the steps fit the card called (or as large as) ``gpu_name``; raises `GaugeError` for an unknown one."""
+def fit(steps: Steps, gpu_name: str, overheads: DeviceOverheads) -> GpuFit:
+    """Whether the steps fit the card called (or as large as) ``gpu_name``, which has these ``overheads``; raises
+    `GaugeError` for an unknown one."""
     gpu = gpus.lookup(gpu_name)
-    overheads = overheads_for(gpu_name, Path(calibration_folder) if calibration_folder else None)
+    usable_bytes = gpu.usable_bytes if overheads.usable_bytes is None else overheads.usable_bytes
     estimate = device_estimate(steps, overheads)
-    device_bytes, fits, retries = estimate.total_bytes, estimate.total_bytes <= gpu.usable_bytes, 0
+    device_bytes, fits, retries = estimate.total_bytes, estimate.total_bytes <= usable_bytes, 0
     if not fits:
-        limited = steps.replayed(overheads, max(gpu.usable_bytes - overheads.context_bytes, 0))
+        limited = steps.replayed(overheads, max(usable_bytes - overheads.context_bytes, 0))
         if limited.out_of_memory is None:
             device_bytes = limited.peak_reserved_bytes + overheads.context_bytes
             fits, retries = True, limited.num_alloc_retries
-    return GpuFit(gpu.name, gpu.usable_bytes, device_bytes, fits, gpu.usable_bytes - device_bytes, retries)
+    return GpuFit(gpu.name, usable_bytes, device_bytes, fits, usable_bytes - device_bytes, retries)

@@ -1,0 +1,100 @@
+"""``peft-gauge calibrate``: what plans assume of a GPU, measured on the GPU itself and kept for plans to come."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peft_gauge.errors import GaugeError
+
+if TYPE_CHECKING:
+    from peft_gauge.plan.calibrate import Assumption
+
+LIMIT_SECONDS = 180.0
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def calibrate(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to keep it. Default: the user's folder, which plans read by themselves.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Write the file, or only show what was found.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as it is kept.")] = False,
+) -> None:
+    """Measure a GPU's CUDA context, library workspaces, allocator sizes and speed; plans for it then use them.
+
+    Takes some 15 seconds and needs a GPU that no other process starts or ends on meanwhile. The first visible device is
+    measured: CUDA_VISIBLE_DEVICES chooses. Exit code 2 where it cannot be measured.
+    """
+    from peft_gauge import paths
+    from peft_gauge.plan.calibrate import assumptions
+    from peft_gauge.plan.gpus import lookup
+    from peft_gauge.plan.overheads import default_overheads, write_calibration
+
+    found = _measured()
+    name = found.pop("gpu_name")
+    try:
+        usable_bytes: int | None = lookup(name).usable_bytes
+    except GaugeError:
+        usable_bytes = None
+    major, minor = found["allocator"]["compute_capability"]
+    rows = assumptions(found, default_overheads((major, minor)), usable_bytes)
+    file = write_calibration(folder or paths.calibrations(), name, **found) if keep else None
+    if as_json:
+        print(json.dumps({"gpu": name, **found, "differences": [row.name for row in rows if not row.holds]}, indent=2))
+        return
+    _show(name, found, rows)
+    if file is not None:
+        used = (
+            "plans for this GPU use it from now on" if folder is None else f"plans use it with --calibration {folder}"
+        )
+        print(f"kept as {file}; {used}")
+
+
+def _measured() -> dict[str, Any]:
+    """`peft_gauge.plan.calibrate.calibrate` of the first visible GPU, in a process of its own."""
+    from peft_gauge import isolation, machine
+
+    reason = machine.why_no_cuda()
+    if reason is not None:
+        raise GaugeError(f"there is no GPU to calibrate: {reason}")
+    # The allocator's sizes are to be torch's own, whatever the caller set for it.
+    settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
+    outcome = isolation.run("peft_gauge.plan.calibrate:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings)
+    if outcome.ended == "out-of-memory":
+        raise GaugeError(f"the GPU is too full to calibrate ({outcome.reason}); wait for its other processes to end")
+    if outcome.ended != "done":
+        raise GaugeError(f"this GPU cannot be calibrated: {outcome.reason}")
+    return dict(outcome.value)
+
+
+def _show(name: str, found: dict[str, Any], rows: list[Assumption]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{name}, torch {found['torch_version']}", title_justify="left")
+    table.add_column("what plans assume")
+    table.add_column("assumed", justify="right", no_wrap=True)
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, f"{row.planned:,}", f"{row.measured:,}", "same" if row.holds else "differs")
+    Console(highlight=False).print(table)
+    for row in rows:
+        if not row.holds:
+            print(f"{row.name}: plans assume {row.planned:,} bytes ({row.origin}), this GPU has {row.measured:,}")
+    speed = found["speed"]
+    print(
+        f"{speed['dtype']} product: {speed['product_flops_per_second'] / 1e12:,.1f} TFLOP/s; "
+        f"copy: {speed['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
+    )
+    shown = found["nvml"]["shows_this_process"]
+    print(f"NVML {'shows' if shown else 'does not show'} this process; the context is {_told_by(shown)}")
+
+
+def _told_by(shown: bool) -> str:
+    return "what it shows, less the allocator's" if shown else "what the whole device grew by, less the allocator's"
