@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures import hypothesis_profiles
+from fixtures.budget import BUDGET, Budget, budget_of, put_in_order
 from fixtures.cards import case_scheduling, check_workers, is_worker
-from fixtures.measured import LAST_WORDS, check_markers, passes_of
+from fixtures.measured import LAST_WORDS, TIMEKEEPERS, check_markers, passes_of
 from fixtures.selection import (
     LeftOut,
     add_options,
     case_of,
+    check_runs_on,
     deselect,
     run_options,
     selected_cases,
@@ -85,11 +87,16 @@ def pytest_collection(session: pytest.Session) -> None:
         config.stash[CASES] = selected_cases(config)
         config.stash[VARIATIONS] = selected_variations(config)
         config.stash[DEVICE] = selected_device(config)
+        check_runs_on(config, config.stash[DEVICE])
         check_workers(config, config.stash[DEVICE])
+        budget = budget_of(config)
         config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
         config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
     except GaugeError as error:
         raise pytest.UsageError(str(error)) from error
+    if budget is not None:
+        config.stash[BUDGET] = budget
+        config.stash[TIMEKEEPERS] = (budget.took,)
 
 
 def _resumption(config: pytest.Config) -> Resumption:
@@ -150,12 +157,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+    budget = config.stash.get(BUDGET, None)
+    if budget is not None:
+        put_in_order(config, budget, items)
 
 
-def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
-    """What was left out although no expression says so: a run of nothing else would be a riddle."""
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """What was left out although no expression says so (a run of nothing else would be a riddle), and how a budget is
+    to be spent."""
     left_out = config.stash.get(LEFT_OUT, [])
-    return f"peft-gauge: left out {', '.join(left_out)}" if left_out else None
+    budget: Budget | None = config.stash.get(BUDGET, None)
+    lines = [f"peft-gauge: left out {', '.join(left_out)}"] if left_out else []
+    return lines if budget is None else [*lines, *budget.schedule()]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what a budget has no time for. One that skips of itself does so by its own reason, which comes later."""
+    budget: Budget | None = item.config.stash.get(BUDGET, None)
+    reason = None if budget is None or item.get_closest_marker("skip") is not None else budget.why_not(item)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -304,7 +326,8 @@ class Recorder:
             terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))
             terminalreporter.write(sweep_table.summary(self.cases, width))
-        for note in self.notes:
+        budget: Budget | None = self.config.stash.get(BUDGET, None)
+        for note in [*([] if budget is None else [budget.ending()]), *self.notes]:
             terminalreporter.write_line(note)
 
 

@@ -26,7 +26,7 @@ class Case:
     """What is built and measured; two equal cases take the same steps over the same bytes.
 
     ``dtype`` is that of the base weights and of a quantised base's arithmetic; ``seed`` draws random weights,
-    adapters and, where the model has no tokenizer, token ids.
+    adapters and, where the model has no tokenizer, token ids; ``attention`` as `models.build` takes it.
     """
 
     model: ModelRecord
@@ -35,6 +35,7 @@ class Case:
     device: str
     dtype: str
     seed: int = 0
+    attention: str | None = None
 
     @property
     def id(self) -> str:
@@ -58,7 +59,7 @@ def build_job(
     settings, method = case.settings, case.method
     case.model.check_sequence(settings.seq)
     if base is None:
-        base = models.build(case.model, dtype=case.dtype)
+        base = models.build(case.model, dtype=case.dtype, attn_implementation=case.attention)
     if prepared:
         method = replace(method, quantization=None, prepare_kbit=False)
     vocab_size = base.get_input_embeddings().num_embeddings

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft_gauge import paths
 from peft_gauge._internals.transformers import attention_of, flash_attentions, forget_origin, has_sdpa
@@ -72,19 +72,24 @@ POSITION_LIMITS = (
 CONFIG_FILE_LIMIT_BYTES = 4_000_000
 
 
+Weights = Literal["real", "random", "random-gpu"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+
+
 @dataclass(frozen=True)
 class ModelRecord:
     """A base model that can be built.
 
     Fields: ``name`` as shown in tables; ``source`` of the architecture; ``config_json``, the Hugging Face config as
-    JSON text (text, so that a record can be hashed and sent to another process); ``weights``, ``"random"`` (drawn
-    from ``seed``) or ``"real"`` (read from ``location``: a folder, a GGUF file or a hub id).
+    JSON text (text, so that a record can be hashed and sent to another process); ``weights``, one of `WEIGHTS`:
+    ``"real"`` (read from ``location``: a folder, a GGUF file or a hub id), ``"random"`` (drawn from ``seed`` on the
+    CPU, the same bytes everywhere) or ``"random-gpu"`` (drawn on the GPU: a 7B in seconds, other bytes on other GPUs).
     """
 
     name: str
     source: Source
     config_json: str
-    weights: Literal["random", "real"]
+    weights: Weights
     location: str | None = None
     seed: int = 0
 
@@ -137,11 +142,13 @@ def record_names() -> list[str]:
 def resolve(spec: str, *, weights: str | None = None, seed: int = 0) -> ModelRecord:
     """The record that ``spec`` names: a record's name, a folder, a .json or .gguf file, or a hub id ``owner/name``.
 
-    ``weights``: ``"real"``, ``"random"``, or ``None`` for real ones where they are at hand. Raises `GaugeError` for an
+    ``weights``: one of `WEIGHTS`, or ``None`` for real ones where they are at hand. Raises `GaugeError` for an
     unknown name, an unusable config, or real weights that are not there.
     """
-    if weights not in (None, "real", "random"):
-        raise unknown("kind of weights", weights, ("real", "random"))
+    if weights is not None and weights not in WEIGHTS:
+        raise unknown("kind of weights", weights, WEIGHTS)
+    if weights == "random-gpu":
+        return replace(resolve(spec, weights="random", seed=seed), weights="random-gpu")
     if spec.lower() in record_names():
         return _from_record(spec.lower(), weights, seed)
     path = Path(spec).expanduser()
@@ -490,7 +497,7 @@ def build(
     import torch
 
     wanted = torch_dtype(dtype)
-    _check_attention(record, attn_implementation)
+    check_attention(record, attn_implementation)
     if device == "meta":
         model_class(record), _auto_class(record)  # imported here: under a device, torch 2.6 cannot import its compiler
         with torch.device("meta"):
@@ -504,10 +511,25 @@ def build(
         model = _load(record, wanted, attn_implementation).to(device)
         setattr(model, STORED_FORMAT, record.stored)
         return model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(record.seed)
-        model = _from_config(record, attn_implementation).to(wanted)
+    if record.weights == "random-gpu":
+        model = _drawn_on_the_gpu(record, wanted, attn_implementation)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(record.seed)
+            model = _from_config(record, attn_implementation).to(wanted)
     return (_as_stored(model, record) if as_stored else model).to(device)
+
+
+def _drawn_on_the_gpu(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """The model on the CPU, as any other, with weights that the GPU drew in ``dtype``; its memory is given back."""
+    import torch
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]), torch.device("cuda"):
+        torch.cuda.manual_seed(record.seed)
+        model = _from_config(record, attn_implementation, dtype)
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    return model
 
 
 def _as_stored(model: PreTrainedModel, record: ModelRecord) -> PreTrainedModel:
@@ -548,7 +570,8 @@ def is_recurrent(model: nn.Module) -> bool:
     return any(hasattr(sys.modules.get(file), name) for file in files for name in KERNELS_ELSEWHERE)
 
 
-def _check_attention(record: ModelRecord, asked: str | None) -> None:
+def check_attention(record: ModelRecord, asked: str | None) -> None:
+    """Raise `GaugeError` where the architecture of ``record`` has not the attention ``asked`` for; ``None`` is any."""
     if asked is None:
         return
     if asked not in ATTENTIONS:
@@ -567,9 +590,10 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
 
     For whoever builds the same base many times, in processes of their own: drawing weights and dequantising a GGUF
     take longer than reading them. A record that loads from safetensors already comes back as it is, and so does one
-    whose drawn weights are quantised: they are small, and drawn again.
+    whose drawn weights are quantised, which are small, or which the GPU draws: they are drawn again.
     """
-    if (record.weights == "real" and not str(record.location).endswith(".gguf")) or record.stored is not None:
+    in_safetensors = record.weights == "real" and not str(record.location).endswith(".gguf")
+    if in_safetensors or record.weights == "random-gpu" or record.stored is not None:
         return record
     model = build(record, dtype=dtype)
     with _without_progress_bars():
@@ -606,7 +630,10 @@ def kept(record: ModelRecord, dtype: str) -> ModelRecord:
     return replace(record, source="folder", location=str(copy))
 
 
-def _from_config(record: ModelRecord, attn_implementation: str | None) -> PreTrainedModel:
+def _from_config(
+    record: ModelRecord, attn_implementation: str | None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model in ``dtype``, float32 by default."""
     import torch
 
     config = hf_config(record)
@@ -614,7 +641,7 @@ def _from_config(record: ModelRecord, attn_implementation: str | None) -> PreTra
     if model_class(record).config_class is type(text):  # the text model of a multimodal checkpoint, or all of it
         config = text
     try:
-        return auto.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        return auto.from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
     except Exception as error:  # every architecture refuses in its own way
         raise GaugeError(f"{record.name} cannot be built from its config: {one_line(error, 200)}") from error
 

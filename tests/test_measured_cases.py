@@ -21,6 +21,7 @@ import pytest
 from fixtures import measured
 from peft_gauge import methods, models
 from peft_gauge.cases import Case
+from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
 from peft_gauge.step import StepSettings
 from tests.children import heed_ctrl_c
@@ -402,3 +403,18 @@ def test_a_library_that_cannot_work_here_is_a_skip_and_a_case_that_does_not_fit_
     }
     assert cases["test_peak qlora"]["reason"] == "bitsandbytes has no kernels for this torch's CUDA"
     assert cases["test_peak lora"]["reason"] == "the adapter does not fit the model"
+
+
+def test_the_attention_that_is_asked_for_is_measured_and_planned(tmp_path: Path) -> None:
+    suite = Suite(tmp_path)
+    done = suite.run(MEMORY, "-k=peak", "--method=ia3", "--attention=eager", "--dtype=bfloat16", planted={})
+    assert done.returncode == 0, done.stdout
+    figures = by_question(suite.saved())["test_peak ia3"]["figures"]
+    assert figures["settings"]["attention"] == "eager"
+    assert suite.saved()["peft_gauge"]["options"]["attention"] == "eager"
+    # In float32 a GPU has no fused kernel for shared key-value heads, and both are written out.
+    case = replace(case_on("cpu"), method=methods.IA3, settings=StepSettings(1, 64), dtype="bfloat16")
+    sdpa, eager = (
+        plan(replace(request_of(case), attention=name)).saved_activation_bytes_per_token for name in ("sdpa", "eager")
+    )
+    assert figures["planned_saved_activation_bytes_per_token"] == eager > sdpa, "eager keeps the scores"

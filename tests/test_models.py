@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,22 @@ def test_building_leaves_the_callers_random_stream_alone() -> None:
     torch.manual_seed(5)
     models.build(models.resolve("toy-llama"))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_weights_that_a_gpu_draws_are_planned_and_counted_without_one() -> None:
+    record = models.resolve("toy-llama", weights="random-gpu")
+    assert record == replace(models.resolve("toy-llama", weights="random"), weights="random-gpu")
+    assert models.logical_params(record) == 106_816
+    assert models.stored(record, "float32", Path("nowhere")) is record, "they are drawn again, not written"
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_weights_again_and_keeps_no_memory() -> None:
+    record = models.resolve("toy-llama", weights="random-gpu", seed=3)
+    drawn = [models.build(record, dtype="bfloat16").state_dict() for _ in range(2)]
+    assert all(torch.equal(value, drawn[1][name]) for name, value in drawn[0].items())
+    assert {value.device.type for value in drawn[0].values()} == {"cpu"}
+    assert torch.cuda.memory_reserved() == 0
 
 
 def test_a_folder_with_config_only_gets_random_weights(tmp_path: Path) -> None:
@@ -142,10 +158,8 @@ def test_a_tokenizer_is_read_once_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
     toy = models.resolve("toy-llama")
-    first, second = (
-        dataclasses.replace(toy, weights="real", location=str(tmp_path / name)) for name in ("a.gguf", "b.gguf")
-    )
-    assert models.tokenizer(first) is models.tokenizer(dataclasses.replace(first))
+    first, second = (replace(toy, weights="real", location=str(tmp_path / name)) for name in ("a.gguf", "b.gguf"))
+    assert models.tokenizer(first) is models.tokenizer(replace(first))
     assert models.tokenizer(second) is not models.tokenizer(first)
     assert reads == ["a.gguf", "b.gguf"]
     assert models.tokenizer(toy) is None
@@ -236,7 +250,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.ModelReco
         reads.write_text((reads.read_text() if reads.exists() else "") + "x")
         return really(toy, dtype=dtype)
 
-    record = dataclasses.replace(toy, weights="real", location=str(gguf))
+    record = replace(toy, weights="real", location=str(gguf))
     monkeypatch.setattr(
         models, "build", lambda given, **options: (build if given == record else really)(given, **options)
     )
@@ -272,7 +286,7 @@ def test_a_copy_is_of_one_file_one_dtype_and_one_transformers(
 
 
 def test_only_what_was_fetched_is_copied(fetched: models.ModelRecord, tmp_path: Path) -> None:
-    elsewhere = dataclasses.replace(fetched, location=str(tmp_path / "own.gguf"))
+    elsewhere = replace(fetched, location=str(tmp_path / "own.gguf"))
     drawn = models.resolve("toy-llama")
     assert models.kept(elsewhere, "float32") == elsewhere
     assert models.kept(drawn, "float32") == drawn

@@ -37,11 +37,12 @@ class Noted:
             "ids": [item.nodeid for item in session.items],
             "slow": [item.nodeid for item in session.items if item.get_closest_marker("slow")],
             "gpu": [item.nodeid for item in session.items if item.get_closest_marker("gpu")],
-            "said": next((line for line in session.config.hook.pytest_report_collectionfinish(
+            "said": next((line for lines in session.config.hook.pytest_report_collectionfinish(
                 config=session.config, start_path=session.startpath, items=session.items)
+                for line in ([lines] if isinstance(lines, str) else lines)
                 if line.startswith("peft-gauge:")), None),
-            "measured": sorted([case.id, *asked.passes, len(asked.shapes)]
-                               for case, asked in measured._wanted(session).items()),
+            "measured": sorted([asked.case.id, *asked.passes, len(asked.shapes)]
+                               for asked in measured._wanted(session).values()),
         }
 
 every = []

@@ -124,9 +124,13 @@ def _import_libraries(case: Case) -> None:
     del peft, transformers
 
 
+def _base(setup: Setup) -> PreTrainedModel:
+    case = setup.case
+    return models.build(setup.base, dtype=case.dtype, attn_implementation=case.attention)
+
+
 def _prepared_base(setup: Setup) -> PreTrainedModel:
-    base = models.build(setup.base, dtype=setup.case.dtype)
-    return methods.prepare_base(base, setup.case.method, device=setup.case.device)
+    return methods.prepare_base(_base(setup), setup.case.method, device=setup.case.device)
 
 
 def _trains_base(case: Case) -> bool:
@@ -139,7 +143,7 @@ def _control_base(setup: Setup) -> PreTrainedModel | None:
     case = setup.case
     if not memory.room_for(models.logical_params(case.model) * models.torch_dtype(case.dtype).itemsize, case.device):
         return None
-    return models.build(setup.base, dtype=case.dtype).to(case.device)
+    return _base(setup).to(case.device)
 
 
 def _warm_up(job: TrainingJob) -> dict[str, list[str]]:

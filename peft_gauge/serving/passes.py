@@ -40,7 +40,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     count; and with the most adapters ``turnover`` and ``merging``."""
     case = setup.case
     isolation.note(phase="load")
-    base = models.build(case.model, dtype=case.dtype)
+    base = models.build(case.model, dtype=case.dtype, attn_implementation=case.attention)
     server = Server(base, case.method, seed=case.seed, device=case.device)
     isolation.note(phase="reloading")
     ids = token_ids(server, 1, case.settings.seq, case.seed)
