@@ -10,11 +10,13 @@ Tensors "on cuda" are the CPU's; `tests.fake_cuda_tensors` marks their storages,
 Memory is kept by `peft_gauge.plan.allocator`, which models torch's own allocator; NVML is `tests.fake_cuda_nvml`, whose
 figures follow it. Nothing of this is known to the code under test.
 
-What is not modelled: other streams than the default one, CUDA graphs, pinned memory, a second card, speed.
+What is not modelled: CUDA graphs, pinned memory, a second card, speed; and of streams only which one is current, and
+that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -36,8 +38,8 @@ CUDA_VERSION = "13.0"
 NAME = "NVIDIA Stand-in"
 UUID = "5add1ed0-0000-4000-8000-000000000001"
 CAPABILITY = (9, 0)
-CONTEXT_BYTES = 500 * MIB
-WORKSPACE_BYTES = 8_519_680  # of cuBLAS, for each handle; a handle belongs to a thread
+CONTEXT_BYTES = 758 * MIB  # as of an H200 under torch 2.11
+WORKSPACE_BYTES = 32 * MIB  # of cuBLAS on Hopper, for each handle and stream; a handle belongs to a thread
 
 TOTAL_VARIABLE = "FAKE_CUDA_TOTAL_BYTES"
 OTHERS_VARIABLE = "FAKE_CUDA_OTHERS_BYTES"
@@ -285,6 +287,8 @@ class Device:
         self.initialised_in: int | None = None  # the process that brought CUDA into use
         self.hidden = False
         self.broken: str | None = None
+        self.streams = itertools.count(1)
+        self._current = threading.local()
         self.launched = 0  # what was enqueued, counted by recorded events
         self.completed = 0  # up to here the host has waited for it
         self.memory = Memory(int(os.environ.get(TOTAL_VARIABLE, 2 * GIB)), int(os.environ.get(OTHERS_VARIABLE, 0)))
@@ -292,6 +296,15 @@ class Device:
     @property
     def in_use(self) -> bool:
         return self.initialised_in == os.getpid()
+
+    @property
+    def stream(self) -> int:
+        """The number of this thread's current stream."""
+        return getattr(self._current, "stream", 0)
+
+    @stream.setter
+    def stream(self, number: int) -> None:
+        self._current.stream = number
 
     def check(self) -> None:
         """After a device-side assert every further call fails, as long as the process lives; in a forked child, all."""
@@ -474,21 +487,29 @@ class _Cudart:
 
 
 class _CudaStreamBase:
-    """The default stream; any other is not modelled."""
+    """A stream by its number, 0 for the default one; work on it is done as soon as it is launched."""
 
-    stream_id = 0
     device_index = 0
     device_type = 1
-    cuda_stream = 0
+    stream_id: int
+    priority: int
 
     def __new__(
-        cls, priority: int = 0, stream_id: int = 0, device_index: int = 0, device_type: int = 1, stream_ptr: int = 0
+        cls,
+        priority: int = 0,
+        stream_id: int | None = None,
+        device_index: int = 0,
+        device_type: int = 1,
+        stream_ptr: int = 0,
     ) -> _CudaStreamBase:
         made = super().__new__(cls)
         made.priority = priority
+        made.stream_id = next(device.streams) if stream_id is None else stream_id
         return made
 
-    priority: int
+    @property
+    def cuda_stream(self) -> int:
+        return self.stream_id
 
     @property
     def device(self) -> Any:
@@ -503,10 +524,10 @@ class _CudaStreamBase:
         device.synchronise()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _CudaStreamBase)
+        return isinstance(other, _CudaStreamBase) and self.stream_id == other.stream_id
 
     def __hash__(self) -> int:
-        return 0
+        return hash(self.stream_id)
 
 
 class _CudaEventBase:
@@ -558,11 +579,22 @@ class _CudaEventBase:
 
 def _cuda_getCurrentStream(index: int, /) -> tuple[int, int, int]:
     _valid(index)
+    return device.stream, index, 1
+
+
+def _cuda_getDefaultStream(index: int, /) -> tuple[int, int, int]:
+    _valid(index)
     return 0, index, 1
 
 
+def _cuda_setStream(stream_id: int, device_index: int, device_type: int) -> None:
+    _valid(device_index)
+    device.stream = stream_id
+
+
 def _cuda_getCurrentRawStream(index: int, /) -> int:
-    return 0
+    _valid(index)
+    return device.stream
 
 
 def _cuda_isCurrentStreamCapturing() -> bool:
@@ -585,7 +617,6 @@ STAND_INS: dict[str, Any] = {
         if name.startswith(("_cuda_", "_Cuda")) or name == "_CUDAGraph"
     },
     "_cuda_maybeExchangeDevice": _cuda_exchangeDevice,
-    "_cuda_getDefaultStream": _cuda_getCurrentStream,
     "_cudart": _Cudart,
     "_graph_pool_handle": _refused("_graph_pool_handle"),
     "_has_cuda": True,

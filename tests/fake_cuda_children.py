@@ -45,10 +45,23 @@ def tell_about_the_card() -> dict[str, Any]:
         "unknown": raised(torch.cuda.memory.host_memory_stats),
         "graph": raised(torch.cuda.CUDAGraph),
         "other_card": raised(lambda: torch.zeros(1, device="cuda:1")),
-        "other_stream": torch.cuda.current_stream() == torch.cuda.default_stream(),
+        "streams": _streams(),
         "bf16": torch.cuda.is_bf16_supported(),
     }
     return found
+
+
+def _streams() -> list[bool]:
+    """Whether the current stream is the default one: before, within and after another one's context."""
+    import torch
+
+    def is_default() -> bool:
+        return torch.cuda.current_stream() == torch.cuda.default_stream()
+
+    seen = [is_default()]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        seen.append(is_default())
+    return [*seen, is_default()]
 
 
 def place_tensors() -> dict[str, Any]:
@@ -93,7 +106,7 @@ def place_tensors() -> dict[str, Any]:
         "mixed product": raised(lambda: torch.ones(2, 2, device="cuda") @ torch.ones(2, 2)),
         "numpy": raised(x.numpy),
         "host numpy": raised(torch.ones(1).numpy),
-        "other thread": _in_thread(lambda: str(x.device)),
+        "other thread": _in_thread(lambda: [str(x.device), str((x + 1).device), str(torch.ones(1).cuda().device)]),
         "copied": str(torch.empty(3).copy_(x).device),
     }
 

@@ -161,9 +161,10 @@ class OnCuda(DispatchMode):
             self._local.in_kernel = False
 
     def _take_workspace(self) -> None:
-        thread = "engine" if _thread.get_ident() in _engine_threads else _thread.get_ident()
-        if thread not in self._handles:
-            self._handles.add(thread)
+        thread: object = _thread.get_ident()
+        place = _engine_threads.get(thread, (thread, self.device.stream))  # type: ignore[call-overload]
+        if place not in self._handles:
+            self._handles.add(place)
             self.device.memory.take(WORKSPACE_BYTES)
 
     @contextmanager
@@ -235,6 +236,7 @@ def put_in_place(device: Device) -> None:
     for name, value in _attributes(mode).items():
         setattr(torch.Tensor, name, value)
     _replace_groups(mode)
+    _join_new_threads(mode)
     torch.autograd.Variable._execution_engine = _Engine(torch.autograd.Variable._execution_engine, mode)  # type: ignore[assignment]
 
 
@@ -319,6 +321,18 @@ def _parsed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device
     return None if target is None else torch.device(target), how
 
 
+def _join_new_threads(mode: OnCuda) -> None:
+    """Modes belong to a thread, and a device to all: threads that are started from now on have it too."""
+    thread: Any = threading.Thread
+    real = thread._bootstrap_inner
+
+    def begin(self: threading.Thread) -> None:
+        with mode:
+            real(self)
+
+    thread._bootstrap_inner = begin
+
+
 def _replace_groups(mode: OnCuda) -> None:
     core: Any = torch._C
     real = core._group_tensors_by_device_and_dtype
@@ -335,7 +349,8 @@ def _replace_groups(mode: OnCuda) -> None:
 
 # Backward -------------------------------------------------------------------------------------------------------------
 
-_engine_threads: set[int] = set()
+_engine_threads: dict[int, tuple[str, int]] = {}
+"""Threads of the engine that live; backward runs on the streams of forward, here on the caller's."""
 
 
 class _Engine:
@@ -354,12 +369,12 @@ class _Engine:
         on_card = any(isinstance(root, torch.Tensor) and self._mode.holds(root) for root in tensors)
         if not on_card or _thread.get_ident() in _engine_threads:  # a reentrant one stays in the device's thread
             return run()
-        return _in_a_thread_without_frames(run)
+        return _in_a_thread_without_frames(run, self._mode.device.stream)
 
     run_backward = _engine_run_backward
 
 
-def _in_a_thread_without_frames(run: Callable[[], Any]) -> Any:
+def _in_a_thread_without_frames(run: Callable[[], Any], stream: int) -> Any:
     """What ``run`` returns or raises, called where no Python function is below it.
 
     All that the thread does is C: it takes the caller's modes, runs, gives the modes back (a mode that is left to a
@@ -367,7 +382,8 @@ def _in_a_thread_without_frames(run: Callable[[], Any]) -> Any:
     """
     dispatch = _get_current_dispatch_mode_stack()
     function = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
-    done = _thread.allocate_lock()
+    known, done = _thread.allocate_lock(), _thread.allocate_lock()
+    known.acquire()
     done.acquire()
     results: list[Any] = []
     failures: list[BaseException] = []
@@ -376,6 +392,7 @@ def _in_a_thread_without_frames(run: Callable[[], Any]) -> Any:
         *[(torch._C._pop_torch_function_stack, ()) for _ in function],
     ]
     calls = chain(
+        starmap(known.acquire, [()]),
         map(torch._C._push_on_torch_function_stack, function),
         map(torch._C._push_on_torch_dispatch_stack, dispatch),
         starmap(run, [()]),
@@ -398,11 +415,12 @@ def _in_a_thread_without_frames(run: Callable[[], Any]) -> Any:
     before, sys.unraisablehook = sys.unraisablehook, failed
     try:
         thread = _thread.start_new_thread(work, (calls,))
-        _engine_threads.add(thread)
+        _engine_threads[thread] = ("engine", stream)
+        known.release()
         done.acquire()
     finally:
         sys.unraisablehook = before
-    _engine_threads.discard(thread)
+    del _engine_threads[thread]
     if failures:
         raise failures[0]
-    return results[len(function) + len(dispatch)]
+    return results[1 + len(function) + len(dispatch)]

@@ -60,7 +60,7 @@ def test_the_card_is_there_and_comes_into_use_when_asked(seen: Seen) -> None:
     assert found["free"] == [2 * GIB - CONTEXT_BYTES, 3 * GIB]
     assert found["uuid"] == UUID
     assert found["bf16"]
-    assert found["other_stream"]
+    assert found["streams"] == [True, False, True]
     assert "invalid device ordinal" in found["other_card"]
     # What is not there fails by its name, and is not passed over.
     assert "_cuda_hostMemoryStats" in found["unknown"]
@@ -79,7 +79,7 @@ def test_tensors_are_where_they_were_asked_for(seen: Seen) -> None:
     assert found["mixed product"].startswith("RuntimeError: Expected all tensors to be on the same device")
     assert found["numpy"].startswith("TypeError: can't convert cuda:0 device type tensor to numpy")
     assert found["host numpy"] == "nothing"
-    assert found["other thread"] == "cuda:0"
+    assert found["other thread"] == ["cuda:0"] * 3
     assert found["copied"] == "cpu"
 
 
