@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from peft_gauge._internals.torch import DispatchMode, current_node, is_fake, schema, storage_key
-from peft_gauge.plan.tracker import _engine_accumulates, _lone_holders
+from peft_gauge._internals.torch import DispatchMode, current_node, holders, is_fake, schema, storage_key
+from peft_gauge.plan.tracker import _dense, _lone_holders
 from tests.fake_cuda import WORKSPACE_BYTES, Device
 
 CUDA = torch.device("cuda", 0)
@@ -128,7 +128,7 @@ class OnCuda(DispatchMode):
                 _check_devices(operands, inside)
             if name in _WAITS or (name == "aten::_to_copy" and not born_inside):
                 self.device.synchronise()
-        if func is _ADD and _engine_accumulates(args, kwargs):
+        if func is _ADD and inside and not kwargs and _is_the_engines_sum(args):
             return _ADD_IN_PLACE(*args)
         if born_inside and name in _PRODUCTS:
             self._take_workspace()
@@ -213,6 +213,20 @@ def _called_by_a_node() -> bool:
     ):
         frame = frame.f_back
     return frame is None or frame.f_code.co_name == "_engine_run_backward"
+
+
+def _is_the_engines_sum(args: Sequence[Any]) -> bool:
+    """Whether the engine adds two gradients, of which nothing but itself holds the first: without a mode it does that
+    in place (torch/csrc/autograd/input_buffer.cpp)."""
+    if len(args) != 2 or torch.is_grad_enabled() or not _called_by_a_node():
+        return False
+    left, right = args
+    alike = isinstance(right, torch.Tensor) and (left.shape, left.dtype) == (right.shape, right.dtype)
+    if not alike or not _dense(left):
+        return False
+    tensor_holders, storage_holders = holders(left)
+    lone_tensor, lone_storage = _lone_holders()
+    return tensor_holders <= lone_tensor and storage_holders <= lone_storage
 
 
 def _shaped(func: Any, args: Any, kwargs: Any) -> Any:
