@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixtures.measured import gpu_name
 from peft_gauge.errors import GaugeError
+from peft_gauge.machine import Accelerator
 from peft_gauge.plan import gpus
 from peft_gauge.plan.overheads import calibration_path, default_overheads, overheads_for, write_calibration
 
@@ -102,6 +104,38 @@ def test_whole_gigabytes_are_a_card_sold_with_them(text: str, usable_bytes: int,
 
 
 @pytest.mark.parametrize(
+    ("text", "usable_bytes", "capability"),
+    [
+        ("17179869184 sm_90", 2**34, (9, 0)),
+        ("24 GiB  SM_120", 24 * 2**30, (12, 0)),
+        ("141GB sm_90a", 143_156 << 20, (9, 0)),
+    ],
+)
+def test_a_size_can_have_its_compute_capability(text: str, usable_bytes: int, capability: tuple[int, int]) -> None:
+    gpu = gpus.lookup(text)
+    assert (gpu.usable_bytes, gpu.compute_capability) == (usable_bytes, capability)
+    overheads, other = overheads_for(text), overheads_for("17179869184")
+    hopper = capability == (9, 0)
+    assert (overheads.context_bytes > other.context_bytes) == hopper
+    assert (overheads.cublas_workspace_bytes > other.cublas_workspace_bytes) == hopper
+
+
+@pytest.mark.parametrize(
+    ("card", "looked_up"),
+    [
+        (Accelerator("NVIDIA H200", 150_109_880_320, (9, 0), None), "NVIDIA H200"),
+        (Accelerator("NVIDIA H200", 75_000_000_000, (9, 0), None), "75000000000 sm_90"),  # a slice of one
+        (Accelerator("Something new", 80_000_000_000, (12, 1), None), "80000000000 sm_121"),
+    ],
+)
+def test_a_measured_card_is_planned_with_what_its_capability_takes(card: Accelerator, looked_up: str) -> None:
+    """Else the ceiling of a slice of a Hopper card would be too low by 280 MB of context, and its step fail."""
+    name = gpu_name(card)
+    assert name == looked_up
+    assert overheads_for(name).context_bytes == default_overheads(card.compute_capability).context_bytes
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("A100", "nearest: A100 40GB, A100 80GB"),
@@ -115,6 +149,9 @@ def test_whole_gigabytes_are_a_card_sold_with_them(text: str, usable_bytes: int,
         ("0GB", "less than 2 MiB"),
         ("-24GB", "less than 2 MiB"),
         ("24", "less than 2 MiB"),
+        ("24 sm_90", "less than 2 MiB"),
+        ("A100 sm_80", "nearest: A100 40GB, A100 80GB"),
+        ("24GB sm_9", "no GPU is called '24GB sm_9'"),
         ("9223372036854775808", "more than 2\\^63"),
         ("1e400", "more than 2\\^63"),
         ("1e999999999", "more than 2\\^63"),

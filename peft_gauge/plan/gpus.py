@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, DecimalException
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ _UNITS = {"b": 1} | {
     for kind, base in (("b", 1000), ("ib", 1024))
 }
 _SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.ASCII)
+_CAPABILITY = re.compile(r"(.*\S)\s+sm_(\d{1,2})(\d)[a-z]?", re.ASCII | re.IGNORECASE)
 _SOLD = re.compile(r"(\d{1,5})\s*gb", re.ASCII)
 _LEAST_SHARE_REPORTED = 0.97  # of the memory on the box, by cards without ECC
 _MAKER_WORDS = ("nvidia", "geforce", "tesla", "quadro")
@@ -56,13 +57,18 @@ def lookup(text: str) -> Gpu:
     Names ignore case, spaces, dashes and the maker's words, so that `torch.cuda.get_device_name()` can be
     passed as it is. A whole number of `GB`, such as `24GB`, is a card sold with that much: it offers what the middle
     one of the table's cards of that size reports. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or
-    plain bytes: `80e9`, `17179869184`. A card outside the table is known by its name once it was calibrated here.
+    plain bytes: `80e9`, `17179869184`. A size may have its compute capability behind it, on which the context and the
+    workspaces depend: `24GB sm_90`. A card outside the table is known by its name once it was calibrated here.
     Raises `GaugeError` for a name that is not in the table (with the nearest) and for an unusable size.
     """
     key = _key(text)
     gpu = _by_key().get(key)
     if gpu is not None:
         return gpu
+    with_capability = _CAPABILITY.fullmatch(text.strip())
+    if with_capability is not None:
+        size, major, minor = with_capability.groups()
+        return replace(lookup(size), name=text.strip(), compute_capability=(int(major), int(minor)))
     sold = _SOLD.fullmatch(text.strip().lower())
     if sold is not None and parse_bytes(text):
         return _sold_as(text.strip(), int(sold[1]))

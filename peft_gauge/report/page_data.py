@@ -20,7 +20,7 @@ from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import Case, cases_of, machine_changes
 from peft_gauge.history.reading import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
-from peft_gauge.report.memory_table import ON_CPU, ON_CUDA
+from peft_gauge.report.memory_table import ON_CPU, ON_CUDA, planned_bytes
 from peft_gauge.report.page_history import History, RememberedRules, machine_of, median_interval
 from peft_gauge.report.sweep_table import ABOUT_QUALITY, swept
 from peft_gauge.report.terminal import PHASES, label, method_rows
@@ -272,7 +272,8 @@ def planned_rows(run: Run) -> Iterator[Row]:
     for row in measured_steps(run):
         where = f"{row['model']} on {row['device']}, {conditions(row.get('settings', {}))}, {machine_of(run)}"
         for meter, (measured, planned) in (ON_CUDA if row["device"] == "cuda" else ON_CPU).items():
-            if row.get(measured) is None or row.get(planned) is None:
+            planned_figure = planned_bytes(row, planned)
+            if row.get(measured) is None or planned_figure is None:
                 continue
             yield {
                 **_of_method(run, row),
@@ -280,7 +281,7 @@ def planned_rows(run: Run) -> Iterator[Row]:
                 "label": f"{label(row)}, {meter}",
                 "meter": meter,
                 "measured_bytes": row[measured],
-                "planned_bytes": row[planned],
+                "planned_bytes": planned_figure,
                 "ceiling_bytes": (row.get("ceiling") or {}).get(measured),
                 "relative_error": (row.get("relative_error") or {}).get(measured),
             }
