@@ -9,17 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_gauge.traces import aligning
-from peft_gauge.traces.aligning import SAME_LIFE, SAME_SITE, SAME_SIZE, Key, align, weight
+from peft_gauge.traces.aligning import SAME_LIFE, SAME_SITE, SAME_SIZE, Key, align, comparable, weight
 
 KEYS = st.builds(Key, st.sampled_from([512, 1024, 1536]), st.sampled_from(["", "a.py:f", "b.py:g"]), st.booleans())
 
 
 def total(left: list[Key], right: list[Key], pairs: list[tuple[int, int]]) -> int:
+    left, right = comparable(left, right)
     return sum(weight(left[i], right[j]) for i, j in pairs)
 
 
 def best_of_all(left: list[Key], right: list[Key]) -> int:
     """The greatest total over all choices of as many positions on either side."""
+    left, right = comparable(left, right)
     most = 0
     for number in range(1, min(len(left), len(right)) + 1):
         for rows in itertools.combinations(range(len(left)), number):
@@ -52,8 +54,13 @@ def test_the_site_decides_between_equal_sizes_and_the_life_after_it() -> None:
     silu, mul = Key(512, "functional.py:silu", True), Key(512, "modeling.py:forward", True)
     assert align([mul], [silu, mul]) == [(0, 1)]
     assert align([mul._replace(site="")], [silu._replace(outlives=False), mul]) == [(0, 1)]
-    assert (SAME_SIZE, SAME_SITE, SAME_LIFE) == (4, 2, 1)  # a pair more is worth more than any two of the others
-    assert align([silu, mul], [mul, silu]) != []
+    assert 2 * SAME_SIZE > SAME_SIZE + SAME_SITE + SAME_LIFE  # a second pair is worth more than the first one's site
+
+
+def test_two_known_sites_are_no_pair_and_one_that_a_side_has_not_may_be_any() -> None:
+    silu, mul = Key(512, "functional.py:silu", True), Key(512, "modeling.py:forward", True)
+    assert align([silu, mul], [mul, silu]) in ([(0, 1)], [(1, 0)])
+    assert align([silu, mul], [silu._replace(site="renamed.py:swish"), mul]) == [(0, 0), (1, 1)]
 
 
 def test_nothing_is_paired_with_another_size() -> None:

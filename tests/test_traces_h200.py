@@ -44,8 +44,10 @@ def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
     workspaces = [row.bytes for row in found.rows if row.category == comparing.WORKSPACES]
     assert workspaces == [2 * 32 * 2**20]  # a Hopper's cuBLAS: forward's and backward's
     assert found.measured.phase == found.planned.phase
+    # What differs is attention, which torch took from cuDNN and not from flash, and the masks before the first layer.
     for phase in found.phases:
-        assert phase.equal >= 0.96 * phase.measured
+        assert phase.measured - phase.equal <= 5 * LAYERS + 32
+        assert phase.planned - phase.equal <= 4 * LAYERS + 32
 
 
 def test_the_peak_is_the_one_that_torchs_own_counter_showed() -> None:

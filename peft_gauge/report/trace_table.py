@@ -14,6 +14,8 @@ from peft_gauge.report.terminal import ABSENT, shown, shown_bytes
 
 WIDTH = 100
 
+NOT_PLANNED = "not in the plan"  # the category of what stands near a module, and need not be of it
+
 _WRAPPERS = re.compile(r"^(?:(?:base_model|model)\.)+(?=.)")
 
 
@@ -84,15 +86,17 @@ def _firsts(record: Mapping[str, Any]) -> list[Text]:
 
 
 def _told(difference: Mapping[str, Any]) -> str:
-    planned, measured = difference["planned_bytes"], difference["measured_bytes"]
-    sizes = f"planned {planned:,} B, measured {measured:,} B" if planned else f"measured {measured:,} B, not planned"
-    if not measured:
-        sizes = f"planned {planned:,} B, not measured"
-    by = f" by {difference['operator']}" if difference["operator"] else ""
-    where = f" in {module(difference['module'])}" if difference["module"] else ""
-    site = difference["site"]
-    at = f", asked for at {site}" if site and site != difference["operator"] else ""
-    return f"{difference['phase']}, allocation {difference['number']:,}: {sizes}{by}{where}{at}"
+    def size(nbytes: int) -> str:
+        return f"{nbytes:,} B" if nbytes else "nothing"
+
+    operator, site = difference["operator"], difference["site"]
+    near = "near" if difference["category"] == NOT_PLANNED else "in"
+    where = f" {near} {module(difference['module'])}" if difference["module"] else ""
+    at = f" (asked for at {site})" if site and site != operator else ""
+    return (
+        f"{difference['phase']}, allocation {difference['number']:,}: measured {size(difference['measured_bytes'])}, "
+        f"planned {size(difference['planned_bytes'])}: {operator or 'unknown'}{where}{at}"
+    )
 
 
 def _categories(record: Mapping[str, Any]) -> Table:
@@ -152,7 +156,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     operator = row["operator"] or row["category"].replace("_", " ")
     modules = row["modules"]
     where = modules[0] if len(modules) == 1 else row["module"]
-    return [row["kind"], operator, module(where) if where else "", f"{row['count']:,}", _signed([row])]
+    near = "near " if row["category"] == NOT_PLANNED and where else ""
+    return [row["kind"], operator, f"{near}{module(where)}", f"{row['count']:,}", _signed([row])]
 
 
 def _signed(rows: Sequence[Mapping[str, Any]]) -> str:

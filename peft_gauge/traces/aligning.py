@@ -1,9 +1,10 @@
 """Two sequences of allocations laid side by side in order.
 
 The alignment has the greatest sum of `SAME_SIZE`, `SAME_SITE` and `SAME_LIFE` over its pairs, among all that keep both
-orders and pair equal sizes only: a longest common subsequence with weights. Equal beginnings and ends are
-taken off first; what is left is a table of rows × columns, a row of numpy at a time, halved as Hirschberg (1975) does
-where it would not fit in memory. Two sequences of 10,000 take about a second, and nearly equal ones next to nothing.
+orders and pair equal sizes of one site only: a longest common subsequence with weights. A site that only one side has,
+as one that a release renamed, counts as unknown. Equal beginnings and ends are taken off first; what is left is a table
+of rows × columns, a row of numpy at a time, halved as Hirschberg (1975) does where it would not fit in memory. Two
+sequences of 10,000 take about a second, and nearly equal ones next to nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SAME_SIZE = 4
-"""What a pair counts by itself; the other two decide between candidates of one size."""
+"""What a pair counts where one side does not know its site; the others decide between candidates of one size."""
 SAME_SITE = 2
-"""The same Python function asked for both. Where a side does not know its own, nothing is added and nothing lost."""
+"""Added where the same Python function asked for both; two different ones are no pair."""
 SAME_LIFE = 1
 """Both are freed within the phase that made them, or both outlive it."""
 
@@ -31,14 +32,15 @@ class Key(NamedTuple):
 
 def weight(left: Key, right: Key) -> int:
     """What a pair of the two counts; 0 where they cannot be one."""
-    if left.nbytes != right.nbytes:
+    known = bool(left.site and right.site)
+    if left.nbytes != right.nbytes or (known and left.site != right.site):
         return 0
-    same_site = bool(left.site) and left.site == right.site
-    return SAME_SIZE + SAME_SITE * same_site + SAME_LIFE * (left.outlives == right.outlives)
+    return SAME_SIZE + SAME_SITE * known + SAME_LIFE * (left.outlives == right.outlives)
 
 
 def align(left: Sequence[Key], right: Sequence[Key]) -> list[tuple[int, int]]:
     """Pairs of positions in ``left`` and ``right``, both ascending."""
+    left, right = comparable(left, right)
     shorter = min(len(left), len(right))
     begin = 0
     while begin < shorter and left[begin] == right[begin]:
@@ -51,6 +53,16 @@ def align(left: Sequence[Key], right: Sequence[Key]) -> list[tuple[int, int]]:
     pairs += middle
     pairs += [(len(left) - i, len(right) - i) for i in range(end, 0, -1)]
     return pairs
+
+
+def comparable(left: Sequence[Key], right: Sequence[Key]) -> tuple[list[Key], list[Key]]:
+    """Both without the sites that only one of them has."""
+    common = {key.site for key in left} & {key.site for key in right}
+
+    def within(side: Sequence[Key]) -> list[Key]:
+        return [key if key.site in common else key._replace(site="") for key in side]
+
+    return within(left), within(right)
 
 
 class _Table:
@@ -84,9 +96,11 @@ class _Table:
         row = self._weights.get(key)
         if row is None:
             np = self._np
-            site = self._numbers.get(key.site, -2) if key.site else -2
-            row = SAME_SIZE + SAME_SITE * (self._sites == site) + SAME_LIFE * (self._outlives == key.outlives)
-            row = self._weights[key] = np.where(self._nbytes == key.nbytes, row, 0).astype(np.int32)
+            same = self._sites == self._numbers.get(key.site, -2)
+            known = (self._sites >= 0) & bool(key.site)
+            row = SAME_SIZE + SAME_SITE * (same & known) + SAME_LIFE * (self._outlives == key.outlives)
+            may_be = (self._nbytes == key.nbytes) & (same | ~known)
+            row = self._weights[key] = np.where(may_be, row, 0).astype(np.int32)
         return row
 
     def _next(self, above, weights):  # type: ignore[no-untyped-def]

@@ -282,45 +282,56 @@ class _Comparer:
         return [Key(each.nbytes, each.site, ends.outlives(each)) for each in (log.allocations[i] for i in indices)]
 
     def _pair_unequal(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
-        """Pair what one line of Python asked for with two sizes; without lines, what has twice or half the size."""
+        """Pair what has twice, four or eight times the size on one side, unless two functions asked for it; then what
+        one function asked for as often on both sides."""
         free = list(theirs)
         for mine in ours:
             left = self.planned.allocations[mine]
-            for its in free:
+            for number, its in enumerate(free):
                 right = self.measured.allocations[its]
-                same_site = bool(left.site) and left.site == right.site
-                unknown = not left.site or not right.site
-                if same_site or (unknown and _is_another_dtype(left.nbytes, right.nbytes)):
+                same_site = left.site == right.site or not (left.site and right.site)
+                if same_site and _is_another_dtype(left.nbytes, right.nbytes):
                     self.partner[mine] = its
-                    del free[: free.index(its) + 1]
+                    del free[: number + 1]
                     break
+        taken = {self.partner[mine] for mine in ours if mine in self.partner}
+        by_site: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for mine in ours:
+            if mine not in self.partner:
+                by_site[self.planned.allocations[mine].site][0].append(mine)
+        for its in theirs:
+            if its not in taken:
+                by_site[self.measured.allocations[its].site][1].append(its)
+        for site, (planned, measured) in by_site.items():
+            if site and len(planned) == len(measured):
+                self.partner.update(zip(planned, measured, strict=True))
 
     def _pair_moved(self) -> None:
-        """Pair allocations of one size and life that stand near each other on the two sides of some pairs."""
+        """Pair allocations of one size, and of one life or known site, that stand near each other on the two sides of
+        some pairs."""
         ranks = _ranks(self.planned, [pair[0] for pair in self.equal])
         their_ranks = _ranks(self.measured, [pair[1] for pair in self.equal])
         taken = set(self.partner.values())
-        waiting: dict[tuple[str, int, bool], list[int]] = defaultdict(list)
+        waiting: dict[tuple[str, int], list[tuple[int, Key]]] = defaultdict(list)
         for gap in self.gaps:
-            for index, key in zip(gap.measured, self._keys(self.measured, gap.measured), strict=True):
-                if index not in taken:
-                    waiting[gap.phase, key.nbytes, key.outlives].append(index)
+            for its, key in zip(gap.measured, self._keys(self.measured, gap.measured), strict=True):
+                if its not in taken:
+                    waiting[gap.phase, key.nbytes].append((its, key))
         for gap in self.gaps:
-            for index, key in zip(gap.planned, self._keys(self.planned, gap.planned), strict=True):
-                if index in self.partner:
+            for mine, key in zip(gap.planned, self._keys(self.planned, gap.planned), strict=True):
+                if mine in self.partner:
                     continue
-                candidates = waiting[gap.phase, key.nbytes, key.outlives]
-                mine = self.planned.allocations[index]
+                rank = ranks(self.planned.allocations[mine].born)
+                candidates = waiting[gap.phase, key.nbytes]
                 near = [
-                    each
-                    for each in candidates
-                    if abs(ranks(mine.born) - their_ranks(self.measured.allocations[each].born)) <= NEAR
-                    and (mine.site == self.measured.allocations[each].site or not self.measured.allocations[each].site)
+                    (other.outlives != key.outlives, abs(rank - their_ranks(self._born(its))), number)
+                    for number, (its, other) in enumerate(candidates)
+                    if _may_have_moved(key, other)
                 ]
-                if near:
-                    best = min(near, key=lambda each: abs(ranks(mine.born) - their_ranks(self._born(each))))
-                    candidates.remove(best)
-                    self.partner[index] = best
+                best = min((each for each in near if each[1] <= NEAR), default=None)
+                if best is not None:
+                    its, _ = candidates.pop(best[2])
+                    self.partner[mine] = its
                     self._counts[gap.phase][2] += 1
                     self.moved += 1
 
@@ -587,6 +598,12 @@ class _Comparer:
                 if ours or theirs:
                     measured = None if peaks[1] is None else peaks[1] + offset
                     yield PhaseCount(phase, ours, theirs, equal, peaks[0], measured)
+
+
+def _may_have_moved(planned: Key, measured: Key) -> bool:
+    if planned.site and planned.site == measured.site:
+        return True
+    return planned.outlives == measured.outlives and not measured.site
 
 
 def _contexts(found: Allocation, before: Allocation | None) -> Iterator[tuple[Any, ...]]:
