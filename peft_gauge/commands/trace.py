@@ -33,40 +33,42 @@ PLAIN = {"loop": "plain", "convert": False, "packing": False, "mixed": None}
 def trace(
     file: Annotated[
         Path,
-        typer.Argument(help="A snapshot of torch.cuda.memory._dump_snapshot, or a trace that the suite recorded."),
+        typer.Argument(help="A snapshot of torch.cuda.memory._dump_snapshot, or a trace recorded by the suite."),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="What was trained, as for plan. Default: what the trace says of itself.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="The method, likewise.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="In place of --method: an adapter_config.json.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model, as for plan. Default: the trace's own record.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method. Default: the trace's own record.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter_config.json, instead of --method.")] = None,
     quantize: Annotated[str | None, typer.Option(help="The base is stored in nf4, fp4 or int8.")] = None,
     double_quant: Annotated[bool | None, typer.Option(help="The 4-bit base's constants are quantised too.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of base weights and arithmetic (default: bfloat16).")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of a micro-batch.")] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Micro-batch size.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Sequence length in tokens.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="As for plan (default: adamw).")] = None,
     grad_checkpointing: Annotated[bool | None, typer.Option(help="Activations are recomputed in backward.")] = None,
-    checkpoint_reentrant: Annotated[bool | None, typer.Option(help="By the reentrant kind.")] = None,
-    grad_accumulation: Annotated[int | None, typer.Option(help="Micro-batches an update.")] = None,
-    clip_grad_norm: Annotated[float | None, typer.Option(help="The gradients' norm is clipped to this.")] = None,
-    autocast_adapter_dtype: Annotated[bool | None, typer.Option(help="16-bit adapters are kept in float32.")] = None,
+    checkpoint_reentrant: Annotated[bool | None, typer.Option(help="Reentrant checkpointing.")] = None,
+    grad_accumulation: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
+    clip_grad_norm: Annotated[float | None, typer.Option(help="Gradient norm to clip to.")] = None,
+    autocast_adapter_dtype: Annotated[
+        bool | None, typer.Option(help="Adapters of a 16-bit base are kept in float32.")
+    ] = None,
     prepare_kbit: Annotated[bool | None, typer.Option(help="What is not quantised is cast to float32.")] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
-    padded: Annotated[bool | None, typer.Option("--padded/--unpadded", help="With an attention mask.")] = None,
+    padded: Annotated[bool | None, typer.Option("--padded/--unpadded", help="The batch has an attention mask.")] = None,
     hold_outputs: Annotated[bool | None, typer.Option(help="The loop keeps the model's outputs.")] = None,
-    device: Annotated[int | None, typer.Option(help="Which device's history (default: the only one).")] = None,
-    step: Annotated[int | None, typer.Option(help="Which step of the trace, from 1 (default: the last).")] = None,
-    top: Annotated[int, typer.Option(help="How many of the largest differences are shown.")] = 10,
+    device: Annotated[int | None, typer.Option(help="CUDA device index (default: the only one recorded).")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the trace, from 1 (default: the last).")] = None,
+    top: Annotated[int, typer.Option(help="Number of differences to show in each table.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one object.")] = False,
 ) -> None:
-    """Where is a plan wrong? A recorded step's allocations beside the planned ones.
+    """Compare a recorded step's allocations with the planned ones: where is a plan wrong?
 
-    The allocations are paired in order, phase by phase. Printed are the first difference, and what the difference
-    between the two peaks is made of, by category, operator and module: the rows add up to it, to the byte.
+    Allocations are paired in order, phase by phase. The output names the first difference and breaks down the
+    difference between the two peaks by category, operator and module; the rows add up to it, to the byte.
 
-    To record a step of your own: torch.cuda.memory._record_memory_history(), the step,
-    torch.cuda.memory._dump_snapshot(FILE). The suite records one for each case on CUDA (pytest -m gpu).
+    The suite records a trace for each case on CUDA (pytest -m gpu). To record your own step, call
+    torch.cuda.memory._record_memory_history() before it and torch.cuda.memory._dump_snapshot(FILE) after it.
     """
     from peft_gauge.traces import reading
 

@@ -44,8 +44,8 @@ def _peaks(record: Mapping[str, Any]) -> Text:
         f"{record['title']}: a recorded step beside its plan",
         f"peak measured {measured['peak_bytes']:,} B in {measured['phase']}, allocation {measured['number']:,}",
         f"peak planned  {planned['peak_bytes']:,} B in {planned['phase']}, allocation {planned['number']:,}",
-        f"difference    {record['difference_bytes']:+,} B ({share:+.3f} %); without library workspaces and unsplit "
-        f"blocks {record['unplanned_bytes']:+,} B",
+        f"difference    {record['difference_bytes']:+,} B ({share:+.3f} %)",
+        f"              {record['unplanned_bytes']:+,} B without library workspaces and unsplit blocks",
     ]
     about = record["about"]
     if "gpu" in about:
