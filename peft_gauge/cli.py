@@ -17,6 +17,7 @@ from peft_gauge.commands.compare import compare
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.plan import plan
 from peft_gauge.commands.report import report
+from peft_gauge.commands.trace import trace
 from peft_gauge.errors import GaugeError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command()(claims)
 app.command()(compare)
 app.command()(memory_curve)
 app.command()(report)
+app.command()(trace)
 
 
 @app.command()

@@ -343,6 +343,26 @@ def test_a_step_takes_what_was_planned(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_traced_step_is_the_planned_one(method: str, tmp_path: Path, record_property: RecordProperty) -> None:
+    """Where it is not, `peft-gauge trace` on the same file says where."""
+    from peft_gauge.plan.planner import step_log
+    from peft_gauge.traces import reading, recording
+    from peft_gauge.traces.comparing import compare
+
+    traced = value_of(call("measure_memory", "smollm2-135m", method, "cuda", str(tmp_path)))["trace"]
+    assert "file" in traced, traced
+    path = tmp_path / traced["file"]
+    assert path.stat().st_size <= recording.MOST_BYTES
+    planned, _ = step_log(request_of("smollm2-135m", methods.get(method)))
+    found = compare(planned, reading.step_log(reading.read(path)))
+    for phase in found.phases:
+        record_property(f"{phase.phase}_allocations", (phase.planned, phase.measured, phase.equal))
+    record_property("unplanned_bytes", found.unplanned_bytes)
+    assert abs(found.unplanned_bytes) <= 0.01 * found.planned.peak_bytes, found.rows[:5]
+
+
+@pytest.mark.gpu
 def test_a_16_bit_base_is_never_whole_on_the_card(tmp_path: Path, record_property: RecordProperty) -> None:
     found = value_of(call("quantise_layer_by_layer", wide_model(tmp_path)))
     for name, value in found.items():
@@ -361,8 +381,8 @@ def request_of(model: str, method: methods.Method) -> PlanRequest:
     return PlanRequest(models.resolve(model, weights="random"), method, settings, dtype=models.default_dtype("cuda"))
 
 
-def measure_memory(model: str, method: str, device: str = "cuda") -> dict[str, Any]:
-    """The memory pass of the case that `request_of` plans."""
+def measure_memory(model: str, method: str, device: str = "cuda", traces: str | None = None) -> dict[str, Any]:
+    """The memory pass of the case that `request_of` plans; with a trace in the folder ``traces``."""
     from peft_gauge.measure.passes import Setup, measure
     from peft_gauge.texts import token_stream
 
@@ -370,7 +390,8 @@ def measure_memory(model: str, method: str, device: str = "cuda") -> dict[str, A
     case = Case(request.model, request.method, request.settings, device, request.dtype)
     tokens = BATCHES * request.settings.batch * request.settings.seq
     stream = token_stream(None, vocab_size=int(request.model.config["vocab_size"]), tokens=tokens)
-    return dict(measure(Setup(case, request.model, stream, passes=("memory",)))["memory"])
+    setup = Setup(case, request.model, stream, passes=("memory",), trace=None if traces is None else Path(traces))
+    return dict(measure(setup)["memory"])
 
 
 def beyond(measured_bytes: int, plan: Plan, margins: ceilings.Margins) -> str | None:

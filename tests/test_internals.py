@@ -6,6 +6,8 @@ by that release: mend its entry in `peft_gauge/_internals`, and nothing else.
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import re
 import sys
 from importlib.metadata import version
@@ -241,6 +243,26 @@ def test_torch_hooks_of_a_tensor_can_be_read() -> None:
     x.register_hook(print)
     x.register_post_accumulate_grad_hook(repr)
     assert from_torch.hooks_of(x) == ([print], [repr])
+
+
+def test_torch_memory_history_takes_what_it_is_given_and_ends_at_none() -> None:
+    record = inspect.signature(torch.cuda.memory._record_memory_history)
+    asked: list[inspect.BoundArguments] = []
+    with patch.object(torch.cuda.memory, "_record_memory_history", lambda *a, **k: asked.append(record.bind(*a, **k))):
+        from_torch.memory_history(True, 1000)
+        from_torch.memory_history(False, 0)
+    on, off = asked
+    assert on.arguments == {"enabled": "all", "context": "alloc", "stacks": "python", "max_entries": 1000}
+    assert off.arguments == {"enabled": None}
+
+
+def test_torch_memory_snapshot_is_asked_without_arguments_and_dumped_as_it_is(tmp_path: Path) -> None:
+    inspect.signature(torch.cuda.memory._snapshot).bind()
+    planted: dict[str, Any] = {"segments": [], "device_traces": [[]]}
+    with patch.object(torch.cuda.memory, "_snapshot", lambda *a, **k: planted):
+        assert from_torch.memory_snapshot() == planted
+        torch.cuda.memory._dump_snapshot(str(tmp_path / "dump.pickle"))
+    assert pickle.loads((tmp_path / "dump.pickle").read_bytes()) == planted
 
 
 def test_torch_modules_read_what_is_put_into_their_registries() -> None:

@@ -195,3 +195,23 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
 def modules_of(module: nn.Module) -> dict[str, Any]:
     """A module's own children by name, likewise."""
     return module._modules
+
+
+# --- the CUDA allocator's history -----------------------------------------------------------------------------
+
+
+def memory_history(on: bool, most_events: int) -> None:
+    """Turns the record of allocations and frees on, with the stack of each allocation, or off (which forgets it).
+
+    A step's trace is made of it. Held by a contract test of its arguments; torch names it in its documentation.
+    """
+    if on:
+        torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=most_events)
+    else:
+        torch.cuda.memory._record_memory_history(None)
+
+
+def memory_snapshot() -> dict[str, Any]:
+    """The recorded history and the blocks in use, as plain values. Held by a contract test, likewise."""
+    found: dict[str, Any] = torch.cuda.memory._snapshot()
+    return found

@@ -23,8 +23,12 @@ def folded(path: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) if path else ROOT
 
 
+def _whole(path: str) -> str:
+    return path or ROOT
+
+
 class Places:
-    """While entered, `now` is the folded path of the innermost module at work, or `UNKNOWN`.
+    """While entered, `now` is the path of the innermost module at work (folded, unless ``fold`` is off), or `UNKNOWN`.
 
     Autograd numbers its nodes in the order in which the forward pass makes them. So the numbers at which modules were
     entered and left tell, in the backward pass, which module made the node at work; a leaf's node belongs to the
@@ -33,10 +37,11 @@ class Places:
     the device's thread too, a backward operator may be put down to the wrong module.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._paths = {id(module): folded(path) for path, module in model.named_modules()}
+    def __init__(self, model: nn.Module, *, fold: bool = True) -> None:
+        name = folded if fold else _whole
+        self._paths = {id(module): name(path) for path, module in model.named_modules()}
         self._owners = {
-            id(parameter): folded(path)
+            id(parameter): name(path)
             for path, module in model.named_modules()
             for parameter in module.parameters(recurse=False)
         }

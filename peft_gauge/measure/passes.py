@@ -19,7 +19,7 @@ from peft_gauge import cases, counting, isolation, meters, methods, models
 from peft_gauge.clock.card import measure_card
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.fingerprint import fingerprint
-from peft_gauge.measure import memory, speed
+from peft_gauge.measure import memory, speed, tracing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ class Setup:
         passes: which of the three are wanted.
         shapes: (batch, seq) besides the case's own at which the memory pass takes a peak.
         rule, warm_up: when the time pass has seen enough, and from when on it counts.
+        trace: the folder in which the memory pass leaves one step's log of the allocator; ``None`` records none.
     """
 
     case: Case
@@ -55,6 +56,7 @@ class Setup:
     shapes: tuple[tuple[int, int], ...] = ()
     rule: StoppingRule = field(default_factory=StoppingRule)
     warm_up: WarmUp = field(default_factory=WarmUp)
+    trace: Path | None = None
 
 
 def measure(setup: Setup) -> dict[str, Any]:
@@ -91,6 +93,8 @@ def measure(setup: Setup) -> dict[str, Any]:
                 "naive_after_loading_bytes": naive_bytes,
                 **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=_trains_base(setup.case)),
             }
+            if setup.trace is not None:
+                found["memory"]["trace"] = tracing.trace_step(setup.case, job, setup.trace, found["memory"])
     if "speed" in setup.passes:
         isolation.note(phase="timing")
         found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from peft_gauge import methods, models, stored_layers, targets
 from peft_gauge._internals.torch import unset_fake_temporarily
 from peft_gauge.counting import ParameterCount, constant_buffers, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.fingerprint.places import UNKNOWN, Places
 from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.overheads import overheads_for
@@ -49,6 +52,8 @@ from peft_gauge.plan.tracker import (
     rounded,
 )
 from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.traces.log import planned
+from peft_gauge.traces.sites import site_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
     from peft_gauge.models import ModelRecord
     from peft_gauge.plan.overheads import DeviceOverheads
     from peft_gauge.plan.record import DeviceEstimate, PlanRequest
+    from peft_gauge.traces.log import StepLog
 
 TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
@@ -84,17 +90,32 @@ def plan(request: PlanRequest) -> Plan:
     """
     started = time.perf_counter()
     notes = [*models.remarks(request.model), *_check_sizes(request)]
+    traced, adapted_modules = _traced(request, notes)
+    return replace(_as_plan(request, traced, notes, started), adapted_modules=adapted_modules, base=_base(request))
+
+
+def step_log(request: PlanRequest) -> tuple[StepLog, tuple[str, ...]]:
+    """The planned step of ``request``: each allocation with its operator, module and Python function, to be compared
+    with a recorded one (`peft_gauge.traces.comparing`); and what was assumed. Raises as `plan` does.
+    """
+    notes = [*models.remarks(request.model), *_check_sizes(request)]
+    traced, _ = _traced(request, notes, located=True)
+    return planned(traced.tracker), tuple(notes)
+
+
+def _traced(
+    request: PlanRequest, notes: list[str], *, located: bool = False
+) -> tuple[Trace, tuple[targets.Adapted, ...]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice on training; what matters here is in `notes`
         try:
-            traced, adapted_modules = _trace(request, notes)
+            return _trace(request, notes, located=located)
         except policies.CannotPlan as error:
             raise GaugeError(f"{request.name} cannot be planned: {error}") from error
         except GaugeError:
             raise
         except Exception as error:  # an operation without a shape rule, or one that needs values
             raise GaugeError(f"{request.name} cannot be planned: {_operation(error)}") from error
-    return replace(_as_plan(request, traced, notes, started), adapted_modules=adapted_modules, base=_base(request))
 
 
 @contextlib.contextmanager
@@ -272,38 +293,65 @@ def _shown_bytes(number: int) -> str:
 # --- the step -----------------------------------------------------------------------------------------------
 
 
-def _trace(request: PlanRequest, notes: list[str]) -> tuple[Trace, tuple[targets.Adapted, ...]]:
+def _trace(
+    request: PlanRequest, notes: list[str], *, located: bool = False
+) -> tuple[Trace, tuple[targets.Adapted, ...]]:
     adapted = _adapt(request, notes)
     counted = count(adapted.model)
     mode = fakes.fake_mode()
     made = fakes.to_fake(adapted.model, mode)
     base = [made[key] for key in adapted.base_parameters if key in made]
     with mode, fakes.cuda_kernels(), fakes.unpacked_sequences(), stepping(request, adapted.model, notes):
-        return follow(request, adapted.model, base, counted, notes), adapted.modules
+        return follow(request, adapted.model, base, counted, notes, located=located), adapted.modules
 
 
 def follow(
-    request: PlanRequest, model: nn.Module, base: Iterable[Tensor], counted: ParameterCount, notes: list[str]
+    request: PlanRequest,
+    model: nn.Module,
+    base: Iterable[Tensor],
+    counted: ParameterCount,
+    notes: list[str],
+    *,
+    located: bool = False,
 ) -> Trace:
     """Follow one steady step of ``model``, adapted as ``request`` says; ``base`` are its parameters from before.
 
-    The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see.
+    The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see. ``located``:
+    also note of each storage which module and which Python function made it, at the cost of some time.
     """
+    places = Places(model, fold=False) if located else None
     tracker = StorageTracker(
         vocabulary=request.model.vocab_size,
         operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTISED_TEMPORARIES},
         workspaces=fakes.CUDA_WORKSPACES,
+        where=None if places is None else functools.partial(_where, places),
     )
     _adopt_model(tracker, model, base)
     job, call = _job(request, model, tracker)
     _prime(job, tracker, request.settings, notes)
     importance = _prime_importance(job, model, tracker, notes)
-    with no_collector():
+    if places is not None:
+        _name_residents(tracker, model, job)
+    with no_collector(), places or contextlib.nullcontext():
         trace = _step(job, call, tracker, request, counted, importance)
     tracker.close()
     uncounted = sorted(name for name in tracker.operators_without_flops if not name.startswith(ELEMENTWISE))
     notes += [f"{name}: its operations are not in flops_per_step" for name in uncounted]
     return trace
+
+
+def _where(places: Places) -> tuple[str, str]:
+    module = places.now
+    return "" if module == UNKNOWN else module, site_here(sys._getframe(1))
+
+
+def _name_residents(tracker: StorageTracker, model: nn.Module, job: TrainingJob) -> None:
+    """Put down what is there before the step to the module of its parameter."""
+    for name, parameter in model.named_parameters():
+        state = job.optimizer.state.get(parameter, {}).values()
+        held = [parameter, *quantisation_constants(parameter), *(t for t in state if isinstance(t, torch.Tensor))]
+        for number in tracker.storages(held):
+            tracker.records[number].module = name.rpartition(".")[0]
 
 
 def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:

@@ -80,6 +80,9 @@ OPERATOR_CATEGORY: Mapping[str, str] = {
     "bitsandbytes::int8_vectorwise_dequant": DEQUANTISED_TEMPORARIES,
 }
 
+Where = Callable[[], tuple[str, str]]
+"""() -> (path of the module at work, site in Python), asked at each birth."""
+
 Workspace = Callable[[Sequence[Any], Any], Sequence[int]]
 """(operator's arguments, its output) -> bytes of each scratch buffer held while the kernel runs."""
 
@@ -101,12 +104,18 @@ class Event(NamedTuple):
 
 @dataclass(slots=True)
 class StorageRecord:
-    """One storage's life; `operator` is the name of what made it ('' if it was there before)."""
+    """One storage's life; `operator` is the name of what made it ('' if it was there before).
+
+    `module` and `site` are what the tracker's `where` said at its birth: the path of the module at work and the line of
+    Python that asked; empty without one.
+    """
 
     nbytes: int
     category: str
     phase: str
     operator: str
+    module: str = ""
+    site: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,7 @@ class _Ledger:
         self.log: list[tuple[int, int, str]] = []  # (sign, record, phase); sign 0 marks the start of a phase
         self.alive: dict[int, _Watch] = {}  # StorageImpl address -> watch
         self.phase = OUTSIDE
+        self.where: Where | None = None
 
     def born(self, storage: torch.UntypedStorage, key: int, category: str, operator: str) -> int:
         record = self.note(storage.nbytes(), category, operator)
@@ -146,7 +156,8 @@ class _Ledger:
 
     def note(self, nbytes: int, category: str, operator: str) -> int:
         record = len(self.records)
-        self.records.append(StorageRecord(nbytes, category, self.phase, operator))
+        place = ("", "") if self.where is None else self.where()
+        self.records.append(StorageRecord(nbytes, category, self.phase, operator, *place))
         self.log.append((1, record, self.phase))
         return record
 
@@ -188,6 +199,7 @@ class StorageTracker(DispatchMode):
         operator_categories: operator name ("namespace::name") -> category of what it makes.
         workspaces: operator name -> scratch memory of its kernel.
         device_type: follow only storages on such a device; None follows all (fake tensors: all).
+        where: asked at each birth for what `StorageRecord` keeps of it; costs time.
     """
 
     def __init__(
@@ -197,6 +209,7 @@ class StorageTracker(DispatchMode):
         operator_categories: Mapping[str, str] = OPERATOR_CATEGORY,
         workspaces: Mapping[str, Workspace] | None = None,
         device_type: str | None = None,
+        where: Where | None = None,
     ) -> None:
         super().__init__()
         _lone_holders()  # measured now, since it cannot be from within an operator
@@ -208,6 +221,7 @@ class StorageTracker(DispatchMode):
         self._workspaces = workspaces or {}
         self._device_type = device_type
         self._ledger = _Ledger()
+        self._ledger.where = where
         self._kept: dict[str, list[int]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._plans: dict[Any, _OperatorPlan] = {}
@@ -273,6 +287,7 @@ class StorageTracker(DispatchMode):
     def close(self) -> None:
         """Stops following; the log stays readable."""
         self._ledger.alive.clear()
+        self._ledger.where = None
         self._optimizer = None
 
     # What was seen

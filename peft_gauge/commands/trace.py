@@ -1,0 +1,221 @@
+"""``peft-gauge trace``: a recorded step beside its plan; where, and by how much, the plan is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peft_gauge.commands.plan import adjusted
+from peft_gauge.errors import GaugeError, unknown
+
+if TYPE_CHECKING:
+    from peft_gauge.plan.record import PlanRequest
+
+REQUIRED = ("model", "method", "batch", "seq")
+
+# What a trace's own header may call a setting -> the option's name.
+OTHER_NAMES = {"ckpt": "grad_checkpointing", "accum": "grad_accumulation", "clip": "clip_grad_norm"}
+
+# Settings of a header that a plan does not follow, and what a reader has to know of it.
+NOT_PLANNED = {
+    "mixed": "the recorded step ran under autocast ({value})",
+    "convert": "its outputs were converted to float32",
+    "loop": "it was taken by another training loop ({value})",
+    "packing": "its batch was packed",
+}
+PLAIN = {"loop": "plain", "convert": False, "packing": False, "mixed": None}
+
+
+def trace(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A snapshot of torch.cuda.memory._dump_snapshot, or a trace recorded by the suite."),
+    ],
+    model: Annotated[str | None, typer.Option(help="The model, as for plan. Default: the trace's own record.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method. Default: the trace's own record.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter_config.json, instead of --method.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="The base is stored in nf4, fp4 or int8.")] = None,
+    double_quant: Annotated[bool | None, typer.Option(help="The 4-bit base's constants are quantised too.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Micro-batch size.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Sequence length in tokens.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="As for plan (default: adamw).")] = None,
+    grad_checkpointing: Annotated[bool | None, typer.Option(help="Activations are recomputed in backward.")] = None,
+    checkpoint_reentrant: Annotated[bool | None, typer.Option(help="Reentrant checkpointing.")] = None,
+    grad_accumulation: Annotated[int | None, typer.Option(help="Micro-batches per update.")] = None,
+    clip_grad_norm: Annotated[float | None, typer.Option(help="Gradient norm to clip to.")] = None,
+    autocast_adapter_dtype: Annotated[
+        bool | None, typer.Option(help="Adapters of a 16-bit base are kept in float32.")
+    ] = None,
+    prepare_kbit: Annotated[bool | None, typer.Option(help="What is not quantised is cast to float32.")] = None,
+    attention: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
+    padded: Annotated[bool | None, typer.Option("--padded/--unpadded", help="The batch has an attention mask.")] = None,
+    hold_outputs: Annotated[bool | None, typer.Option(help="The loop keeps the model's outputs.")] = None,
+    device: Annotated[int | None, typer.Option(help="CUDA device index (default: the only one recorded).")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the trace, from 1 (default: the last).")] = None,
+    top: Annotated[int, typer.Option(help="Number of differences to show in each table.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one object.")] = False,
+) -> None:
+    """Compare a recorded step's allocations with the planned ones: where is a plan wrong?
+
+    Allocations are paired in order, phase by phase. The output names the first difference and breaks down the
+    difference between the two peaks by category, operator and module; the rows add up to it, to the byte.
+
+    The suite records a trace for each case on CUDA (pytest -m gpu). To record your own step, call
+    torch.cuda.memory._record_memory_history() before it and torch.cuda.memory._dump_snapshot(FILE) after it.
+    """
+    from peft_gauge.traces import reading
+
+    if top < 1:
+        raise GaugeError(f"--top must be at least 1, not {top}")
+    recording = reading.read(file, device)
+    given = {
+        "model": model,
+        "method": method,
+        "dtype": dtype,
+        "batch": batch,
+        "seq": seq,
+        "optimizer": optimizer,
+        "grad_checkpointing": grad_checkpointing,
+        "checkpoint_reentrant": checkpoint_reentrant,
+        "grad_accumulation": grad_accumulation,
+        "clip_grad_norm": clip_grad_norm,
+        "prepare_kbit": prepare_kbit,
+        "double_quant": double_quant,
+        "quantize": quantize,
+        "autocast_adapter_dtype": autocast_adapter_dtype,
+        "attention": attention,
+        "padded": padded,
+        "hold_outputs": hold_outputs,
+    }
+    settings = _settings(file, recording.settings, given, adapter)
+    request = request_of(settings, adapter)
+    measured = reading.step_log(recording, step)
+    steps = len(recording.steps())
+
+    from peft_gauge.plan.planner import step_log
+    from peft_gauge.traces.comparing import compare
+
+    planned, notes = step_log(request)
+    found = compare(planned, measured)
+    record = {
+        "file": str(file),
+        "title": _title(request),
+        "settings": settings,
+        "about": dict(recording.about),
+        "step": step or steps,
+        "of_steps": steps,
+        **found.as_json(),
+    }
+    record["notes"] = [
+        *not_planned(settings),
+        *found.notes,
+        *_shown_peak(recording.about, found.measured.peak_bytes),
+        *notes,
+    ]
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        from peft_gauge.report.trace_table import show
+
+        show(record, top)
+
+
+def _settings(file: Path, told: Mapping[str, Any], given: Mapping[str, Any], adapter: Path | None) -> dict[str, Any]:
+    """The trace's own settings, and over them what the options say; raises `GaugeError` where something is missing."""
+    settings = renamed(told)
+    settings |= {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in REQUIRED if settings.get(name) is None and not (name == "method" and adapter)]
+    if missing:
+        options = ", ".join(f"--{name}" for name in missing)
+        raise GaugeError(
+            f"{file} does not say what was trained; add {options}, and what else differs from peft-gauge plan"
+        )
+    return settings
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A trace's settings under the names of the options of ``peft-gauge plan``."""
+    return {OTHER_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> PlanRequest:
+    """The plan of ``settings``, under the names of the options of ``peft-gauge plan``; what is absent is its default.
+
+    Raises `GaugeError` for settings that make no plan.
+    """
+    from peft_gauge import methods, models
+    from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.step import StepSettings
+
+    dtype = str(settings.get("dtype") or "bfloat16")
+    models.check_dtype(dtype)
+    attention = settings.get("attention")
+    if attention is not None and attention not in models.ATTENTIONS:
+        raise unknown("attention", str(attention), models.ATTENTIONS)
+    for name in ("batch", "seq"):
+        if not isinstance(settings[name], int):
+            raise GaugeError(f"{name} must be a whole number, not {settings[name]!r}")
+    try:
+        step = StepSettings(
+            batch=settings["batch"],
+            seq=settings["seq"],
+            optimizer=settings.get("optimizer") or "adamw",
+            grad_checkpointing=bool(settings.get("grad_checkpointing")),
+            grad_accumulation=settings.get("grad_accumulation") or 1,
+            clip_grad_norm=settings.get("clip_grad_norm"),
+        )
+    except TypeError as error:
+        raise GaugeError(f"the trace's settings make no step: {error}") from error
+    chosen = methods.from_adapter_config(adapter) if adapter is not None else methods.get(str(settings["method"]))
+    return PlanRequest(
+        models.resolve(str(settings["model"]), weights="random"),
+        adjusted(
+            chosen,
+            settings.get("quantize"),
+            settings.get("double_quant"),
+            settings.get("autocast_adapter_dtype"),
+            settings.get("prepare_kbit"),
+        ),
+        step,
+        dtype=dtype,
+        attention=attention,
+        padded=bool(settings.get("padded")),
+        hold_outputs=bool(settings.get("hold_outputs")),
+        checkpoint_reentrant=bool(settings.get("checkpoint_reentrant")),
+    )
+
+
+def not_planned(settings: Mapping[str, Any]) -> list[str]:
+    """What the trace says of its step that the plan does not follow, a sentence each."""
+    return [
+        f"{sentence.format(value=settings[name])}, which is not planned: the difference shows it"
+        for name, sentence in NOT_PLANNED.items()
+        if settings.get(name, PLAIN[name]) != PLAIN[name]
+    ]
+
+
+def _shown_peak(about: Mapping[str, Any], peak_bytes: int) -> list[str]:
+    """What torch's own counter showed in the steps without a log, where the trace says so."""
+    shown = about.get("allocated_peak_bytes")
+    if not isinstance(shown, int):
+        return []
+    beyond = shown - peak_bytes
+    return [
+        f"max_memory_allocated showed {shown:,} B, {beyond:+,} B from this peak of requests: "
+        "blocks that were not split hold more than was asked for"
+    ]
+
+
+def _title(request: PlanRequest) -> str:
+    settings = request.settings
+    parts = [f"{settings.batch}×{settings.seq} tokens", request.dtype, settings.optimizer]
+    if settings.grad_checkpointing:
+        parts.append("gradient checkpointing")
+    return f"{request.name}, {', '.join(parts)}"

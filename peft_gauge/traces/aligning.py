@@ -1,0 +1,134 @@
+"""Two sequences of allocations laid side by side in order.
+
+The alignment has the greatest sum of `SAME_SIZE`, `SAME_SITE` and `SAME_LIFE` over its pairs, among all that keep both
+orders and pair equal sizes of one site only: a longest common subsequence with weights. A site that only one side has,
+as one that a release renamed, counts as unknown. Equal beginnings and ends are taken off first; what is left is a table
+of rows × columns, a row of numpy at a time, halved as Hirschberg (1975) does where it would not fit in memory. Two
+sequences of 10,000 take about a second, and nearly equal ones next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SAME_SIZE = 4
+"""What a pair counts where one side does not know its site; the others decide between candidates of one size."""
+SAME_SITE = 2
+"""Added where the same Python function asked for both; two different ones are no pair."""
+SAME_LIFE = 1
+"""Both are freed within the phase that made them, or both outlive it."""
+
+MOST_CELLS = 1 << 24
+
+
+class Key(NamedTuple):
+    """What an allocation is known by: bytes in blocks of 512, its site or ``""``, and whether it outlives its phase."""
+
+    nbytes: int
+    site: str
+    outlives: bool
+
+
+def weight(left: Key, right: Key) -> int:
+    """What a pair of the two counts; 0 where they cannot be one."""
+    known = bool(left.site and right.site)
+    if left.nbytes != right.nbytes or (known and left.site != right.site):
+        return 0
+    return SAME_SIZE + SAME_SITE * known + SAME_LIFE * (left.outlives == right.outlives)
+
+
+def align(left: Sequence[Key], right: Sequence[Key]) -> list[tuple[int, int]]:
+    """Pairs of positions in ``left`` and ``right``, both ascending."""
+    left, right = comparable(left, right)
+    shorter = min(len(left), len(right))
+    begin = 0
+    while begin < shorter and left[begin] == right[begin]:
+        begin += 1
+    end = 0
+    while end < shorter - begin and left[-1 - end] == right[-1 - end]:
+        end += 1
+    pairs = [(i, i) for i in range(begin)]
+    middle = _Table(left, right).pairs(begin, len(left) - end, begin, len(right) - end)
+    pairs += middle
+    pairs += [(len(left) - i, len(right) - i) for i in range(end, 0, -1)]
+    return pairs
+
+
+def comparable(left: Sequence[Key], right: Sequence[Key]) -> tuple[list[Key], list[Key]]:
+    """Both without the sites that only one of them has."""
+    common = {key.site for key in left} & {key.site for key in right}
+
+    def within(side: Sequence[Key]) -> list[Key]:
+        return [key if key.site in common else key._replace(site="") for key in side]
+
+    return within(left), within(right)
+
+
+class _Table:
+    def __init__(self, left: Sequence[Key], right: Sequence[Key]) -> None:
+        import numpy as np
+
+        self._np = np
+        self._left = left
+        sites = {site: number for number, site in enumerate(dict.fromkeys(key.site for key in right))}
+        self._numbers = sites
+        self._nbytes = np.array([key.nbytes for key in right], dtype=np.int64)
+        self._sites = np.array([sites[key.site] if key.site else -1 for key in right], dtype=np.int64)
+        self._outlives = np.array([key.outlives for key in right], dtype=bool)
+        self._weights: dict[Key, object] = {}
+
+    def pairs(self, top: int, bottom: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """The alignment of ``left[top:bottom]`` with ``right[start:stop]``."""
+        if top >= bottom or start >= stop:
+            return []
+        if (bottom - top + 1) * (stop - start + 1) <= MOST_CELLS or bottom - top == 1:
+            return self._traced(top, bottom, start, stop)
+        middle = (top + bottom) // 2
+        upper = self._last_row(range(top, middle), start, stop, forwards=True)
+        lower = self._last_row(range(bottom - 1, middle - 1, -1), start, stop, forwards=False)
+        cut = start + int(self._np.argmax(upper + lower[::-1]))
+        return self.pairs(top, middle, start, cut) + self.pairs(middle, bottom, cut, stop)
+
+    def _row(self, position: int) -> object:
+        """The weights of ``left[position]`` with everything on the right; equal keys share a row."""
+        key = self._left[position]
+        row = self._weights.get(key)
+        if row is None:
+            np = self._np
+            same = self._sites == self._numbers.get(key.site, -2)
+            known = (self._sites >= 0) & bool(key.site)
+            row = SAME_SIZE + SAME_SITE * (same & known) + SAME_LIFE * (self._outlives == key.outlives)
+            may_be = (self._nbytes == key.nbytes) & (same | ~known)
+            row = self._weights[key] = np.where(may_be, row, 0).astype(np.int32)
+        return row
+
+    def _next(self, above, weights):  # type: ignore[no-untyped-def]
+        np = self._np
+        row = above.copy()
+        np.maximum(row[1:], above[:-1] + weights, out=row[1:])
+        return np.maximum.accumulate(row, out=row)
+
+    def _last_row(self, positions: range, start: int, stop: int, *, forwards: bool):  # type: ignore[no-untyped-def]
+        row = self._np.zeros(stop - start + 1, dtype=self._np.int32)
+        for position in positions:
+            weights = self._row(position)[start:stop]  # type: ignore[index]
+            row = self._next(row, weights if forwards else weights[::-1])
+        return row
+
+    def _traced(self, top: int, bottom: int, start: int, stop: int) -> list[tuple[int, int]]:
+        np = self._np
+        table = np.zeros((bottom - top + 1, stop - start + 1), dtype=np.int32)
+        for number, position in enumerate(range(top, bottom), start=1):
+            table[number] = self._next(table[number - 1], self._row(position)[start:stop])  # type: ignore[index]
+        found = []
+        i, j = bottom - top, stop - start
+        while i and j:
+            if table[i, j] == table[i - 1, j]:
+                i -= 1
+            elif table[i, j] == table[i, j - 1]:
+                j -= 1
+            else:
+                i, j = i - 1, j - 1
+                found.append((top + i, start + j))
+        return found[::-1]

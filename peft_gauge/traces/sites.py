@@ -1,0 +1,67 @@
+"""Which line of Python asked for memory, in one spelling for a recorded stack and for a running one.
+
+A *frame* is written ``path:line:function``, as in ``torch/nn/functional.py:1443:dropout``; a *site* is the innermost
+frame without its line, which differs between releases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import PurePath
+from types import FrameType
+
+_PACKAGES = re.compile(r"^.*(?:site|dist)-packages/")
+_OWN = re.compile(r"^.*?(?=peft_gauge/(?!.*peft_gauge/))")
+
+# Between an operator and the Python code that called it: dispatch, shape rules, and this project's planner.
+_BETWEEN = re.compile(
+    r"^(?:torch/(?:_ops|_subclasses/|_library/|_prims|_refs|_decomp|_meta_registrations|_compile|utils/_python_dispatch"
+    r"|utils/_device|utils/_stats|_dynamo|_higher_order_ops)|peft_gauge/(?:plan|_internals|fingerprint|traces)/)"
+)
+_ENGINE = "_engine_run_backward"
+
+
+def frame_text(filename: str, line: int, function: str) -> str:
+    """One frame as this project writes it: the path from the package on, else its last two parts."""
+    return f"{shortened(filename)}:{line}:{function}"
+
+
+@cache
+def shortened(filename: str) -> str:
+    """``filename`` from its package on, else its last two parts: neither a home folder nor a version of Python."""
+    path = filename.replace("\\", "/")
+    for pattern in (_PACKAGES, _OWN):
+        found = pattern.match(path)
+        if found:
+            return path[found.end() :]
+    return "/".join(PurePath(path).parts[-2:])
+
+
+def site_of(stack: Sequence[str]) -> str:
+    """The site of a recorded stack (innermost frame first); empty for one without frames."""
+    if not stack:
+        return ""
+    path, _, rest = stack[0].partition(":")
+    return f"{path}:{rest.partition(':')[2]}"
+
+
+def site_here(frame: FrameType | None) -> str:
+    """The site of running code, seen from ``frame`` outwards; empty where autograd's engine called from C++.
+
+    On CUDA the engine's thread has no Python frames at all, which a recorded stack shows as an empty one.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == _ENGINE:
+            return ""
+        if not _is_between(code.co_filename):
+            return f"{shortened(code.co_filename)}:{code.co_name}"
+        frame = frame.f_back
+    return ""
+
+
+@cache
+def _is_between(filename: str) -> bool:
+    return _BETWEEN.match(shortened(filename)) is not None
