@@ -9,6 +9,7 @@
 #   tests       the instruments against what is known beforehand (pytest tests -m gpu)
 #   suite       pytest -m gpu within a budget, in the order of the cases' worth
 #   large       the plan of a 7B against its measured LoRA and QLoRA step
+#   traces      the allocator's log of a step of each case beside its plan: where a plan is wrong, if it is
 #   compare     the suite's run with the newest one of this machine in the checkout's results/, where there is one
 #   answers     the newest answers as Markdown
 #   report      one page with all of it, where the extra for pages is installed
@@ -95,6 +96,12 @@ if [ "$device" = cuda ]; then
         --weights=random-gpu --method=lora,qlora --batch=1 --seq=512 --results="$out/results"
 else
     skipped large "a step of $large on a CPU takes too long"
+fi
+if compgen -G "$out/results/$machine/traces/*.json.gz" > /dev/null; then
+    part traces 20 bash -c 'at=$1; shift; for file in "$at"/*.json.gz; do echo "== ${file##*/}"; "$@" "$file"; done' _ \
+        "$out/results/$machine/traces" "${gauge[@]}" trace --top 5
+else
+    skipped traces "no allocator's log was recorded"
 fi
 if [ -n "$machine" ] && [ -d "results/$machine" ]; then
     part compare 10 "${gauge[@]}" compare "results/$machine" "$out/results/$machine"

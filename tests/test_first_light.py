@@ -39,7 +39,7 @@ def parts(out: Path) -> dict[str, str]:
 
 def test_every_part_has_its_line(lit: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, out = lit
-    assert [*parts(out)] == ["doctor", "calibrate", "tests", "suite", "large", "compare", "answers", "report"]
+    assert [*parts(out)] == ["doctor", "calibrate", "tests", "suite", "large", "traces", "compare", "answers", "report"]
     assert parts(out)["calibrate"].startswith("skipped: a CPU has no CUDA context")
     assert parts(out)["large"].startswith("skipped: ")
     for name in ("doctor", "tests", "suite", "answers"):
