@@ -46,10 +46,11 @@ def test_peak(measured: Measured, record: Record) -> None:
 def test_growth(measured: Measured, record: Record) -> None:
     """Slope and intercept along the batch and along the sequence, planned and measured."""
     figure = "allocated_peak_bytes" if measured.case.device == "cuda" else "tensor_peak_bytes"
+    of_plan, _ = COMPARED.get(figure, ("peak_bytes", None))
     points = measured.figures["memory"]["shapes"]
     plans = [measured.plan, *measured.shape_plans]
     planned = [
-        {"batch": plan.settings["batch"], "seq": plan.settings["seq"], figure: plan.peak_bytes} for plan in plans
+        {"batch": plan.settings["batch"], "seq": plan.settings["seq"], figure: getattr(plan, of_plan)} for plan in plans
     ]
 
     found: list[dict[str, Any]] = [

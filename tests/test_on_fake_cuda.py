@@ -55,6 +55,8 @@ def check(folder: Path, done: subprocess.CompletedProcess[str], wanted: set[tupl
         assert figures["device"] == "cuda"
         if "allocated_peak_bytes" in figures:
             check_memory(figures)
+        for line in figures.get("growth", ()):
+            assert abs(line["intercept_bytes"] - line["planned_intercept_bytes"]) < 4 * MIB
         if "step_seconds" in figures:
             assert figures["host_step_seconds"] > 0
             assert figures["states"][0]["before"]["sm_clock_mhz"] == 1980
@@ -66,6 +68,8 @@ def check_memory(figures: dict[str, Any]) -> None:
     assert figures["process_peak_bytes"] >= CONTEXT_BYTES + figures["reserved_peak_bytes"]
     assert figures["own_device_peak_bytes"] == figures["process_peak_bytes"]
     assert figures["ooms"] == figures["alloc_retries"] == 0
+    # Of a toy's step most are workspaces, which are planned as the card's.
+    assert abs(figures["relative_error"]["allocated_peak_bytes"]) < 0.05
     # The tracker's sum and the allocator's, which have the same events, in bytes and in blocks.
     assert 0.9 < figures["tensor_peak_bytes"] / (figures["allocated_peak_bytes"] - WORKSPACES_BYTES) <= 1.0
 
@@ -74,7 +78,7 @@ WORKSPACES_BYTES = 2 * fake_cuda.WORKSPACE_BYTES  # of forward's thread and of b
 
 
 def test_a_method_is_measured_on_a_card(tmp_path: Path) -> None:
-    """LoRA's peak, times and fingerprint, in a minute; without its growth, and without the card's speed."""
+    """LoRA's peak, times and fingerprint; without its growth, and without the card's speed."""
     questions = ("test_memory", "test_speed", "test_fingerprint")
     selected = [*(f"benchmarks/{name}.py" for name in questions), "-k", "test_peak or test_phase or test_fingerprint"]
     done = run_pytest(tmp_path, *selected, "-m", "gpu", *QUICK, "--method=lora", total_bytes=SMALL_CARD_BYTES)
@@ -90,6 +94,6 @@ def test_every_benchmark_of_every_method_on_a_card(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tests_of_the_instruments_pass_on_a_card(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "tests/test_gpu.py", "-m", "gpu", total_bytes=4 * GIB)
+    done = run_pytest(tmp_path, "tests/test_gpu.py", "-m", "gpu", "-k", "not smollm2", total_bytes=4 * GIB)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
