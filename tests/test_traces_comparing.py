@@ -258,6 +258,10 @@ def passes(number: int, *, measured: bool = False) -> StepLog:
 def test_further_micro_batches_are_left_out_and_told() -> None:
     found = checked(passes(3), passes(5, measured=True))
     assert found.difference_bytes == 0
+    # The first two and the last of the measured passes stand beside the three planned ones.
+    assert [(each.planned, each.measured, each.equal) for each in found.phases if each.phase == FORWARD] == [
+        (24, 24, 24)
+    ]
     assert found.notes == (
         "2 more forward passes than the plan has were not compared",
         "2 more backward passes than the plan has were not compared",

@@ -47,7 +47,7 @@ def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
     assert workspaces == [2 * 32 * 2**20]  # a Hopper's cuBLAS: forward's and backward's
     assert found.measured.phase == found.planned.phase
     # What differs is attention, which torch took from cuDNN and not from flash, the masks before the first layer and,
-    # in bottleneck adapters, the scratch of sums that make the gradients of biases.
+    # with bottleneck adapters, the scratch of the sums that make the gradients of biases.
     most = (9 if name == "bottleneck" else 5) * LAYERS + 32
     for phase in found.phases:
         assert phase.measured - phase.equal <= most
