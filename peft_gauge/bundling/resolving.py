@@ -109,9 +109,9 @@ class Pip:
             return
         if from_pip.is_missing(done.stderr):
             raise GaugeError("this Python has no pip, which collects the wheels; run: python -m ensurepip")
-        said = one_line("; ".join(from_pip.causes(done.stdout)) or from_pip.last_error(done.stderr), 300)
         if from_pip.no_answer(done.stderr):
-            raise GaugeError(f"no answer from the package index; bundle where there is a network ({said})")
+            raise GaugeError("no answer from the package index; bundle where there is a network, or name --index-url")
+        said = one_line("; ".join(from_pip.causes(done.stdout)) or from_pip.last_error(done.stderr), 300)
         raise Unresolvable(f"pip finds no set of wheels for {self.target}: {said}")
 
 
