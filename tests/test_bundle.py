@@ -290,6 +290,7 @@ def test_a_bundle_holds_what_the_node_lacks(tmp_path: Path) -> None:
     assert made.size == sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
     by = {each["name"]: each["needed_by"] for each in made.manifest["wheels"]}
     assert by["gaugeone"] == ["peft-gauge"]
+    assert by["gaugedraw"] == ["peft-gauge[report]"]
     assert by["gaugeunder"] == ["gaugebase", "gaugehub", "gaugextra"]
     assert made.manifest["left_out"] == []
     assert json.loads((made.folder / "manifest.json").read_text()) == json.loads(json.dumps(made.manifest))
@@ -382,7 +383,7 @@ def test_a_mirror_can_be_named(tmp_path: Path, index: Path, monkeypatch: pytest.
     options = ["--python", "3.12", *have, "--out", str(out), "--no-checkout"]
     code, said, told = run_command("bundle", *options, "--find-links", str(index))
     assert code == 0, told
-    assert "gaugextra 1.0 (for peft-gauge)" in said
+    assert "gaugextra 1.0 (for peft-gauge[test])" in said
     assert "sh bundle/run.sh" in said
 
 
@@ -796,6 +797,22 @@ def test_where_nothing_can_be_written_beside_it_takes_tmpdir(node: Path, tmp_pat
     assert (done.returncode, done.stderr) == (0, "")
     (folder,) = (tmp_path / "scratch" / f"peft-gauge-{os.getuid()}").iterdir()
     assert (folder / "site" / "gaugeone").is_dir()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere; the tests beside this one hold for root too")
+def test_bundle_and_its_place_may_be_read_only(node: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    read_only = [node.parent, *(path for path in (node, *node.rglob("*")) if path.is_dir())]
+    for path in read_only:
+        path.chmod(0o555)
+    try:
+        done = run_on(node, "--", "true", TMPDIR=str(tmp_path / "scratch"))
+    finally:
+        for path in read_only:
+            path.chmod(0o755)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in node.parent.iterdir()] == ["bundle"]
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
 
 
 def test_a_wanted_folder_that_cannot_be_written_is_told(node: Path, tmp_path: Path) -> None:

@@ -35,18 +35,20 @@ class Lacking:
 
 
 def lacking(
-    roots: Iterable[Requirement],
+    core: Iterable[Requirement],
+    optional: Mapping[str, Iterable[Requirement]],
     having: Having,
     releases: Mapping[str, Release],
     environment: Mapping[str, str],
     extras: Extras,
 ) -> Lacking:
-    """Walk from ``roots`` along the requirements of what is to be fetched; what the node has ends a path.
+    """Walk from the project's needs along those of what is to be fetched; what the node has ends a path.
 
-    ``releases`` are those that pip chose; ``extras``: what an extra of a package on the node needs.
+    ``optional``: by extra of the project. ``releases`` are those that pip chose; ``extras``: what an extra of a package on the node needs.
     """
     found = Lacking()
-    todo = [(each, NAME) for each in roots]
+    todo = [(each, NAME) for each in core]
+    todo += [(each, f"{NAME}[{extra}]") for extra, needs in optional.items() for each in needs]
     seen: set[tuple[str, str]] = set()
     while todo:
         requirement, by = todo.pop()
@@ -121,7 +123,7 @@ def _ask(
         asked = [each for each in roots if not _is_there(each, having)]
         asked += [each for needs in extras.values() for each in needs if not _is_there(each, having)]
         releases = pip.resolve(asked, having.known())
-        whole = lacking(roots, having, releases, environment, extras)
+        whole = lacking(core, optional, having, releases, environment, extras)
         if not whole.unknown_extras:
             break
         # The node has the package and perhaps not what this extra of it needs.
@@ -132,8 +134,8 @@ def _ask(
             )
     return Answer(
         releases,
-        lacking(core, having, releases, environment, extras),
-        {name: lacking([*core, *needs], having, releases, environment, extras) for name, needs in optional.items()},
+        lacking(core, {}, having, releases, environment, extras),
+        {name: lacking(core, {name: needs}, having, releases, environment, extras) for name, needs in optional.items()},
         dict(unusable),
     )
 

@@ -49,8 +49,9 @@ def bundle(
 ) -> None:
     """Collect the wheels that a node without network lacks, this project, and a run.sh that installs them there.
 
-    run.sh installs beside what the node has, into a folder of its own; the node's packages stay as they are. torch and
-    CUDA are never collected. Exit code 2 where no bundle can be made; then nothing is written.
+    run.sh installs into a folder of its own; the node's packages stay as they are. torch and CUDA are never collected.
+
+    Exit code 2 where no bundle can be made; then nothing is written.
     """
     from peft_gauge.bundling.collecting import Wanted, collect
 
