@@ -44,7 +44,8 @@ def lacking(
 ) -> Lacking:
     """Walk from the project's needs along those of what is to be fetched; what the node has ends a path.
 
-    ``optional``: by extra of the project. ``releases`` are those that pip chose; ``extras``: what an extra of a package on the node needs.
+    ``optional``: by extra of the project. ``releases`` are those that pip chose; ``extras``: what an extra of a package
+    on the node needs.
     """
     found = Lacking()
     todo = [(each, NAME) for each in core]
