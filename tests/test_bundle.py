@@ -535,9 +535,12 @@ def test_without_a_network_it_says_so(run_command: Run, tmp_path: Path, monkeypa
 
 def test_what_contradicts_the_node_is_told_with_its_causes(tmp_path: Path, toy: Callable[..., None]) -> None:
     toy("torch>=2.6", "gaugebound")
-    with pytest.raises(GaugeError, match=r"pip finds no set of wheels for Python 3\.12 on .*gaugebase") as caught:
+    with pytest.raises(GaugeError) as caught:
         bundle(tmp_path, "gaugebase==1.5")
-    assert "1.5" in str(caught.value)
+    assert str(caught.value) == (
+        "pip finds no set of wheels for Python 3.12 on manylinux_2_28_x86_64: "
+        "the node has gaugebase 1.5; gaugebound 1.0 depends on gaugebase>=2"
+    )
     toy("torch>=2.6", "gaugenowhere")
     with pytest.raises(GaugeError, match="No matching distribution found for gaugenowhere"):
         bundle(tmp_path)

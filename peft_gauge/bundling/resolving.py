@@ -7,6 +7,7 @@ version. So pip chooses what fits it, downloads nothing for it, and never asks f
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Pip:
             raise GaugeError("this Python has no pip, which collects the wheels; run: python -m ensurepip")
         if from_pip.no_answer(done.stderr):
             raise GaugeError("no answer from the package index; bundle where there is a network, or name --index-url")
-        said = one_line("; ".join(from_pip.causes(done.stdout)) or from_pip.last_error(done.stderr), 300)
+        said = one_line(_contradiction(from_pip.causes(done.stdout)) or from_pip.last_error(done.stderr), 300)
         raise Unresolvable(f"pip finds no set of wheels for {self.target}: {said}")
 
 
@@ -124,6 +125,12 @@ def _release(entry: Mapping[str, Any]) -> Release:
         tuple(map(Requirement, described.get("requires_dist", ()))),
         archive.get("hashes", {}).get("sha256"),
     )
+
+
+def _contradiction(causes: Sequence[str]) -> str:
+    """pip's causes of a conflict in the words of the node: what it has was a file to pip, what is needed a request."""
+    told = [re.sub(r"^The user requested (\S+ \S+) \(from .+\)$", r"the node has \1", cause) for cause in causes]
+    return "; ".join(dict.fromkeys(re.sub("^The user requested ", "peft-gauge needs ", cause) for cause in told))
 
 
 def _without_marker(requirement: Requirement) -> str:
