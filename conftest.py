@@ -35,7 +35,7 @@ from peft_gauge.history.comparing import compare
 from peft_gauge.history.reading import Run, read_run, runs_in
 from peft_gauge.history.resuming import Resumption, merged, resumable
 from peft_gauge.history.rules import read_rules
-from peft_gauge.history.writing import write_run
+from peft_gauge.history.writing import bundled_commit, write_run
 from peft_gauge.report import memory_table, plan_table, published_table, sweep_table, terminal
 from peft_gauge.report.comparison import as_terminal
 
@@ -109,6 +109,12 @@ def _baseline(config: pytest.Config) -> Run | None:
         raise GaugeError("--compare reads this run as it was saved; drop --no-save")
     named = config.getoption("--compare")
     return read_run(Path(named)) if named else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any] | None:
+    """In a checkout that came to a node in a bundle, the commit it was made of; else pytest-benchmark asks git."""
+    return bundled_commit()
 
 
 @pytest.hookimpl(optionalhook=True)

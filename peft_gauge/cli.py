@@ -10,6 +10,7 @@ import typer
 
 from peft_gauge.commands.ab import ab
 from peft_gauge.commands.bisect import bisect
+from peft_gauge.commands.bundle import bundle
 from peft_gauge.commands.calibrate import calibrate
 from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
@@ -30,6 +31,7 @@ app.command()(plan)
 app.command()(ab)
 app.command()(bisect)
 app.command()(calibrate)
+app.command()(bundle)
 app.command()(ceilings)
 app.command()(claims)
 app.command()(compare)

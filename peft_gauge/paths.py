@@ -8,6 +8,8 @@ from pathlib import Path
 import platformdirs
 
 PROJECT = Path(__file__).resolve().parents[1]
+COMMIT = PROJECT / ".bundled-commit.json"
+"""In a checkout that `peft-gauge bundle` brought to a node, where there is no git history: which commit it is."""
 
 
 def fixture(name: str) -> Path:

@@ -70,6 +70,11 @@ def test_history_and_report_see_plain_records(path: Path) -> None:
     assert not rooms_of(path) & (MEASURED | MEASURING)
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "bundling"], ids=lambda path: path.stem)
+def test_a_bundle_is_made_without_knowing_what_is_measured(path: Path) -> None:
+    assert rooms_of(path) <= {"bundling", "_internals", "errors", "paths"}
+
+
 def test_the_command_is_on_top() -> None:
     assert [p.name for p in MODULES if rooms_of(p) & {"cli", "commands"} and room(p) not in ("cli", "commands")] == []
 
@@ -105,6 +110,7 @@ def _absolute_imports(path: Path) -> set[str]:
         "peft_gauge.isolation",
         "peft_gauge.history.reading",
         "peft_gauge.history.resuming",
+        "peft_gauge.bundling.collecting",
     ],
 )
 def test_listing_needs_no_heavy_library(module: str) -> None:

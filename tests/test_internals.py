@@ -7,6 +7,8 @@ by that release: mend its entry in `peft_gauge/_internals`, and nothing else.
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import pickle
 import re
 import sys
@@ -23,15 +25,18 @@ from torch import nn
 from peft_gauge import _internals, methods, models
 from peft_gauge._internals import bitsandbytes as from_bitsandbytes
 from peft_gauge._internals import peft as from_peft
+from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
 from peft_gauge._internals import torch as from_torch
 from peft_gauge._internals import transformers as from_transformers
+from peft_gauge.bundling.target import Target
 from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.quantization import load_bitsandbytes, quantize_
+from tests.stepping_child import make_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = models.resolve("toy-llama")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "pytest")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "pytest", "pip")
 
 
 @pytest.fixture(autouse=True)
@@ -479,11 +484,48 @@ def test_pytest_terminals_have_a_width(pytestconfig: pytest.Config) -> None:
     assert from_pytest.width_of(reporter) > 0
 
 
+# --- pip ----------------------------------------------------------------------------------------------------
+
+
+def test_pip_evaluates_markers_for_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    environment = Target((3, 99, None)).markers()
+    report, target = tmp_path / "report.json", tmp_path / "target"
+    arguments = ["--dry-run", "--no-index", "--target", str(target), "--report", str(report)]
+    done = from_pip.run_for(environment, "install", *arguments, "nothing; python_version < '3.99'")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert found["install"] == []
+    assert from_pip.was_for(environment, found)
+    assert not from_pip.was_for(Target((3, 98, None)).markers(), found)
+
+
+def test_pip_tells_its_errors_in_these_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setattr(from_pip, "RETRIES", "1")
+    environment = Target((3, 12, None)).markers()
+    dry = ["install", "--dry-run", "--ignore-installed", "--target", str(tmp_path / "target")]
+    absent = from_pip.run_for(environment, *dry, "--no-index", "nosuchlibrary")
+    assert from_pip.last_error(absent.stderr) == "No matching distribution found for nosuchlibrary"
+    assert not from_pip.no_answer(absent.stderr)
+    unreachable = from_pip.run_for(environment, *dry, "--index-url", "http://127.0.0.1:9/simple", "nosuchlibrary")
+    assert from_pip.no_answer(unreachable.stderr)
+    make_wheel(tmp_path, "1.0", name="gaugehelper")
+    make_wheel(tmp_path, "1.0", requires="gaugehelper>=2")
+    links = ["--no-index", "--find-links", str(tmp_path)]
+    contradiction = from_pip.run_for(environment, *dry, *links, "gaugehelper<2", "gaugeprobe")
+    assert from_pip.causes(contradiction.stdout) == [
+        "The user requested gaugehelper<2",
+        "gaugeprobe 1.0 depends on gaugehelper>=2",
+    ]
+    assert from_pip.causes(absent.stdout) == []
+
+
 # --- where they stand ---------------------------------------------------------------------------------------
 
 
 PRIVATE_IMPORT = re.compile(
-    r"^\s*(?:from|import) +(?:_pytest|(?:torch|transformers|peft|bitsandbytes|pytest)(?:\.\w+)*\._)\w*"
+    r"^\s*(?:from|import) +(?:_pytest|(?:torch|transformers|peft|bitsandbytes|pytest|pip)(?:\.\w+)*\._)\w*"
     r"|^\s*from +(?:torch|transformers|peft|bitsandbytes|pytest)(?:\.\w+)* import .*\b_[a-z]"
     r"|\btorch\._C\b|\._cdata\b|\._schema\b|\bops\.aten\._",
     re.MULTILINE,

@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from peft_gauge import paths
+from peft_gauge._internals import pip as from_pip
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ MEASURED = ("accelerate", "bitsandbytes", "datasets", "peft", "transformers")
 
 _MANIFEST = "peft-gauge.json"
 _RETRIES = "2"  # pip's default of 5 makes a machine without a network wait for half a minute
-_LAST_TRY = "Retry(total=0"
 
 
 class NoEnvironment(GaugeError):
@@ -204,7 +204,7 @@ def releases(library: str) -> list[Version]:
     Raises `NoEnvironment` where pip knows none.
     """
     done = _pip("index", "versions", library)
-    if done.returncode != 0 or _LAST_TRY in done.stderr:  # pip carries on with what another index has
+    if done.returncode != 0 or from_pip.no_answer(done.stderr):  # pip carries on with what another index has
         raise _refusal(f"the releases of {library} cannot be listed", done.stderr)
     listed = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
     if listed is None:
@@ -219,11 +219,9 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _refusal(what: str, complaint: str) -> GaugeError:
     """The error for ``what`` pip could not do, with its last error; `NoEnvironment` where the side is to blame."""
-    lines = [line for line in complaint.splitlines() if line.strip()]
-    if any("No module named pip" in line for line in lines):
+    if from_pip.is_missing(complaint):
         return GaugeError(f"{what}: this Python has no pip; run: python -m ensurepip")
-    errors = re.findall(r"^ERROR: (?!ResolutionImpossible|Could not find a version)(.+)$", complaint, re.MULTILINE)
-    said = one_line((errors or lines or ["pip gave no reason"])[-1], 250)
-    if _LAST_TRY in complaint:
+    said = one_line(from_pip.last_error(complaint), 250)
+    if from_pip.no_answer(complaint):
         return GaugeError(f"{what}: no answer from the package index; is there a network? ({said})")
     return NoEnvironment(f"{what}: {said}")

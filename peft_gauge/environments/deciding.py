@@ -13,7 +13,7 @@ from peft_gauge.history import comparing, schema
 from peft_gauge.history.fingerprints import differences
 from peft_gauge.history.metrics import FINGERPRINT, SETTINGS, changes, flat
 from peft_gauge.history.reading import read_run
-from peft_gauge.history.writing import write_run
+from peft_gauge.history.writing import bundled_commit, write_run
 
 if TYPE_CHECKING:
     from peft_gauge.environments.measuring import Finding
@@ -38,9 +38,9 @@ def save(
     for number, letter in enumerate("AB"):
         machine = dict(findings[0].machines[number])
         told = {**options, "ab": {"side": letter, "requirements": sides[number].name, "of": [s.name for s in sides]}}
-        run = {
+        run: dict[str, Any] = {
             "machine_info": machine,
-            "commit_info": get_commit_info(),
+            "commit_info": bundled_commit() or get_commit_info(),
             "benchmarks": [],
             "datetime": datetime.now(UTC).isoformat(),
             "version": __version__,

@@ -12,7 +12,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line
+
+
+def bundled_commit(file: Path = paths.COMMIT) -> dict[str, Any] | None:
+    """The commit of a checkout that `peft-gauge bundle` brought to a node, as pytest-benchmark saves it with a run.
+
+    ``None`` in any other checkout, which git can be asked about.
+    """
+    try:
+        commit = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return commit if isinstance(commit, dict) else None
 
 
 def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datetime | None = None) -> Path:

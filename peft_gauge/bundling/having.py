@@ -1,0 +1,135 @@
+"""What the node has: names with or without versions, or what ``pip freeze`` or ``pip list`` printed there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from peft_gauge.errors import GaugeError
+
+TORCH = "torch"
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # PEP 508
+_GPU_BUILDS = re.compile(r"torch|torchvision|torchaudio|pytorch-triton|triton|(nvidia|cuda|cupy)-.+")
+_HOW = "python -m pip list --format=freeze"
+
+
+def comes_with_torch(name: str) -> bool:
+    """Whether ``name``, canonical, is torch or a part of CUDA: gigabytes, chosen for the node's driver."""
+    return name != "nvidia-ml-py" and _GPU_BUILDS.fullmatch(name) is not None  # that one is the bindings of NVML, 50 kB
+
+
+@dataclass(frozen=True)
+class Having:
+    """``versions``: canonical name -> version, ``None`` where it is not known.
+
+    ``named``: those that were named one by one. What these need is on the node too; a file is all that the node has.
+    """
+
+    versions: Mapping[str, Version | None]
+    named: frozenset[str] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.versions
+
+    def known(self) -> dict[str, Version]:
+        """Those with a version."""
+        return {name: version for name, version in self.versions.items() if version is not None}
+
+    def together_with(self, names: Iterable[str]) -> Having:
+        """This and ``names``, whose versions are not known."""
+        return Having({**dict.fromkeys(names), **self.versions}, self.named)
+
+
+def parse_having(entries: Sequence[str]) -> Having:
+    """What the values of ``--have`` say: ``NAME[==VERSION],…``, ``@FILE``, or the path of a file.
+
+    Raises `GaugeError` for what is none of these, a file that cannot be read, and two versions of one package.
+    """
+    versions: dict[str, Version | None] = {}
+    named: set[str] = set()
+    for entry in entries:
+        path = _file(entry)
+        for name, version in _named(entry) if path is None else _listed(path):
+            if versions.get(name) not in (None, version) and version is not None:
+                raise GaugeError(f"--have gives {name} two versions, {versions[name]} and {version}")
+            versions[name] = version or versions.get(name)
+            if path is None:
+                named.add(name)
+    versions.pop("peft-gauge", None)  # the bundle brings its own
+    return Having(versions, frozenset(named & versions.keys()))
+
+
+def _file(entry: str) -> Path | None:
+    if entry.startswith("@"):
+        return Path(entry[1:])
+    path = Path(entry)
+    return path if re.search(r"[./]", entry) and path.is_file() else None  # not a file that is called like a package
+
+
+def _named(entry: str) -> Iterator[tuple[str, Version | None]]:
+    tokens = [token.strip() for token in entry.split(",")]
+    if not any(tokens):
+        raise GaugeError(f"--have {entry!r} names nothing; write NAME or NAME==VERSION, with commas between them")
+    for token in filter(None, tokens):
+        name, equals, text = token.partition("==")
+        if _NAME.fullmatch(name.strip()) is None or (equals and not text.strip()):
+            raise GaugeError(
+                f"--have {token!r} is neither NAME nor NAME==VERSION; for a file of what the node has write @FILE"
+            )
+        try:
+            yield canonicalize_name(name.strip()), Version(text) if equals else None
+        except InvalidVersion as error:
+            raise GaugeError(f"--have {token!r}: {text!r} is not a valid version") from error
+
+
+def _listed(path: Path) -> Iterator[tuple[str, Version | None]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise GaugeError(f"--have {path} is not valid UTF-8; write it with: {_HOW} > FILE") from error
+    except OSError as error:
+        raise GaugeError(f"--have {path} cannot be read: {error.strerror or error}") from error
+    found = 0
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#") or (line.startswith("-") and "#egg=" not in line):
+            continue
+        try:
+            yield _frozen(line)
+        except ValueError as error:
+            raise GaugeError(f"--have {path}, line {number}: {line[:80]!r} is not what {_HOW} prints") from error
+        found += 1
+    if not found:
+        raise GaugeError(f"--have {path} names no package; write it with: {_HOW} > FILE")
+
+
+def _frozen(line: str) -> tuple[str, Version | None]:
+    """A line of ``pip freeze``: ``NAME==VERSION``, ``NAME @ URL`` (from conda, in containers), ``-e URL#egg=NAME``,
+    or a ``NAME`` alone.
+
+    Raises `ValueError` for any other. A version that PEP 440 does not know is no version.
+    """
+    if line.startswith("-"):
+        name, text = line.partition("#egg=")[2].partition("&")[0], ""
+    elif " @ " in line:
+        name, _, url = line.partition(" @ ")
+        text = _wheel_version(url)
+    else:
+        name, _, text = line.partition("==")
+    if _NAME.fullmatch(name.strip()) is None:
+        raise ValueError(line)
+    try:
+        return canonicalize_name(name.strip()), Version(text.lstrip("="))
+    except InvalidVersion:
+        return canonicalize_name(name.strip()), None
+
+
+def _wheel_version(url: str) -> str:
+    try:
+        return str(parse_wheel_filename(url.partition("#")[0].rsplit("/", 1)[-1].replace("%2B", "+"))[1])
+    except InvalidWheelFilename:
+        return ""
