@@ -10,7 +10,7 @@ import pytest
 
 from fixtures import hypothesis_profiles
 from fixtures.cards import case_scheduling, check_workers, is_worker
-from fixtures.measured import LAST_WORDS, check_markers, passes_of
+from fixtures.measured import LAST_WORDS, check_markers, passes_of, prepare_processes
 from fixtures.selection import (
     LeftOut,
     add_options,
@@ -150,6 +150,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        prepare_processes(session)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | None:

@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
 MEASURED = {
     "models", "methods", "targets", "bottleneck", "bottleneck_layers", "step", "cases", "texts", "quality", "serving",
 }  # fmt: skip
-MEASURING = {"clock", "counting", "flops", "meters", "fingerprint", "identity", "isolation"}
+MEASURING = {"clock", "counting", "flops", "meters", "fingerprint", "fork_server", "identity", "isolation"}
 RECORDS = {"history", "report", "claims", "machine"}
 
 

@@ -179,3 +179,15 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
 def modules_of(module: nn.Module) -> dict[str, Any]:
     """A module's own children by name, likewise."""
     return module._modules
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------
+
+
+def in_bad_fork() -> bool:
+    """Whether this process was forked from one that had asked for CUDA, which then works no more in it.
+
+    Where torch does not say, the answer is yes: a process is spawned that could have been forked.
+    """
+    ask = getattr(torch.cuda, "_is_in_bad_fork", None)
+    return True if ask is None else bool(ask())
