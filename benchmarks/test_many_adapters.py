@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fixtures.cards import card_environment
+from fixtures.cards import process_environment
 from fixtures.selection import selected_cases
 from peft_gauge import isolation, methods, models
 from peft_gauge.cases import Case, count_on_meta
@@ -96,7 +96,7 @@ def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
             "peft_gauge.serving.passes:measure",
             Setup(case, tuple(sorted(counts)) or (1,), RULE, WARM_UP),
             limit_seconds=request.config.getoption("--time-limit"),
-            environment=card_environment(),
+            environment=process_environment(),
             preload=PRELOAD,
         )
 

@@ -125,7 +125,7 @@ def run(
     function: str,
     *arguments: Any,
     limit_seconds: float,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     python: str = sys.executable,
     preload: Sequence[str] | None = None,
 ) -> Outcome:
@@ -138,7 +138,7 @@ def run(
         function: ``"package.module:name"``; it returns what JSON can hold.
         arguments: picklable, of classes that the child can import.
         limit_seconds: wall time until the child is killed, its start included.
-        environment: variables set over those of this process.
+        environment: variables set over those of this process; ``None`` unsets one.
         python: the interpreter, which may have other versions of the libraries.
         preload: names of modules that the process may have imported already; it is then forked from a server that
             imported them once, if that is safe (`peft_gauge.fork_server`), and spawned otherwise, with the reason in
@@ -167,13 +167,14 @@ def run(
         return _attend(folder, limit_seconds, start)
 
 
-def child_environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
+def child_environment(given: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """The environment of a child: this process's, ``given`` over it, and this package on the path.
 
     An installed package stays off: its folder holds all the other libraries too, and would put their versions before
     those of another interpreter.
     """
-    environment = {**os.environ, **(given or {})}
+    wanted = {**os.environ, **(given or {})}
+    environment = {name: value for name, value in wanted.items() if value is not None}
     installed = PACKAGE_PARENT.name in ("site-packages", "dist-packages")
     path = [None if installed else str(PACKAGE_PARENT), environment.get("PYTHONPATH")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
