@@ -11,7 +11,7 @@ import pytest
 from fixtures import hypothesis_profiles
 from fixtures.budget import BUDGET, Budget, budget_of, put_in_order
 from fixtures.cards import case_scheduling, check_workers, is_worker
-from fixtures.measured import LAST_WORDS, TIMEKEEPERS, check_markers, passes_of
+from fixtures.measured import LAST_WORDS, TIMEKEEPERS, check_markers, passes_of, prepare_processes
 from fixtures.selection import (
     LeftOut,
     add_options,
@@ -166,6 +166,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     budget = config.stash.get(BUDGET, None)
     if budget is not None:
         put_in_order(config, budget, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        prepare_processes(session)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:

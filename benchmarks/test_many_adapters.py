@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fixtures.cards import card_environment
+from fixtures.cards import process_environment
 from fixtures.selection import selected_cases
 from peft_gauge import isolation, methods, models
 from peft_gauge.cases import Case, count_on_meta
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
+from peft_gauge.measure import PRELOAD
 from peft_gauge.serving.observed import TOLERANCE
 from peft_gauge.serving.passes import Setup
 from peft_gauge.serving.server import check_served
@@ -95,7 +96,8 @@ def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
             "peft_gauge.serving.passes:measure",
             Setup(case, tuple(sorted(counts)) or (1,), RULE, WARM_UP),
             limit_seconds=request.config.getoption("--time-limit"),
-            environment=card_environment(),
+            environment=process_environment(),
+            preload=PRELOAD,
         )
 
     return measure
@@ -117,7 +119,7 @@ def served(asked: Case, measurements: Callable[[Case], Outcome], record: Record)
     """The case of this test, measured. A case that did not end well ends the test, with what is known of it."""
     outcome = measurements(asked)
     settings = {"dtype": asked.dtype, "weights": asked.model.weights, "seed": asked.seed, "seq": asked.settings.seq}
-    record(architecture=asked.model.name, trained_by=asked.method.name, settings=settings)
+    record(architecture=asked.model.name, trained_by=asked.method.name, settings=settings, **outcome.origin)
     if outcome.ended != "done":
         ended = "failed" if outcome.ended == "refused" else outcome.ended
         record(ended=ended, last_known=dict(outcome.last))

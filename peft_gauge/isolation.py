@@ -1,8 +1,10 @@
 """A function in a process of its own: out of memory, a crash and a hang are outcomes, never ends.
 
 A measurement wants a fresh process (the caching allocator and the libraries remember what ran before), and a suite
-wants to live on when a case does not. `run` spawns an interpreter that calls one function and says how that ended;
-meanwhile the function can `note` and `watch` figures, which are known even if it is killed.
+wants to live on when a case does not. `run` starts a process that calls one function and says how that ended;
+meanwhile the function can `note` and `watch` figures, which are known even if it is killed. The process is a new
+interpreter or, where the caller names modules to preload, one forked from a server that has imported them
+(`peft_gauge.fork_server`).
 
 The two sides share a private folder instead of pipes: a grandchild that keeps a pipe open would make the parent wait.
 Run as a program, this module is the child.
@@ -10,6 +12,7 @@ Run as a program, this module is the child.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import importlib
@@ -24,15 +27,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from peft_gauge import fork_server
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.fork_server import CannotFork, Forked
 
 Ended = Literal["done", "refused", "out-of-memory", "crashed", "timed-out", "interrupted"]
+Child = subprocess.Popen[bytes] | Forked
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 
@@ -77,8 +83,11 @@ class Outcome:
         reason: one line on what happened; ``None`` if done.
         last: the figures last told by `note` and `watch`, later ones over earlier; of watched names that end in
             ``_peak_bytes`` the greatest.
-        seconds: wall time from the child's start to its end.
+        seconds: wall time from the child's start to its end; the imports of a fork server, once for all its children,
+            are before that.
         work_seconds: the part within the function itself; ``None`` if it neither returned nor raised.
+        process: how the child came to be.
+        why_spawned: why it was not forked although it could have been asked to be; ``None`` if nobody asked.
     """
 
     ended: Ended
@@ -87,6 +96,13 @@ class Outcome:
     last: Mapping[str, Any]
     seconds: float
     work_seconds: float | None
+    process: Literal["spawned", "forked"] = "spawned"
+    why_spawned: str | None = None
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """``process`` and, where there is one, ``why_spawned``, as figures of a case."""
+        return {"process": self.process, **({"why_spawned": self.why_spawned} if self.why_spawned else {})}
 
     @property
     def besides_seconds(self) -> float | None:
@@ -109,8 +125,9 @@ def run(
     function: str,
     *arguments: Any,
     limit_seconds: float,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     python: str = sys.executable,
+    preload: Sequence[str] | None = None,
 ) -> Outcome:
     """Call ``function`` with ``arguments`` in a fresh process and wait for the end of it, whatever that is.
 
@@ -121,8 +138,11 @@ def run(
         function: ``"package.module:name"``; it returns what JSON can hold.
         arguments: picklable, of classes that the child can import.
         limit_seconds: wall time until the child is killed, its start included.
-        environment: variables set over those of this process.
+        environment: variables set over those of this process; ``None`` unsets one.
         python: the interpreter, which may have other versions of the libraries.
+        preload: names of modules that the process may have imported already; it is then forked from a server that
+            imported them once, if that is safe (`peft_gauge.fork_server`), and spawned otherwise, with the reason in
+            ``why_spawned``. ``None``: a new interpreter, whose memory is laid out as no other's.
 
     Raises:
         GaugeError: the child cannot be started as asked; what goes wrong in it is an outcome instead.
@@ -143,45 +163,100 @@ def run(
         folder = Path(name)
         (folder / _ARGUMENTS).write_bytes(pickled)
         (folder / _TASK).write_text(json.dumps({"function": function, "limit_seconds": limit_seconds}))
-        return _attend(folder, limit_seconds, python, _environment(environment))
+        start = _starter(folder, limit_seconds, python, child_environment(environment), preload)
+        return _attend(folder, limit_seconds, start)
 
 
-def _environment(given: Mapping[str, str] | None) -> dict[str, str]:
-    """This process's environment, ``given`` over it, and this package on the path.
+def child_environment(given: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """The environment of a child: this process's, ``given`` over it, and this package on the path.
 
     An installed package stays off: its folder holds all the other libraries too, and would put their versions before
     those of another interpreter.
     """
-    environment = {**os.environ, **(given or {})}
+    wanted = {**os.environ, **(given or {})}
+    environment = {name: value for name, value in wanted.items() if value is not None}
     installed = PACKAGE_PARENT.name in ("site-packages", "dist-packages")
     path = [None if installed else str(PACKAGE_PARENT), environment.get("PYTHONPATH")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def _attend(folder: Path, limit_seconds: float, python: str, environment: Mapping[str, str]) -> Outcome:
-    start = time.perf_counter()
-    child = _start(folder, python, environment)
+@dataclass(frozen=True)
+class _Started:
+    """A child that runs, the clock at its start, and why it was not forked if that was wanted."""
+
+    child: Child
+    at: float
+    why_spawned: str | None = None
+
+
+def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -> Outcome:
+    try:
+        started = start()
+    except KeyboardInterrupt:  # while a fork server imported
+        raise Interrupted(Outcome("interrupted", None, "interrupted before it began", {}, 0.0, None)) from None
+    child = started.child
     # `wait` with a time-out would poll, and find the end up to 50 ms late.
     timer = threading.Timer(limit_seconds, _kill_group, [child])
     timer.daemon = True
     interrupted = False
-    try:
-        timer.start()
-        child.wait()
-    except KeyboardInterrupt:  # raised again below, with what is known by then
-        interrupted = True
-    finally:
-        seconds = time.perf_counter() - start
-        timer.cancel()
-        _kill_group(child)
-        child.wait()
+    with child:
+        try:
+            timer.start()
+            child.wait()
+        except KeyboardInterrupt:  # raised again below, with what is known by then
+            interrupted = True
+        finally:
+            seconds = time.perf_counter() - started.at
+            timer.cancel()
+            _kill_group(child)
+            child.wait()
     if interrupted:
         reason = f"interrupted after {seconds:.1f} s"
-        raise Interrupted(Outcome("interrupted", None, reason, _last_figures(folder), seconds, None)) from None
-    return _outcome(folder, child.returncode, limit_seconds, seconds)
+        outcome = Outcome("interrupted", None, reason, _last_figures(folder), seconds, None)
+    else:
+        outcome = _outcome(folder, child.returncode, limit_seconds, seconds)
+    process: Literal["spawned", "forked"] = "forked" if isinstance(child, Forked) else "spawned"
+    outcome = replace(outcome, process=process, why_spawned=started.why_spawned)
+    if interrupted:
+        raise Interrupted(outcome) from None
+    return outcome
 
 
-def _start(folder: Path, python: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _starter(
+    folder: Path, limit_seconds: float, python: str, environment: Mapping[str, str], preload: Sequence[str] | None
+) -> Callable[[], _Started]:
+    def start() -> _Started:
+        why_spawned = None
+        if preload is not None:
+            try:
+                child = _fork(folder, limit_seconds, python, environment, preload)
+                return _Started(child, child.started)
+            except CannotFork as reason:
+                why_spawned = str(reason)
+        at = time.perf_counter()
+        return _Started(_spawn(folder, python, environment), at, why_spawned)
+
+    return start
+
+
+def _fork(
+    folder: Path, limit_seconds: float, python: str, environment: Mapping[str, str], preload: Sequence[str]
+) -> Forked:
+    if python != sys.executable:
+        raise CannotFork("another interpreter is asked for than that of the fork server")
+    with Path(os.devnull).open("rb") as nothing, (folder / _OUTPUT).open("wb") as output:
+        return fork_server.start(
+            f"{__name__}:serve",
+            str(folder),
+            preload=preload,
+            environment=environment,
+            streams=(nothing.fileno(), output.fileno(), output.fileno()),
+            limit_seconds=limit_seconds,
+            folder=folder,
+        )
+
+
+def _spawn(folder: Path, python: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # -P: another checkout of this package in the working directory must not come before this one.
     # -u: what the child printed is known even if it is killed.
     command = [python, "-P", "-u", "-m", "peft_gauge.isolation", str(folder)]
@@ -199,13 +274,13 @@ def _start(folder: Path, python: str, environment: Mapping[str, str]) -> subproc
         raise GaugeError(f"cannot start the interpreter {python}: {error.strerror or error}") from error
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
+def _kill_group(child: Child) -> None:
     """Kill what there still is of the child's process group: a grandchild could hold the GPU."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left; macOS: none but a zombie
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _outcome(folder: Path, code: int, limit_seconds: float, seconds: float) -> Outcome:
+def _outcome(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> Outcome:
     last = _last_figures(folder)
     result = folder / _RESULT
     if result.exists():  # it counts even if the interpreter's own end went wrong
@@ -238,9 +313,11 @@ def _last_figures(folder: Path) -> dict[str, Any]:
     return last
 
 
-def _without_result(code: int, output: str) -> tuple[Ended, str]:
+def _without_result(code: int | None, output: str) -> tuple[Ended, str]:
     """How a child with exit status ``code`` ended that wrote no result, and what its ``output`` has to say on it."""
-    if code < 0:
+    if code is None:
+        reason = "killed, since the fork server that it came from was"
+    elif code < 0:
         name = _signal_name(-code)
         cause = _LIKELY_CAUSES.get(name)
         reason = f"killed by {name}" + (f" ({cause})" if cause else "")
@@ -349,9 +426,10 @@ def _as_json(value: Any, what: str) -> str:
         raise ValueError(f"{what} holds what JSON cannot: {one_line(error)}") from error
 
 
-def serve(folder: Path) -> None:
-    """Do the task in ``folder`` and write its result there."""
+def serve(name: str) -> None:
+    """Do the task in the folder ``name`` and write its result there."""
     global _progress
+    folder = Path(name)
     task = json.loads((folder / _TASK).read_text())
     faulthandler.enable()
     # Needs no interpreter lock: ends also a child that hangs in native code and whose parent is dead.
@@ -374,6 +452,18 @@ def serve(folder: Path) -> None:
             # The traceback holds tensors, and freeing them would call into the broken device.
             os._exit(1)
     faulthandler.dump_traceback_later(_END_SECONDS, exit=True)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End as an interpreter does, but for taking apart all that was imported: of torch and its like, that takes longer
+    than to fork and call the function, and the operating system gives everything back anyway."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk; closed by the function
+            stream.flush()
+    os._exit(0)
 
 
 def _end_with_parent(parent: int, folder: Path) -> NoReturn:
@@ -468,4 +558,4 @@ if __name__ == "__main__":
     # Here this file is the module `__main__`; a function that notes does so through the one that it imports.
     from peft_gauge import isolation
 
-    isolation.serve(Path(sys.argv[1]))
+    isolation.serve(sys.argv[1])

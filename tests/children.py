@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -44,10 +45,95 @@ def tell_about_the_process() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "group": os.getpgid(0),
+        "session": os.getsid(0),
+        "parent": os.getppid(),
         "modules": sorted(sys.modules),
         "package": peft_gauge.__file__,
         "environment": dict(os.environ),
+        "working_directory": str(Path.cwd()),
+        "files": _open_files(),
     }
+
+
+def _open_files() -> dict[str, str]:
+    files = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own
+            files[link.name] = str(link.readlink())
+    return files
+
+
+def leave_a_mark() -> dict[str, list[str]]:
+    """Change what a fresh process does not have: an attribute of a library's module."""
+    before = list(getattr(threading, "marks", []))
+    threading.marks = [*before, "mark"]  # type: ignore[attr-defined]
+    return {"before": before, "after": threading.marks}  # type: ignore[attr-defined]
+
+
+def draw() -> dict[str, Any]:
+    """Random numbers as they come, with no seed set."""
+    import random
+
+    import numpy as np
+    import torch
+
+    return {
+        "python": random.random(),
+        "numpy": float(np.random.rand()),
+        "torch": torch.rand(3).tolist(),
+        "torch's seed": torch.initial_seed(),
+    }
+
+
+def give_after(seconds: float, value: Any) -> Any:
+    time.sleep(seconds)
+    return value
+
+
+def import_what_is_measured_with() -> None:
+    import peft_gauge.measure.preloaded  # noqa: F401
+
+
+def import_beside_a_card() -> dict[str, list[str]]:
+    """What asked for the card while all was imported that a server imports on a machine that has one."""
+    import torch
+
+    from peft_gauge import machine
+
+    asked: list[str] = []
+
+    def told(name: str, function: Any) -> Any:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return function(*args, **kwargs)
+
+        return ask
+
+    for name in ("is_available", "device_count", "init", "_lazy_init"):
+        setattr(torch.cuda, name, told(name, getattr(torch.cuda, name)))
+    torch.backends.cuda.is_built = lambda: True
+    machine.nvidia_driver = lambda: machine.Driver(cards=1)  # type: ignore[assignment]
+    import_what_is_measured_with()
+    return {"asked": asked, "imported": sorted({"peft", "bitsandbytes", "torch._dynamo"} & set(sys.modules))}
+
+
+def tell_what_a_fork_would_not_survive() -> dict[str, bool]:
+    import torch
+
+    from peft_gauge._internals.torch import in_bad_fork
+
+    return {"cuda_initialized": torch.cuda.is_initialized(), "in_bad_fork": in_bad_fork()}
+
+
+def measure_and_train(setup: Any) -> dict[str, Any]:
+    """A measured case, and the losses of a few steps of its own."""
+    from peft_gauge.cases import build_job
+    from peft_gauge.measure import passes
+
+    figures = passes.measure(setup)
+    job = build_job(setup.case, stream=setup.stream)
+    job.warm_up(4)
+    return {"figures": figures, "losses": job.losses}
 
 
 def sleep(seconds: float) -> None:

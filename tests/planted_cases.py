@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from peft_gauge import isolation, models
+from peft_gauge import fork_server, isolation, models
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import note
 from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
@@ -125,8 +125,9 @@ _run = isolation.run
 
 
 def run(function: str, *arguments: Any, **options: Any) -> isolation.Outcome:
+    invented = {**options, "preload": None}  # what measures nothing need not wait for the imports of a measurement
     if function == "peft_gauge.measure.passes:card_speed":
-        return _run("tests.planted_cases:give", _card_speed(*arguments), **options)
+        return _run("tests.planted_cases:give", _card_speed(*arguments), **invented)
     (setup,) = arguments
     method = setup.case.method.name
     descriptor, _ = tempfile.mkstemp(prefix=f"{method}.", dir=os.environ[STARTED])
@@ -135,8 +136,9 @@ def run(function: str, *arguments: Any, **options: Any) -> isolation.Outcome:
     if planted is None:
         return _run(function, setup, **options)
     # But for the real measurement, what is sent must not bring torch into the process: it would take seconds.
-    argument = setup if planted == run_out_of_memory.__name__ else figures_of(setup)
-    return _run(f"tests.planted_cases:{planted}", argument, **options)
+    if planted == run_out_of_memory.__name__:
+        return _run(f"tests.planted_cases:{planted}", setup, **options)
+    return _run(f"tests.planted_cases:{planted}", figures_of(setup), **invented)
 
 
 def _card_speed(device: str, dtype: str) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _card_speed(device: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def plan_in_parallel(peaks: dict[str, int], requests: Sequence[PlanRequest]) -> list[Plan]:
+def plan_in_parallel(peaks: dict[str, int], requests: Sequence[PlanRequest], **options: Any) -> list[Plan]:
     return [plan_of(each, peaks.get(each.method.name, PLANNED_PEAK_BYTES)) for each in requests]
 
 
@@ -159,6 +161,7 @@ def pytest_configure() -> None:
 
     isolation.run = run
     if PLANS in os.environ:
+        fork_server.prepare = lambda preload, environment: None
         plans.plan_in_parallel = partial(plan_in_parallel, json.loads(os.environ[PLANS]))  # type: ignore[assignment]
         models.stored = lambda record, dtype, folder: record
         models.tokenizer = lambda record: None  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from fixtures import cards
-from peft_gauge import machine
+from peft_gauge import isolation, machine
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import Accelerator
 
@@ -65,6 +66,21 @@ def test_nothing_is_set_where_no_worker_has_to_share(plant: Plant, monkeypatch: 
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
     assert cards.is_worker()
     assert cards.card_environment() == {}
+
+
+def test_a_case_does_not_see_what_libraries_have_written_since(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant()
+    monkeypatch.setattr(cards, "_AT_START", {**os.environ, "GAUGE_CHANGED": "first", "GAUGE_GONE": "was there"})
+    monkeypatch.setenv("GAUGE_CHANGED", "second")
+    monkeypatch.setenv("GAUGE_WRITTEN", "since")
+    written = {"GAUGE_CHANGED": "first", "GAUGE_GONE": "was there", "GAUGE_WRITTEN": None}
+    assert cards.process_environment() == written
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "another")
+    plant(*UUIDS)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    assert cards.process_environment() == {**written, "CUDA_VISIBLE_DEVICES": UUIDS[1]}
+    environment = isolation.child_environment(cards.process_environment())
+    assert (environment["GAUGE_GONE"], "GAUGE_WRITTEN" in environment) == ("was there", False)
 
 
 def config_of(workers: int | None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import pytest
 
 from peft_gauge import ceilings, isolation, machine, methods, models, paths
 from peft_gauge.cases import BATCHES, Case
+from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.calibrate import FURTHER, Reading, assumptions, outside_bytes, workspace_bytes
 from peft_gauge.plan.overheads import overheads_for, write_calibration
 from peft_gauge.plan.record import Plan, PlanRequest
@@ -41,11 +42,13 @@ UNSPLIT_BYTES = 2 * MIB
 RecordProperty = Callable[[str, object], None]
 
 
-def call(function: str, *arguments: Any, **environment: str) -> Outcome:
+def call(function: str, *arguments: Any, preload: Sequence[str] | None = None, **environment: str) -> Outcome:
     """``function`` of this file in a child with torch's own allocator settings and ``environment``."""
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
     name = function if ":" in function else f"tests.test_gpu:{function}"
-    return isolation.run(name, *arguments, limit_seconds=LIMIT_SECONDS, environment={**settings, **environment})
+    return isolation.run(
+        name, *arguments, limit_seconds=LIMIT_SECONDS, environment={**settings, **environment}, preload=preload
+    )
 
 
 def value_of(outcome: Outcome) -> Any:
@@ -177,6 +180,49 @@ def quantise_layer_by_layer(folder: str) -> dict[str, int]:
         "peak_bytes": figures["allocated_peak_bytes"],
         "kept_bytes": torch.cuda.memory_allocated(),
     }
+
+
+def begin_on_the_card(nbytes: int) -> dict[str, Any]:
+    """What a process finds before it uses the card, what a tensor of ``nbytes`` then takes, and who else computes."""
+    import torch
+
+    from peft_gauge.meters.nvml import NvmlMeter
+
+    before = {"initialized": torch.cuda.is_initialized()}
+    tensor = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    stats = torch.cuda.memory_stats()
+    del tensor
+    meter = NvmlMeter()
+    others = None
+    if meter.why_unavailable() is None:
+        meter.start_phase("now")
+        others = meter.end_phase("now").get("most_other_processes")
+    names = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "allocation.all.allocated", "num_alloc_retries")
+    return {"before": before, "stats": {name: stats[name] for name in names}, "others": others}
+
+
+# Forked processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_forked_process_has_a_context_and_an_allocator_of_its_own() -> None:
+    """The second finds what the first found, and both find what a new interpreter does: no context, nothing reserved,
+    and nobody more on the card."""
+    first, second = (call("begin_on_the_card", 64 * MIB, preload=PRELOAD) for _ in range(2))
+    spawned = call("begin_on_the_card", 64 * MIB)
+    assert (first.process, second.process) == ("forked", "forked"), first.why_spawned
+    assert value_of(first) == value_of(second) == value_of(spawned)
+    assert value_of(first)["before"] == {"initialized": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_forked_process_takes_what_a_spawned_one_takes(method: str) -> None:
+    forked, spawned = (value_of(call("measure_memory", "toy-llama", method, preload=each)) for each in (PRELOAD, None))
+    names = ("allocated_peak_bytes", "reserved_peak_bytes", "tensor_peak_bytes", "resident_bytes")
+    assert {name: forked[name] for name in names} == {name: spawned[name] for name in names}
+    assert forked["peak_by_category"] == spawned["peak_by_category"]
 
 
 # torch's allocator ----------------------------------------------------------------------------------------------------
@@ -328,7 +374,7 @@ def test_a_step_takes_what_was_planned(
     record_property: RecordProperty,
 ) -> None:
     (plan,) = plans([request_of(model, method)])
-    figures = value_of(call("measure_memory", model, method.name))
+    figures = value_of(call("measure_memory", model, method.name, preload=PRELOAD))
     margins = replace(
         ceilings.read(paths.fixture("ceilings.toml")).margins,
         workspace_bytes=overheads["cublas_workspace_bytes"] + overheads["cublaslt_workspace_bytes"],

@@ -17,7 +17,9 @@ HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
 MEASURED = {
     "models", "methods", "targets", "bottleneck", "bottleneck_layers", "step", "cases", "texts", "quality", "serving",
 }  # fmt: skip
-MEASURING = {"clock", "counting", "flops", "meters", "fingerprint", "identity", "isolation", "traces"}
+MEASURING = {
+    "clock", "counting", "flops", "fork_server", "meters", "fingerprint", "identity", "isolation", "traces",
+}  # fmt: skip
 RECORDS = {"history", "report", "claims", "machine"}
 
 

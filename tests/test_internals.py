@@ -281,6 +281,14 @@ def test_torch_modules_read_what_is_put_into_their_registries() -> None:
     assert holder[0] is module
 
 
+def test_torch_in_bad_fork_tells_what_a_look_at_the_card_has_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert from_torch.in_bad_fork() is False
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert from_torch.in_bad_fork() is True
+    monkeypatch.delattr(torch.cuda, "_is_in_bad_fork")
+    assert from_torch.in_bad_fork() is True
+
+
 # --- transformers -------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A function in a process of its own: every way to end, each caused on purpose."""
+"""A function in a process of its own: every way to end, each caused on purpose, of new interpreters and forked ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from peft_gauge import isolation
+from peft_gauge import fork_server, isolation
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import Interrupted, Outcome, run
+from peft_gauge.isolation import Interrupted, Outcome
 from tests import children
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 60.0  # of what ends by itself; far off, for a busy machine
 FIGURES = {"phase": "step", "allocated_peak_bytes": 123_456_789_012_345, "loss": 0.1, "device_bytes": None}
+
+
+PRELOADS: dict[str, Sequence[str] | None] = {"spawned": None, "forked": ()}
+_way = "spawned"
+
+
+@pytest.fixture(params=PRELOADS, autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How this test's processes come to be. A fork server that imports nothing forks what a new interpreter is."""
+    monkeypatch.setitem(globals(), "_way", request.param)
+    if request.param == "forked":  # before the test changes the environment, which would be the server's
+        fork_server.prepare((), isolation.child_environment())
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +46,11 @@ def no_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
-    assert list(folder.iterdir()) == []
+    wait_until(lambda: list(folder.iterdir()) == [])  # a fork server removes what a dead parent left, a moment later
+
+
+def run(function: str, *arguments: Any, **options: Any) -> Outcome:
+    return isolation.run(function, *arguments, preload=PRELOADS[_way], **options)
 
 
 def call(function: str, *arguments: Any, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
@@ -56,6 +73,12 @@ def wait_until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 # Done ----------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_told_how_the_process_came_to_be(way: str) -> None:
+    outcome = call("give", 1)
+    assert (outcome.value, outcome.process, outcome.why_spawned) == (1, way, None)
+    assert outcome.origin == {"process": way}
 
 
 def test_a_value_comes_back() -> None:
@@ -97,7 +120,7 @@ def test_the_process_is_its_own_and_imports_little(monkeypatch: pytest.MonkeyPat
 
 def test_an_installed_package_puts_no_other_library_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "PACKAGE_PARENT", Path("/env/lib/python3.11/site-packages"))
-    assert isolation._environment({"PYTHONPATH": "/given"})["PYTHONPATH"] == "/given"
+    assert isolation.child_environment({"PYTHONPATH": "/given"})["PYTHONPATH"] == "/given"
 
 
 def test_another_checkout_in_the_working_directory_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,9 +407,9 @@ def test_a_hang_that_told_no_phase() -> None:
 PARENT = """
 import json, sys
 from peft_gauge.isolation import Interrupted, run
-function, limit_seconds, *arguments = json.loads(sys.argv[1])
+preload, function, limit_seconds, *arguments = json.loads(sys.argv[1])
 try:
-    run(function, *arguments, limit_seconds=limit_seconds)
+    run(function, *arguments, limit_seconds=limit_seconds, preload=preload)
 except Interrupted as error:
     print(json.dumps(vars(error.outcome)))
     raise
@@ -400,7 +423,7 @@ def start_parent(no_folder_stays: Path) -> Iterator[Callable[..., subprocess.Pop
 
     def start(*task: Any) -> subprocess.Popen[str]:
         parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT, json.dumps(task)],
+            [sys.executable, "-c", PARENT, json.dumps([PRELOADS[_way], *task])],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -450,7 +473,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path, start_parent: Calla
 
 
 def test_an_orphan_that_lets_no_thread_run_ends_at_its_limit(
-    tmp_path: Path, start_parent: Callable[..., Any], no_folder_stays: Path
+    tmp_path: Path, start_parent: Callable[..., Any], no_folder_stays: Path, way: str
 ) -> None:
     pid_file = tmp_path / "pid"
     parent = start_parent("tests.children:hang_in_native_code", 1.5, FIGURES, str(pid_file))
@@ -458,6 +481,8 @@ def test_an_orphan_that_lets_no_thread_run_ends_at_its_limit(
     parent.kill()
     parent.wait()
     wait_until(lambda: is_dead(int(pid_file.read_text())))
+    if way == "forked":  # the server is left
+        return
     for folder in no_folder_stays.iterdir():  # nobody is left who could
         for path in folder.iterdir():
             path.unlink()

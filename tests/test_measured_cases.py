@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from fixtures import measured
-from peft_gauge import methods, models
+from peft_gauge import fork_server, isolation, methods, models
 from peft_gauge.cases import Case
+from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
 from peft_gauge.step import StepSettings
@@ -139,6 +140,40 @@ def test_a_further_question_costs_no_further_process(measured_run: Ended) -> Non
     cases = by_question(measured_run.saved)
     assert len({cases[f"{question} lora"]["figures"]["process_seconds"] for question in QUESTIONS}) == 1
     assert cases["test_peak lora"]["figures"]["besides_seconds"] > 0
+
+
+def test_a_case_says_how_its_process_came_to_be(measured_run: Ended) -> None:
+    figures = by_question(measured_run.saved)["test_peak lora"]["figures"]
+    assert figures["process"] == "forked", figures["why_spawned"]
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The modules of each server that was asked to begin its imports."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(fork_server, "prepare", lambda preload, environment: asked.append(preload))
+    return asked
+
+
+@pytest.mark.parametrize(("times", "preload"), [(1, PRELOAD), (5, None)])
+def test_processes_that_are_held_against_each_other_are_new_interpreters(
+    times: int, preload: Any, monkeypatch: pytest.MonkeyPatch, prepared: list[tuple[str, ...]]
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(isolation, "run", lambda function, setup, **options: given.append(options["preload"]))
+    options = {"--processes": times, "--time-limit": 9.0}
+    session: Any = SimpleNamespace(config=SimpleNamespace(getoption=options.__getitem__), items=[])
+    measured.Measurements(session, None)._in_process(None)  # type: ignore[arg-type]
+    assert given == [preload]
+    monkeypatch.setattr(measured, "_wanted", lambda session: {"a case": "what is asked of it"})
+    measured.prepare_processes(session)
+    assert prepared == ([preload] if preload else [])
+
+
+def test_nothing_is_imported_for_a_session_that_measures_nothing(prepared: list[tuple[str, ...]]) -> None:
+    session: Any = SimpleNamespace(config=SimpleNamespace(getoption={"--processes": 1}.__getitem__), items=[])
+    measured.prepare_processes(session)
+    assert prepared == []
 
 
 def test_the_rounds_of_the_process_are_those_of_the_benchmark(measured_run: Ended) -> None:

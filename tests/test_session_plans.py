@@ -22,7 +22,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[list[PlanRequest]]:
     """What each turn of planning was asked; IA³ cannot be planned."""
     asked: list[list[PlanRequest]] = []
 
-    def plan_in_parallel(requests: Sequence[PlanRequest]) -> list[Plan | PlanFailure]:
+    def plan_in_parallel(requests: Sequence[PlanRequest], **options: Any) -> list[Plan | PlanFailure]:
         asked.append(list(requests))
         return [
             PlanFailure(each.model.name, "ia3", "no room") if each.method is methods.IA3 else plan_of(each)

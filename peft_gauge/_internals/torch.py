@@ -215,3 +215,15 @@ def memory_snapshot() -> dict[str, Any]:
     """The recorded history and the blocks in use, as plain values. Held by a contract test, likewise."""
     found: dict[str, Any] = torch.cuda.memory._snapshot()
     return found
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------
+
+
+def in_bad_fork() -> bool:
+    """Whether this process was forked from one that had asked for CUDA, which then works no more in it.
+
+    Where torch does not say, the answer is yes: a process is spawned that could have been forked.
+    """
+    ask = getattr(torch.cuda, "_is_in_bad_fork", None)
+    return True if ask is None else bool(ask())

@@ -14,20 +14,33 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
+from peft_gauge import fork_server
 from peft_gauge.errors import GaugeError
+from peft_gauge.fork_server import CannotFork, Forked
 from peft_gauge.plan.record import PlanFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from peft_gauge.plan.record import Outcome, PlanRequest
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "peft_gauge.plan.worker")
+IMPORT_SECONDS = 120.0  # from a cold disk
+
+
+@dataclass(frozen=True)
+class Preloaded:
+    """The fork server whose children may plan: the modules that it imports, and its environment."""
+
+    modules: Sequence[str]
+    environment: Mapping[str, str]
 
 
 def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[Outcome]:
@@ -35,9 +48,16 @@ def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Ite
 
     A case that cannot be planned, or that ends its worker, is a `PlanFailure`; the others go on.
     """
+    return _plan_all(requests, find, None, _Crew())
+
+
+def _plan_all(
+    requests: Sequence[PlanRequest], find: str | None, preloaded: Preloaded | None, crew: _Crew
+) -> Iterator[Outcome]:
     done = 0
     while done < len(requests):
-        worker = _start(requests[done:], find)
+        worker = _start(requests[done:], find, preloaded)
+        crew.add(worker)
         try:
             for outcomes in _outcomes(worker):
                 done += 1
@@ -47,43 +67,126 @@ def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Ite
             raise
         finally:
             code = worker.wait()
+            crew.remove(worker)
+        if crew.dismissed:
+            return
         if done < len(requests):
             request = requests[done]
             yield PlanFailure(request.model.name, request.method.name, f"planning {request.name} {_ended(code)}")
             done += 1
 
 
-def plan_in_parallel(requests: Sequence[PlanRequest], *, workers: int | None = None) -> list[Outcome]:
+def plan_in_parallel(
+    requests: Sequence[PlanRequest], *, workers: int | None = None, preloaded: Preloaded | None = None
+) -> list[Outcome]:
     """The outcomes of ``requests``, in their order, planned by several processes (by default one a core).
 
-    Tracing a step is Python on one core, and each worker pays for its imports once.
+    Tracing a step is Python on one core. Each worker pays for its imports once, unless it can be forked from
+    ``preloaded``.
     """
     if not requests:
         return []
     number = max(1, min(workers or os.cpu_count() or 1, len(requests)))
+    crew = _Crew()
     with ThreadPoolExecutor(number) as pool:
-        shares = list(pool.map(lambda start: list(plan_all(requests[start::number])), range(number)))
+        try:
+            shares = list(
+                pool.map(lambda start: list(_plan_all(requests[start::number], None, preloaded, crew)), range(number))
+            )
+        except BaseException:  # Ctrl-C reaches this thread alone, and the others are waited for
+            crew.dismiss()
+            raise
     return [shares[index % number][index // number] for index in range(len(requests))]
 
 
-def _start(requests: Sequence[PlanRequest], find: str | None) -> subprocess.Popen[bytes]:
+class _Worker:
+    """A planning process, and its standard input and output."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | Forked, stdin: BinaryIO, stdout: BinaryIO) -> None:
+        self._process = process
+        self.stdin = stdin
+        self.stdout = stdout
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; ``None`` if its fork server ended first."""
+        code = self._process.wait()
+        if isinstance(self._process, Forked):
+            self._process.close()
+        return code
+
+
+class _Crew:
+    """Workers that can be dismissed from another thread, and are not replaced then."""
+
+    def __init__(self) -> None:
+        self._workers: set[_Worker] = set()
+        self._lock = threading.Lock()
+        self.dismissed = False
+
+    def add(self, worker: _Worker) -> None:
+        with self._lock:
+            self._workers.add(worker)
+            if self.dismissed:
+                worker.kill()
+
+    def remove(self, worker: _Worker) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+
+    def dismiss(self) -> None:
+        with self._lock:
+            self.dismissed = True
+            for worker in self._workers:
+                worker.kill()
+
+
+def _start(requests: Sequence[PlanRequest], find: str | None, preloaded: Preloaded | None) -> _Worker:
+    try:
+        worker = _spawn() if preloaded is None else _fork(preloaded)
+    except CannotFork:
+        worker = _spawn()
+    with contextlib.suppress(BrokenPipeError), worker.stdin:  # it died at once; its exit code, read later, says why
+        pickle.dump((tuple(requests), find), worker.stdin)
+    return worker
+
+
+def _spawn() -> _Worker:
     path = os.pathsep.join(filter(None, (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
-    worker = subprocess.Popen(
+    process = subprocess.Popen(
         WORKER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # transformers sets its logger's level anew when it is imported, from this variable.
         env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, "PYTHONPATH": path},
     )
-    assert worker.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code, read later, says why
-        pickle.dump((tuple(requests), find), worker.stdin)
-        worker.stdin.close()
-    return worker
+    return _Worker(process, cast("BinaryIO", process.stdin), cast("BinaryIO", process.stdout))
 
 
-def _outcomes(worker: subprocess.Popen[bytes]) -> Iterator[list[Outcome]]:
-    assert worker.stdout is not None
+def _fork(preloaded: Preloaded) -> _Worker:
+    its_input, ours = os.pipe()
+    output, its_output = os.pipe()
+    try:
+        process = fork_server.start(
+            f"{__name__}:main",
+            preload=preloaded.modules,
+            environment=preloaded.environment,
+            streams=(its_input, its_output, 2),
+            limit_seconds=IMPORT_SECONDS,
+        )
+    except BaseException:
+        os.close(ours)
+        os.close(output)
+        raise
+    finally:
+        os.close(its_input)
+        os.close(its_output)
+    return _Worker(process, os.fdopen(ours, "wb"), os.fdopen(output, "rb"))
+
+
+def _outcomes(worker: _Worker) -> Iterator[list[Outcome]]:
     try:
         while True:
             try:
@@ -94,7 +197,9 @@ def _outcomes(worker: subprocess.Popen[bytes]) -> Iterator[list[Outcome]]:
         worker.stdout.close()
 
 
-def _ended(code: int) -> str:
+def _ended(code: int | None) -> str:
+    if code is None:
+        return "ended with the fork server that its process came from, which was killed"
     if code < 0:
         return f"ended the planning process by signal {signal.Signals(-code).name}"
     return f"ended the planning process with exit code {code}; its last words are above"
