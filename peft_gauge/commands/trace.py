@@ -100,8 +100,10 @@ def trace(
     steps = len(recording.steps())
 
     from peft_gauge.plan.planner import step_log
+    from peft_gauge.plan.worker import quiet
     from peft_gauge.traces.comparing import compare
 
+    quiet()
     planned, notes = step_log(request)
     found = compare(planned, measured)
     record = {

@@ -227,12 +227,12 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     requests, find = pickle.load(sys.stdin.buffer)
-    _quiet()
+    quiet()
     gc.freeze()  # what is imported by now is no garbage, and need not be looked through again
     serve(requests, find, out)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """bitsandbytes and transformers log advice on training that a plan does not need."""
     import logging
 
