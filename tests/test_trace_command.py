@@ -133,3 +133,24 @@ def test_a_snapshot_is_compared_with_the_plan_that_the_options_make(run_command:
     assert code == 0
     assert "more" in out
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": "my-adapter"}, "was recorded with an adapter config, my-adapter; name it with --adapter"),
+        (
+            {"model": "my-folder"},
+            "was recorded with the model my-folder, which is not found here; name it with --model",
+        ),
+    ],
+)
+def test_what_a_trace_has_from_a_file_must_be_named(
+    run_command: Run, tmp_path: Path, changed: dict[str, str], message: str
+) -> None:
+    settings = {"model": "toy-llama", "method": "lora", "batch": 1, "seq": 8, **changed}
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"settings": settings, "stacks": [], "events": [["alloc", 1, 512, -1]]}))
+    code, out, err = run_command("trace", str(path))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err

@@ -252,6 +252,33 @@ def test_real_traces_are_one_step_of_forward_backward_and_update(path: Path) -> 
     assert all(BEFORE <= each.born < (len(log.events) if each.died is None else each.died) for each in log.allocations)
 
 
+MARKED = [
+    path
+    for path in sorted(TRACES.glob("*.json.gz"))
+    if "trainer" not in path.name and "sft" not in path.name  # those loops could not be marked
+]
+
+
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.name.partition(".")[0])
+def test_phases_told_from_stacks_are_those_that_were_marked(written: Write, path: Path) -> None:
+    record = json.loads(gzip.decompress(path.read_bytes()))
+    marks = {number for number, stack in enumerate(record["stacks"]) if stack and stack[0].endswith(":mark")}
+    events, bare = record["events"], []
+    for number, event in enumerate(events):
+        ends_a_mark = number > 0 and events[number - 1][3] in marks and event[0] == "free_completed"
+        if event[3] not in marks and not ends_a_mark:
+            bare.append(event)
+    assert len(events) - len(bare) == 2 * 6
+    marked = step_log(read(path))
+    told = step_log(read(written(json.dumps({**record, "events": bare}).encode())))
+
+    def births(log: StepLog) -> list[tuple[int, str]]:
+        return [(log.allocations[event.allocation].nbytes, event.phase) for event in log.events if event.sign > 0]
+
+    assert births(told) == births(marked)
+    assert told.before_bytes == marked.before_bytes
+
+
 def test_marks_end_a_phase_and_are_none_of_the_steps_allocations(written: Write) -> None:
     mark = ["own.py:1:mark"]
     events = [

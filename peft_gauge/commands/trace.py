@@ -95,6 +95,7 @@ def trace(
         "hold_outputs": hold_outputs,
     }
     settings = _settings(file, recording.settings, given, adapter)
+    _check_recorded(file, settings, given, adapter)
     request = request_of(settings, adapter)
     measured = reading.step_log(recording, step)
     steps = len(recording.steps())
@@ -140,6 +141,21 @@ def _settings(file: Path, told: Mapping[str, Any], given: Mapping[str, Any], ada
             f"{file} does not say what was trained; add {options}, and what else differs from peft-gauge plan"
         )
     return settings
+
+
+def _check_recorded(file: Path, settings: Mapping[str, Any], given: Mapping[str, Any], adapter: Path | None) -> None:
+    """Raise `GaugeError` for a method or model that the trace names and that has no meaning here: one from a file."""
+    from peft_gauge import methods, models
+
+    if given["method"] is None and adapter is None and str(settings["method"]).lower() not in methods.METHODS:
+        raise GaugeError(f"{file} was recorded with an adapter config, {settings['method']}; name it with --adapter")
+    if given["model"] is None:
+        try:
+            models.resolve(str(settings["model"]), weights="random")
+        except GaugeError as error:
+            raise GaugeError(
+                f"{file} was recorded with the model {settings['model']}, which is not found here; name it with --model"
+            ) from error
 
 
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:

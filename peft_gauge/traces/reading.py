@@ -395,6 +395,8 @@ def _kind(stack: Sequence[str]) -> str | None:
     functions = {frame.rpartition(":")[2] for frame in stack}
     if "backward" in functions:
         return BACKWARD
+    if any(frame.startswith("torch/amp/grad_scaler.py") for frame in stack):
+        return BACKWARD if "scale" in functions else OPTIMIZER  # the loss is scaled, then gradients are unscaled
     if any(frame.startswith(("torch/optim/", "bitsandbytes/optim/", "torch/nn/utils/clip_grad.py")) for frame in stack):
         return OPTIMIZER
     if "_call_impl" in functions:
