@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from peft_gauge.errors import GaugeError
@@ -114,7 +115,20 @@ def import_beside_a_card() -> dict[str, list[str]]:
     torch.backends.cuda.is_built = lambda: True
     machine.nvidia_driver = lambda: machine.Driver(cards=1)  # type: ignore[assignment]
     import_what_is_measured_with()
+    asked += _variables_of_imports()
     return {"asked": asked, "imported": sorted({"peft", "bitsandbytes", "torch._dynamo"} & set(sys.modules))}
+
+
+def _variables_of_imports() -> list[str]:
+    """That torch is told to ask NVML while it imports, and not any longer."""
+    from peft_gauge.measure import preloaded
+
+    seen = []
+    record: Any = SimpleNamespace(import_module=lambda name: seen.append(os.environ.get(preloaded.ASK_NVML)))
+    preloaded.importlib = record
+    preloaded.import_ahead()
+    wrong = [name for name, value in zip(preloaded.ON_THE_WAY, seen, strict=True) if value != "1"]
+    return [*wrong, *([preloaded.ASK_NVML] if preloaded.ASK_NVML in os.environ else [])]
 
 
 def tell_what_a_fork_would_not_survive() -> dict[str, bool]:

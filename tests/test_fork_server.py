@@ -250,8 +250,9 @@ def test_a_variable_that_is_gone_counts_too(module: Callable[[str], str], monkey
 
 
 def test_which_test_runs_is_no_other_environment() -> None:
-    value = fork("tell_about_the_process").value
-    assert value["environment"]["PYTEST_CURRENT_TEST"] == os.environ["PYTEST_CURRENT_TEST"]
+    outcome = fork("tell_about_the_process")
+    assert outcome.process == "forked", outcome.why_spawned
+    assert outcome.value["environment"]["PYTEST_CURRENT_TEST"] == os.environ["PYTEST_CURRENT_TEST"]
 
 
 def test_other_cores_than_the_servers_are_for_a_new_interpreter() -> None:

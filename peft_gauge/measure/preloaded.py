@@ -8,7 +8,9 @@ a card, both are left to each process.
 from __future__ import annotations
 
 import importlib
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,16 +22,21 @@ from peft_gauge.measure import passes as passes
 ON_THE_WAY = (
     "psutil",
     "torch._dynamo",
+    "torch._inductor.compile_fx",  # nearly all that importing bitsandbytes takes
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
 )
 
 
+ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
 def import_ahead() -> None:
     """Import all that a fork server may import on this machine."""
-    for name in ON_THE_WAY:
-        importlib.import_module(name)
+    with _asking_nvml():
+        for name in ON_THE_WAY:
+            importlib.import_module(name)
     if torch.backends.cuda.is_built() and not machine.nvidia_driver().absent:
         return
     with suppress(GaugeError):  # without bitsandbytes, which only those need who say so
@@ -37,6 +44,20 @@ def import_ahead() -> None:
 
         load_bitsandbytes()
     importlib.import_module("peft")
+
+
+@contextmanager
+def _asking_nvml() -> Iterator[None]:
+    """Should something ask whether there is a card, let torch ask NVML: CUDA's own answer would spoil CUDA for every
+    forked process (torch's documentation of ``PYTORCH_NVML_BASED_CUDA_CHECK``)."""
+    before = os.environ.get(ASK_NVML)
+    os.environ[ASK_NVML] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[ASK_NVML]
+        if before is not None:
+            os.environ[ASK_NVML] = before
 
 
 import_ahead()
