@@ -56,7 +56,9 @@ def settings(folder: Path, *, total_bytes: int = 2 * GIB, others_bytes: int = 0)
     (folder / "pynvml.py").write_text("from tests.fake_cuda_nvml import *\n")
     inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return {**inherited, "PYTHONPATH": path, TOTAL_VARIABLE: str(total_bytes), OTHERS_VARIABLE: str(others_bytes)}
+    card = {TOTAL_VARIABLE: str(total_bytes), OTHERS_VARIABLE: str(others_bytes)}
+    # A toy's operators are too small to be shared out: on a busy machine threads would wait for each other most of all.
+    return {**inherited, **card, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 # The device -----------------------------------------------------------------------------------------------------------
