@@ -2,7 +2,8 @@
 
 `torch.cuda` itself stays the real one. Its Python code calls functions and classes of `torch._C` that a CUDA build has
 in C++; those that a run needs stand here, under their real names, and are put in place before `torch.cuda` is
-imported. Whatever is not here fails by its own name, as `torch._C` of a build for CPUs lacks it.
+imported. Whatever is not here fails by its own name: `torch._C` of a build for CPUs lacks it, and that of a CUDA build
+has it replaced.
 
     environment = settings(folder, total_bytes=2 * GIB)   # for a process to be started; its children inherit it
 
@@ -667,6 +668,10 @@ class _Finder:
 def _beneath_torch_cuda() -> Iterator[None]:
     core: Any = sys.modules["torch._C"]
     version: Any = sys.modules["torch"].version
+    theirs = [name for name in dir(core) if name.startswith("_cuda_")]  # of a CUDA build, which would ask the driver
+    for name in theirs:
+        if name not in STAND_INS and callable(getattr(core, name)):
+            setattr(core, name, _refused(name))
     for name, value in STAND_INS.items():
         setattr(core, name, value)
     version.cuda = CUDA_VERSION

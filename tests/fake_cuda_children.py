@@ -42,7 +42,7 @@ def tell_about_the_card() -> dict[str, Any]:
         "in_use": in_use,
         "stats_before": stats,
         "free": list(torch.cuda.mem_get_info()),
-        "unknown": raised(torch.cuda.memory.host_memory_stats),
+        "unknown": raised(lambda: torch.cuda.caching_allocator_alloc(512)),
         "graph": raised(torch.cuda.CUDAGraph),
         "other_card": raised(lambda: torch.zeros(1, device="cuda:1")),
         "streams": _streams(),
@@ -210,6 +210,7 @@ def _waited_for_by_a_value() -> list[bool]:
 def go_backward() -> dict[str, Any]:
     """Where backward runs, what it sees there, and that its gradients are the CPU's."""
     import torch
+    from torch.utils.checkpoint import checkpoint
 
     from peft_gauge._internals.torch import DispatchMode
 
@@ -259,7 +260,7 @@ def go_backward() -> dict[str, Any]:
     told = raised(fail)
     x = torch.ones(2, device="cuda", requires_grad=True)
     (by_grad,) = torch.autograd.grad((x * 3).sum(), x)
-    checkpointed = torch.utils.checkpoint.checkpoint(lambda y: y * y, x, use_reentrant=True)
+    checkpointed = checkpoint(lambda y: y * y, x, use_reentrant=True)
     checkpointed.sum().backward()
     return {
         "devices": devices,
