@@ -11,8 +11,8 @@ Tensors "on cuda" are the CPU's; `tests.fake_cuda_tensors` marks their storages,
 Memory is kept by `peft_gauge.plan.allocator`, which models torch's own allocator; NVML is `tests.fake_cuda_nvml`, whose
 figures follow it. Nothing of this is known to the code under test.
 
-What is not modelled: CUDA graphs, pinned memory, a second card, speed; and of streams only which one is current, and
-that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
+What is not modelled: CUDA graphs, a second card, speed. Pinned memory is any memory. Of streams there is only which one
+is current, and that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_the_card_is_there_and_comes_into_use_when_asked(seen: Seen) -> None:
 
 def test_tensors_are_where_they_were_asked_for(seen: Seen) -> None:
     found = seen["place_tensors"]
-    on_host = {"cpu", "to cpu", "host"}
+    on_host = {"cpu", "to cpu", "host", "pinned host"}
     assert found["devices"] == {name: "cpu" if name in on_host else "cuda:0" for name in found["devices"]}
     assert found["is_cuda"] == [True, False, 0, False, -1]
     assert found["same"]
