@@ -2,7 +2,8 @@
 
 `torch.cuda` itself stays the real one. Its Python code calls functions and classes of `torch._C` that a CUDA build has
 in C++; those that a run needs stand here, under their real names, and are put in place before `torch.cuda` is
-imported. Whatever is not here fails by its own name, as `torch._C` of a build for CPUs lacks it.
+imported. Whatever is not here fails by its own name: `torch._C` of a build for CPUs lacks it, and that of a CUDA build
+has it replaced.
 
     environment = settings(folder, total_bytes=2 * GIB)   # for a process to be started; its children inherit it
 
@@ -10,8 +11,8 @@ Tensors "on cuda" are the CPU's; `tests.fake_cuda_tensors` marks their storages,
 Memory is kept by `peft_gauge.plan.allocator`, which models torch's own allocator; NVML is `tests.fake_cuda_nvml`, whose
 figures follow it. Nothing of this is known to the code under test.
 
-What is not modelled: CUDA graphs, pinned memory, a second card, speed; and of streams only which one is current, and
-that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
+What is not modelled: CUDA graphs, a second card, speed. Pinned memory is any memory. Of streams there is only which one
+is current, and that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def settings(folder: Path, *, total_bytes: int = 2 * GIB, others_bytes: int = 0)
     (folder / "pynvml.py").write_text("from tests.fake_cuda_nvml import *\n")
     inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return {**inherited, "PYTHONPATH": path, TOTAL_VARIABLE: str(total_bytes), OTHERS_VARIABLE: str(others_bytes)}
+    card = {TOTAL_VARIABLE: str(total_bytes), OTHERS_VARIABLE: str(others_bytes)}
+    # A toy's operators are too small to be shared out: on a busy machine threads would wait for each other most of all.
+    return {**inherited, **card, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 # The device -----------------------------------------------------------------------------------------------------------
@@ -665,6 +668,10 @@ class _Finder:
 def _beneath_torch_cuda() -> Iterator[None]:
     core: Any = sys.modules["torch._C"]
     version: Any = sys.modules["torch"].version
+    theirs = [name for name in dir(core) if name.startswith("_cuda_")]  # of a CUDA build, which would ask the driver
+    for name in theirs:
+        if name not in STAND_INS and callable(getattr(core, name)):
+            setattr(core, name, _refused(name))
     for name, value in STAND_INS.items():
         setattr(core, name, value)
     version.cuda = CUDA_VERSION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import threading
@@ -42,7 +43,7 @@ def tell_about_the_card() -> dict[str, Any]:
         "in_use": in_use,
         "stats_before": stats,
         "free": list(torch.cuda.mem_get_info()),
-        "unknown": raised(torch.cuda.memory.host_memory_stats),
+        "unknown": raised(lambda: torch.cuda.caching_allocator_alloc(512)),
         "graph": raised(torch.cuda.CUDAGraph),
         "other_card": raised(lambda: torch.zeros(1, device="cuda:1")),
         "streams": _streams(),
@@ -89,6 +90,10 @@ def place_tensors() -> dict[str, Any]:
         "view": torch.ones(4, device="cuda").view(2, 2)[0],
         "parameter": torch.nn.Parameter(torch.ones(3, device="cuda")),
         "layer": torch.nn.Linear(2, 2).to("cuda").weight,
+        "copied layer": copy.deepcopy(torch.nn.BatchNorm1d(2).to("cuda")).running_mean,
+        "copied weight": copy.deepcopy(torch.nn.Linear(2, 2).to("cuda")).weight,
+        "from pinned memory": torch.ones(3).pin_memory().to("cuda", non_blocking=True),
+        "pinned host": torch.empty(3, pin_memory=True),
         "cpu": torch.ones(3, device="cuda").cpu(),
         "to cpu": torch.ones(3, device="cuda").to("cpu"),
         "host": torch.ones(3),
@@ -210,6 +215,7 @@ def _waited_for_by_a_value() -> list[bool]:
 def go_backward() -> dict[str, Any]:
     """Where backward runs, what it sees there, and that its gradients are the CPU's."""
     import torch
+    from torch.utils.checkpoint import checkpoint
 
     from peft_gauge._internals.torch import DispatchMode
 
@@ -259,7 +265,7 @@ def go_backward() -> dict[str, Any]:
     told = raised(fail)
     x = torch.ones(2, device="cuda", requires_grad=True)
     (by_grad,) = torch.autograd.grad((x * 3).sum(), x)
-    checkpointed = torch.utils.checkpoint.checkpoint(lambda y: y * y, x, use_reentrant=True)
+    checkpointed = checkpoint(lambda y: y * y, x, use_reentrant=True)
     checkpointed.sum().backward()
     return {
         "devices": devices,

@@ -122,6 +122,10 @@ class OnCuda(DispatchMode):
             born_inside = bool(inside) and not getattr(self._local, "leaving", False)
         else:
             born_inside = bool(inside) or (not operands and _called_by_a_node())
+        if kwargs.get("pin_memory"):  # no copy is quicker for it here
+            kwargs = {**kwargs, "pin_memory": False}
+        if name == "aten::_pin_memory":
+            func, args, kwargs = _aten.clone.default, args[:1], {}
         if inside:
             self.device.check()
             if name not in _MIXES:
@@ -247,6 +251,7 @@ def put_in_place(device: Device) -> None:
     base = torch._C.TensorBase
     for name in ("device", "is_cuda", "is_cpu", "get_device", "to", "cpu", "cuda", "numpy", "new_tensor"):
         _real[name] = getattr(base, name)
+    _real["__deepcopy__"] = torch.Tensor.__deepcopy__
     for name, value in _attributes(mode).items():
         setattr(torch.Tensor, name, value)
     _replace_groups(mode)
@@ -300,6 +305,13 @@ def _attributes(mode: OnCuda) -> dict[str, Any]:
         device = kwargs.pop("device", self.device)
         return _real["new_tensor"](self, data, **kwargs).to(device)
 
+    def deepcopy(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) in memo or type(self) is not torch.Tensor or not mode.holds(self) or not self.is_leaf:
+            return _real["__deepcopy__"](self, memo)
+        # torch copies the storage itself, past the dispatcher.
+        memo[id(self)] = copied = self.detach().clone().requires_grad_(self.requires_grad)
+        return copied
+
     def get_device(self: torch.Tensor) -> int:
         return 0 if mode.shows(self) else _real["get_device"](self)
 
@@ -307,6 +319,7 @@ def _attributes(mode: OnCuda) -> dict[str, Any]:
         "device": property(place),
         "is_cuda": property(mode.shows),
         "is_cpu": property(lambda tensor: not mode.shows(tensor) and _real["is_cpu"].__get__(tensor)),
+        "__deepcopy__": deepcopy,
         "get_device": get_device,
         "to": to,
         "cuda": cuda,

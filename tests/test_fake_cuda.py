@@ -63,13 +63,13 @@ def test_the_card_is_there_and_comes_into_use_when_asked(seen: Seen) -> None:
     assert found["streams"] == [True, False, True]
     assert "invalid device ordinal" in found["other_card"]
     # What is not there fails by its name, and is not passed over.
-    assert "_cuda_hostMemoryStats" in found["unknown"]
+    assert "_cuda_cudaCachingAllocator_raw_alloc" in found["unknown"]
     assert found["graph"].startswith("AssertionError: torch._C._CUDAGraph is not among what tests.fake_cuda stands in")
 
 
 def test_tensors_are_where_they_were_asked_for(seen: Seen) -> None:
     found = seen["place_tensors"]
-    on_host = {"cpu", "to cpu", "host"}
+    on_host = {"cpu", "to cpu", "host", "pinned host"}
     assert found["devices"] == {name: "cpu" if name in on_host else "cuda:0" for name in found["devices"]}
     assert found["is_cuda"] == [True, False, 0, False, -1]
     assert found["same"]

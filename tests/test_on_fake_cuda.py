@@ -93,6 +93,14 @@ def test_every_benchmark_of_every_method_on_a_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_many_adapters_are_served_on_a_card(tmp_path: Path) -> None:
+    selected = ["benchmarks/test_many_adapters.py", "-m", "gpu and slow"]
+    done = run_pytest(tmp_path, *selected, "--model=toy-llama", "--dtype=float32", total_bytes=SMALL_CARD_BYTES)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert {case["outcome"] for case in records(tmp_path)} == {"passed"}
+
+
+@pytest.mark.slow
 def test_the_tests_of_the_instruments_pass_on_a_card(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "tests/test_gpu.py", "-m", "gpu", "-k", "not smollm2", total_bytes=4 * GIB)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
