@@ -90,7 +90,7 @@ def place_tensors() -> dict[str, Any]:
         "view": torch.ones(4, device="cuda").view(2, 2)[0],
         "parameter": torch.nn.Parameter(torch.ones(3, device="cuda")),
         "layer": torch.nn.Linear(2, 2).to("cuda").weight,
-        "copied layer": copy.deepcopy(torch.nn.BatchNorm1d(2).to("cuda")).running_mean,
+        "copied layer": copy.deepcopy(torch.nn.BatchNorm1d(2).to("cuda")).get_buffer("running_mean"),
         "copied weight": copy.deepcopy(torch.nn.Linear(2, 2).to("cuda")).weight,
         "from pinned memory": torch.ones(3).pin_memory().to("cuda", non_blocking=True),
         "pinned host": torch.empty(3, pin_memory=True),
