@@ -7,6 +7,7 @@ Needs torch (any build), nvidia-ml-py and pytest, and nothing else of the projec
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -59,9 +60,11 @@ def test_names_that_are_made_while_the_code_runs() -> None:
     assert all(isinstance(getattr(pynvml, f"nvmlClocksThrottleReason{name}"), int) for name in slowdowns)
 
 
-def test_figures_of_the_allocator_are_those_that_torch_documents() -> None:
+def test_figures_of_the_allocator_are_those_that_torch_documents_or_shows() -> None:
+    """Its summary reads one, "allocation", that its documentation calls "allocated"."""
     described = str(torch.cuda.memory_stats.__doc__)
-    by_pool = set(re.findall(r'``"([a-z_]+)\.\{all', described))
+    shown = re.findall(r'\("([a-z_]+)", "', inspect.getsource(torch.cuda.memory_summary))
+    by_pool = {*re.findall(r'``"([a-z_]+)\.\{all', described), *shown}
     counters = set(re.findall(r'``"(num_\w+)"``', described))
     asked = {
         (path.relative_to(ROOT).as_posix(), node.value)
