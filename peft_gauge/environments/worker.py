@@ -3,8 +3,8 @@
 The parent asks in lines of JSON on the child's standard input and is answered in lines of JSON on what was its
 standard output; whatever a library prints goes to a file, whose last line is what a dead child had to say. The child
 lives in a session of its own: Ctrl-C reaches the parent only, which kills the child's whole group. Without a parent
-the child reads the end of its input, and ends. It is never forked from a preloaded process (`peft_gauge.fork_server`): its
-libraries are others, and how processes differ in how they lie in memory is part of what is compared.
+the child reads the end of its input, and ends. It is never forked from a preloaded process (`peft_gauge.fork_server`):
+its libraries are others, and how processes differ in how they lie in memory is part of what is compared.
 
 Run as a program, this module is the child.
 """
