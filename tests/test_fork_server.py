@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from fixtures import cards
+from fixtures.cards import process_environment
 from peft_gauge import fork_server, isolation, methods, models
 from peft_gauge.cases import BATCHES, Case
 from peft_gauge.measure import PRELOAD
@@ -34,11 +36,16 @@ LIMIT_SECONDS = 120.0
 @pytest.fixture(autouse=True)
 def server_in_the_usual_environment() -> None:
     """Before a test changes the environment: a server keeps the one that it was started with."""
-    fork_server.prepare((), isolation.child_environment())
+    fork_server.prepare((), usual_environment())
+
+
+def usual_environment() -> dict[str, str]:
+    """Without what libraries have written into this process's in other tests."""
+    return isolation.child_environment(process_environment())
 
 
 def fork(function: str, *arguments: Any, preload: Sequence[str] = (), **options: Any) -> Outcome:
-    options = {"limit_seconds": LIMIT_SECONDS, **options}
+    options = {"limit_seconds": LIMIT_SECONDS, "environment": process_environment(), **options}
     return isolation.run(f"tests.children:{function}", *arguments, preload=preload, **options)
 
 
@@ -170,6 +177,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
         name = f"ahead_{abs(hash(request.node.nodeid))}"
         (tmp_path / f"{name}.py").write_text(source)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setitem(cards._AT_START, "PYTHONPATH", str(tmp_path))
         return name
 
     return write
@@ -234,7 +242,8 @@ def test_imports_without_an_end_hold_nobody_up(module: Callable[[str], str]) -> 
 
 def test_other_variables_than_the_servers_are_for_a_new_interpreter() -> None:
     fork("give", 1)
-    outcome = fork("tell_about_the_process", environment={"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""})
+    other = {**process_environment(), "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}
+    outcome = fork("tell_about_the_process", environment=other)
     assert outcome.process == "spawned"
     assert outcome.why_spawned == "the environment is not the fork server's: CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS"
     assert outcome.value["environment"]["OMP_NUM_THREADS"] == "3"
@@ -244,9 +253,10 @@ def test_other_variables_than_the_servers_are_for_a_new_interpreter() -> None:
 def test_a_variable_that_is_gone_counts_too(module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     preload = (module(""),)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    assert fork("give", 1, preload=preload).process == "forked"
+    assert fork("give", 1, preload=preload, environment={}).process == "forked"
     monkeypatch.delenv("MALLOC_ARENA_MAX")
-    assert fork("give", 1, preload=preload).why_spawned == "the environment is not the fork server's: MALLOC_ARENA_MAX"
+    outcome = fork("give", 1, preload=preload, environment={})
+    assert outcome.why_spawned == "the environment is not the fork server's: MALLOC_ARENA_MAX"
 
 
 def test_which_test_runs_is_no_other_environment() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fixtures.cards import process_environment
 from peft_gauge import ceilings, isolation, machine, methods, models, paths
 from peft_gauge.cases import BATCHES, Case
 from peft_gauge.measure import PRELOAD
@@ -46,9 +47,8 @@ def call(function: str, *arguments: Any, preload: Sequence[str] | None = None, *
     """``function`` of this file in a child with torch's own allocator settings and ``environment``."""
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
     name = function if ":" in function else f"tests.test_gpu:{function}"
-    return isolation.run(
-        name, *arguments, limit_seconds=LIMIT_SECONDS, environment={**settings, **environment}, preload=preload
-    )
+    variables = {**process_environment(), **settings, **environment}
+    return isolation.run(name, *arguments, limit_seconds=LIMIT_SECONDS, environment=variables, preload=preload)
 
 
 def value_of(outcome: Outcome) -> Any:

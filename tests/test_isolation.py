@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fixtures.cards import process_environment
 from peft_gauge import fork_server, isolation
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import Interrupted, Outcome
@@ -35,7 +36,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How this test's processes come to be. A fork server that imports nothing forks what a new interpreter is."""
     monkeypatch.setitem(globals(), "_way", request.param)
     if request.param == "forked":  # before the test changes the environment, which would be the server's
-        fork_server.prepare((), isolation.child_environment())
+        fork_server.prepare((), isolation.child_environment(process_environment()))
     return str(request.param)
 
 
@@ -50,6 +51,8 @@ def no_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def run(function: str, *arguments: Any, **options: Any) -> Outcome:
+    if _way == "forked":  # whatever libraries have written into this process's environment in other tests
+        options.setdefault("environment", process_environment())
     return isolation.run(function, *arguments, preload=PRELOADS[_way], **options)
 
 

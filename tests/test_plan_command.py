@@ -19,6 +19,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from fixtures.cards import process_environment
 from peft_gauge import methods, models
 from peft_gauge.commands.plan import adjusted
 from peft_gauge.isolation import child_environment
@@ -105,7 +106,8 @@ def test_forked_workers_plan_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [PlanRequest(TOY, methods.get(name), StepSettings(1, 8)) for name in ("qlora", "ia3")]
     spawned: list[Any] = worker.plan_in_parallel(requests)
     monkeypatch.setattr(worker, "_spawn", lambda: pytest.fail("it was not forked"))
-    forked: list[Any] = worker.plan_in_parallel(requests, preloaded=Preloaded(PRELOAD, child_environment()))
+    preloaded = Preloaded(PRELOAD, child_environment(process_environment()))
+    forked: list[Any] = worker.plan_in_parallel(requests, preloaded=preloaded)
     assert [replace(outcome, seconds=0.0) for outcome in forked] == [replace(each, seconds=0.0) for each in spawned]
 
 
