@@ -149,13 +149,25 @@ class TrainingJob:
         self.clear()
 
     def learned(self) -> bool:
-        """Whether every trainable parameter has moved since `warm_up` began."""
+        """Whether every trainable parameter has moved since `warm_up` began, or would have but for rounding.
+
+        An AdamW update is about as large as the learning rate. Of a 16-bit weight near 1 that is less than half a
+        spacing of its numbers (0.0039 in bfloat16), so that an untrained model's norms, all ones, stay as they are for
+        good. Such a parameter counts where the optimizer holds a gradient's average for it that is not all zeros.
+        """
         if not self._at_start:
             raise GaugeError("learned() compares with the start of warm_up(), which has not run")
         return all(
-            not torch.equal(before, _digest(parameter))
+            not torch.equal(before, _digest(parameter)) or self._was_rounded_away(parameter)
             for before, parameter in zip(self._at_start, self.trainable, strict=True)
         )
+
+    def _was_rounded_away(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is of 16 bit and the optimizer had an update for it; SGD keeps no trace of one."""
+        state = self.optimizer.state.get(parameter, {})
+        # bitsandbytes keeps a small tensor's average as it is, and others' in codes with a scale for each block.
+        average = next((state[name] for name in ("exp_avg", "absmax1", "state1") if name in state), None)
+        return parameter.dtype.itemsize < 4 and average is not None and bool(torch.count_nonzero(average))
 
     def effective_settings(self) -> dict[str, Any]:
         """What was really in force, for the record: optimizer and its implementation, attention, checkpointing."""

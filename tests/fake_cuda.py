@@ -39,6 +39,7 @@ CUDA_VERSION = "13.0"
 NAME = "NVIDIA Stand-in"
 UUID = "5add1ed0-0000-4000-8000-000000000001"
 CAPABILITY = (9, 0)
+SM_CLOCK_MHZ = 1980
 CONTEXT_BYTES = 758 * MIB  # as of an H200 under torch 2.11
 WORKSPACE_BYTES = 32 * MIB  # of cuBLAS on Hopper, for each handle and stream; a handle belongs to a thread
 
@@ -387,6 +388,11 @@ def _cuda_hasPrimaryContext(index: int, /) -> bool:
 
 def _cuda_synchronize() -> None:
     device.synchronise()
+
+
+def _cuda_sleep(cycles: int, /) -> None:
+    device.check()
+    time.sleep(cycles / (SM_CLOCK_MHZ * 1e6))
 
 
 def _cuda_getArchFlags() -> str:

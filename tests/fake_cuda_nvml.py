@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from tests import fake_pynvml
-from tests.fake_cuda import CONTEXT_BYTES, MIB, NAME, UUID, _cuda_getCompiledVersion, device
+from tests.fake_cuda import CONTEXT_BYTES, MIB, NAME, SM_CLOCK_MHZ, UUID, _cuda_getCompiledVersion, device
 from tests.fake_pynvml import *  # noqa: F403
 from tests.fake_pynvml import Card, Machine
 
@@ -41,7 +41,7 @@ fake_pynvml.machine = Machine(
             name=NAME,
             total=device.memory.total_bytes + DRIVER_RESERVE_BYTES,
             reserved=DRIVER_RESERVE_BYTES,
-            sm_clock_mhz=1980,
+            sm_clock_mhz=SM_CLOCK_MHZ,
             power_milliwatts=310_000,
             temperature_celsius=48,
             reasons=fake_pynvml.nvmlClocksThrottleReasonGpuIdle,

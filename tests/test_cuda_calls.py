@@ -24,7 +24,7 @@ FILES = [
     *sorted((ROOT / "fixtures").glob("*.py")),
     *sorted((ROOT / "benchmarks").glob("*.py")),
     ROOT / "conftest.py",
-    ROOT / "tests" / "test_gpu.py",
+    *(ROOT / "tests" / f"test_{name}.py" for name in ("gpu", "clock_rounds")),
 ]
 USES, DYNAMIC = read(FILES, ROOT)
 

@@ -83,6 +83,24 @@ def test_learned_sees_a_parameter_that_stands_still() -> None:
     assert job.learned()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "target", "learned"),
+    [
+        (torch.bfloat16, [3.0, 3.0], True),  # an update of 1e-4 to 1.0, whose neighbours are 0.004 and 0.008 away
+        (torch.float16, [3.0, 3.0], True),
+        (torch.bfloat16, [1.0, 1.0], False),  # no gradient
+    ],
+)
+def test_an_update_that_rounding_swallows_was_one(dtype: torch.dtype, target: list[float], learned: bool) -> None:
+    """As with the norms of an untrained model in 16 bit, which is what a GPU trains by default."""
+    model = Quadratic()
+    model.w = nn.Parameter(torch.ones(2, dtype=dtype))
+    job = TrainingJob(model, [{"target": torch.tensor(target, dtype=dtype)}], StepSettings(batch=1, seq=2))
+    job.warm_up()
+    assert model.w.tolist() == [1.0, 1.0]
+    assert job.learned() is learned
+
+
 def test_learned_sees_two_weights_that_changed_places() -> None:
     job = quadratic_job(optimizer="sgd", learning_rate=0.0)
     job.trainable[0].data = torch.tensor([1.0, 2.0])
