@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -12,6 +13,7 @@ import pytest
 
 from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
+from peft_gauge.paths import PROJECT
 from peft_gauge.plan import flash_attention, planner
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.report import plan_table
@@ -50,6 +52,17 @@ def test_flash_casts_float32_activations_and_sdpa_does_not() -> None:
     pytest.importorskip("bitsandbytes")
     flash, sdpa = plan_of(method="qlora", attention=FLASH), plan_of(method="qlora", attention="sdpa")
     assert flash.saved_activation_bytes_per_token < sdpa.saved_activation_bytes_per_token
+
+
+def test_flash_plans_a_prepared_base_also_where_it_is_the_first_to_import_transformers() -> None:
+    """In a process of its own, as the command runs: what is imported while flash-attn stands in must stay imported."""
+    pytest.importorskip("bitsandbytes")
+    command = [sys.executable, "-m", "peft_gauge.cli", "plan", "--model", "toy-llama", "--method", "qlora", "--json"]
+    shape = ["--batch", "2", "--seq", "64", "--attention", FLASH]
+    done = subprocess.run([*command, *shape], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["peak_bytes"] == plan_of(method="qlora", attention=FLASH).peak_bytes
 
 
 def test_flash_copies_the_rows_of_a_padded_batch() -> None:

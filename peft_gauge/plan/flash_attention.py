@@ -45,7 +45,8 @@ def package() -> Iterator[None]:
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(patch.dict(sys.modules, {"flash_attn": found, "flash_attn.bert_padding": padding}))
+        enter(_installed("flash_attn", found))
+        enter(_installed("flash_attn.bert_padding", padding))
         enter(patch.object(utils, "is_flash_attn_2_available", lambda *args, **kwargs: True))
         enter(flash_on_fakes(_rows_of))
         for file in [file for name, file in sys.modules.items() if name.startswith("transformers.models.")]:
@@ -56,6 +57,24 @@ def package() -> Iterator[None]:
         stack.callback(masks.__setitem__, NAME, original)
         utils.lazy_import_flash_attention(NAME)
         yield
+
+
+@contextmanager
+def _installed(name: str, module: ModuleType) -> Iterator[None]:
+    """While active, ``import name`` gives ``module``.
+
+    Not `patch.dict`, which at its end forgets every module that was imported meanwhile: transformers would be imported
+    twice, and its classes would not be those of models that were built before.
+    """
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int = 0, **kwargs: Any) -> Tensor | None:
