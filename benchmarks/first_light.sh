@@ -42,6 +42,7 @@ cd "$(dirname "$0")/.." || die "the checkout of peft-gauge is not where this scr
 
 export PEFT_GAUGE_CALIBRATIONS=${PEFT_GAUGE_CALIBRATIONS:-$out/calibrations}
 began=$SECONDS number=0 failed=0
+reserve=$((seconds * 10 / 100))  # for the last parts, which show what the others have found
 summary=$out/summary.txt
 : > "$summary"
 
@@ -53,14 +54,14 @@ part() {
     shift 2
     number=$((number + 1))
     file=$(printf '%s/%02d_%s.txt' "$out" "$number" "$name")
-    limit=$((seconds * share / 100)) rest=$(left)
+    limit=$((seconds * share / 100)) rest=$(($(left) - reserve))
     [ "$rest" -lt "$limit" ] && limit=$rest
     if [ "$limit" -lt 5 ]; then
         printf '%-10s not begun: %s s of %s left\n' "$name" "$rest" "$seconds" | tee -a "$summary"
         return
     fi
     # An interrupt first, at which pytest saves what is done.
-    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$file" 2>&1
+    timeout --signal=INT --kill-after=5 "$limit" "$@" > "$file" 2>&1
     code=$?
     case $code in
         0) ended=done ;;
@@ -87,7 +88,7 @@ else
     skipped calibrate "a CPU has no CUDA context"
 fi
 part tests 30 "$python" -m pytest tests -m gpu -q -s
-rest=$(left)
+rest=$(($(left) - reserve))
 [ $((rest * 3 / 4)) -lt "$suite_seconds" ] && suite_seconds=$((rest * 3 / 4))
 part suite 50 "$python" -m pytest benchmarks "${markers[@]}" --model="$model" --results="$out/results" \
     --budget="$suite_seconds" ${resume[@]+"${resume[@]}"}
@@ -103,6 +104,7 @@ if compgen -G "$out/results/$machine/traces/*.json.gz" > /dev/null; then
 else
     skipped traces "no allocator's log was recorded"
 fi
+reserve=0
 if [ -n "$machine" ] && [ -d "results/$machine" ]; then
     part compare 10 "${gauge[@]}" compare "results/$machine" "$out/results/$machine"
 else

@@ -676,8 +676,12 @@ def _beneath_torch_cuda() -> Iterator[None]:
     version: Any = sys.modules["torch"].version
     theirs = [name for name in dir(core) if name.startswith("_cuda_")]  # of a CUDA build, which would ask the driver
     for name in theirs:
-        if name not in STAND_INS and callable(getattr(core, name)):
-            setattr(core, name, _refused(name))
+        theirs_is = getattr(core, name)
+        if name in STAND_INS or not callable(theirs_is):
+            continue
+        # A class stays one: torch names some of them in annotations.
+        is_class = isinstance(theirs_is, type)
+        setattr(core, name, type(name, (), {"__new__": _refused(name)}) if is_class else _refused(name))
     for name, value in STAND_INS.items():
         setattr(core, name, value)
     version.cuda = CUDA_VERSION

@@ -161,7 +161,7 @@ def test_processes_that_are_held_against_each_other_are_new_interpreters(
 ) -> None:
     given: list[Any] = []
     monkeypatch.setattr(isolation, "run", lambda function, setup, **options: given.append(options["preload"]))
-    options = {"--processes": times, "--time-limit": 9.0}
+    options = {"--processes": times, "--time-limit": 9.0, "--budget": None}
     session: Any = SimpleNamespace(config=SimpleNamespace(getoption=options.__getitem__), items=[])
     measured.Measurements(session, None)._in_process(None)  # type: ignore[arg-type]
     assert given == [preload]
@@ -171,7 +171,8 @@ def test_processes_that_are_held_against_each_other_are_new_interpreters(
 
 
 def test_nothing_is_imported_for_a_session_that_measures_nothing(prepared: list[tuple[str, ...]]) -> None:
-    session: Any = SimpleNamespace(config=SimpleNamespace(getoption={"--processes": 1}.__getitem__), items=[])
+    options = {"--processes": 1, "--budget": None}
+    session: Any = SimpleNamespace(config=SimpleNamespace(getoption=options.__getitem__), items=[])
     measured.prepare_processes(session)
     assert prepared == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from peft_gauge import methods, models
+from peft_gauge._internals import released
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import planner
 from peft_gauge.plan.record import Plan, PlanRequest
@@ -56,7 +56,8 @@ BUILT: dict[str, tuple[str, int, str, int | None]] = {
 }
 
 # Releases before 5 have sdpa for fewer or for other architectures.
-ATTENTION_AS_STATED = int(version("transformers").split(".")[0]) >= 5
+# Releases differ in which architectures they have sdpa for; 5.17 has it for Gemma 2, not for GPT-J.
+ATTENTION_AS_STATED = released("transformers", "5.24")
 
 REFUSED = {
     "bert-base": r"model_type 'bert' is an encoder \(masked LM\), no causal LM",

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,7 +207,7 @@ def test_the_memory_pass_leaves_a_trace_that_tells_what_to_plan(card: StandIn, t
     recorded = read(path)
     assert recorded.about["gpu"] == "NVIDIA Test"
     assert recorded.about["allocated_peak_bytes"] == 10_000
-    assert recorded.about["versions"]["torch"] == torch.__version__
+    assert recorded.about["versions"]["torch"] == version("torch")
     assert request_of(recorded.settings) == PlanRequest(
         case.model, case.method, case.settings, dtype="float32", attention="sdpa"
     )
