@@ -205,7 +205,7 @@ def test_the_schedule_shows_order_estimates_and_where_it_ends(clock: Clock) -> N
 def test_a_first_estimate_grows_with_what_is_asked() -> None:
     def asked(*passes: Any, shapes: int = 0, **settings: Any) -> float:
         about = case("lora", **settings)
-        return process_seconds(Asked(about, passes, ((1, 8),) * shapes, Job(about)))
+        return process_seconds(Asked(Job(about), passes, ((1, 8),) * shapes))
 
     assert asked() < asked("memory") < asked("memory", "speed") < asked("fingerprint", "memory", "speed")
     assert asked("memory") < asked("memory", shapes=3)

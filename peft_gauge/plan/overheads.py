@@ -106,8 +106,8 @@ def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> Devi
     ``calibration_folder``: by default the user's. Raises `GaugeError` for a broken calibration file, and for a card
     that has neither a row in the table nor a calibration file.
     """
-    path = calibration_path(calibration_folder or paths.calibrations(), gpu_name)
-    record = _read(path, gpu_name) if path.exists() else {}
+    folder = calibration_folder or paths.calibrations()
+    record = read_calibration(folder, gpu_name) or {}
     measured = {field: value for field, value in record.items() if field in (*_BYTE_FIELDS, _USABLE)}
     try:
         capability = gpus.lookup(gpu_name).compute_capability
@@ -117,7 +117,8 @@ def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> Devi
         capability = None
     default = default_overheads(capability)
     values = {field: measured.get(field, getattr(default, field)) for field in _BYTE_FIELDS}
-    calibration = f"{record['measured_on']} with torch {record['torch']} ({path.name})" if measured else None
+    name = calibration_path(folder, gpu_name).name
+    calibration = f"{record['measured_on']} with torch {record['torch']} ({name})" if measured else None
     origins = {
         field: f"measured on {calibration}" if field in measured else default.origins[field] for field in _BYTE_FIELDS
     }
