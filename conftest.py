@@ -27,17 +27,17 @@ from fixtures.selection import (
 )
 from peft_gauge import machine
 from peft_gauge._internals.pytest import width_of
-from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
-from peft_gauge.history.choosing import newest_base
-from peft_gauge.history.comparing import compare
-from peft_gauge.history.reading import Run, read_run, runs_in
-from peft_gauge.history.resuming import Resumption, merged, resumable
+from peft_gauge.history.comparison import compare
+from peft_gauge.history.reader import Run, read_run, runs_in
+from peft_gauge.history.resumption import Resumption, merged, resumable
 from peft_gauge.history.rules import read_rules
-from peft_gauge.history.writing import bundled_commit, write_run
-from peft_gauge.report import memory_table, plan_table, published_table, sweep_table, terminal
+from peft_gauge.history.selection import newest_base
+from peft_gauge.history.writer import bundled_commit, write_run
 from peft_gauge.report.comparison import as_terminal
+from peft_gauge.report.terminal.summary import memory_table, plan_table, published_table, summary, sweep_table
+from peft_gauge.training.cases import Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -333,7 +333,7 @@ class Recorder:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.cases:
             width = width_of(terminalreporter)
-            terminalreporter.write(terminal.summary(self.cases, self.claims, width))
+            terminalreporter.write(summary.summary(self.cases, self.claims, width))
             terminalreporter.write(memory_table.summary(self.cases, width))
             terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures.weights import matrices_of
-from peft_gauge import identity, methods, models, quantization
-from peft_gauge.cases import count_on_meta
+from peft_gauge import identity
 from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan import gpus
+from peft_gauge.memory import gpus
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.serving.observed import time_switches, visit
 from peft_gauge.serving.server import Server, grow, token_ids
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models, quantization
+from peft_gauge.training.cases import count_on_meta
+from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

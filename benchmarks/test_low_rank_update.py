@@ -23,7 +23,7 @@ import pytest
 from torch import nn
 
 from fixtures.sweeps import FULL, SEEDS, TEXT_LENGTHS
-from peft_gauge import methods, models, paths
+from peft_gauge import paths
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import sweep
 from peft_gauge.quality.dissected import Dissected, spectral_figures
@@ -31,14 +31,15 @@ from peft_gauge.quality.planted import PLANTED_RANK, Planted, plant, small_decod
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.quality.updates import RANKS, Updates
+from peft_gauge.training import methods, models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fixtures.verdicts import Decide
-    from peft_gauge.models import ModelRecord
     from peft_gauge.quality.sweep import Trained
     from peft_gauge.quality.tasks import TextTask
+    from peft_gauge.training.models import ModelRecord
 
 CLAIM = "low-rank-update"
 

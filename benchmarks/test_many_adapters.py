@@ -24,8 +24,7 @@ import pytest
 
 from fixtures.cards import process_environment
 from fixtures.selection import selected_cases
-from peft_gauge import isolation, methods, models
-from peft_gauge.cases import Case, count_on_meta
+from peft_gauge import isolation
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
@@ -33,6 +32,8 @@ from peft_gauge.measure import PRELOAD
 from peft_gauge.serving.observed import TOLERANCE
 from peft_gauge.serving.passes import Setup
 from peft_gauge.serving.server import check_served
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case, count_on_meta
 
 if TYPE_CHECKING:
     from peft_gauge.isolation import Outcome

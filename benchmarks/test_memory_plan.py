@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peft_gauge import methods, models
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,23 +21,23 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
-from peft_gauge import methods
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import paired, sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
+from peft_gauge.training import methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
-    from peft_gauge.methods import Method
-    from peft_gauge.models import ModelRecord
     from peft_gauge.quality.planted import PreparedPlanted
     from peft_gauge.quality.sweep import Trained
+    from peft_gauge.training.methods import Method
+    from peft_gauge.training.models import ModelRecord
 
 PLANTED_LENGTHS = Lengths(steps=100, search_steps=15)
 VERDICT_SEEDS, VERDICT_STEPS = (0, 1, 2, 3), 100

@@ -37,14 +37,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures.h200 import read_steps
-from peft_gauge import methods, models, paths
-from peft_gauge.cases import count_on_meta
+from peft_gauge import paths
 from peft_gauge.counting import logical_numel, nbytes, quantisation_constants
-from peft_gauge.methods import Method
+from peft_gauge.memory.tracker import rounded
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.plan.tracker import rounded
-from peft_gauge.quantization import quantize_
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import count_on_meta
+from peft_gauge.training.methods import Method
+from peft_gauge.training.quantization import quantize_
+from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peft_gauge import quantization
+from peft_gauge.training import quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

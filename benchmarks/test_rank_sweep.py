@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
-from peft_gauge import methods
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
@@ -21,6 +20,7 @@ from peft_gauge.quality import findings, sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.tasks import CALENDAR
+from peft_gauge.training import methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS
-from peft_gauge import methods
-from peft_gauge.cases import count_on_meta
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
@@ -25,14 +23,16 @@ from peft_gauge.quality import findings, sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.training import Schedule, train
+from peft_gauge.training import methods
+from peft_gauge.training.cases import count_on_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
-    from peft_gauge.models import ModelRecord
     from peft_gauge.quality.sweep import Trained
+    from peft_gauge.training.models import ModelRecord
 
 LENGTHS = Lengths(steps=100, search_steps=25)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peft_gauge import methods, models
-from peft_gauge.cases import count_on_meta
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import count_on_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 The same code is compared with itself a thousand times, and code that was made slower by a known share some hundred
 times, with the noise of a shared host: two speeds that alternate, drift, outliers, processes that differ
-(`peft_gauge.history.simulation`, with sizes that were read from saved runs). What decides is what decides in earnest:
+(`benchmarks.simulation`, with sizes that were read from saved runs). What decides is what decides in earnest:
 `peft-gauge compare` by ``fixtures/rules.toml``, steps in turn in one and in several pairs of processes, and for
 comparison pytest-benchmark's ``--benchmark-compare-fail``. A bare run asks a few dozen times, ``-m slow`` as often as
 the question says, and of real processes too: on the host as it is, and beside two busy neighbours that this benchmark
@@ -27,9 +27,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from peft_gauge.environments import options
+from benchmarks import simulation
+from benchmarks.simulation import SHARED_HOST, TAKING_TURNS
+from peft_gauge.commands import ab_options
 from peft_gauge.environments.build import Environment
-from peft_gauge.environments.measuring import measure_pairs
+from peft_gauge.environments.measurement import measure_pairs
 from peft_gauge.environments.pairs import (
     BLOCK_PAIRS,
     PROCESS_PAIRS,
@@ -41,17 +43,15 @@ from peft_gauge.environments.pairs import (
 )
 from peft_gauge.environments.requirements import Side
 from peft_gauge.environments.self_check import resolution
-from peft_gauge.history import simulation
-from peft_gauge.history.comparing import compare
+from peft_gauge.history.comparison import compare
 from peft_gauge.history.intervals import judge
 from peft_gauge.history.rules import read_rules
-from peft_gauge.history.simulation import SHARED_HOST, TAKING_TURNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from benchmarks.simulation import Pairs, Times
     from peft_gauge.history.intervals import Verdict
-    from peft_gauge.history.simulation import Pairs, Times
 
     Record = Callable[..., None]
 
@@ -378,9 +378,9 @@ class RealPairs:
 def real_pairs(neighbours: int, count: int, *, again: bool = False) -> RealPairs:
     """``again``: others than those that were measured without it."""
     installed = Environment(Side(()), None, {})
-    cases = options.cases_of(["lora"], "toy-llama", None, None, "cpu")
+    cases = ab_options.cases_of(["lora"], "toy-llama", None, None, "cpu")
     with busy_neighbours(neighbours):
-        setting = options.setting_of(1, cases[0].device)
+        setting = ab_options.setting_of(1, cases[0].device)
         begin = time.perf_counter()
         (found,) = measure_pairs((installed, installed), cases, count, PairRule(), setting)
         seconds = (time.perf_counter() - begin) / count

@@ -45,7 +45,7 @@ def doctor(
     results: Annotated[Path, typer.Option(help="Where runs are to be saved.")] = Path("results"),
 ) -> None:
     """Print what this machine can run and what is missing, with how to get it."""
-    from peft_gauge.doctor import examine
+    from peft_gauge.commands.doctor import examine
 
     lines = list(examine(results))
     for line in lines:
@@ -59,8 +59,8 @@ def fetch(
     name: Annotated[str, typer.Argument(help="Which weights: smollm2.")],
 ) -> None:
     """Bring real weights into the user's cache, with a checksum, and dequantise them for the runs to come."""
-    from peft_gauge.fetch import fetch as fetch_weights
-    from peft_gauge.fetch import prepare
+    from peft_gauge.training.fetch import fetch as fetch_weights
+    from peft_gauge.training.fetch import prepare
 
     weights = fetch_weights(name)
     print(weights)

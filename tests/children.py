@@ -141,8 +141,8 @@ def tell_what_a_fork_would_not_survive() -> dict[str, bool]:
 
 def measure_and_train(setup: Any) -> dict[str, Any]:
     """A measured case, and the losses of a few steps of its own."""
-    from peft_gauge.cases import build_job
     from peft_gauge.measure import passes
+    from peft_gauge.training.cases import build_job
 
     figures = passes.measure(setup)
     job = build_job(setup.case, stream=setup.stream)

@@ -8,8 +8,8 @@ has it replaced.
     environment = settings(folder, total_bytes=2 * GIB)   # for a process to be started; its children inherit it
 
 Tensors "on cuda" are the CPU's; `tests.fake_cuda_tensors` marks their storages, and is loaded when CUDA comes into use.
-Memory is kept by `peft_gauge.plan.allocator`, which models torch's own allocator; NVML is `tests.fake_cuda_nvml`, whose
-figures follow it. Nothing of this is known to the code under test.
+Memory is kept by `peft_gauge.memory.allocator`, which models torch's own allocator; NVML is `tests.fake_cuda_nvml`,
+whose figures follow it. Nothing of this is known to the code under test.
 
 What is not modelled: CUDA graphs, a second card, speed. Pinned memory is any memory. Of streams there is only which one
 is current, and that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from peft_gauge.plan.allocator import NULL_HANDLE, CachingAllocator, OutOfMemory, round_request
+from peft_gauge.memory.allocator import NULL_HANDLE, CachingAllocator, OutOfMemory, round_request
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20

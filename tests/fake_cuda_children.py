@@ -315,7 +315,7 @@ def fork_after_use() -> dict[str, Any]:
 def quantise_on_the_card() -> dict[str, Any]:
     import torch
 
-    from peft_gauge.quantization import load_bitsandbytes
+    from peft_gauge.training.quantization import load_bitsandbytes
 
     bitsandbytes = load_bitsandbytes("cuda")
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)

@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from peft_gauge._internals.torch import DispatchMode, current_node, holders, is_fake, schema, storage_key
-from peft_gauge.plan.tracker import _dense, _lone_holders
+from peft_gauge.memory.tracker import _dense, _lone_holders
 from tests.fake_cuda import WORKSPACE_BYTES, Device
 
 CUDA = torch.device("cuda", 0)

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from peft_gauge import fork_server, isolation, models
+from peft_gauge import fork_server, isolation
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import note
 from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
+from peft_gauge.training import models
 
 if TYPE_CHECKING:
     from peft_gauge.measure.passes import Setup
@@ -112,7 +113,7 @@ def give(figures: dict[str, Any]) -> dict[str, Any]:
 def run_out_of_memory(setup: Setup) -> dict[str, Any]:
     """The real measurement, of a step for whose update there is no memory."""
     from peft_gauge.measure import passes
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.step import TrainingJob
     from tests import children
 
     TrainingJob.optimizer_step = lambda self: children.raise_out_of_memory()  # type: ignore[method-assign]

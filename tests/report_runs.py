@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, CaseRecord, as_json
-from peft_gauge.history.writing import write_run
+from peft_gauge.history.writer import write_run
 
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 SETTINGS = {"batch": 1, "seq": 64, "dtype": "float32", "weights": "random"}

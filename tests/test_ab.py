@@ -18,9 +18,10 @@ import pytest
 
 from peft_gauge.clock.rounds import WarmUp, median_interval
 from peft_gauge.clock.steadiness import HostState
-from peft_gauge.environments import measuring, options
+from peft_gauge.commands import ab_options
+from peft_gauge.environments import measurement
 from peft_gauge.environments.build import Environment
-from peft_gauge.environments.measuring import (
+from peft_gauge.environments.measurement import (
     Finding,
     ProcessPair,
     Setting,
@@ -45,7 +46,7 @@ from peft_gauge.environments.self_check import resolution
 from peft_gauge.environments.state import Kept
 from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.reading import read_run, runs_in
+from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
 from tests.stepping_child import MACHINE, figures
 
@@ -350,7 +351,7 @@ def test_an_unsteady_host_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         for number in range(2)
     )
-    monkeypatch.setattr(measuring, "host_state", lambda: next(states))
+    monkeypatch.setattr(measurement, "host_state", lambda: next(states))
     finding = found_by(Sides(1.1))
     assert finding.judged is not None
     assert finding.judged.verdict == "worse"
@@ -465,7 +466,7 @@ def ab(run_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
 
     def run(setting: Sides, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(options, "setting_of", lambda threads, device: setting)
+        monkeypatch.setattr(ab_options, "setting_of", lambda threads, device: setting)
         given = arguments or ("gaugeprobe==1", "gaugeprobe==2")
         return run_command("ab", *given, "--device", "cpu", "--results", str(tmp_path / "r"), "--budget", "3")
 
@@ -526,7 +527,7 @@ def test_several_methods_share_the_error(ab: Callable[..., Any], monkeypatch: py
         errors.append(rule.error)
         return real(environments, cases, rule, *rest, **kept)
 
-    monkeypatch.setattr(measuring, "compare_cases", spy)
+    monkeypatch.setattr(measurement, "compare_cases", spy)
     arguments = (".", "gaugeprobe==2", "--method", "lora,ia3", "--method", "qlora")
     code, printed, _ = ab(Sides(1.0), *arguments)
     assert code == 0

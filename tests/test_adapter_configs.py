@@ -14,12 +14,12 @@ import peft
 import pytest
 from transformers import CONFIG_MAPPING
 
-from peft_gauge import methods, models
-from peft_gauge.cases import count_on_meta
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import count_on_meta
+from peft_gauge.training.step import StepSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

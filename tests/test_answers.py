@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from peft_gauge.history.answers import NewestAnswers
-from peft_gauge.history.reading import read_run
+from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CaseRecord, Outcome, Selection
-from peft_gauge.report.page_data import gather
+from peft_gauge.report.html.page_data import gather
 from tests.report_runs import SETTINGS, claim, memory_case, save, step_case, subject
 
 Command = Callable[..., tuple[int, str, str]]

@@ -12,7 +12,7 @@ import pytest
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
-from peft_gauge.fetch import FETCHABLE, fetch
+from peft_gauge.training.fetch import FETCHABLE, fetch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--model", "toy-llama", "--method", "prompt", "--rounds", "1"]

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peft_gauge.environments import build, options, probing
-from peft_gauge.environments.bisecting import Answer, Outcome, Probe, bisect, expected_probes
+from peft_gauge.commands import ab_options
+from peft_gauge.environments import build, probe
+from peft_gauge.environments.bisection import Answer, Outcome, Probe, bisect, expected_probes
 from peft_gauge.environments.build import Environment, NoEnvironment
-from peft_gauge.environments.measuring import Finding, Setting
+from peft_gauge.environments.measurement import Finding, Setting
 from peft_gauge.environments.pairs import PairRule
-from peft_gauge.environments.probing import Metric, difference, parse_metric, rule_for
+from peft_gauge.environments.probe import Metric, difference, parse_metric, rule_for
 from peft_gauge.environments.requirements import Side
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.intervals import Judgement, Verdict
@@ -183,7 +184,7 @@ def test_a_figure_that_is_unknown_is_not_zero() -> None:
 def test_every_part_of_a_fingerprint_can_be_asked_for() -> None:
     from peft_gauge.history.fingerprints import _TEXTS
 
-    assert {what for kinds in probing.PARTS.values() for what in kinds} | {"adapter_bytes"} == {
+    assert {what for kinds in probe.PARTS.values() for what in kinds} | {"adapter_bytes"} == {
         *_TEXTS,
         "modules",
         "losses",
@@ -208,10 +209,10 @@ class World:
         self.shaped: list[str] = []
         self.stop_at: str | None = None
         monkeypatch.setattr(build, "releases", self.releases)
-        monkeypatch.setattr(probing.Prober, "_environment", lambda prober, release: self.environment(release))
-        monkeypatch.setattr(probing, "shape_of", self.shape_of)
-        monkeypatch.setattr(probing, "compare_case", self.compare_case)
-        monkeypatch.setattr(options, "setting_of", lambda threads, device: Setting())
+        monkeypatch.setattr(probe.Prober, "_environment", lambda prober, release: self.environment(release))
+        monkeypatch.setattr(probe, "shape_of", self.shape_of)
+        monkeypatch.setattr(probe, "compare_case", self.compare_case)
+        monkeypatch.setattr(ab_options, "setting_of", lambda threads, device: Setting())
 
     def releases(self, library: str) -> list[Any]:
         from packaging.version import Version
@@ -391,7 +392,7 @@ def test_a_reference_that_no_longer_runs_is_an_error(bisecting: Bisecting, monke
         old, new = finding.records
         return replace(finding, records=(replace(old, outcome="crashed", reason="killed by SIGKILL"), new), judged=None)
 
-    monkeypatch.setattr(probing, "compare_case", broken)
+    monkeypatch.setattr(probe, "compare_case", broken)
     code, _, complaint = run()
     assert (code, complaint) == (2, "peft-gauge: the reference crashed, which had run before: killed by SIGKILL\n")
 
@@ -429,7 +430,7 @@ def test_with_pip_and_children_and_all(run_command: Command, tmp_path: Path, mon
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "MEASURED", ())
-    monkeypatch.setattr(options, "setting_of", lambda *asked: Setting(program="tests.stepping_child"))
+    monkeypatch.setattr(ab_options, "setting_of", lambda *asked: Setting(program="tests.stepping_child"))
     code, printed, complaint = run_command("bisect", "gaugeprobe", "1.0..3.0", "--metric", TIME, "--device", "cpu")
     assert (code, complaint) == (1, "")
     lines = printed.splitlines()

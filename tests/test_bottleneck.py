@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_gauge import models
-from peft_gauge.bottleneck import (
+from peft_gauge.errors import GaugeError
+from peft_gauge.training import models
+from peft_gauge.training.bottleneck import (
     CONFIG_FILE,
     NONLINEARITIES,
     WEIGHTS_FILE,
@@ -28,8 +29,7 @@ from peft_gauge.bottleneck import (
     load,
     save,
 )
-from peft_gauge.bottleneck_layers import ACTIVATIONS, BottleneckAdapter, adapted_modules
-from peft_gauge.errors import GaugeError
+from peft_gauge.training.bottleneck_layers import ACTIVATIONS, BottleneckAdapter, adapted_modules
 
 REFERENCE = Path(__file__).parent / "reference"
 STYLES: tuple[Style, ...] = ("houlsby", "pfeiffer")
@@ -278,7 +278,7 @@ def test_gradient_checkpointing_recomputes_the_adapters_and_gives_the_same_gradi
 
 @pytest.mark.parametrize("style", STYLES)
 def test_over_a_4_bit_base(style: Style) -> None:
-    from peft_gauge.quantization import quantize_
+    from peft_gauge.training.quantization import quantize_
 
     # bitsandbytes repacks the weights at a forward pass in eval mode on some CPUs, and then cannot backpropagate.
     model = toy().train()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import reading
-from peft_gauge.history.reading import read_run, runs_in
+from peft_gauge.history import reader
+from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import KEY, SAMPLES, VERSION
 
 if TYPE_CHECKING:
@@ -126,14 +126,14 @@ def test_a_file_too_large_is_refused_before_it_is_read(
 
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "500 MB" in err
-    assert f"{reading.MOST_BYTES // 1_000_000} MB" in err
+    assert f"{reader.MOST_BYTES // 1_000_000} MB" in err
 
 
 def test_a_file_just_not_too_large_is_read(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(whole())
-    monkeypatch.setattr(reading, "MOST_BYTES", path.stat().st_size)
+    monkeypatch.setattr(reader, "MOST_BYTES", path.stat().st_size)
     assert read_run(path).cases[0].id == STEP
-    monkeypatch.setattr(reading, "MOST_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(reader, "MOST_BYTES", path.stat().st_size - 1)
     with pytest.raises(GaugeError, match="is too large"):
         read_run(path)
 

@@ -16,10 +16,10 @@ import pytest
 from fixtures import budget
 from fixtures.budget import GROWTH, REST, STEP, VARIATION, Budget, Past, process_seconds
 from fixtures.measured import Asked, Job
-from peft_gauge import methods, models
-from peft_gauge.cases import Case
 from peft_gauge.errors import GaugeError
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
 from tests.test_measured_cases import Suite, by_question
 
 TOY = models.resolve("toy-llama", weights="random")

@@ -26,15 +26,15 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from peft_gauge import paths
-from peft_gauge.bundling import choosing, collecting, needs, on_node
-from peft_gauge.bundling.checkout import find_checkout
-from peft_gauge.bundling.collecting import Bundle, Wanted, collect
-from peft_gauge.bundling.having import comes_with_torch, parse_having
-from peft_gauge.bundling.needs import OPTIONAL, Project, read_project
-from peft_gauge.bundling.resolving import Pip, Release
-from peft_gauge.bundling.target import Target, parse_target
+from peft_gauge.bundle import collection, on_node, requirements, selection
+from peft_gauge.bundle.checkout import find_checkout
+from peft_gauge.bundle.collection import Bundle, Wanted, collect
+from peft_gauge.bundle.installed import comes_with_torch, parse_having
+from peft_gauge.bundle.requirements import OPTIONAL, Project, read_project
+from peft_gauge.bundle.resolution import Pip, Release
+from peft_gauge.bundle.target import Target, parse_target
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.writing import bundled_commit
+from peft_gauge.history.writer import bundled_commit
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -119,10 +119,10 @@ def toy(monkeypatch: pytest.MonkeyPatch, index: Path) -> Callable[..., None]:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setattr(collecting, "_torch_needs", list)
+    monkeypatch.setattr(collection, "_torch_needs", list)
 
     def needing(*requirements: str) -> None:
-        monkeypatch.setattr(collecting, "read_project", lambda: a_project(*requirements))
+        monkeypatch.setattr(collection, "read_project", lambda: a_project(*requirements))
 
     needing()
     return needing
@@ -354,7 +354,7 @@ def test_a_named_package_that_no_index_has_costs_the_others_nothing(tmp_path: Pa
 @pytest.mark.usefixtures("quick")
 def test_what_torch_needs_is_there_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = ["gaugebase", "nvidia-cublas; sys_platform == 'linux'", "gaugenowhere; os_name == 'nt'"]
-    monkeypatch.setattr(collecting, "_torch_needs", lambda: list(map(Requirement, needed)))
+    monkeypatch.setattr(collection, "_torch_needs", lambda: list(map(Requirement, needed)))
     made = named(tmp_path, "torch==2.11.0")
     assert not wheels(made).keys() & {"gaugebase", "gaugeunder"}
     assert made.notes == ()
@@ -393,10 +393,10 @@ def test_a_mirror_can_be_named(tmp_path: Path, index: Path, monkeypatch: pytest.
 def test_the_extra_that_saves_most_is_left_out_first() -> None:
     sizes = {"a": 10, "b": 5, "c": 3, "d": 4, "e": 4}
     optional = {"test": ["a", "b"], "report": ["a", "d", "e"]}
-    assert choosing.fit(["a"], optional, sizes, 23, lambda extras: 0) == ["test", "report"]
-    assert choosing.fit(["a"], optional, sizes, 22, lambda extras: 0) == ["test"]
-    assert choosing.fit(["a"], optional, sizes, 14, lambda extras: 0) == []
-    assert choosing.fit(["a"], optional, sizes, 22, lambda extras: 8) == []
+    assert selection.fit(["a"], optional, sizes, 23, lambda extras: 0) == ["test", "report"]
+    assert selection.fit(["a"], optional, sizes, 22, lambda extras: 0) == ["test"]
+    assert selection.fit(["a"], optional, sizes, 14, lambda extras: 0) == []
+    assert selection.fit(["a"], optional, sizes, 22, lambda extras: 8) == []
 
 
 @pytest.mark.usefixtures("quick")
@@ -668,8 +668,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, index: Path, repository: Pat
         patch.setenv("PIP_NO_INDEX", "1")
         patch.setenv("PIP_FIND_LINKS", str(index))
         patch.setenv("PIP_CONFIG_FILE", os.devnull)
-        patch.setattr(collecting, "read_project", lambda: a_project("torch>=2.6", "packaging>=23", "gaugeone>=1"))
-        patch.setattr(collecting, "find_checkout", lambda: find_checkout(repository))
+        patch.setattr(collection, "read_project", lambda: a_project("torch>=2.6", "packaging>=23", "gaugeone>=1"))
+        patch.setattr(collection, "find_checkout", lambda: find_checkout(repository))
         collect(Wanted(HERE, PLATFORM_HERE, (f"@{listed}",), folder / "bundle"))
     return folder / "bundle"
 
@@ -939,5 +939,5 @@ def test_what_runs_on_the_node_imports_nothing_of_the_package() -> None:
 
 
 def test_both_scripts_are_in_the_package() -> None:
-    for script in collecting.SCRIPTS:
-        assert (Path(needs.__file__).parent / script).is_file()
+    for script in collection.SCRIPTS:
+        assert (Path(requirements.__file__).parent / script).is_file()

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from peft_gauge import isolation, machine, methods, models, paths
+from peft_gauge import isolation, machine, paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import Outcome
-from peft_gauge.plan import allocator, gpus
-from peft_gauge.plan.calibrate import assumptions
-from peft_gauge.plan.overheads import (
+from peft_gauge.measure.calibration import assumptions
+from peft_gauge.memory import allocator, gpus
+from peft_gauge.memory.overheads import (
     CONTEXT_HOPPER_BYTES,
     default_overheads,
     overheads_for,
@@ -23,7 +23,8 @@ from peft_gauge.plan.overheads import (
 )
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,7 +40,7 @@ SIZES = {
 
 
 def found(**changes: Any) -> dict[str, Any]:
-    """What `peft_gauge.plan.calibrate.calibrate` returns for an H100 that is as plans assume."""
+    """What `peft_gauge.measure.calibration.calibrate` returns for an H100 that is as plans assume."""
     default = default_overheads((9, 0))
     return {
         "gpu_name": "NVIDIA H100 80GB HBM3",

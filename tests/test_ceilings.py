@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from peft_gauge import ceilings, methods
-from peft_gauge.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 from peft_gauge.commands import ceilings as ceilings_command
 from peft_gauge.errors import GaugeError
-from peft_gauge.models import resolve
-from peft_gauge.plan import worker
+from peft_gauge.plan import ceilings, worker
+from peft_gauge.plan.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import DeviceEstimate, Plan, PlanFailure, PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods
+from peft_gauge.training.models import resolve
+from peft_gauge.training.step import StepSettings
 
 MIB = 1 << 20
 LORA = CeilingKey("toy-llama", "lora", "cuda", "bfloat16", 2, 16)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import choosing
-from peft_gauge.history.choosing import Chosen, newest_base, newest_in_common, of_each
-from peft_gauge.history.reading import Run, runs_in
+from peft_gauge.history import selection
+from peft_gauge.history.reader import Run, runs_in
 from peft_gauge.history.schema import CaseRecord, Outcome
+from peft_gauge.history.selection import Chosen, newest_base, newest_in_common, of_each
 from tests.report_runs import save
 
 SPEED = "benchmarks/test_speed.py::test_step[{}]"
@@ -112,13 +112,13 @@ def test_candidates_are_taken_by_what_they_have_in_common(mixed: list[Path]) -> 
 def test_a_long_history_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = history(tmp_path, *([case(f"benchmarks/test_x.py::test_{number}")] for number in range(30)))
     read: list[Path] = []
-    really = choosing.read_run
+    really = selection.read_run
 
     def noted(path: Path) -> Run:
         read.append(path)
         return really(path)
 
-    monkeypatch.setattr(choosing, "read_run", noted)
+    monkeypatch.setattr(selection, "read_run", noted)
     with pytest.raises(GaugeError):
         newest_in_common(files, 2)
     assert len(read) <= len(files) + 1

@@ -18,7 +18,7 @@ import pytest
 from peft_gauge.claims import NOT_MEASURED, ledger
 from peft_gauge.commands.claims import END, HEADINGS, START, as_markdown
 from peft_gauge.history.ledger import NewestVerdicts, Standing
-from peft_gauge.history.reading import read_run, runs_in
+from peft_gauge.history.reader import read_run, runs_in
 from tests import report_runs
 from tests.report_runs import CARD, save
 
@@ -316,7 +316,7 @@ def test_a_file_that_cannot_be_written_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peft_gauge.history.writing.os.fsync", full)
+    monkeypatch.setattr("peft_gauge.history.writer.os.fsync", full)
     code, printed, complaint = run_command("claims", str(results), "--write", str(page))
     assert (code, printed, complaint) == (2, "", f"peft-gauge: cannot write {page}: No space left on device\n")
     assert page.read_text() == PAGE

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_gauge import claims, doctor, models
+from peft_gauge import claims
 from peft_gauge.claims import Finding
+from peft_gauge.commands import doctor
 from peft_gauge.errors import GaugeError
-from peft_gauge.report.terminal import summary
+from peft_gauge.report.terminal.summary import summary
+from peft_gauge.training import models
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from peft_gauge.clock.steadiness import HostState, device_unsteady, host_state, host_unsteady
-from peft_gauge.meters.nvml_device import DeviceState
+from peft_gauge.clock.steadiness import DeviceState, HostState, device_unsteady, host_state, host_unsteady
 
 STEADY = DeviceState(sm_clock_mhz=1980, power_milliwatts=500_000, temperature_celsius=60, slowdowns=())
 UNKNOWN = DeviceState(None, None, None, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peft_gauge.history.comparing import Row
+from peft_gauge.history.comparison import Row
 from peft_gauge.history.intervals import Judgement
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, VERSION
 from peft_gauge.report.comparison import HEADINGS, cells

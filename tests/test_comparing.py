@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_gauge.history.comparing import Comparison, Row, compare, outcome_verdict
-from peft_gauge.history.reading import Run, read_run, runs_in
+from peft_gauge.history.comparison import Comparison, Row, compare, outcome_verdict
+from peft_gauge.history.reader import Run, read_run, runs_in
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, VERSION
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from peft_gauge import methods, models
-from peft_gauge.cases import count_on_meta
 from peft_gauge.counting import count, trainable_dtypes
-from peft_gauge.quantization import quantize_
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import count_on_meta
+from peft_gauge.training.quantization import quantize_
 
 
 class Tied(nn.Module):

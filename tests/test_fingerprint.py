@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from peft_gauge import methods, models
-from peft_gauge.cases import Case, build_job
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint import PHASES, fingerprint
 from peft_gauge.fingerprint.operators import _PRODUCT, Operator
 from peft_gauge.fingerprint.places import ROOT, UNKNOWN, folded
 from peft_gauge.history.fingerprints import differences, digest
-from peft_gauge.quantization import load_bitsandbytes
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case, build_job
+from peft_gauge.training.quantization import load_bitsandbytes
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 # peft asks transformers 5 for a property that it has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -20,10 +20,11 @@ import pytest
 
 from fixtures import cards
 from fixtures.cards import process_environment
-from peft_gauge import fork_server, isolation, methods, models
-from peft_gauge.cases import BATCHES, Case
+from peft_gauge import fork_server, isolation
 from peft_gauge.measure import PRELOAD
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import BATCHES, Case
+from peft_gauge.training.step import StepSettings
 from tests import children
 
 if TYPE_CHECKING:

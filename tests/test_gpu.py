@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fixtures.cards import process_environment
-from peft_gauge import ceilings, isolation, machine, methods, models, paths
-from peft_gauge.cases import BATCHES, Case
+from peft_gauge import isolation, machine, paths
 from peft_gauge.measure import PRELOAD
-from peft_gauge.plan.calibrate import FURTHER, Reading, assumptions, outside_bytes, workspace_bytes
-from peft_gauge.plan.overheads import overheads_for, write_calibration
+from peft_gauge.measure.calibration import FURTHER, Reading, assumptions, outside_bytes, workspace_bytes
+from peft_gauge.memory.overheads import overheads_for, write_calibration
+from peft_gauge.plan import ceilings
 from peft_gauge.plan.record import Plan, PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import BATCHES, Case
+from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
     from fixtures.plans import Plans
@@ -85,7 +87,7 @@ def take_tensors(sizes: list[int]) -> dict[str, Any]:
         del outer
         with phases.phase("late"):
             pass
-    return {reading.phase: reading.by_meter[CudaMeter.name] for reading in phases.readings}
+    return {reader.phase: reader.by_meter[CudaMeter.name] for reader in phases.readings}
 
 
 def hold_before_the_driver(nbytes: int) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def hold_before_the_driver(nbytes: int) -> dict[str, Any]:
         torch.cuda.synchronize()
     allocated_bytes = torch.cuda.memory_allocated()
     del tensor
-    readings = {reading.phase: reading.by_meter.get(NvmlMeter.name) for reading in phases.readings}
+    readings = {reader.phase: reader.by_meter.get(NvmlMeter.name) for reader in phases.readings}
     return {"readings": readings, "allocated_bytes": allocated_bytes, "unavailable": phases.unavailable}
 
 
@@ -327,7 +329,7 @@ def test_a_broken_device_ends_one_process_only() -> None:
 
 @pytest.fixture(scope="module")
 def overheads() -> dict[str, Any]:
-    return dict(value_of(call("peft_gauge.plan.calibrate:measure_overheads")))
+    return dict(value_of(call("peft_gauge.measure.calibration:measure_overheads")))
 
 
 @pytest.mark.gpu
@@ -351,7 +353,7 @@ def test_the_overheads_of_this_card(overheads: dict[str, Any], record_property: 
 @pytest.mark.gpu
 def test_a_calibration_is_what_plans_for_this_card_then_use(tmp_path: Path) -> None:
     """All of `peft-gauge calibrate`; the allocator's sizes are those that plans replay, to the byte."""
-    found = dict(value_of(call("peft_gauge.plan.calibrate:calibrate")))
+    found = dict(value_of(call("peft_gauge.measure.calibration:calibrate")))
     gpu_name = found.pop("gpu_name")
     write_calibration(tmp_path, gpu_name, **found)
     used = overheads_for(gpu_name, tmp_path)
@@ -393,15 +395,15 @@ def test_a_step_takes_what_was_planned(
 def test_a_traced_step_is_the_planned_one(method: str, tmp_path: Path, record_property: RecordProperty) -> None:
     """Where it is not, `peft-gauge trace` on the same file says where."""
     from peft_gauge.plan.planner import step_log
-    from peft_gauge.traces import reading, recording
-    from peft_gauge.traces.comparing import compare
+    from peft_gauge.traces import reader, recorder
+    from peft_gauge.traces.comparison import compare
 
     traced = value_of(call("measure_memory", "smollm2-135m", method, "cuda", str(tmp_path)))["trace"]
     assert "file" in traced, traced
     path = tmp_path / traced["file"]
-    assert path.stat().st_size <= recording.MOST_BYTES
+    assert path.stat().st_size <= recorder.MOST_BYTES
     planned, _ = step_log(request_of("smollm2-135m", methods.get(method)))
-    found = compare(planned, reading.step_log(reading.read(path)))
+    found = compare(planned, reader.step_log(reader.read(path)))
     for phase in found.phases:
         record_property(f"{phase.phase}_allocations", (phase.planned, phase.measured, phase.equal))
     record_property("unplanned_bytes", found.unplanned_bytes)
@@ -430,7 +432,7 @@ def request_of(model: str, method: methods.Method) -> PlanRequest:
 def measure_memory(model: str, method: str, device: str = "cuda", traces: str | None = None) -> dict[str, Any]:
     """The memory pass of the case that `request_of` plans; with a trace in the folder ``traces``."""
     from peft_gauge.measure.passes import Setup, measure
-    from peft_gauge.texts import token_stream
+    from peft_gauge.training.batches import token_stream
 
     request = request_of(model, methods.get(method))
     case = Case(request.model, request.method, request.settings, device, request.dtype)
@@ -460,7 +462,7 @@ def wide_model(folder: Path) -> str:
 
 def test_the_wide_model_fits_in_half_its_size_once_quantised(tmp_path: Path) -> None:
     """The packed linear layers with their constants, and the rest in float32: else no order could keep to the bound."""
-    from peft_gauge.cases import count_on_meta
+    from peft_gauge.training.cases import count_on_meta
 
     config = json.loads((Path(wide_model(tmp_path)) / "config.json").read_text())
     model = models.resolve(str(tmp_path), weights="random")

@@ -24,12 +24,14 @@ import torch
 
 from fixtures import measured
 from fixtures.selection import selected_device
-from peft_gauge import doctor, machine, methods, models
-from peft_gauge.cases import Case
+from peft_gauge import machine
+from peft_gauge.commands import doctor
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import Accelerator, Driver
 from peft_gauge.plan.record import GpuFit, PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
 from tests import fake_pynvml
 from tests.fake_pynvml import Card, Machine
 
@@ -337,7 +339,7 @@ class CudaLibrary:
 @pytest.fixture
 def native() -> Any:
     """The module that holds bitsandbytes' native library; imported while torch still gives its own answers."""
-    from peft_gauge.quantization import load_bitsandbytes
+    from peft_gauge.training.quantization import load_bitsandbytes
 
     load_bitsandbytes()
     import bitsandbytes.cextension
@@ -454,7 +456,7 @@ def test_the_doctor_lives_through_a_torch_that_fails_at_the_card(
 def test_qlora_is_refused_in_one_line_where_bitsandbytes_has_no_binary(
     native: Any, invent: Invent, with_h100: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft_gauge.quantization import load_bitsandbytes, quantize_
+    from peft_gauge.training.quantization import load_bitsandbytes, quantize_
 
     invent(built_for="14.0")
     lost = native.ErrorHandlerMockBNBNativeLibrary(
@@ -481,7 +483,7 @@ def test_weights_without_data_need_no_binary(native: Any, monkeypatch: pytest.Mo
     """A plan has them on a card that need not be there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from peft_gauge.quantization import quantize_
+    from peft_gauge.training.quantization import quantize_
 
     monkeypatch.setattr(
         native, "lib", native.ErrorHandlerMockBNBNativeLibrary("libcudart.so.12: cannot open shared object file")
@@ -505,7 +507,7 @@ def test_a_library_that_does_not_load_is_no_traceback() -> None:
         "torch._C._cuda_getCurrentRawStream = lambda number: 0\n"  # a CUDA build has it
         "torch.version.cuda = '99.0'\n"
         "from peft_gauge.errors import GaugeError\n"
-        "from peft_gauge.quantization import load_bitsandbytes\n"
+        "from peft_gauge.training.quantization import load_bitsandbytes\n"
         "load_bitsandbytes()\n"
         "try:\n"
         "    load_bitsandbytes('cuda')\n"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import reading, schema
-from peft_gauge.history.reading import read_run, runs_in
+from peft_gauge.history import reader, schema
+from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, CaseRecord
-from peft_gauge.history.writing import write_run
+from peft_gauge.history.writer import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -77,7 +77,7 @@ def broken(folder: Path, text: str | bytes) -> str:
 def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
     path = saved(tmp_path, ours(interrupted=True, benchmarks=(entry(data=[2.0]),)))
     run = read_run(path)
-    assert run == reading.Run(
+    assert run == reader.Run(
         path=path,
         machine=MACHINE,
         commit={"id": "0123456789abcdef", "dirty": True},
@@ -230,8 +230,8 @@ CASE: dict[str, Any] = {"id": "b::c", "question": "b", "outcome": "passed", "rea
         ({"schema": 0}, "peft_gauge.schema is 0, and the first was 1"),
         ({"options": None}, "peft_gauge.options is null, not an object"),
         ({"interrupted": 1}, "peft_gauge.interrupted is 1, not true or false"),
-        ({"cases": {}}, "peft_gauge.cases is {}, not a list"),
-        ({"cases": [CASE, 3]}, "peft_gauge.cases[1] is 3, not an object"),
+        ({"cases": {}}, "peft_gauge.training.cases is {}, not a list"),
+        ({"cases": [CASE, 3]}, "peft_gauge.training.cases[1] is 3, not an object"),
         ({"cases": [{"question": "b"}]}, "a case's id is missing"),
         ({"cases": [CASE | {"question": 3}]}, "case b::c: question is 3, not a text"),
         ({"cases": [CASE | {"reason": []}]}, "case b::c: reason is [], not a text"),
@@ -368,6 +368,6 @@ def test_a_selection_that_is_none_is_malformed(selection: Any, said: str, tmp_pa
 
 
 def test_reading_needs_no_heavy_library() -> None:
-    code = "import sys, peft_gauge.history.resuming; print({'torch', 'numpy', 'rich', 'pytest'} & set(sys.modules))"
+    code = "import sys, peft_gauge.history.resumption; print({'torch', 'numpy', 'rich', 'pytest'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,9 +12,9 @@ import pytest
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import schema
-from peft_gauge.history.resuming import merged, resumable, why_not
+from peft_gauge.history.resumption import merged, resumable, why_not
 from peft_gauge.history.schema import KEY, CaseRecord
-from peft_gauge.history.writing import write_run
+from peft_gauge.history.writer import write_run
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MACHINE = {

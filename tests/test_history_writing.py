@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import writing
+from peft_gauge.history import writer
 from peft_gauge.machine import machine_info, machine_name
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -26,18 +26,18 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def test_the_name_tells_number_commit_and_time(tmp_path: Path) -> None:
-    path = writing.write_run(tmp_path, "cpu-2c-cpu", RUN, now=NOW)
+    path = writer.write_run(tmp_path, "cpu-2c-cpu", RUN, now=NOW)
     assert path == tmp_path / "cpu-2c-cpu" / "0001_0123456789ab_20260102_030405.json"
     assert json.loads(path.read_text()) == RUN
     dirty = {"commit_info": {"id": "ffff", "dirty": True}}
-    assert writing.write_run(tmp_path, "cpu-2c-cpu", dirty, now=NOW).name == "0002_ffff-dirty_20260102_030405.json"
-    assert writing.write_run(tmp_path, "cpu-2c-cpu", {}, now=NOW).name == "0003_unversioned_20260102_030405.json"
+    assert writer.write_run(tmp_path, "cpu-2c-cpu", dirty, now=NOW).name == "0002_ffff-dirty_20260102_030405.json"
+    assert writer.write_run(tmp_path, "cpu-2c-cpu", {}, now=NOW).name == "0003_unversioned_20260102_030405.json"
     assert len(left_behind(tmp_path)) == 3
 
 
 def _write(folder: Path, at_once: Any) -> None:
     at_once.wait()
-    writing.write_run(folder, "m", RUN, now=NOW)
+    writer.write_run(folder, "m", RUN, now=NOW)
 
 
 def test_runs_that_end_at_once_get_different_numbers(tmp_path: Path) -> None:
@@ -54,15 +54,15 @@ def test_runs_that_end_at_once_get_different_numbers(tmp_path: Path) -> None:
 def test_a_number_saved_between_look_and_claim_is_not_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writing.write_run(tmp_path, "m", RUN, now=NOW)
-    monkeypatch.setattr(writing, "_numbers", lambda folder: iter(()))  # the look came too early
-    assert writing.write_run(tmp_path, "m", RUN, now=NOW).name.startswith("0002_")
+    writer.write_run(tmp_path, "m", RUN, now=NOW)
+    monkeypatch.setattr(writer, "_numbers", lambda folder: iter(()))  # the look came too early
+    assert writer.write_run(tmp_path, "m", RUN, now=NOW).name.startswith("0002_")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object()])
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(value: object, tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="cannot be saved as JSON"):
-        writing.write_run(tmp_path, "m", {"figure": value})
+        writer.write_run(tmp_path, "m", {"figure": value})
     assert left_behind(tmp_path) == []
 
 
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(GaugeError, match="No space left on device; --results moves it"):
-        writing.write_run(tmp_path, "m", RUN, now=NOW)
+        writer.write_run(tmp_path, "m", RUN, now=NOW)
     assert left_behind(tmp_path) == []
 
 
@@ -82,14 +82,14 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        writing.write_run(tmp_path, "m", RUN, now=NOW)
+        writer.write_run(tmp_path, "m", RUN, now=NOW)
     assert left_behind(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file where the folder should be")
     with pytest.raises(GaugeError, match="cannot save the run under"):
-        writing.write_run(tmp_path / "results", "m", RUN, now=NOW)
+        writer.write_run(tmp_path / "results", "m", RUN, now=NOW)
 
 
 def test_pytest_benchmarks_own_commands_read_our_files(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_pytest_benchmarks_own_commands_read_our_files(tmp_path: Path) -> None:
         "version": "5.0.0",
         "peft_gauge": {"schema": 1},
     }
-    writing.write_run(tmp_path, "m", run, now=NOW)
-    writing.write_run(tmp_path, "m", run, now=NOW)
+    writer.write_run(tmp_path, "m", run, now=NOW)
+    writer.write_run(tmp_path, "m", run, now=NOW)
     command = [sys.executable, "-m", "pytest_benchmark", "--storage", f"file://{tmp_path}"]
     listed = subprocess.run([*command, "list"], capture_output=True, text=True, check=True)
     assert len(listed.stdout.split()) == 2

@@ -72,9 +72,9 @@ def test_history_and_report_see_plain_records(path: Path) -> None:
     assert not rooms_of(path) & (MEASURED | MEASURING)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "bundling"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "bundle"], ids=lambda path: path.stem)
 def test_a_bundle_is_made_without_knowing_what_is_measured(path: Path) -> None:
-    assert rooms_of(path) <= {"bundling", "_internals", "errors", "paths"}
+    assert rooms_of(path) <= {"bundle", "_internals", "errors", "paths"}
 
 
 def test_the_command_is_on_top() -> None:
@@ -82,12 +82,12 @@ def test_the_command_is_on_top() -> None:
 
 
 def test_a_planted_import_is_seen(tmp_path: Path) -> None:
-    tree = ast.parse("def f():\n    from peft_gauge.methods import get\n")
+    tree = ast.parse("def f():\n    from peft_gauge.training.methods import get\n")
     assert isinstance(tree.body[0], ast.FunctionDef)
     planted = PACKAGE / "clock" / "__init__.py"
     assert "methods" not in rooms_of(planted)
     path = tmp_path / "x.py"
-    path.write_text("def f():\n    from peft_gauge.methods import get\n")
+    path.write_text("def f():\n    from peft_gauge.training.methods import get\n")
     # `rooms_of` reads any file; only relative imports need its place in the package.
     assert {n.split(".")[1] for n in _absolute_imports(path) if n.startswith("peft_gauge.")} == {"methods"}
 
@@ -104,15 +104,15 @@ def _absolute_imports(path: Path) -> set[str]:
     "module",
     [
         "peft_gauge.cli",
-        "peft_gauge.methods",
-        "peft_gauge.models",
-        "peft_gauge.history.writing",
-        "peft_gauge.report.terminal",
+        "peft_gauge.training.methods",
+        "peft_gauge.training.models",
+        "peft_gauge.history.writer",
+        "peft_gauge.report.terminal.summary",
         "peft_gauge.claims",
         "peft_gauge.isolation",
-        "peft_gauge.history.reading",
-        "peft_gauge.history.resuming",
-        "peft_gauge.bundling.collecting",
+        "peft_gauge.history.reader",
+        "peft_gauge.history.resumption",
+        "peft_gauge.bundle.collection",
     ],
 )
 def test_listing_needs_no_heavy_library(module: str) -> None:

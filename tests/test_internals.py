@@ -22,16 +22,17 @@ import pytest
 import torch
 from torch import nn
 
-from peft_gauge import _internals, methods, models
+from peft_gauge import _internals
 from peft_gauge._internals import bitsandbytes as from_bitsandbytes
 from peft_gauge._internals import peft as from_peft
 from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
 from peft_gauge._internals import torch as from_torch
 from peft_gauge._internals import transformers as from_transformers
-from peft_gauge.bundling.target import Target
+from peft_gauge.bundle.target import Target
 from peft_gauge.plan import fakes, flash_attention, policies
-from peft_gauge.quantization import load_bitsandbytes, quantize_
+from peft_gauge.training import methods, models
+from peft_gauge.training.quantization import load_bitsandbytes, quantize_
 from tests.stepping_child import make_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -581,7 +582,7 @@ def test_a_piece_that_came_later_is_not_missed(monkeypatch: pytest.MonkeyPatch) 
 def _quantised_plan_warnings() -> list[str]:
     from peft_gauge.plan.planner import plan
     from peft_gauge.plan.record import PlanRequest
-    from peft_gauge.step import StepSettings
+    from peft_gauge.training.step import StepSettings
 
     found = plan(PlanRequest(TOY, methods.QLORA, StepSettings(batch=1, seq=16), dtype="bfloat16"))
     return [warning for warning in found.warnings if "has no" in warning]

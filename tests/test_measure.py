@@ -14,20 +14,21 @@ from torch import nn
 
 from benchmarks import test_memory as memory_question
 from fixtures.measured import Measured
-from peft_gauge import cases, ceilings, meters, methods, models
-from peft_gauge.cases import Case
-from peft_gauge.ceilings import Ceiling
+from peft_gauge import meters
 from peft_gauge.clock.rounds import Round, Rounds, StoppingRule, Stopwatch, WarmUp
-from peft_gauge.clock.steadiness import HostState
+from peft_gauge.clock.steadiness import DeviceState, HostState
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import Outcome
 from peft_gauge.measure import memory, passes, speed
 from peft_gauge.measure.passes import Setup
 from peft_gauge.measure.slopes import Line, lines
-from peft_gauge.meters.nvml_device import DeviceState
+from peft_gauge.plan import ceilings
+from peft_gauge.plan.ceilings import Ceiling
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.step import StepSettings, TrainingJob
-from peft_gauge.texts import cut
+from peft_gauge.training import cases, methods, models
+from peft_gauge.training.batches import cut
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings, TrainingJob
 from tests.planted_cases import plan_of
 
 N = 1000  # trainable weights of `Product`

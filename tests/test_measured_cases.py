@@ -19,12 +19,13 @@ import psutil
 import pytest
 
 from fixtures import measured
-from peft_gauge import fork_server, isolation, methods, models
-from peft_gauge.cases import Case
+from peft_gauge import fork_server, isolation
 from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
 from tests.children import heed_ctrl_c
 from tests.planted_cases import LAST, PLANNED_PEAK_BYTES, PLANS, PLANTED, STARTED, TENSOR_PEAK_BYTES, plan_of
 

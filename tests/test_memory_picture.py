@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_gauge import methods, models
 from peft_gauge.commands.memory_curve import card, parse_seqs
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import worker
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.report import memory_picture
-from peft_gauge.report.memory_picture import HEIGHT, LABEL_DISTANCE, LOOKS, Card, Frame, Point, shown_gb
-from peft_gauge.step import StepSettings
+from peft_gauge.report.charts import memory_picture
+from peft_gauge.report.charts.memory_picture import HEIGHT, LABEL_DISTANCE, LOOKS, Card, Frame, Point, shown_gb
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
 
 GB = 10**9
 POINT = Point("toy", "lora", "LoRA", "bfloat16", 1, 128, "backward", 15 * GB, 13 * GB, 16 * GB)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report import memory_table, terminal
+from peft_gauge.report.terminal.summary import memory_table, summary
 
 SETTINGS = {"batch": 4, "seq": 768, "dtype": "bfloat16", "weights": "random", "grad_checkpointing": False}
 FIGURES: dict[str, Any] = {
@@ -136,7 +136,7 @@ def test_only_what_was_measured_and_passed_is_shown() -> None:
 @pytest.mark.parametrize("reasons", [[], ["SM clock fell from 1980 to 1410 MHz", "1 other process computes"]])
 def test_unsteady_times_say_so_and_why(reasons: list[str]) -> None:
     figures = {**{name: FIGURES[name] for name in ("method", "model", "device", "settings")}, "step_seconds": 0.25}
-    shown = terminal.summary([CaseRecord("a", "test_speed", "passed", None, {**figures, "unsteady": reasons})], [], 80)
+    shown = summary.summary([CaseRecord("a", "test_speed", "passed", None, {**figures, "unsteady": reasons})], [], 80)
     label = "lora (unsteady)" if reasons else "lora"
     assert cells(shown, label)[0] == label
     assert cells(shown, label)[7] == "250.00 ms"

@@ -19,6 +19,7 @@ import torch
 
 from peft_gauge import meters
 from peft_gauge.errors import GaugeError
+from peft_gauge.memory import tracker
 from peft_gauge.meters import FORWARD, OPTIMIZER, WHOLE_STEP, Phases, overhead_seconds
 from peft_gauge.meters.cuda import _COUNTS, _LAST, _PEAKS, CudaMeter
 from peft_gauge.meters.host import HostMeter
@@ -26,7 +27,6 @@ from peft_gauge.meters.nvml import NvmlMeter
 from peft_gauge.meters.nvml_device import NvmlDevice, find_device
 from peft_gauge.meters.sampling import OpenPhases, SampledPhases
 from peft_gauge.meters.tensors import TensorMeter
-from peft_gauge.plan import tracker
 from tests import fake_pynvml
 from tests.fake_pynvml import Card, Machine
 

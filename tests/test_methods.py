@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_gauge import methods, models
-from peft_gauge.cases import Case, build_job
 from peft_gauge.errors import GaugeError
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case, build_job
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
-    from peft_gauge.methods import Method
+    from peft_gauge.training.methods import Method
 
 EVERY = [*methods.METHODS.values()]
 

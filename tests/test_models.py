@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from fixtures.weights import stored_base
-from peft_gauge import models, paths
+from peft_gauge import paths
 from peft_gauge.errors import GaugeError
-from peft_gauge.fetch import prepare
+from peft_gauge.training import models
+from peft_gauge.training.fetch import prepare
 
 TOY = paths.fixture("models") / "toy-llama" / "config.json"
 

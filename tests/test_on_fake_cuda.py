@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from peft_gauge import methods
 from peft_gauge.history import schema
+from peft_gauge.training import methods
 from tests import fake_cuda
 from tests.fake_cuda import CONTEXT_BYTES, GIB, MIB, NAME, ROOT, SM_CLOCK_MHZ
 

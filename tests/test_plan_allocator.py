@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan.allocator import NULL_HANDLE, CachingAllocator, OutOfMemory, replay, round_request, segment_size
+from peft_gauge.memory.allocator import NULL_HANDLE, CachingAllocator, OutOfMemory, replay, round_request, segment_size
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -20,16 +20,16 @@ import pytest
 from rich.console import Console
 
 from fixtures.cards import process_environment
-from peft_gauge import methods, models
 from peft_gauge.commands.plan import adjusted
 from peft_gauge.isolation import child_environment
 from peft_gauge.measure import PRELOAD
+from peft_gauge.memory.tracker import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
-from peft_gauge.plan.tracker import CATEGORIES
 from peft_gauge.plan.worker import Preloaded
-from peft_gauge.report import plan_table
-from peft_gauge.step import StepSettings
+from peft_gauge.report.terminal.summary import plan_table
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
 from tests.children import heed_ctrl_c
 
 TOY = models.resolve("toy-llama", weights="random")
@@ -300,7 +300,7 @@ from peft_gauge import methods, models
 from peft_gauge.isolation import child_environment
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.worker import Preloaded, plan_in_parallel
-from peft_gauge.step import StepSettings
+from peft_gauge.training.step import StepSettings
 requests = [PlanRequest(models.resolve("toy-llama"), methods.QLORA, StepSettings(1, 8))] * 6
 preloaded = Preloaded(["planted_hanging"], child_environment())
 plan_in_parallel(requests, workers=2, preloaded=preloaded)

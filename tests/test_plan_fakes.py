@@ -10,8 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from peft_gauge.plan import fakes
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.tracker import (
     ACTIVATIONS,
     BACKWARD,
     BASE_WEIGHTS,
@@ -21,6 +20,7 @@ from peft_gauge.plan.tracker import (
     QUANTISATION_CONSTANTS,
     StorageTracker,
 )
+from peft_gauge.plan import fakes
 
 BATCH, HEADS, ROWS, WIDTH = 2, 4, 48, 16
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fixtures.measured import gpu_name
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import Accelerator
-from peft_gauge.plan import gpus
-from peft_gauge.plan.overheads import calibration_path, default_overheads, overheads_for, write_calibration
+from peft_gauge.memory import gpus
+from peft_gauge.memory.overheads import calibration_path, default_overheads, overheads_for, write_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.h200 import MeasuredStep, read_steps
-from peft_gauge.plan.overheads import CONTEXT_HOPPER_BYTES
+from peft_gauge.memory.overheads import CONTEXT_HOPPER_BYTES
 from peft_gauge.plan.planner import plan
 
 STEPS = read_steps()

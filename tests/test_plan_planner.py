@@ -14,20 +14,20 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_gauge import methods, models
 from peft_gauge.counting import count, nbytes, quantisation_constants
 from peft_gauge.errors import GaugeError
-from peft_gauge.methods import Quantization
+from peft_gauge.memory.overheads import default_overheads
+from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
+from peft_gauge.memory.tracker import Event as StorageEvent
 from peft_gauge.plan import fakes, planner
 from peft_gauge.plan.call import chunk_loss
-from peft_gauge.plan.overheads import default_overheads
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.plan.reserve import PASSES, Steps, device_estimate
 from peft_gauge.plan.search import find, largest_that_fits
-from peft_gauge.plan.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
-from peft_gauge.plan.tracker import Event as StorageEvent
-from peft_gauge.step import OPTIMIZERS, StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.methods import Quantization
+from peft_gauge.training.step import OPTIMIZERS, StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

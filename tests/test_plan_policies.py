@@ -13,10 +13,8 @@ from peft import LoraConfig, PeftType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan import fakes, policies
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.tracker import (
     BACKWARD,
     BASE_WEIGHTS,
     BUFFERS,
@@ -25,7 +23,9 @@ from peft_gauge.plan.tracker import (
     OPTIMIZER,
     StorageTracker,
 )
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.plan import fakes, policies
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

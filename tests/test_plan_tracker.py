@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_gauge.plan import fakes
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.tracker import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BACKWARD,
@@ -31,6 +30,7 @@ from peft_gauge.plan.tracker import (
     StorageTracker,
     rounded,
 )
+from peft_gauge.plan import fakes
 
 # peft asks transformers 5 for a property that it has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from peft_gauge import methods, models
 from peft_gauge._internals import released
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import planner
 from peft_gauge.plan.record import Plan, PlanRequest
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
 from tests import published_models as published
 
 # Name -> the class that transformers builds, its parameters, its attention, and the positions it has. Counted with

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_gauge.history.schema import CaseRecord, Outcome
-from peft_gauge.report.published_table import published_table
+from peft_gauge.report.terminal.published_table import published_table
 
 
 def case(name: str, outcome: Outcome = "passed", **figures: Any) -> CaseRecord:

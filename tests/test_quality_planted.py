@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality.planted import UPDATE_OVER_WEIGHT, Planted, PreparedPlanted, plant, small_decoder
 from peft_gauge.quality.training import Curve, Schedule, train
 from peft_gauge.quality.updates import Spectrum, lora_update_norm
+from peft_gauge.training import methods, models
 
 if TYPE_CHECKING:
-    from peft_gauge.methods import Method
+    from peft_gauge.training.methods import Method
 
 SEEDS = (0, 1, 2)
 STEPS = 120

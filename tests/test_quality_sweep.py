@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_gauge import methods
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality import sweep as sweeping
 from peft_gauge.quality.sweep import Lengths, Setting, Trained, figures, knees, over_seeds, pareto_rows, sweep
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.training import methods
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
-    from peft_gauge.methods import Method
+    from peft_gauge.training.methods import Method
 
 LENGTHS = Lengths(steps=4, search_steps=2)
 

@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
-from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality import tasks
 from peft_gauge.quality.examples import (
@@ -28,9 +27,10 @@ from peft_gauge.quality.examples import (
 )
 from peft_gauge.quality.tasks import PreparedText, TextTask, score, split
 from peft_gauge.quality.training import Schedule, train
+from peft_gauge.training import methods, models
 
 if TYPE_CHECKING:
-    from peft_gauge.methods import Method
+    from peft_gauge.training.methods import Method
 
 
 class Characters:

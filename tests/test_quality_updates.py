@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality.dissected import Dissected, PreparedDissected, spectral_figures
 from peft_gauge.quality.planted import Planted, Student, loss_on, plant, small_decoder
 from peft_gauge.quality.updates import RANKS, Spectrum, Updates, random_spectrum
+from peft_gauge.training import methods, models
 
 if TYPE_CHECKING:
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.step import TrainingJob
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_gauge import counting, quantization
+from peft_gauge import counting
 from peft_gauge.errors import GaugeError
+from peft_gauge.training import quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -435,7 +436,7 @@ def test_gpt2_is_quantised_layer_by_layer_and_peft_adapts_it() -> None:
     model = gpt2()
     quantization.quantize_(model)
     assert len(layers_of(model, "Linear4bit")) == 2 * 4
-    from peft_gauge import methods
+    from peft_gauge.training import methods
 
     attached = methods.attach(model, methods.LORA)
     attached(input_ids=token_ids(), labels=token_ids()).loss.backward()

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.comparing import compare
-from peft_gauge.history.reading import read_run
+from peft_gauge.history.comparison import compare
+from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, CaseRecord
-from peft_gauge.report import markdown, page_data, page_tables, pictures, plots
-from peft_gauge.report.page_data import Report, gather
-from peft_gauge.report.page_history import History, RememberedRules, median_interval
+from peft_gauge.report import markdown
+from peft_gauge.report.charts import pictures, plots
+from peft_gauge.report.html import page_data, page_tables
+from peft_gauge.report.html.page_data import Report, gather
+from peft_gauge.report.html.page_history import History, RememberedRules, median_interval
 from tests import report_runs
 from tests.report_runs import PEAK, card_run, claim, memory_case, save, step_case, three_runs
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from peft_gauge.history.comparing import compare
-from peft_gauge.history.reading import read_run
+from peft_gauge.history.comparison import compare
+from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import SAMPLES
-from peft_gauge.report import page
-from peft_gauge.report.page_data import PLOTTED, gather
+from peft_gauge.report.html import page
+from peft_gauge.report.html.page_data import PLOTTED, gather
 from tests import chromium
 from tests.report_runs import card_run, three_runs
 

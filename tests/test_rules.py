@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.comparing import judge_value
+from peft_gauge.history.comparison import judge_value
 from peft_gauge.history.rules import HostSpread, Rule, read_rules
 
 STEP = "benchmarks/test_speed.py::test_step[lora-smollm2-135m-cpu]"

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_gauge import methods, models
-from peft_gauge.cases import Case
 from peft_gauge.clock.rounds import StoppingRule, Stopwatch, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.serving import observed, passes, ways
 from peft_gauge.serving.observed import Mixing
 from peft_gauge.serving.server import BASE, FIRST, Server, grow, stored_bytes, token_ids
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
 
 TOY = models.resolve("toy-llama", weights="random")
 ONCE = StoppingRule(min_rounds=3, max_rounds=3), WarmUp(least=1, most=1, window=1)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fixtures import measured, plans, sweeps
-from peft_gauge import methods, models
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
 from peft_gauge.quality import tasks
-from peft_gauge.step import StepSettings
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
 from tests.planted_cases import plan_of
 
 

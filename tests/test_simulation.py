@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import simulation
+from benchmarks.simulation import FIRST_OF_PAIR, FIRST_STARTED, SEEN, SHARED_HOST, TAKING_TURNS, Noise, Seen
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import simulation
-from peft_gauge.history.comparing import compare
+from peft_gauge.history.comparison import compare
 from peft_gauge.history.intervals import MOST_FURTHER, Replicated, Single, estimate, judge, of_pairs
 from peft_gauge.history.metrics import Samples, cases_of
-from peft_gauge.history.reading import read_run, runs_in
+from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.rules import HostSpread, read_rules
-from peft_gauge.history.simulation import FIRST_OF_PAIR, FIRST_STARTED, SEEN, SHARED_HOST, TAKING_TURNS, Noise, Seen
 
 ROOT = Path(__file__).resolve().parents[1]
 READ_FROM = ("0001_006d869355e5_20261124_191448.json", "0002_21eda5de3f82_20261124_203938.json")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_gauge import models
 from peft_gauge.errors import GaugeError
-from peft_gauge.step import OPTIMIZERS, StepSettings, TrainingJob
-from peft_gauge.texts import batches, chat_examples
+from peft_gauge.training import models
+from peft_gauge.training.batches import batches, chat_examples
+from peft_gauge.training.step import OPTIMIZERS, StepSettings, TrainingJob
 
 
 class Quadratic(nn.Module):

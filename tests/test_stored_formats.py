@@ -10,12 +10,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_gauge import cases, counting, methods, models, quantization, stored_layers
-from peft_gauge.cases import Case
+from peft_gauge import counting
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan import fakes, planner
-from peft_gauge.plan.record import Plan, PlanRequest
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.tracker import (
     ACTIVATIONS,
     BACKWARD,
     DEQUANTISED_TEMPORARIES,
@@ -24,8 +21,12 @@ from peft_gauge.plan.tracker import (
     QUANTISATION_CONSTANTS,
     StorageTracker,
 )
-from peft_gauge.step import StepSettings
-from peft_gauge.stored_formats import stored_format
+from peft_gauge.plan import fakes, planner
+from peft_gauge.plan.record import Plan, PlanRequest
+from peft_gauge.training import cases, methods, models, quantization, stored_layers
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
+from peft_gauge.training.stored_formats import stored_format
 from tests import published_models as published
 
 if TYPE_CHECKING:

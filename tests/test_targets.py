@@ -15,9 +15,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from peft_gauge import methods, models, targets
 from peft_gauge.errors import GaugeError
-from peft_gauge.report.plan_table import adapted_modules
+from peft_gauge.report.terminal.plan_table import adapted_modules
+from peft_gauge.training import methods, models, targets
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

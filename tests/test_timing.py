@@ -13,7 +13,7 @@ import pytest
 
 from peft_gauge import clock
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report import plan_table, terminal
+from peft_gauge.report.terminal.summary import plan_table, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,7 +119,7 @@ def test_derived_and_shown_figures_agree_with_the_stored(planted_run: tuple[str,
     [(None, "–"), (1.5, "1.50 s"), (0.999, "999.00 ms"), (0.00012, "120.00 µs"), (2.5e-6, "2.50 µs"), (0.0, "0.00 µs")],
 )
 def test_seconds_as_shown(value: float | None, shown: str) -> None:
-    assert terminal.shown_seconds(value) == shown
+    assert summary.shown_seconds(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_seconds_as_shown(value: float | None, shown: str) -> None:
     ],
 )
 def test_bytes_as_shown(value: float | None, shown: str) -> None:
-    assert terminal.shown_bytes(value) == shown
+    assert summary.shown_bytes(value) == shown
 
 
 def test_a_failed_case_lends_no_figures_to_the_table() -> None:
@@ -144,7 +144,7 @@ def test_a_failed_case_lends_no_figures_to_the_table() -> None:
         CaseRecord("a", "test_speed", "failed", "out of memory", figures),
         CaseRecord("b", "test_speed", "passed", None, {**figures, "step_seconds": 2.0}),
     ]
-    assert [row["step_seconds"] for row in terminal.method_rows(cases)] == [2.0]
+    assert [row["step_seconds"] for row in summary.method_rows(cases)] == [2.0]
 
 
 def test_planned_cases_have_a_table_of_their_own() -> None:

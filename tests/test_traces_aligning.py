@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_gauge.traces import aligning
-from peft_gauge.traces.aligning import SAME_LIFE, SAME_SITE, SAME_SIZE, Key, align, comparable, weight
+from peft_gauge.traces import alignment
+from peft_gauge.traces.alignment import SAME_LIFE, SAME_SITE, SAME_SIZE, Key, align, comparable, weight
 
 KEYS = st.builds(Key, st.sampled_from([512, 1024, 1536]), st.sampled_from(["", "a.py:f", "b.py:g"]), st.booleans())
 
@@ -46,7 +46,7 @@ def test_no_alignment_is_better(left: list[Key], right: list[Key]) -> None:
 def test_a_table_that_is_halved_finds_as_good_a_one(left: list[Key], right: list[Key]) -> None:
     whole = total(left, right, align(left, right))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aligning, "MOST_CELLS", 16)
+        patch.setattr(alignment, "MOST_CELLS", 16)
         assert total(left, right, align(left, right)) == whole
 
 

@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 import torch
 
-from peft_gauge import cases, methods, models
-from peft_gauge.cases import Case
 from peft_gauge.commands.trace import request_of
 from peft_gauge.errors import GaugeError
-from peft_gauge.measure import passes, tracing
+from peft_gauge.measure import passes, trace
 from peft_gauge.measure.passes import Setup
+from peft_gauge.memory.tracker import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
 from peft_gauge.plan.record import PlanRequest
-from peft_gauge.plan.tracker import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
-from peft_gauge.step import StepSettings
-from peft_gauge.traces import recording
-from peft_gauge.traces.reading import MARK_BYTES, read, step_log
+from peft_gauge.traces import recorder
+from peft_gauge.traces.reader import MARK_BYTES, read, step_log
+from peft_gauge.training import cases, methods, models
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
 from tests.test_traces_reading import ADAM, EMBEDDING, GRADS, LINEAR, Device, frame, snapshot
 
 MARK_ADDRESS = 0xF0000
-MARK_FRAMES = [frame("peft_gauge/traces/recording.py", 80, "mark"), frame("train.py", 3, "<module>")]
+MARK_FRAMES = [frame("peft_gauge/traces/recorder.py", 80, "mark"), frame("train.py", 3, "<module>")]
 
 
 class StandIn:
@@ -112,9 +112,9 @@ class Job:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     stand_in = StandIn()
-    monkeypatch.setattr(recording, "memory_history", stand_in.history)
-    monkeypatch.setattr(recording, "memory_snapshot", stand_in.snapshot)
-    monkeypatch.setattr(recording, "mark", stand_in.mark)
+    monkeypatch.setattr(recorder, "memory_history", stand_in.history)
+    monkeypatch.setattr(recorder, "memory_snapshot", stand_in.snapshot)
+    monkeypatch.setattr(recorder, "mark", stand_in.mark)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test")
     yield stand_in
@@ -130,7 +130,7 @@ def toy_case(device: str, **settings: Any) -> Case:
 
 
 def test_a_step_is_recorded_with_its_phases_and_without_its_marks(card: StandIn) -> None:
-    found = recording.record_step(Job(card), "cuda")
+    found = recorder.record_step(Job(card), "cuda")
     log = step_log(found)
     assert card.switched == [True, False]
     assert [part.phase for part in log.segments] == [
@@ -146,14 +146,14 @@ def test_a_step_is_recorded_with_its_phases_and_without_its_marks(card: StandIn)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_the_history_is_off_after_a_step_that_failed(card: StandIn, where: str) -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        recording.record_step(Job(card, where), "cuda")
+        recorder.record_step(Job(card, where), "cuda")
     assert card.switched == [True, False]
 
 
 def test_what_is_kept_in_a_file_is_what_was_recorded(card: StandIn, tmp_path: Path) -> None:
-    found = recording.record_step(Job(card), "cuda")
+    found = recorder.record_step(Job(card), "cuda")
     path = tmp_path / "new" / "folder" / "case.json.gz"
-    recording.write(path, found, {"model": "toy-llama"}, {"gpu": "NVIDIA Test"})
+    recorder.write(path, found, {"model": "toy-llama"}, {"gpu": "NVIDIA Test"})
     again = read(path)
     first, second = step_log(found), step_log(again)
     assert first.allocations == second.allocations
@@ -171,28 +171,28 @@ def test_what_is_kept_in_a_file_is_what_was_recorded(card: StandIn, tmp_path: Pa
 def test_stacks_are_cut_where_the_file_would_be_too_large(
     card: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = recording.record_step(Job(card), "cuda")
+    found = recorder.record_step(Job(card), "cuda")
     deep = [
         tuple(f"package/module_{number}.py:{depth}:call" for depth in range(30)) for number in range(len(found.stacks))
     ]
     path = tmp_path / "case.json.gz"
 
     def depth() -> int:
-        recording.write(path, replace(found, stacks=deep), {}, {})
+        recorder.write(path, replace(found, stacks=deep), {}, {})
         return max(len(stack) for stack in json.loads(gzip.decompress(path.read_bytes()))["stacks"])
 
-    assert depth() == recording.FRAMES[0]
-    monkeypatch.setattr(recording, "MOST_BYTES", path.stat().st_size - 1)
-    assert depth() == recording.FRAMES[1]
-    monkeypatch.setattr(recording, "MOST_BYTES", 10)
-    assert depth() == recording.FRAMES[-1]
+    assert depth() == recorder.FRAMES[0]
+    monkeypatch.setattr(recorder, "MOST_BYTES", path.stat().st_size - 1)
+    assert depth() == recorder.FRAMES[1]
+    monkeypatch.setattr(recorder, "MOST_BYTES", 10)
+    assert depth() == recorder.FRAMES[-1]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(card: StandIn, tmp_path: Path) -> None:
-    found = recording.record_step(Job(card), "cuda")
+    found = recorder.record_step(Job(card), "cuda")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(GaugeError, match="the trace cannot be written to .*file/case.json.gz: File exists"):
-        recording.write(tmp_path / "file" / "case.json.gz", found, {}, {})
+        recorder.write(tmp_path / "file" / "case.json.gz", found, {}, {})
 
 
 # Beside the memory pass -----------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(card: StandIn, tmp_path: Pa
 
 def test_the_memory_pass_leaves_a_trace_that_tells_what_to_plan(card: StandIn, tmp_path: Path) -> None:
     case = toy_case("cuda", grad_accumulation=2, clip_grad_norm=1.0)
-    found = tracing.trace_step(case, Job(card), tmp_path, {"allocated_peak_bytes": 10_000})  # type: ignore[arg-type]
+    found = trace.trace_step(case, Job(card), tmp_path, {"allocated_peak_bytes": 10_000})  # type: ignore[arg-type]
     (path,) = tmp_path.iterdir()
     assert found == {"file": path.name}
     assert path.name.startswith("lora-toy-llama-cuda_")
@@ -215,7 +215,7 @@ def test_the_memory_pass_leaves_a_trace_that_tells_what_to_plan(card: StandIn, t
 
 def test_a_trace_that_fails_says_why_and_costs_the_case_nothing(card: StandIn, tmp_path: Path) -> None:
     job = Job(card, fails_in="backward")
-    found = tracing.trace_step(toy_case("cuda"), job, tmp_path, {})  # type: ignore[arg-type]
+    found = trace.trace_step(toy_case("cuda"), job, tmp_path, {})  # type: ignore[arg-type]
     assert found == {"skipped": "OutOfMemoryError: CUDA out of memory in backward"}
     assert list(tmp_path.iterdir()) == []
     assert job.cleared == 2  # once before the step, once after what it left
@@ -223,7 +223,7 @@ def test_a_trace_that_fails_says_why_and_costs_the_case_nothing(card: StandIn, t
 
 def test_a_cpu_has_no_trace_and_says_so(tmp_path: Path) -> None:
     job: Any = SimpleNamespace()  # is not touched
-    assert tracing.trace_step(toy_case("cpu"), job, tmp_path, {}) == {"skipped": tracing.NO_LOG}
+    assert trace.trace_step(toy_case("cpu"), job, tmp_path, {}) == {"skipped": trace.NO_LOG}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,7 +236,7 @@ def test_the_step_that_is_traced_comes_after_all_that_is_measured(
         asked.append((case, folder, dict(figures)))
         return {"file": "x.json.gz"}
 
-    monkeypatch.setattr(tracing, "trace_step", trace_step)
+    monkeypatch.setattr(trace, "trace_step", trace_step)
     case = toy_case("cpu")
     stream = torch.arange(cases.BATCHES * case.settings.tokens) % 100
     setup = Setup(case, case.model, stream, passes=("memory",), trace=tmp_path)

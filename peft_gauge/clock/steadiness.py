@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import psutil
 
-    from peft_gauge.meters.nvml_device import DeviceState
-
 MOST_CLOCK_FALL = 0.05
 """The part of the SM clock that may be lost between start and end."""
 
@@ -25,6 +23,19 @@ MOST_STEAL = 0.02
 
 # The counters of CPU time move in ticks of 10 ms; over a shorter while than this a few ticks would pass for a load.
 _LEAST_WALL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What sets the speed of a GPU at one moment; ``None`` for what its driver does not report.
+
+    ``slowdowns`` are NVML's names of the reasons for which the clock is held down; empty if there is none.
+    """
+
+    sm_clock_mhz: int | None
+    power_milliwatts: int | None
+    temperature_celsius: int | None
+    slowdowns: tuple[str, ...] | None
 
 
 def device_unsteady(before: DeviceState, after: DeviceState, *, other_processes: int | None = None) -> tuple[str, ...]:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft_gauge.environments.build import Environment
-    from peft_gauge.environments.measuring import Finding, Keep, ProcessPair, Setting
+    from peft_gauge.environments.measurement import Finding, Keep, ProcessPair, Setting
     from peft_gauge.environments.pairs import PairRule
     from peft_gauge.environments.progress import Display
     from peft_gauge.environments.state import Kept
     from peft_gauge.environments.worker import CaseSpec
-    from peft_gauge.history.comparing import Comparison
+    from peft_gauge.history.comparison import Comparison
 
 
 def ab(
@@ -57,7 +57,8 @@ def ab(
     Exit code 0: nothing is worse, or it cannot be told; 1: something is; 2: the question cannot be put. Of
     --self-check 0, or 1 where the same code was called worse or better.
     """
-    from peft_gauge.environments import deciding, options
+    from peft_gauge.commands import ab_options
+    from peft_gauge.environments import decision
     from peft_gauge.environments.build import overlays, prepare
     from peft_gauge.environments.pairs import PairRule
     from peft_gauge.environments.progress import bar
@@ -67,10 +68,10 @@ def ab(
 
     a, b = _asked_sides(a, b, self_check=self_check, pairs=pairs)
     sides = parse_side(a), parse_side(b)
-    cases = options.cases_of(method or ["lora"], model, batch, seq, device, dtype)
+    cases = ab_options.cases_of(method or ["lora"], model, batch, seq, device, dtype)
     rule = PairRule(budget, minimum_effect, error=PairRule.error / len(cases))
     judged_by = read_rules(rules)
-    setting = options.setting_of(threads, cases[0].device)
+    setting = ab_options.setting_of(threads, cases[0].device)
     work = {"self_check": pairs} if self_check else {}
     checks: list[str] = []
     with bar(len(sides) + len(cases)) as display:
@@ -86,16 +87,16 @@ def ab(
             else:
                 findings = _findings(environments, cases, rule, setting, kept, display)
         except KeyboardInterrupt:
-            options.tell_interrupted(kept)
-            raise typer.Exit(options.INTERRUPTED) from None
+            ab_options.tell_interrupted(kept)
+            raise typer.Exit(ab_options.INTERRUPTED) from None
     if self_check:
         kept.forget()
         print(*checks, sep="\n")
         raise typer.Exit(int(wrong))
     asked = {"model": model, "budget": budget, "minimum_effect": minimum_effect, "threads": threads}
-    paths = deciding.save(findings, sides, asked, results)
+    paths = decision.save(findings, sides, asked, results)
     kept.forget()
-    comparison = deciding.compared(findings, paths, judged_by)
+    comparison = decision.compared(findings, paths, judged_by)
     _show(findings, comparison, everything)
     if any(each.folder for each in environments):
         print(f"environments are kept in {overlays()}")
@@ -146,7 +147,7 @@ def _findings(
     display: Display,
 ) -> list[Finding]:
     """What each case shows; pairs of processes that were measured before an interruption count."""
-    from peft_gauge.environments.measuring import compare_cases
+    from peft_gauge.environments.measurement import compare_cases
 
     known, keep = _kept_pairs(kept, cases)
     found = {}
@@ -158,7 +159,7 @@ def _findings(
 
 def _kept_pairs(kept: Kept, cases: Sequence[CaseSpec]) -> tuple[dict[str, list[ProcessPair]], Keep]:
     """The pairs of processes that are ``kept`` of each case, and what keeps further ones."""
-    from peft_gauge.environments.measuring import ProcessPair
+    from peft_gauge.environments.measurement import ProcessPair
 
     def read(pairs: Any) -> list[ProcessPair]:
         return [ProcessPair.from_json(each) for each in pairs]
@@ -179,7 +180,7 @@ def _self_checks(
     display: Display,
 ) -> tuple[list[str], bool]:
     """What each case shows of this host, in lines, and whether the same code was called worse or better."""
-    from peft_gauge.environments.measuring import measure_pairs, why_unsteady
+    from peft_gauge.environments.measurement import measure_pairs, why_unsteady
     from peft_gauge.environments.self_check import resolution, told
 
     known, keep = _kept_pairs(kept, cases)
@@ -201,7 +202,7 @@ def _self_checks(
 def _show(findings: Sequence[Finding], comparison: Comparison, everything: bool) -> None:
     from rich.console import Console
 
-    from peft_gauge.environments.deciding import told_differences
+    from peft_gauge.environments.decision import told_differences
     from peft_gauge.report.comparison import as_terminal
 
     print(as_terminal(comparison, Console().width, everything=everything), end="")

@@ -12,7 +12,7 @@ from peft_gauge.errors import GaugeError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from peft_gauge.environments.bisecting import Outcome, Probe
+    from peft_gauge.environments.bisection import Outcome, Probe
     from peft_gauge.environments.progress import Display
 
 NOT_WORSE, FOUND = 0, 1
@@ -42,32 +42,33 @@ def bisect(
 
     Exit code 0: LAST is not worse; 1: the release was found; 2: it cannot be said, or the question cannot be put.
     """
-    from peft_gauge.environments import bisecting, options, probing
+    from peft_gauge.commands import ab_options
+    from peft_gauge.environments import bisection, probe
     from peft_gauge.environments.build import overlays
     from peft_gauge.environments.pairs import PairRule
     from peft_gauge.environments.progress import bar
     from peft_gauge.environments.requirements import parse_library, parse_side
 
-    asked, name, side = probing.parse_metric(metric), parse_library(library), parse_side(beside)
-    case = options.cases_of([asked.method], model, batch, seq, device, dtype)[0]
-    setting = options.setting_of(threads, case.device)
+    asked, name, side = probe.parse_metric(metric), parse_library(library), parse_side(beside)
+    case = ab_options.cases_of([asked.method], model, batch, seq, device, dtype)[0]
+    setting = ab_options.setting_of(threads, case.device)
     rule = PairRule(budget, minimum_effect)
     found = _releases(name, releases)
-    prober = probing.prober(name, side, case, asked, probing.rule_for(len(found), rule), setting, found)
+    prober = probe.prober(name, side, case, asked, probe.rule_for(len(found), rule), setting, found)
     change = CHANGE[asked.is_time]
     older = prober.kept.unused()
     if older is not None:
         print(f"peft-gauge: {older}", file=sys.stderr)
     print(f"{len(found)} releases of {name}, {found[0]} to {found[-1]}, by {metric}; environments in {overlays()}")
-    with bar(bisecting.expected_probes(len(found))) as display:
+    with bar(bisection.expected_probes(len(found))) as display:
         prober.say = display.say
         try:
-            outcome = bisecting.bisect(
+            outcome = bisection.bisect(
                 found, _telling(prober.is_usable, change, display), _telling(prober.probe, change, display)
             )
         except KeyboardInterrupt:
-            options.tell_interrupted(prober.kept)
-            raise typer.Exit(options.INTERRUPTED) from None
+            ab_options.tell_interrupted(prober.kept)
+            raise typer.Exit(ab_options.INTERRUPTED) from None
     prober.kept.forget()
     code, text = conclusion(name, change, outcome)
     print(text)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_gauge.bundling.target import DEFAULT_PLATFORM
+from peft_gauge.bundle.target import DEFAULT_PLATFORM
 
 if TYPE_CHECKING:
-    from peft_gauge.bundling.collecting import Bundle
+    from peft_gauge.bundle.collection import Bundle
 
 
 def bundle(
@@ -53,7 +53,7 @@ def bundle(
 
     Exit code 2 where no bundle can be made; then nothing is written.
     """
-    from peft_gauge.bundling.collecting import Wanted, collect
+    from peft_gauge.bundle.collection import Wanted, collect
 
     index = [] if index_url is None else ["--index-url", index_url]
     links = [word for each in find_links or [] for word in ("--find-links", each)]

@@ -12,7 +12,7 @@ import typer
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
-    from peft_gauge.plan.calibrate import Assumption
+    from peft_gauge.measure.calibration import Assumption
 
 LIMIT_SECONDS = 180.0
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -31,9 +31,9 @@ def calibrate(
     measured: CUDA_VISIBLE_DEVICES chooses. Exit code 2 where it cannot be measured.
     """
     from peft_gauge import paths
-    from peft_gauge.plan.calibrate import assumptions
-    from peft_gauge.plan.gpus import lookup
-    from peft_gauge.plan.overheads import default_overheads, write_calibration
+    from peft_gauge.measure.calibration import assumptions
+    from peft_gauge.memory.gpus import lookup
+    from peft_gauge.memory.overheads import default_overheads, write_calibration
 
     found = _measured()
     name = found.pop("gpu_name")
@@ -56,7 +56,7 @@ def calibrate(
 
 
 def _measured() -> dict[str, Any]:
-    """`peft_gauge.plan.calibrate.calibrate` of the first visible GPU, in a process of its own."""
+    """`peft_gauge.measure.calibration.calibrate` of the first visible GPU, in a process of its own."""
     from peft_gauge import isolation, machine
 
     reason = machine.why_no_cuda()
@@ -64,7 +64,9 @@ def _measured() -> dict[str, Any]:
         raise GaugeError(f"there is no GPU to calibrate: {reason}")
     # The allocator's sizes are to be torch's own, whatever the caller set for it.
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
-    outcome = isolation.run("peft_gauge.plan.calibrate:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings)
+    outcome = isolation.run(
+        "peft_gauge.measure.calibration:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings
+    )
     if outcome.ended == "out-of-memory":
         raise GaugeError(f"the GPU is too full to calibrate ({outcome.reason}); wait for its other processes to end")
     if outcome.ended != "done":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_gauge import ceilings as table_file
-from peft_gauge.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.plan import ceilings as table_file
+from peft_gauge.plan.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,11 +65,11 @@ def ceilings(
 
 def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
     """The ceilings of the seven methods on each of ``models``, planned now in one process of its own."""
-    from peft_gauge import methods
-    from peft_gauge.models import resolve
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
-    from peft_gauge.step import StepSettings
+    from peft_gauge.training import methods
+    from peft_gauge.training.models import resolve
+    from peft_gauge.training.step import StepSettings
 
     # Weights do not change a plan; random ones are the same on every machine.
     requests = [

@@ -63,8 +63,8 @@ def claims(
 def _standings(paths: list[Path]) -> list[Standing]:
     from peft_gauge.claims import ledger
     from peft_gauge.history.ledger import NewestVerdicts
-    from peft_gauge.history.reading import read_run
-    from peft_gauge.report import page_data
+    from peft_gauge.history.reader import read_run
+    from peft_gauge.report.html import page_data
 
     files, left_out = page_data.find(paths)
     newest = NewestVerdicts()
@@ -105,7 +105,7 @@ def as_markdown(standings: Sequence[Standing]) -> list[str]:
 
 def _markdown_rows(standings: Sequence[Standing]) -> Iterable[list[str]]:
     from peft_gauge.report.markdown import escape
-    from peft_gauge.report.terminal import ABSENT
+    from peft_gauge.report.terminal.summary import ABSENT
 
     above: list[str] = []
     for one in standings:
@@ -125,7 +125,7 @@ def _as_terminal(standings: Sequence[Standing]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from peft_gauge.report.terminal import ABSENT, as_text
+    from peft_gauge.report.terminal.summary import ABSENT, as_text
 
     caption = "\n".join([_counted(standings), *map(_told, _sources(standings))])
     table = Table(title="claims", title_justify="left", caption=caption, caption_justify="left")
@@ -142,7 +142,7 @@ def _as_terminal(standings: Sequence[Standing]) -> str:
 
 
 def _counted(standings: Sequence[Standing]) -> str:
-    from peft_gauge.report.page_data import counted
+    from peft_gauge.report.html.page_data import counted
 
     claims = len({one.id for one in standings})
     differing = sum(one.differs for one in standings)
@@ -157,13 +157,13 @@ def _verdict(standing: Standing) -> str:
 
 
 def _date(standing: Standing) -> str:
-    from peft_gauge.report.terminal import ABSENT
+    from peft_gauge.report.terminal.summary import ABSENT
 
     return f"{standing.source.ended:%Y-%m-%d}" if standing.source is not None else ABSENT
 
 
 def _machine(standing: Standing) -> str:
-    from peft_gauge.report.terminal import ABSENT
+    from peft_gauge.report.terminal.summary import ABSENT
 
     return standing.source.machine if standing.source is not None else ABSENT
 
@@ -175,7 +175,7 @@ def _sources(standings: Iterable[Standing]) -> list[Source]:
 
 
 def _told(source: Source) -> str:
-    from peft_gauge.report.page_tables import versions
+    from peft_gauge.report.html.page_tables import versions
 
     commit = f", commit {source.commit}" if source.commit is not None else ""
     installed = versions(source.libraries)
@@ -232,7 +232,7 @@ def _difference(old: list[str], new: list[str], standings: Sequence[Standing]) -
 
 
 def _write(file: Path, lines: list[str]) -> None:
-    from peft_gauge.history.writing import write_whole
+    from peft_gauge.history.writer import write_whole
 
     try:
         write_whole(file.resolve(), "\n".join(lines))  # resolved, so that a link stays one

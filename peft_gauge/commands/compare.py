@@ -11,8 +11,8 @@ import typer
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
-    from peft_gauge.history.choosing import Chosen
-    from peft_gauge.history.comparing import Comparison
+    from peft_gauge.history.comparison import Comparison
+    from peft_gauge.history.selection import Chosen
 
 
 def compare(
@@ -48,34 +48,34 @@ def compare(
 
     Exit code 0 where nothing got worse, 1 where something did, 2 where runs are not comparable or cannot be read.
     """
-    from peft_gauge.history import comparing
+    from peft_gauge.history import comparison
     from peft_gauge.history.rules import read_rules
 
     chosen = _chosen(runs or [], last, results, machine)
     judged_by = read_rules(rules)
     base, *others = chosen.runs
-    comparisons = [comparing.compare(base, new, judged_by, across_machines=across_machines) for new in others]
+    comparisons = [comparison.compare(base, new, judged_by, across_machines=across_machines) for new in others]
     comparisons = [replace(each, notes=(*chosen.passed_over, *each.notes)) for each in comparisons]
     if json_file is not None:
         _write_json(json_file, comparisons, strict)
     _print(comparisons, markdown, everything)
-    for comparison in comparisons:
-        if comparison.incomparable is not None:
-            raise GaugeError(_not_comparable(comparison, across_machines))
-    raise typer.Exit(max(comparison.exit_code(strict=strict) for comparison in comparisons))
+    for each in comparisons:
+        if each.incomparable is not None:
+            raise GaugeError(_not_comparable(each, across_machines))
+    raise typer.Exit(max(each.exit_code(strict=strict) for each in comparisons))
 
 
 def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | None) -> Chosen:
     """The runs to compare, BASE first; raises `GaugeError` where there are not two."""
-    from peft_gauge.history import choosing
-    from peft_gauge.history.reading import runs_in
+    from peft_gauge.history import selection
+    from peft_gauge.history.reader import runs_in
 
     if last is None:
         if not runs:
             raise GaugeError("compare needs a saved run, or BASE and at least one NEW, or --last N")
         if len(runs) > 1:
-            return choosing.of_each(list(map(_candidates, runs)))
-        return choosing.newest_in_common(_candidates(runs[0]), 2) if runs[0].is_dir() else _with_base(runs[0])
+            return selection.of_each(list(map(_candidates, runs)))
+        return selection.newest_in_common(_candidates(runs[0]), 2) if runs[0].is_dir() else _with_base(runs[0])
     if runs:
         raise GaugeError("name runs or give --last, not both")
     if last < 2:
@@ -84,19 +84,19 @@ def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | No
     found = runs_in(results, owner)
     if len(found) < last:
         raise GaugeError(f"--last {last}: {results / owner} has {len(found)} saved runs")
-    return choosing.newest_in_common(found, last)
+    return selection.newest_in_common(found, last)
 
 
 def _with_base(path: Path) -> Chosen:
     """The run in ``path`` and, as BASE, the newest before it in its folder that has cases in common with it."""
-    from peft_gauge.history import choosing
-    from peft_gauge.history.reading import read_run, runs_in
+    from peft_gauge.history import selection
+    from peft_gauge.history.reader import read_run, runs_in
 
     new = read_run(path)
     beside = runs_in(path.parent)
     names = [each.name for each in beside]
     before = beside[: names.index(path.name)] if path.name in names else beside
-    found = choosing.newest_base(before, new.cases)
+    found = selection.newest_base(before, new.cases)
     if not found.runs:
         number = f"none of the {len(before)} runs" if before else "no run"
         raise GaugeError(f"{path}: {number} before it in its folder has cases in common with it; name BASE, too")
@@ -105,7 +105,7 @@ def _with_base(path: Path) -> Chosen:
 
 def _candidates(path: Path) -> list[Path]:
     """``path``, or the runs in it if it is a folder, the oldest first."""
-    from peft_gauge.history.reading import runs_in
+    from peft_gauge.history.reader import runs_in
 
     if not path.is_dir():
         return [path]
@@ -125,7 +125,7 @@ def _this_machine() -> str:
 
 
 def _write_json(path: Path, comparisons: list[Comparison], strict: bool) -> None:
-    from peft_gauge.history.writing import write_whole
+    from peft_gauge.history.writer import write_whole
     from peft_gauge.report import comparison
 
     try:

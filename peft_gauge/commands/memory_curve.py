@@ -10,7 +10,7 @@ import typer
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
-    from peft_gauge.report.memory_picture import Card, Point
+    from peft_gauge.report.charts.memory_picture import Card, Point
 
 CARDS = ("RTX 4090", "H100 80GB")
 
@@ -27,7 +27,7 @@ def memory_curve(
     ] = None,
 ) -> None:
     """Plan each method at each length and draw the peak memory of a step."""
-    from peft_gauge.report import memory_picture
+    from peft_gauge.report.charts import memory_picture
 
     memory_picture.check_destination(out)
     cards = [card(name) for name in gpu or CARDS]
@@ -49,8 +49,8 @@ def parse_seqs(text: str) -> tuple[int, ...]:
 
 def card(name: str) -> Card:
     """The card called ``name``, or of this size, with what it offers; raises `GaugeError` for an unknown one."""
-    from peft_gauge.plan.gpus import lookup
-    from peft_gauge.report.memory_picture import Card
+    from peft_gauge.memory.gpus import lookup
+    from peft_gauge.report.charts.memory_picture import Card
 
     gpu = lookup(name)
     # The box's figure is what readers know a card by; some names carry it already.
@@ -62,11 +62,11 @@ def card(name: str) -> Card:
 
 def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, method_names: list[str]) -> list[Point]:
     """The seven methods, or those named, on ``model`` at each length, planned in one process of its own."""
-    from peft_gauge import methods, models
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
-    from peft_gauge.report.memory_picture import Point
-    from peft_gauge.step import StepSettings
+    from peft_gauge.report.charts.memory_picture import Point
+    from peft_gauge.training import methods, models
+    from peft_gauge.training.step import StepSettings
 
     models.check_dtype(dtype)
     chosen = [methods.get(name) for name in method_names] or methods.SEVEN

@@ -15,8 +15,8 @@ from peft_gauge.errors import GaugeError, unknown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peft_gauge.methods import Method
     from peft_gauge.plan.record import Outcome, PlanFailure
+    from peft_gauge.training.methods import Method
 
 FINDABLE = ("batch", "seq", "rank")
 
@@ -64,10 +64,10 @@ def plan(
 
     Exit code 1 where a step does not fit a --gpu, 2 where a case cannot be planned.
     """
-    from peft_gauge import methods, models
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
-    from peft_gauge.step import StepSettings
+    from peft_gauge.training import methods, models
+    from peft_gauge.training.step import StepSettings
 
     gpus = _checked_gpus(gpu or [], find)
     models.check_dtype(dtype)
@@ -112,8 +112,8 @@ def plan(
 def _adapters(paths: Sequence[Path], model: str) -> tuple[list[Method], list[PlanFailure]]:
     """The methods of the adapter configs at ``paths``, and a failure for each that cannot be used: it costs the others
     nothing."""
-    from peft_gauge import methods
     from peft_gauge.plan.record import PlanFailure
+    from peft_gauge.training import methods
 
     found: list[Method] = []
     failures: list[PlanFailure] = []
@@ -136,8 +136,8 @@ def adjusted(
 
     A base that ``quantize`` quantises is prepared for k-bit training, as QLoRA's is, unless told otherwise.
     """
-    from peft_gauge.methods import Quantization
-    from peft_gauge.quantization import LAYER_FORMATS
+    from peft_gauge.training.methods import Quantization
+    from peft_gauge.training.quantization import LAYER_FORMATS
 
     changes: dict[str, Any] = {}
     quantization = method.quantization
@@ -158,7 +158,7 @@ def adjusted(
 
 
 def _checked_gpus(names: Sequence[str], find: str | None) -> tuple[str, ...]:
-    from peft_gauge.plan import gpus
+    from peft_gauge.memory import gpus
 
     if find is not None and find not in FINDABLE:
         raise unknown("quantity to find", find, FINDABLE)
@@ -189,7 +189,7 @@ def _show(outcomes: Sequence[Outcome], as_json: bool) -> None:
     if as_json:
         print(json.dumps(objects, indent=2))
     else:
-        from peft_gauge.report.plan_table import show
+        from peft_gauge.report.terminal.plan_table import show
 
         show([each for each in objects if "error" not in each])
     for failure in failures:

@@ -49,8 +49,9 @@ def report(
 
 def _write_page(paths: list[Path], out: Path, rules: Path | None) -> None:
     from peft_gauge.history.rules import read_rules
-    from peft_gauge.history.writing import write_whole
-    from peft_gauge.report import page, page_data, plots
+    from peft_gauge.history.writer import write_whole
+    from peft_gauge.report.charts import plots
+    from peft_gauge.report.html import page, page_data
 
     plots.altair()  # before a long history is read
     if out.is_dir():
@@ -67,7 +68,8 @@ def _write_page(paths: list[Path], out: Path, rules: Path | None) -> None:
 
 def _draw(paths: list[Path], folder: Path, form: str, rules: Path | None) -> None:
     from peft_gauge.history.rules import read_rules
-    from peft_gauge.report import page_data, pictures, plots
+    from peft_gauge.report.charts import pictures, plots
+    from peft_gauge.report.html import page_data
 
     plots.altair()
     if folder.exists() and not folder.is_dir():
@@ -81,7 +83,8 @@ def _draw(paths: list[Path], folder: Path, form: str, rules: Path | None) -> Non
 
 
 def _print_markdown(paths: list[Path]) -> None:
-    from peft_gauge.report import markdown, page_data
+    from peft_gauge.report import markdown
+    from peft_gauge.report.html import page_data
 
     files, left_out = page_data.find(paths)
     answers = page_data.newest_answers(files, left_out)

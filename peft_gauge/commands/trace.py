@@ -70,11 +70,11 @@ def trace(
     The suite records a trace for each case on CUDA (pytest -m gpu). To record your own step, call
     torch.cuda.memory._record_memory_history() before it and torch.cuda.memory._dump_snapshot(FILE) after it.
     """
-    from peft_gauge.traces import reading
+    from peft_gauge.traces import reader
 
     if top < 1:
         raise GaugeError(f"--top must be at least 1, not {top}")
-    recording = reading.read(file, device)
+    recording = reader.read(file, device)
     given = {
         "model": model,
         "method": method,
@@ -97,12 +97,12 @@ def trace(
     settings = _settings(file, recording.settings, given, adapter)
     _check_recorded(file, settings, given, adapter)
     request = request_of(settings, adapter)
-    measured = reading.step_log(recording, step)
+    measured = reader.step_log(recording, step)
     steps = len(recording.steps())
 
     from peft_gauge.plan.planner import step_log
     from peft_gauge.plan.worker import quiet
-    from peft_gauge.traces.comparing import compare
+    from peft_gauge.traces.comparison import compare
 
     quiet()
     planned, notes = step_log(request)
@@ -125,7 +125,7 @@ def trace(
     if as_json:
         print(json.dumps(record, indent=2))
     else:
-        from peft_gauge.report.trace_table import show
+        from peft_gauge.report.terminal.trace_table import show
 
         show(record, top)
 
@@ -145,7 +145,7 @@ def _settings(file: Path, told: Mapping[str, Any], given: Mapping[str, Any], ada
 
 def _check_recorded(file: Path, settings: Mapping[str, Any], given: Mapping[str, Any], adapter: Path | None) -> None:
     """Raise `GaugeError` for a method or model that the trace names and that has no meaning here: one from a file."""
-    from peft_gauge import methods, models
+    from peft_gauge.training import methods, models
 
     if given["method"] is None and adapter is None and str(settings["method"]).lower() not in methods.METHODS:
         raise GaugeError(f"{file} was recorded with an adapter config, {settings['method']}; name it with --adapter")
@@ -168,9 +168,9 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
 
     Raises `GaugeError` for settings that make no plan.
     """
-    from peft_gauge import methods, models
     from peft_gauge.plan.record import PlanRequest
-    from peft_gauge.step import StepSettings
+    from peft_gauge.training import methods, models
+    from peft_gauge.training.step import StepSettings
 
     dtype = str(settings.get("dtype") or "bfloat16")
     models.check_dtype(dtype)

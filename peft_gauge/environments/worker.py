@@ -32,7 +32,7 @@ from peft_gauge.environments.build import Environment, NoEnvironment
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.step import TrainingJob
 
 START_SECONDS = 120.0  # imports from a cold disk
 BUILD_SECONDS = 600.0
@@ -45,7 +45,7 @@ Failure = Literal["failed", "crashed", "timed-out"]
 
 @dataclass(frozen=True)
 class CaseSpec:
-    """A case by names, as both sides build it for themselves; see `peft_gauge.cases.Case` for the fields."""
+    """A case by names, as both sides build it for themselves; see `peft_gauge.training.cases.Case` for the fields."""
 
     model: str
     method: str
@@ -242,9 +242,9 @@ class _Child:
     def describe(self, **names: Any) -> dict[str, Any]:
         """The figures of the case: what it is (`cases.described`), ``trainable_params``, its ``fingerprint`` and what
         of it has a direction, ``flops_per_step`` (absent where they are not all known) and ``allocated_peak_bytes``."""
-        from peft_gauge.cases import described
         from peft_gauge.counting import count
         from peft_gauge.fingerprint import fingerprint
+        from peft_gauge.training.cases import described
 
         case, job = self._built(names)
         record = fingerprint(job)
@@ -264,7 +264,7 @@ class _Child:
         return self._take_step()
 
     def _built(self, names: Mapping[str, Any]) -> tuple[Any, TrainingJob]:
-        from peft_gauge.cases import build_job
+        from peft_gauge.training.cases import build_job
 
         case = _case(CaseSpec(**names))
         self._take_step = None  # with the job before
@@ -285,9 +285,9 @@ def keep_to(cores: Collection[int]) -> None:
 
 
 def _case(spec: CaseSpec) -> Any:
-    from peft_gauge import methods, models
-    from peft_gauge.cases import Case
-    from peft_gauge.step import StepSettings
+    from peft_gauge.training import methods, models
+    from peft_gauge.training.cases import Case
+    from peft_gauge.training.step import StepSettings
 
     record = models.resolve(spec.model, seed=spec.seed)
     settings = StepSettings(spec.batch, spec.seq)

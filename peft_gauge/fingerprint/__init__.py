@@ -21,7 +21,7 @@ from peft_gauge.counting import count, quantisation_constants, trainable_dtypes
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.operators import Operator
 from peft_gauge.fingerprint.places import Places
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.tracker import (
     ADAPTER_WEIGHTS,
     BACKWARD,
     BASE_WEIGHTS,

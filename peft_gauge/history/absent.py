@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from peft_gauge.history.reading import Run
+    from peft_gauge.history.reader import Run
 
 NOT_ASKED, DESELECTED, NOT_REACHED, MISSING = "NOT ASKED", "DESELECTED", "NOT REACHED", "MISSING"
 ABSENT = frozenset({NOT_ASKED, DESELECTED, NOT_REACHED, MISSING})

@@ -16,7 +16,7 @@ from peft_gauge.history.schema import NOT_RUN
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from peft_gauge.history.reading import Run
+    from peft_gauge.history.reader import Run
     from peft_gauge.history.schema import CaseRecord
 
 

@@ -39,7 +39,7 @@ SEED = 20_261_124
 IN_COMMON = 0.45
 IN_COMMON_OVER_CONTROL = 0.2
 """The share of a process median's variance that is common to all processes of a case in one run. Read from the runs of
-which `peft_gauge.history.simulation.SHARED_HOST` is made, where it is the variance of ``run``, ``minutes`` and
+which `benchmarks.simulation.SHARED_HOST` is made, where it is the variance of ``run``, ``minutes`` and
 ``own_minutes`` (over the control only the last is left) in that of a median of 5 rounds."""
 
 MOST_FURTHER = 100

@@ -15,7 +15,7 @@ from peft_gauge.claims import NOT_MEASURED, VERDICTS
 
 if TYPE_CHECKING:
     from peft_gauge.claims import Claim
-    from peft_gauge.history.reading import Run
+    from peft_gauge.history.reader import Run
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 
 if TYPE_CHECKING:
-    from peft_gauge.history.reading import Run
+    from peft_gauge.history.reader import Run
 
 SETTINGS = "settings"
 FINGERPRINT = "fingerprint"

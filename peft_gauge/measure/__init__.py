@@ -1,7 +1,7 @@
 """A case measured: its memory and its times, by the instruments, in the process that runs this.
 
-Where the measured side (`peft_gauge.cases`, `peft_gauge.step`) and the measuring side (`peft_gauge.meters`,
-`peft_gauge.clock`) meet. `passes.measure` is what a process of its own is started for (`peft_gauge.isolation`).
+Where what is trained (`peft_gauge.training`) meets the instruments (`peft_gauge.meters`, `peft_gauge.clock`).
+`passes.measure` runs in a process of its own (`peft_gauge.isolation`).
 """
 
 PRELOAD = ("peft_gauge.measure.preloaded",)

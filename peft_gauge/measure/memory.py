@@ -17,11 +17,7 @@ import torch
 from peft_gauge import isolation, meters
 from peft_gauge.clock import timed
 from peft_gauge.counting import quantisation_constants
-from peft_gauge.meters.cuda import CudaMeter
-from peft_gauge.meters.host import HostMeter
-from peft_gauge.meters.nvml import NvmlMeter
-from peft_gauge.meters.tensors import TensorMeter
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.tracker import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BASE_WEIGHTS,
@@ -34,13 +30,17 @@ from peft_gauge.plan.tracker import (
     QUANTISATION_CONSTANTS,
     StorageTracker,
 )
-from peft_gauge.texts import cut
+from peft_gauge.meters.cuda import CudaMeter
+from peft_gauge.meters.host import HostMeter
+from peft_gauge.meters.nvml import NvmlMeter
+from peft_gauge.meters.tensors import TensorMeter
+from peft_gauge.training.batches import cut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from peft_gauge.meters import Meter, Phases
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.step import TrainingJob
 
 STEPS = 2
 """Metered steps; the peak is the greatest of them, since segments can still be split after the first."""

@@ -15,19 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_gauge import cases, counting, isolation, meters, methods, models
+from peft_gauge import counting, isolation, meters
 from peft_gauge.clock.card import measure_card
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.fingerprint import fingerprint
-from peft_gauge.measure import memory, speed, tracing
+from peft_gauge.measure import memory, speed, trace
+from peft_gauge.training import cases, methods, models
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from peft_gauge.cases import Case
-    from peft_gauge.models import ModelRecord
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.cases import Case
+    from peft_gauge.training.models import ModelRecord
+    from peft_gauge.training.step import TrainingJob
 
 Pass = Literal["memory", "speed", "fingerprint"]
 
@@ -94,7 +95,7 @@ def measure(setup: Setup) -> dict[str, Any]:
                 **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=_trains_base(setup.case)),
             }
             if setup.trace is not None:
-                found["memory"]["trace"] = tracing.trace_step(setup.case, job, setup.trace, found["memory"])
+                found["memory"]["trace"] = trace.trace_step(setup.case, job, setup.trace, found["memory"])
     if "speed" in setup.passes:
         isolation.note(phase="timing")
         found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))
@@ -120,7 +121,7 @@ def _import_libraries(case: Case) -> None:
 
     models.hf_config(case.model)
     if case.method.quantization is not None:
-        from peft_gauge.quantization import load_bitsandbytes
+        from peft_gauge.training.quantization import load_bitsandbytes
 
         load_bitsandbytes(case.device)
     if case.device == "cuda":

@@ -40,7 +40,7 @@ def import_ahead() -> None:
     if torch.backends.cuda.is_built() and not machine.nvidia_driver().absent:
         return
     with suppress(GaugeError):  # without bitsandbytes, which only those need who say so
-        from peft_gauge.quantization import load_bitsandbytes
+        from peft_gauge.training.quantization import load_bitsandbytes
 
         load_bitsandbytes()
     importlib.import_module("peft")

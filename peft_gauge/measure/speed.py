@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from peft_gauge.meters.nvml_device import DeviceState
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.clock.steadiness import DeviceState
+    from peft_gauge.training.step import TrainingJob
 
 PHASES = ("forward", "backward", "optimizer")
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.meters.nvml_device import DeviceState, NvmlDevice, find_device
+from peft_gauge.meters.nvml_device import NvmlDevice, find_device
 from peft_gauge.meters.sampling import SampledPhases
+
+if TYPE_CHECKING:
+    from peft_gauge.clock.steadiness import DeviceState
 
 _PEAKS = {
     "device_peak_bytes": "device_bytes",

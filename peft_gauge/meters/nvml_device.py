@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from peft_gauge.clock.steadiness import DeviceState
 from peft_gauge.errors import GaugeError
 
 T = TypeVar("T")
@@ -26,19 +27,6 @@ class DeviceMemory:
     total_bytes: int
     used_bytes: int
     reserved_bytes: int
-
-
-@dataclass(frozen=True)
-class DeviceState:
-    """What sets the speed of a card at one moment; ``None`` for what it does not tell.
-
-    ``slowdowns`` are NVML's names of the reasons for which the clock is held down; empty if there is none.
-    """
-
-    sm_clock_mhz: int | None
-    power_milliwatts: int | None
-    temperature_celsius: int | None
-    slowdowns: tuple[str, ...] | None
 
 
 class NvmlDevice:

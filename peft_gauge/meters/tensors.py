@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from peft_gauge.plan.tracker import CATEGORIES, Event, StorageTracker
+from peft_gauge.memory.tracker import CATEGORIES, Event, StorageTracker
 
 
 @dataclass

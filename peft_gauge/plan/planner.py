@@ -1,9 +1,10 @@
 """Plans a training step: the very code that is measured, run on tensors without data, and followed storage by storage.
 
 The model is built and adapted on ``meta``; its parameters become fake tensors that behave as CUDA's
-(`peft_gauge.plan.fakes`); one steady step of `peft_gauge.step.TrainingJob` runs on them while every storage's birth and
-death is noted (`peft_gauge.plan.tracker`); and the log is replayed through a model of CUDA's caching allocator
-(`peft_gauge.plan.allocator`). Every transformer block is traced: no result is extrapolated from fewer.
+(`peft_gauge.plan.fakes`); one steady step of `peft_gauge.training.step.TrainingJob` runs on them while every storage
+allocation and release is recorded (`peft_gauge.memory.tracker`); and the log is replayed through a model of CUDA's
+caching allocator (`peft_gauge.memory.allocator`). Every transformer block is traced; no result is extrapolated from
+fewer.
 """
 
 from __future__ import annotations
@@ -21,17 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_gauge import methods, models, stored_layers, targets
 from peft_gauge._internals.torch import unset_fake_temporarily
 from peft_gauge.counting import ParameterCount, constant_buffers, count, quantisation_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.fingerprint.places import UNKNOWN, Places
-from peft_gauge.plan import fakes, flash_attention, policies
-from peft_gauge.plan.call import ModelCall, chunk_loss
-from peft_gauge.plan.overheads import overheads_for
-from peft_gauge.plan.record import Plan
-from peft_gauge.plan.reserve import Steps, device_estimate, fit
-from peft_gauge.plan.tracker import (
+from peft_gauge.memory.overheads import overheads_for
+from peft_gauge.memory.tracker import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BACKWARD,
@@ -51,9 +47,14 @@ from peft_gauge.plan.tracker import (
     no_collector,
     rounded,
 )
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.plan import fakes, flash_attention, policies
+from peft_gauge.plan.call import ModelCall, chunk_loss
+from peft_gauge.plan.record import Plan
+from peft_gauge.plan.reserve import Steps, device_estimate, fit
 from peft_gauge.traces.log import planned
 from peft_gauge.traces.sites import site_here
+from peft_gauge.training import methods, models, stored_layers, targets
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -61,10 +62,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from peft_gauge.models import ModelRecord
-    from peft_gauge.plan.overheads import DeviceOverheads
+    from peft_gauge.memory.overheads import DeviceOverheads
     from peft_gauge.plan.record import DeviceEstimate, PlanRequest
     from peft_gauge.traces.log import StepLog
+    from peft_gauge.training.models import ModelRecord
 
 TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
@@ -96,7 +97,7 @@ def plan(request: PlanRequest) -> Plan:
 
 def step_log(request: PlanRequest) -> tuple[StepLog, tuple[str, ...]]:
     """The planned step of ``request``: each allocation with its operator, module and Python function, to be compared
-    with a recorded one (`peft_gauge.traces.comparing`); and what was assumed. Raises as `plan` does.
+    with a recorded one (`peft_gauge.traces.comparison`); and what was assumed. Raises as `plan` does.
     """
     notes = [*models.remarks(request.model), *_check_sizes(request)]
     traced, _ = _traced(request, notes, located=True)
@@ -216,7 +217,7 @@ def _adapt(request: PlanRequest, notes: list[str]) -> _Adapted:
     """The model on ``meta`` with its method attached; the base is built once for all methods and copied."""
     method, settings = request.method, request.settings
     if _quant_format(request) is not None or settings.optimizer.endswith("8bit"):
-        from peft_gauge.quantization import load_bitsandbytes
+        from peft_gauge.training.quantization import load_bitsandbytes
 
         load_bitsandbytes()
     base = copy.deepcopy(_meta_base(request.model, request.dtype, request.attention))
@@ -262,7 +263,7 @@ def _unquantised(base: nn.Module, request: PlanRequest) -> Iterator[str]:
     """What of a base that ``request`` quantises is not, and what that costs: why QLoRA can need more than LoRA."""
     if request.method.quantization is None:
         return
-    from peft_gauge.quantization import left_unquantised
+    from peft_gauge.training.quantization import left_unquantised
 
     left = left_unquantised(base)
     numels = {where: sum(parameter.numel() for parameter in held) for where, held in left.items()}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from peft_gauge.methods import Method
+    from peft_gauge.training.methods import Method
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
 

@@ -10,10 +10,10 @@ from peft_gauge.errors import GaugeError, unknown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from peft_gauge.methods import Method
-    from peft_gauge.models import ModelRecord
-    from peft_gauge.step import StepSettings
-    from peft_gauge.targets import Adapted
+    from peft_gauge.training.methods import Method
+    from peft_gauge.training.models import ModelRecord
+    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.targets import Adapted
 
 Loss = Literal["full", "chunked"]
 LOSSES: tuple[Loss, ...] = ("full", "chunked")
@@ -32,12 +32,12 @@ class PlanRequest:
         padded: whether the batch comes with an attention mask.
         use_cache: whether the model returns its key-value cache, which then lives as long as the outputs.
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
-            ``outputs = model(**batch)`` does; `peft_gauge.step.TrainingJob` lets them go once it has the loss.
+            ``outputs = model(**batch)`` does; `peft_gauge.training.step.TrainingJob` lets them go once it has the loss.
         checkpoint_reentrant: the kind of gradient checkpointing, where ``settings.grad_checkpointing`` is on.
         attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose), ``"eager"`` or
             ``"flash_attention_2"``; ``None`` is sdpa where the architecture has it, else eager.
-        gpus: names or sizes, as `peft_gauge.plan.gpus.lookup` takes them.
-        calibration_folder: measured overheads by card (`peft_gauge.plan.overheads`), if there are any.
+        gpus: names or sizes, as `peft_gauge.memory.gpus.lookup` takes them.
+        calibration_folder: measured overheads by card (`peft_gauge.memory.overheads`), if there are any.
     """
 
     model: ModelRecord

@@ -80,8 +80,8 @@ def _limit(request: PlanRequest, quantity: str) -> int:
 
 
 def _largest_rank(request: PlanRequest) -> int:
-    """The largest rank that a matrix of the model can have (`peft_gauge.methods` refuses more)."""
-    from peft_gauge import models, targets
+    """The largest rank that a matrix of the model can have (`peft_gauge.training.methods` refuses more)."""
+    from peft_gauge.training import models, targets
 
     model = models.build(request.model, device="meta")
     return max((min(targets.sizes(linear)) for linear in targets.linear_layers(model).values()), default=LARGEST)

@@ -27,8 +27,8 @@ from peft_gauge.quality.updates import RANKS, Spectrum, Updates
 if TYPE_CHECKING:
     from torch import nn
 
-    from peft_gauge.methods import Method
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.methods import Method
+    from peft_gauge.training.step import TrainingJob
 
     Spectra = Mapping[str, tuple[Spectrum, Spectrum]]
 

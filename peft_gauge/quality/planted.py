@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_gauge import methods, models
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality.training import without_dropout
 from peft_gauge.quality.updates import lora_update_norm
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peft_gauge.methods import Method
-    from peft_gauge.models import ModelRecord
+    from peft_gauge.training.methods import Method
+    from peft_gauge.training.models import ModelRecord
 
 PLANTED_RANK = 4
 UPDATE_OVER_WEIGHT = 0.5

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.writing import write_whole
+from peft_gauge.history.writer import write_whole
 from peft_gauge.quality.pareto import Knee, knee_over_seeds
 from peft_gauge.quality.training import Curve, Divergence, RateSearch, Schedule, search_rate, train
 
 if TYPE_CHECKING:
-    from peft_gauge.methods import Method
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.methods import Method
+    from peft_gauge.training.step import TrainingJob
 
 
 TIMES_ALIKE = 1.5

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_gauge import methods, models, texts
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality.examples import MASKED, calendar_examples, collate, encode, load_examples, padding
 from peft_gauge.quality.training import without_dropout
 from peft_gauge.quality.updates import lora_update_norm
-from peft_gauge.step import StepSettings, TrainingJob
+from peft_gauge.training import batches, methods, models
+from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from peft_gauge.methods import Method
-    from peft_gauge.models import ModelRecord
     from peft_gauge.quality.examples import Encoded
+    from peft_gauge.training.methods import Method
+    from peft_gauge.training.models import ModelRecord
 
 CALENDAR = "calendar"
 """The name of the generated task; any other source is a dataset."""
@@ -85,7 +85,7 @@ class TextTask:
             cuts = range(0, len(examples), rows)
             return [collate(examples[start : start + rows], pad, device=self.device) for start in cuts]
 
-        known = texts.batches(
+        known = batches.batches(
             tokenizer,
             vocab_size=base.get_input_embeddings().num_embeddings,
             batch=KNOWN_ROWS,

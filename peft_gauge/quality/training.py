@@ -20,7 +20,7 @@ from peft_gauge.errors import GaugeError
 if TYPE_CHECKING:
     from torch import nn
 
-    from peft_gauge.step import TrainingJob
+    from peft_gauge.training.step import TrainingJob
 
 DIVERGED_OVER_START = 3.0
 """A loss this many times the first one has diverged: batches differ by less, and no good schedule passes there."""

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
-from peft_gauge.report.terminal import ABSENT, shown_seconds
+from peft_gauge.report.terminal.summary import ABSENT, shown_seconds
 
 if TYPE_CHECKING:
-    from peft_gauge.history.comparing import Comparison, Row
+    from peft_gauge.history.comparison import Comparison, Row
 
 SCHEMA = 1
 HEADINGS = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know")

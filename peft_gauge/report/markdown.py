@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
 from peft_gauge.history.metrics import environment_changes, machine_changes
-from peft_gauge.report import page_data, sweep_table
 from peft_gauge.report.comparison import in_markdown
-from peft_gauge.report.page_history import machine_of
-from peft_gauge.report.terminal import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds
+from peft_gauge.report.html import page_data
+from peft_gauge.report.html.page_history import machine_of
+from peft_gauge.report.terminal.summary import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds, sweep_table
 
 if TYPE_CHECKING:
     from peft_gauge.history.ledger import Standing
-    from peft_gauge.history.reading import Run
+    from peft_gauge.history.reader import Run
     from peft_gauge.history.schema import CaseRecord
 
 MOST_SKIPPED = 20

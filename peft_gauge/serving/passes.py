@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from peft_gauge import isolation, models
+from peft_gauge import isolation
 from peft_gauge.serving import ways
 from peft_gauge.serving.observed import merge_cycles, mix, spread, time_switches, turn_over, visit
 from peft_gauge.serving.server import BASE, Server, grow, token_ids
+from peft_gauge.training import models
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peft_gauge.cases import Case
     from peft_gauge.clock.rounds import StoppingRule, WarmUp
+    from peft_gauge.training.cases import Case
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_gauge import counting, methods
+from peft_gauge import counting
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.training import methods
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from peft_gauge.methods import Method
+    from peft_gauge.training.methods import Method
 
 FIRST = "default"
 """The name that PEFT gives the adapter a model is made with."""

@@ -8,10 +8,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_gauge.plan.tracker import OUTSIDE, rounded
+from peft_gauge.memory.tracker import OUTSIDE, rounded
 
 if TYPE_CHECKING:
-    from peft_gauge.plan.tracker import StorageTracker
+    from peft_gauge.memory.tracker import StorageTracker
 
 BEFORE = -1
 """The position at which what was there before the step was made."""

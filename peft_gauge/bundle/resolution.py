@@ -1,0 +1,168 @@
+"""pip is asked which wheels a node needs: its resolver for the node's Python and platform, beside what the node has.
+
+A package that the node has in a known version is given to pip as a wheel with nothing in it but a name and that
+version. So pip chooses what fits it, downloads nothing for it, and never asks for what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+
+from peft_gauge._internals import pip as from_pip
+from peft_gauge.errors import GaugeError, one_line
+
+if TYPE_CHECKING:
+    from packaging.version import Version
+
+    from peft_gauge.bundle.target import Target
+
+
+class Unresolvable(GaugeError):
+    """No set of wheels is what was asked for: no such release for the node, or requirements that contradict."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One distribution that pip chose: canonical name, version, its requirements with their markers.
+
+    ``sha256`` is the index's, ``None`` where it gives none.
+    """
+
+    name: str
+    version: str
+    requires: tuple[Requirement, ...] = ()
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+@dataclass(frozen=True)
+class Pip:
+    """pip for ``target``; ``index_options`` say where wheels come from, by default where pip's configuration says."""
+
+    target: Target
+    index_options: tuple[str, ...] = ()
+    _known: dict[str, tuple[Requirement, ...]] = field(default_factory=dict)
+
+    def resolve(self, requirements: Sequence[Requirement], known: Mapping[str, Version]) -> dict[str, Release]:
+        """The releases that ``requirements`` need beside those that are ``known``, which are not among them.
+
+        ``requirements`` are taken without their markers. Raises `Unresolvable`, and `GaugeError` where an index does
+        not answer or pip cannot do this at all.
+        """
+        with _stand_ins(known) as wheels:
+            return self._resolve([*wheels, *map(_without_marker, requirements)])
+
+    def requires(self, name: str, version: Version | None) -> tuple[Requirement, ...]:
+        """What a release of ``name`` needs: of this version where an index has it, else of the newest."""
+        wanted = name if version is None else f"{name}=={version.public}"
+        if wanted not in self._known:
+            try:
+                self._known[wanted] = self._resolve(["--no-deps", wanted])[name].requires
+            except Unresolvable:
+                self._known[wanted] = () if version is None else self.requires(name, None)
+        return self._known[wanted]
+
+    def download(self, releases: Sequence[Release], folder: Path) -> dict[str, Path]:
+        """The wheels of ``releases`` in ``folder``, by canonical name; raises as `resolve` does."""
+        if not releases:
+            return {}
+        pinned = [f"{each.name}=={each.version}" for each in releases]
+        self._run("download", "--no-deps", "--progress-bar", "off", "--dest", str(folder), *pinned)
+        found = {_name_of(path): path for path in sorted(folder.glob("*.whl"))}
+        lacking = [str(each) for each in releases if each.name not in found]
+        if lacking:
+            raise GaugeError(f"pip brought no wheel of {', '.join(lacking)}")
+        return found
+
+    def _resolve(self, arguments: Sequence[str]) -> dict[str, Release]:
+        with tempfile.TemporaryDirectory(prefix="peft-gauge-") as name:
+            report = Path(name) / "report.json"
+            # Nothing is installed in a dry run; older releases of pip want --target for another platform all the same.
+            dry = ["--dry-run", "--ignore-installed", "--target", str(Path(name) / "nothing")]
+            self._run("install", *dry, "--report", str(report), *arguments)
+            found = json.loads(report.read_text(encoding="utf-8"))
+        if not from_pip.was_for(self.target.markers(), found):
+            raise GaugeError(
+                f"pip {found.get('pip_version', '')} evaluates environment markers for this Python, not for Python "
+                f"{self.target.series}; run: python -m pip install --upgrade pip"
+            )
+        releases = [_release(each) for each in found["install"] if not each["is_direct"]]
+        return {each.name: each for each in releases}
+
+    def _run(self, verb: str, *arguments: str) -> None:
+        done = from_pip.run_for(
+            self.target.markers(), verb, *self.target.pip_options(), *self.index_options, *arguments
+        )
+        if done.returncode == 0:
+            return
+        if from_pip.is_missing(done.stderr):
+            raise GaugeError("this Python has no pip, which collects the wheels; run: python -m ensurepip")
+        if from_pip.no_answer(done.stderr):
+            raise GaugeError("no answer from the package index; bundle where there is a network, or name --index-url")
+        said = one_line(_contradiction(from_pip.causes(done.stdout)) or from_pip.last_error(done.stderr), 300)
+        raise Unresolvable(f"pip finds no set of wheels for {self.target}: {said}")
+
+
+def _release(entry: Mapping[str, Any]) -> Release:
+    """An entry of pip's installation report (pypa specification "pip installation report", version 1)."""
+    described, archive = entry["metadata"], entry["download_info"].get("archive_info", {})
+    return Release(
+        canonicalize_name(described["name"]),
+        described["version"],
+        tuple(map(Requirement, described.get("requires_dist", ()))),
+        archive.get("hashes", {}).get("sha256"),
+    )
+
+
+def _contradiction(causes: Sequence[str]) -> str:
+    """pip's causes of a conflict in the words of the node: what it has was a file to pip, what is needed a request."""
+    told = [re.sub(r"^The user requested (\S+ \S+) \(from .+\)$", r"the node has \1", cause) for cause in causes]
+    return "; ".join(dict.fromkeys(re.sub("^The user requested ", "peft-gauge needs ", cause) for cause in told))
+
+
+def _without_marker(requirement: Requirement) -> str:
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}" + (f" @ {requirement.url}" if requirement.url else str(requirement.specifier))
+
+
+def _name_of(wheel: Path) -> str:
+    try:
+        return parse_wheel_filename(wheel.name)[0]
+    except InvalidWheelFilename as error:
+        raise GaugeError(f"pip brought {wheel.name}, which is not a valid wheel's name") from error
+
+
+@contextmanager
+def _stand_ins(known: Mapping[str, Version]) -> Iterator[list[str]]:
+    """A wheel for each of ``known``, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="peft-gauge-") as folder:
+        yield [str(_stand_in(Path(folder), name, version)) for name, version in sorted(known.items())]
+
+
+def _stand_in(folder: Path, name: str, version: Version) -> Path:
+    """A wheel (PyPA specification "binary distribution format") that holds its own description and nothing else."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    info = f"{stem}.dist-info"
+    files = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: peft-gauge\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for inside, text in [*files.items(), (f"{info}/RECORD", record)]:
+            wheel.writestr(inside, text)
+    return path

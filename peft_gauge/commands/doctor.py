@@ -1,0 +1,157 @@
+"""What this machine can run and what is missing, line by line, with how to get it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peft_gauge import machine, paths
+from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.training import models
+
+# The oldest releases that the suite is written for; pyproject.toml has the same, and a test compares the two.
+MINIMUM = {
+    "torch": "2.6",
+    "transformers": "4.57",
+    "peft": "0.18",
+    "bitsandbytes": "0.46.1",
+    "datasets": "3.0",
+    "pytest-benchmark": "5.0",
+}
+
+Status = Literal["ok", "missing", "note"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the doctor's report: what was looked at, how it stands, and what to do where something is missing."""
+
+    subject: str
+    status: Status
+    text: str
+
+
+def examine(results: Path) -> Iterator[Line]:
+    """Look at libraries, CPU, GPU, quantisation, weights and disk; ``results`` is where runs are to be saved.
+
+    "missing" stops something that the suite does by default on this kind of machine; "note" stops an extra only.
+    """
+    yield from (_library(name, minimum) for name, minimum in MINIMUM.items())
+    yield _cpu()
+    yield from _gpus()
+    yield _tried("NF4 training", _train_nf4, "bitsandbytes quantises and trains here", "upgrade bitsandbytes")
+    yield _weights()
+    yield _disk(results)
+
+
+def _library(name: str, minimum: str) -> Line:
+    from packaging.version import Version
+
+    found = machine.installed_version(name)
+    if found is None:
+        return Line(name, "missing", f"not installed; pip install '{name}>={minimum}'")
+    if Version(found) < Version(minimum):
+        return Line(name, "missing", f"{found} is too old; pip install -U '{name}>={minimum}'")
+    return Line(name, "ok", found)
+
+
+def _cpu() -> Line:
+    # Not `machine.machine_info()`, which fails where torch fails at the card: that is a line of its own here.
+    import cpuinfo
+    import psutil
+
+    brand = cpuinfo.get_cpu_info().get("brand_raw")
+    return Line("cpu", "ok", f"{brand}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.1f} GB")
+
+
+def _gpus() -> Iterator[Line]:
+    """A line for each CUDA device, or why there is none; then NVML, and bitsandbytes' CUDA library."""
+    reason = machine.why_no_cuda()
+    try:
+        cards = machine.accelerators()
+    except GaugeError as error:
+        yield Line("gpu", "missing", str(error))
+        cards = ()
+    if reason is not None:
+        yield Line("gpu", "note", f"{reason}; GPU cases will be skipped")
+    yield from (_gpu(number, card) for number, card in enumerate(cards))
+    driver = machine.nvidia_driver()
+    hidden = machine.why_hidden(os.environ.get("CUDA_VISIBLE_DEVICES"), driver) if cards else None
+    if hidden is not None:
+        yield Line("gpu", "note", f"{hidden}; it and what is named after it are hidden")
+    if not driver.absent:
+        yield _nvml(driver, cards)
+    if cards:
+        yield _tried(
+            "bitsandbytes CUDA", _load_cuda_kernels, "its CUDA library is loaded", "without it no QLoRA case can run"
+        )
+
+
+def _gpu(number: int, card: machine.Accelerator) -> Line:
+    import torch
+
+    driver = machine.nvidia_driver().version or "not told"
+    capability = ".".join(map(str, card.compute_capability))
+    text = f"{card.name}, {card.memory_bytes / 1e9:.1f} GB, compute capability {capability}, driver {driver}, "
+    return Line(f"gpu {number}", "ok", f"{text}torch built for CUDA {torch.version.cuda}")
+
+
+def _nvml(driver: machine.Driver, cards: Sequence[machine.Accelerator]) -> Line:
+    from peft_gauge.meters.nvml import NvmlMeter
+
+    reason = None if driver.error is None else f"NVML does not answer: {driver.error}"
+    for number, card in enumerate(cards):
+        reason = reason or NvmlMeter(number, uuid=card.uuid).why_unavailable()
+    if reason is not None:
+        return Line("nvml", "note", f"{reason}; figures of the whole device, its clocks and throttling will be absent")
+    runs = "" if driver.cuda is None else f", runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
+    return Line("nvml", "ok", f"driver {driver.version or 'not told'}{runs}, {driver.cards} card(s)")
+
+
+def _load_cuda_kernels() -> None:
+    from peft_gauge.training.quantization import load_bitsandbytes
+
+    load_bitsandbytes("cuda")
+
+
+def _tried(subject: str, attempt: Callable[[], None], good: str, remedy: str) -> Line:
+    try:
+        attempt()
+    except Exception as error:  # whatever stops it is what the reader wants to know
+        return Line(subject, "missing", f"{one_line(error, 160)}; {remedy}")
+    return Line(subject, "ok", good)
+
+
+def _train_nf4() -> None:
+    """One real QLoRA step of the toy model."""
+    from peft_gauge.training import methods
+    from peft_gauge.training.cases import Case, build_job
+    from peft_gauge.training.step import StepSettings
+
+    case = Case(models.resolve("toy-llama"), methods.QLORA, StepSettings(batch=1, seq=8), "cpu", "float32")
+    job = build_job(case)
+    job.warm_up()
+    if not job.learned():
+        raise GaugeError("a QLoRA step ran and nothing moved")
+
+
+def _weights() -> Line:
+    try:
+        record = models.resolve("smollm2-135m", weights="real")
+    except GaugeError as error:
+        return Line("real weights", "note", f"{error} (without them the same model runs with random weights)")
+    return Line("real weights", "ok", str(record.location))
+
+
+def _disk(results: Path) -> Line:
+    folder = next(parent for parent in (results.resolve(), *results.resolve().parents) if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Line("results", "missing", f"{folder} cannot be written; use --results or mend its permissions")
+    free = shutil.disk_usage(folder).free
+    if free < 1e9:
+        return Line("results", "missing", f"only {free / 1e6:.0f} MB free at {folder}; free some or use --results")
+    return Line("results", "ok", f"{folder}, {free / 1e9:.0f} GB free; cache {paths.cache()}")

@@ -1,0 +1,112 @@
+"""A and B as two saved runs, and the comparison of these two with the verdict that pairs gave."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.history import comparison, schema
+from peft_gauge.history.fingerprints import differences
+from peft_gauge.history.metrics import FINGERPRINT, SETTINGS, changes, flat
+from peft_gauge.history.reader import read_run
+from peft_gauge.history.writer import bundled_commit, write_run
+
+if TYPE_CHECKING:
+    from peft_gauge.environments.measurement import Finding
+    from peft_gauge.environments.requirements import Side
+    from peft_gauge.history.comparison import Comparison, Row
+    from peft_gauge.history.rules import Rules
+
+CHANGED = "CHANGED"
+"""Label of a fingerprint that differs: between two releases that is news, and no verdict."""
+NO_OPERATOR = "no operator changed: machine or kernel"
+METRIC = "step_seconds"
+
+
+def save(
+    findings: Sequence[Finding], sides: tuple[Side, Side], options: Mapping[str, Any], results: Path
+) -> tuple[Path, Path]:
+    """Both sides as saved runs, A's first, under ``results``; raises `GaugeError` as `write_run` does."""
+    from pytest_benchmark import __version__
+    from pytest_benchmark.utils import get_commit_info
+
+    paths = []
+    for number, letter in enumerate("AB"):
+        machine = dict(findings[0].machines[number])
+        told = {**options, "ab": {"side": letter, "requirements": sides[number].name, "of": [s.name for s in sides]}}
+        run: dict[str, Any] = {
+            "machine_info": machine,
+            "commit_info": bundled_commit() or get_commit_info(),
+            "benchmarks": [],
+            "datetime": datetime.now(UTC).isoformat(),
+            "version": __version__,
+            schema.KEY: schema.as_json([each.records[number] for each in findings], [], told),
+        }
+        paths.append(write_run(results, machine["name"], run))
+    return paths[0], paths[1]
+
+
+def compared(findings: Sequence[Finding], paths: tuple[Path, Path], rules: Rules) -> Comparison:
+    """The comparison of both saved runs, in which the pairs of ``findings`` decide about times.
+
+    Settings are read back from what a side built; where they differ, the releases made them differ, and they are told
+    instead of forbidding the comparison. A changed fingerprint is told and is no verdict.
+    """
+    runs = []
+    for number, path in enumerate(paths):
+        cases = tuple(_comparable(each.records[number]) for each in findings)
+        runs.append(replace(read_run(path), cases=cases))
+    found = comparison.compare(runs[0], runs[1], rules)
+    by_id = {each.records[0].id: each for each in findings}
+    shapes = {row.test: row.cause for row in found.rows if row.metric == FINGERPRINT}
+    rows = [_decided(row, by_id[row.test], shapes.get(row.test)) for row in found.rows]
+    rows.sort(key=lambda row: (row.badness, row.test, row.metric))
+    notes = [note for note in found.notes if METRIC not in note]
+    notes += [f"{each.records[0].id}: settings that the releases changed: {text}" for each, text in _settings(findings)]
+    return replace(found, rows=tuple(rows), notes=tuple(notes))
+
+
+def _comparable(record: schema.CaseRecord) -> schema.CaseRecord:
+    """Without its settings; and with a time's median for all its rounds, since it is not these that are judged."""
+    figures = {name: value for name, value in record.figures.items() if name not in (SETTINGS, schema.SAMPLES)}
+    samples = record.figures.get(schema.SAMPLES)
+    if samples is not None:
+        figures[METRIC] = statistics.median([seconds for process in samples[METRIC] for seconds in process])
+    return replace(record, figures=figures)
+
+
+def _decided(row: Row, finding: Finding, shape: str | None) -> Row:
+    if row.metric == FINGERPRINT and row.verdict in ("worse", "better"):
+        return replace(row, verdict="cannot tell", label=CHANGED)
+    if row.metric != METRIC or finding.judged is None:
+        return row
+    judged = finding.judged
+    same = judged.verdict == "same"
+    cause = None if same else shape or NO_OPERATOR
+    # The ratio of both sides' medians is not free of who came first, nor of how processes differ.
+    row = replace(row, verdict=judged.verdict, ratio=judged.ratio, judged=judged, cause=cause, note=finding.note)
+    return replace(row, label="same") if same else row  # with a label it is shown: it answers what was asked
+
+
+def _settings(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
+    for each in findings:
+        old, new = (dict(flat(record.figures.get(SETTINGS) or {})) for record in each.records)
+        differing = changes(old, new) if old and new else []
+        if differing:
+            yield each, "; ".join(differing)
+
+
+def told_differences(finding: Finding, limit: int = 20) -> list[str]:
+    """What the step does differently on B, a line each, after a line on which case; empty where nothing differs."""
+    before, after = (record.figures.get(FINGERPRINT) for record in finding.records)
+    if before is None or after is None:
+        return []
+    texts = [each.text for each in differences(before, after)]
+    if not texts:
+        return []
+    rest = [f"  and {len(texts) - limit} more"] if len(texts) > limit else []
+    return [f"{finding.records[0].id}: what a step does differently", *(f"  {text}" for text in texts[:limit]), *rest]

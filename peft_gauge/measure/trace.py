@@ -1,0 +1,74 @@
+"""One step's log of the CUDA allocator beside the figures of the memory pass: it says where a plan is wrong."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge import isolation
+from peft_gauge.errors import one_line
+from peft_gauge.traces import recorder
+from peft_gauge.training import models
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft_gauge.training.cases import Case
+    from peft_gauge.training.step import TrainingJob
+
+PHASE = "trace"
+NO_LOG = "the CPU's allocator keeps no log; a trace needs --device cuda"
+
+
+def trace_step(case: Case, job: TrainingJob, folder: Path, figures: Mapping[str, Any]) -> dict[str, str]:
+    """Record a step of ``job``, which is warmed up, as a file of ``folder``: ``{"file": its name}``, else
+    ``{"skipped": why}``. A trace that fails costs the case nothing else.
+
+    ``figures``: the memory pass's, which this step comes after and does not touch.
+    """
+    if case.device != "cuda":
+        return {"skipped": NO_LOG}
+    isolation.note(phase=PHASE)
+    name = f"{case.id}_{datetime.now(UTC):%Y%m%d_%H%M%S}.json.gz"
+    try:
+        recorded = recorder.record_step(job, case.device)
+        recorder.write(folder / name, recorded, settings_of(case, job), about(figures))
+    except Exception as error:  # out of memory, a torch that names its pieces otherwise, a full disk
+        job.clear()
+        return {"skipped": one_line(f"{type(error).__name__}: {error}")}
+    return {"file": name}
+
+
+def settings_of(case: Case, job: TrainingJob) -> dict[str, Any]:
+    """What ``peft-gauge trace`` needs to plan the case, under the names of the options of ``peft-gauge plan``."""
+    settings = case.settings
+    attention = job.effective_settings()["attention"]
+    return {
+        "model": case.model.name,
+        "method": case.method.name,
+        "dtype": case.dtype,
+        "batch": settings.batch,
+        "seq": settings.seq,
+        "optimizer": settings.optimizer,
+        "grad_checkpointing": settings.grad_checkpointing,
+        "grad_accumulation": settings.grad_accumulation,
+        "clip_grad_norm": settings.clip_grad_norm,
+        "attention": attention if attention in models.ATTENTIONS else None,
+    }
+
+
+def about(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The card, the versions, and the peak that the allocator showed in a step without a log."""
+    import torch
+
+    from peft_gauge.machine import LIBRARIES, installed_version
+
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: installed_version(name) for name in LIBRARIES},
+        "recorded_on": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+    if "allocated_peak_bytes" in figures:
+        found["allocated_peak_bytes"] = figures["allocated_peak_bytes"]
+    return found

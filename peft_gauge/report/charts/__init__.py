@@ -1,0 +1,1 @@
+"""Drawings: altair makes them, vl-convert renders them."""

@@ -1,0 +1,68 @@
+"""The report's plots as files, one a panel."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.history.writer import write_whole
+from peft_gauge.report.charts.plots import altair, labels_of, panels, prepared, spec, vega_lite_version
+from peft_gauge.report.html.page_data import PLOTTED
+
+if TYPE_CHECKING:
+    from peft_gauge.report.html.page_data import Report, Row
+
+FORMATS = ("png", "svg")
+WIDTH = 640  # of the plot, in pixels
+
+
+def picture(kind: str, title: str, rows: Sequence[Row], labels: Sequence[str], form: str) -> bytes:
+    """One panel as a picture in the format ``form``, one of `FORMATS`."""
+    altair()
+    import vl_convert
+
+    document = spec(kind, labels) | {
+        "width": WIDTH,
+        "autosize": "pad",
+        "background": "white",
+        "title": {"text": title, "anchor": "start"},
+        "datasets": {kind: prepared(kind, rows)},
+    }
+    if form == "svg":
+        return vl_convert.vegalite_to_svg(document, vl_version=vega_lite_version()).encode()
+    return vl_convert.vegalite_to_png(document, vl_version=vega_lite_version(), scale=2)
+
+
+def save_pictures(report: Report, folder: Path, form: str) -> list[Path]:
+    """A picture of every panel in ``folder``, which is made; raises `GaugeError` where that cannot be written."""
+    saved = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in PLOTTED:
+            rows = report.rows(kind)
+            for number, (title, own) in enumerate(panels(rows).items(), start=1):
+                out = folder / f"{kind}-{number:02d}-{_slug(title)}.{form}"
+                _write(out, picture(kind, title, own, labels_of(rows), form), form)
+                saved.append(out)
+    except OSError as error:
+        raise GaugeError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return saved
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
+
+
+def _write(out: Path, content: bytes, form: str) -> None:
+    """Whole or not at all."""
+    if form == "svg":
+        write_whole(out, content.decode())
+        return
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as beside:
+        part = Path(beside) / out.name
+        part.write_bytes(content)
+        part.replace(out)

@@ -1,0 +1,92 @@
+"""What the page's tables are made of: numbers, verdicts and texts as HTML.
+
+A number stands in a ``<data>`` element whose value is the saved one, unrounded. A row that is about a method, a model
+or a machine says so in ``data-`` attributes, by which the page filters it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from peft_gauge.errors import one_line
+from peft_gauge.history.metrics import told
+from peft_gauge.report.terminal.summary import ABSENT, shown_bytes, shown_seconds
+
+SUBJECT = ("method", "model", "machine")
+SIGNS = {
+    "worse": "▲",
+    "better": "▼",
+    "same": "=",
+    "cannot tell": "?",
+    "holds": "✓",
+    "refuted": "✗",
+    "failed": "✗",
+    "out-of-memory": "✗",
+    "crashed": "✗",
+    "timed-out": "✗",
+}
+Line = tuple[Mapping[str, Any], Sequence[str]]
+"""What a row is about, and its cells as HTML."""
+
+
+def text(value: object) -> str:
+    """Anything in words, as HTML; a dash for what is absent."""
+    return html.escape(ABSENT if value is None else str(value))
+
+
+def number(value: float | None, shown: str) -> str:
+    """A number as it is ``shown``, with its exact value for machines."""
+    return ABSENT if value is None else f'<data value="{json.dumps(value)}">{html.escape(shown)}</data>'
+
+
+def size(value: float | None) -> str:
+    return number(value, shown_bytes(value))
+
+
+def seconds(value: float | None) -> str:
+    return number(value, shown_seconds(value))
+
+
+def plain(value: float | None, form: str) -> str:
+    return ABSENT if value is None else number(value, form.format(value))
+
+
+def verdict(word: str | None) -> str:
+    """A verdict with a sign beside its colour."""
+    if word is None:
+        return ABSENT
+    return f'<span class="v {html.escape(word.replace(" ", "-"))}">{SIGNS.get(word, "·")} {html.escape(word)}</span>'
+
+
+def any_value(metric: str, value: object) -> str:
+    """A figure as a comparison shows it, after its name: bytes and seconds with units."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return text(None if value is None else one_line(told(value), 60))
+    if metric == "seconds" or metric.endswith("_seconds"):
+        return seconds(value)
+    if "bytes" in metric:
+        return size(value)
+    return plain(value, "{:,}" if isinstance(value, int) else "{:,.7g}")
+
+
+def table(name: str, caption: str, headings: Sequence[str], lines: Iterable[Line]) -> str:
+    """A table that can be scrolled by touch and by keyboard; the first cell of a row is its heading."""
+    lines = list(lines)
+    if not lines:
+        return f"<p>{text(caption)}: none.</p>"
+    head = "".join(f'<th scope="col">{text(heading)}</th>' for heading in headings)
+    body = "\n".join(_line(*line) for line in lines)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(caption)}">'
+        f'<table id="{name}"><caption>{text(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _line(about: Mapping[str, Any], cells: Sequence[str]) -> str:
+    data = "".join(f' data-{name}="{html.escape(str(about[name]))}"' for name in SUBJECT if about.get(name) is not None)
+    first, *rest = cells
+    return f'<tr{data}><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'

@@ -1,0 +1,285 @@
+"""Every figure over all runs of its machine, and where it changed.
+
+A change is what `history.comparing` calls worse or better. Its bootstrap would take minutes for a thousand runs, so two
+runs are compared by it only where a time can have been decided; figures without noise are judged by its rules directly.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.history import intervals
+from peft_gauge.history.comparison import NOT_MEASURED, Row, compare, judge_value, outcome_verdict
+from peft_gauge.history.metrics import FINGERPRINT, Case, Samples, cases_of, environment_changes, machine_changes
+from peft_gauge.history.rules import Rule, Rules
+from peft_gauge.history.schema import NOT_RUN
+
+if TYPE_CHECKING:
+    from peft_gauge.history.reader import Run
+
+# Figures about the measuring itself, and names of shapes: unless a rule judges them, they have no history.
+OF_MEASURING = ("meters.", "card.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
+OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class RememberedRules(Rules):
+    """`Rules` that look up a figure's rule once, not in every run."""
+
+    known: dict[tuple[str, str], Rule] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of_rules(cls, rules: Rules) -> RememberedRules:
+        return cls(rules.rules, rules.family_error, rules.host_spread)
+
+    def of(self, test: str, metric: str) -> Rule:
+        key = test, metric
+        if key not in self.known:
+            self.known[key] = super().of(test, metric)
+        return self.known[key]
+
+
+@dataclass
+class Series:
+    """One figure of one case on one machine: ``values`` at the indices ``runs``; of a time also its intervals."""
+
+    machine: str
+    case: str
+    metric: str
+    runs: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    intervals: list[tuple[float, float] | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Where run number ``run`` (an index) differs from the one before it that held the same case.
+
+    ``environment``: what else differs between the two: libraries, driver, commit.
+    """
+
+    run: int
+    machine: str
+    case: str
+    metric: str
+    verdict: str
+    before: Any
+    after: Any
+    environment: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """What a history keeps of a run besides its figures; ``when`` is its end in ISO format."""
+
+    machine: str
+    name: str
+    file: str
+    when: str
+    commit: str | None
+    libraries: Mapping[str, str | None]
+
+
+@dataclass
+class History:
+    """All runs so far, to be given oldest first (`add`)."""
+
+    rules: RememberedRules
+    runs: list[RunNote] = field(default_factory=list)
+    series: dict[tuple[str, str, str], Series] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    subjects: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _last: dict[tuple[str, str], tuple[Case, Run]] = field(default_factory=dict)
+    _verdicts: dict[tuple[str, str], str] = field(default_factory=dict)
+    _passed_over: set[tuple[str, str]] = field(default_factory=set)
+
+    def add(self, run: Run) -> None:
+        """Take in ``run``, the newest of its machine so far."""
+        machine, index = machine_of(run), len(self.runs)
+        commit = run.commit.get("id")
+        self.runs.append(
+            RunNote(
+                machine,
+                run.name,
+                run.path.name,
+                run.when.isoformat(timespec="seconds"),
+                None if commit is None else str(commit)[:12] + ("-dirty" if run.commit.get("dirty") else ""),
+                dict(run.libraries),
+            )
+        )
+        earlier: dict[int, _Pairs] = {}  # by the identity of the earlier run
+        for case in cases_of(run).values():
+            if case.outcome in NOT_RUN:
+                continue
+            self.subjects[case.id] = subject_of(case)
+            self._keep(machine, index, case)
+            old, base = self._last.get((machine, case.id), (None, None))
+            if old is not None and base is not None:
+                earlier.setdefault(id(base), _Pairs(base)).cases.append((old, case))
+            self._last[machine, case.id] = case, run
+        for pairs in earlier.values():
+            if not machine_changes(pairs.base, run):
+                environment = tuple(environment_changes(pairs.base, run))
+                for row in pairs.changed(run, self.rules):
+                    self._note(index, row, environment)
+        self._add_claims(machine, index, run)
+
+    def _keep(self, machine: str, index: int, case: Case) -> None:
+        for metric, value in case.figures.items():
+            if type(value) not in (int, float) or (case.id, metric) in self._passed_over:  # a bool is no number here
+                continue
+            key = machine, case.id, metric
+            series = self.series.get(key)
+            if series is None:
+                if is_of_measuring(metric) and self.rules.of(case.id, metric).kind == "ignore":
+                    self._passed_over.add((case.id, metric))
+                    continue
+                series = self.series[key] = Series(*key)
+            series.runs.append(index)
+            series.values.append(value)
+            samples = case.samples.get(metric)
+            if samples is not None or series.intervals:
+                series.intervals += [None] * (len(series.runs) - 1 - len(series.intervals))
+                series.intervals.append(None if samples is None else median_interval(samples.seconds))
+
+    def _note(self, index: int, row: Row, environment: tuple[str, ...]) -> None:
+        machine = self.runs[index].machine
+        told = (row.before, row.after)
+        self.changes.append(Change(index, machine, row.test, row.metric, row.verdict, *told, environment))
+
+    def _add_claims(self, machine: str, index: int, run: Run) -> None:
+        """A claim's verdict that changed; only a decision instead of "cannot tell" is for the better."""
+        for claim in run.claims:
+            name, now = f"claim::{claim['id']}[{claim['model']}]", claim["verdict"]
+            if now == NOT_MEASURED:
+                continue
+            before = self._verdicts.get((machine, name), now)
+            self._verdicts[machine, name] = now
+            self.subjects[name] = {"model": claim["model"]}
+            if before != now:
+                row = Row(name, "verdict", "better" if before == "cannot tell" else "worse", before=before, after=now)
+                self._note(index, row, ())
+
+
+@dataclass
+class _Pairs:
+    """The cases of a run whose last earlier record is in ``base``, each with that record first."""
+
+    base: Run
+    cases: list[tuple[Case, Case]] = field(default_factory=list)
+
+    def changed(self, run: Run, rules: RememberedRules) -> Iterable[Row]:
+        """The rows of what got worse or better."""
+        names = {new.id for _, new in self.cases}
+        for old, new in self.cases:
+            verdict = outcome_verdict(old.outcome, new.outcome)
+            if verdict in ("worse", "better"):
+                yield Row(new.id, "outcome", verdict, before=old.outcome, after=new.outcome)
+        comparable = [(old, new) for old, new in self.cases if old.settings == new.settings]
+        for old, new in comparable:
+            yield from _noise_free_changes(old, new, rules)
+        if any(old.fingerprint != new.fingerprint for old, new in comparable) or _can_decide_a_time(comparable, rules):
+            for row in compare(self.base, run, rules).rows:
+                of_time = row.metric == FINGERPRINT or rules.of(row.test, row.metric).kind == "time"
+                if row.test in names and of_time and row.verdict in ("worse", "better"):
+                    yield row
+
+
+def _noise_free_changes(old: Case, new: Case, rules: RememberedRules) -> Iterable[Row]:
+    for metric, after in new.figures.items():
+        before = old.figures.get(metric)
+        if before is None or before == after:
+            continue
+        rule = rules.of(new.id, metric)
+        if rule.kind in ("exact", "number") and (verdict := judge_value(rule, before, after)) != "same":
+            yield Row(new.id, metric, verdict, before=before, after=after)
+
+
+def _can_decide_a_time(cases: Sequence[tuple[Case, Case]], rules: RememberedRules) -> bool:
+    """Whether `compare` might call any time of ``cases`` worse or better; it certainly will not where this is False.
+
+    Of a time from one process, the interval reaches the spread of hosts beyond the bootstrap's quantiles, so it can
+    only be decided where its ratio lies beyond that spread. Of all others, Holm's correction rejects nothing unless the
+    smallest p is at most the family's error over their number. Both also relative to a factor common to all times.
+    """
+    lone: list[tuple[float, float]] = []
+    several: list[intervals.Estimate] = []
+    for old, new in cases:
+        for metric in old.samples.keys() & new.samples.keys():
+            both = old.samples[metric], new.samples[metric]
+            if rules.of(new.id, metric).kind != "time" or any(map(intervals.why_no_estimate, both)):
+                continue
+            over_control = all(samples.control_seconds is not None for samples in both)
+            if min(len(samples.seconds) for samples in both) < 2:
+                spread = rules.host_spread.over_control if over_control else rules.host_spread.seconds
+                lone.append((_centre(both[1], over_control) - _centre(both[0], over_control), math.log(spread)))
+            else:
+                several.append(intervals.estimate(*both, rules.host_spread, over_control=over_control))
+    ratios = [ratio for ratio, _ in lone] + [estimate.log_ratio for estimate in several]
+    if not ratios:
+        return False
+    error = rules.family_error / len(ratios)
+    return any(
+        any(abs(ratio - null) > 0.99 * spread for ratio, spread in lone)
+        or any(estimate.p_value(null) <= error for estimate in several)
+        for null in (0.0, statistics.median(ratios))
+    )
+
+
+def _centre(samples: Samples, over_control: bool) -> float:
+    """The logarithm of the time, as `intervals.estimate` has it."""
+    if not over_control or samples.control_seconds is None:
+        return math.log(intervals.centre_seconds(samples.seconds))
+    beside = zip(samples.seconds, samples.control_seconds, strict=True)
+    return math.log(intervals.centre_seconds([[a / b for a, b in zip(*both, strict=True)] for both in beside]))
+
+
+def is_of_measuring(metric: str) -> bool:
+    """Whether ``metric`` says how the measuring went, or names a shape, rather than what a step took."""
+    return metric.startswith(OF_MEASURING) or metric.endswith(OF_MEASURING_ENDS)
+
+
+def machine_of(run: Run) -> str:
+    """The machine's name; of runs that other tools wrote, the folder's."""
+    name = run.machine.get("name")
+    return name if isinstance(name, str) else run.path.parent.name
+
+
+def subject_of(case: Case) -> dict[str, Any]:
+    """By what a case can be filtered: ``method`` and ``model``, where its figures name them."""
+    return {
+        name: value
+        for name in ("method", "model")
+        if isinstance(value := case.figures.get(name, case.figures.get(f"plan.{name}")), str)
+    }
+
+
+def median_interval(processes: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """A 95 % interval of the median of all rounds, in seconds; ``None`` for fewer than six rounds, which have none.
+
+    Between two order statistics, whatever the distribution: of ``n`` rounds, the k-th smallest and the k-th largest
+    miss the median with probability 2·P(Binomial(n, ½) < k). Rounds are taken as independent.
+    """
+    rounds = sorted(seconds for process in processes for seconds in process)
+    rank = _rank(len(rounds))
+    return (rounds[rank - 1], rounds[-rank]) if rank else None
+
+
+@cache
+def _rank(number: int) -> int:
+    """The greatest k whose two order statistics hold the median with `CONFIDENCE`; 0 where none does."""
+    missed, rank = 0.0, 0
+    while rank < number // 2:
+        # In logarithms: 0.5**number is no float any more for a few thousand rounds.
+        ways = math.lgamma(number + 1) - math.lgamma(rank + 1) - math.lgamma(number - rank + 1)
+        missed += 2 * math.exp(ways - number * math.log(2))
+        if missed > 1 - CONFIDENCE:
+            break
+        rank += 1
+    return rank

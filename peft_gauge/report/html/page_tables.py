@@ -1,0 +1,344 @@
+"""The tables of the page: everything that a plot shows, as words and numbers."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from peft_gauge.report import comparison as words
+from peft_gauge.report.charts import plots
+from peft_gauge.report.html import page_data
+from peft_gauge.report.html.page_cells import any_value, number, plain, seconds, size, table, text, verdict
+from peft_gauge.report.html.page_history import subject_of
+from peft_gauge.report.terminal.summary import ABSENT, PHASES, label
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from peft_gauge.history.comparison import Comparison
+    from peft_gauge.history.ledger import Source
+    from peft_gauge.history.reader import Run
+    from peft_gauge.report.html.page_cells import Line
+    from peft_gauge.report.html.page_data import Answering, Machine, Report, Row
+    from peft_gauge.report.html.page_history import Change, History
+
+MOST_CHANGES = 500
+
+
+# One table each
+
+
+def machines(report: Report) -> str:
+    headings = (
+        "machine",
+        "run",
+        "ended (UTC)",
+        "cases",
+        "of",
+        "compared with",
+        "worse",
+        "better",
+        "cannot tell",
+        "same",
+    )
+    return table(
+        "t-machines",
+        "Runs with the newest answers of each machine, and what changed since the newest earlier run of the same cases",
+        headings,
+        [
+            ({"machine": name}, _machine(name, answering))
+            for name, machine in report.machines.items()
+            for answering in machine.answering
+        ],
+    )
+
+
+def _machine(name: str, answering: Answering) -> list[str]:
+    run, compared = answering.run, answering.comparison
+    about = run.name + (", interrupted" if run.interrupted else "")
+    questions = ", ".join(dict.fromkeys(case.question.removeprefix("test_") for case in run.cases))
+    cells = [text(name), text(about), text(f"{run.when:%Y-%m-%d %H:%M}"), plain(len(run.cases), "{}"), text(questions)]
+    if compared is None or answering.base is None:
+        return [*cells, text("none: no earlier run can be compared with it"), *[ABSENT] * 4]
+    counts = [compared.counts[verdict] for verdict in ("worse", "better", "cannot tell", "same")]
+    return [*cells, text(answering.base.name), *(plain(count, "{}") for count in counts)]
+
+
+def environment(machine: Machine) -> list[str]:
+    """What else differs between each run and its base, and what to know: lines of HTML."""
+    return [
+        text(f"run {each.run.name}: {line}")
+        for each in machine.answering
+        if each.comparison is not None
+        for line in words.heading(each.comparison)[1:]
+    ]
+
+
+def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
+    """The rows of all comparisons whose verdicts are ``wanted``; empty text where there are none."""
+    lines: list[Line] = []
+    answering = [(name, each) for name, machine in report.machines.items() for each in machine.answering]
+    for machine_name, each in answering:
+        if each.comparison is None or each.base is None:
+            continue
+        runs = text(f"{each.base.name} → {each.run.name}")
+        lines += [
+            ({**about, "machine": machine_name}, [verdict(row.verdict), *cells, runs])
+            for row, about, cells in _rows(each.run, each.comparison)
+            if row.verdict in wanted
+        ]
+    headings = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know", "runs")
+    return table(name, f"Newest answers against those before: {', '.join(wanted)}", headings, lines) if lines else ""
+
+
+def _rows(run: Run, comparison: Comparison) -> Iterable[tuple[Any, Row, list[str]]]:
+    subjects = {name: subject_of(case) for name, case in page_data.case_subjects(run).items()}
+    for line in words.shown_lines(comparison, everything=False):
+        row, told_as = line.rows[0], line.cells
+        kind = f"{told_as.figure} ({row.label})" if row.label else told_as.figure
+        rest = (told_as.change, told_as.judged, told_as.remark.removesuffix("; --all shows each"))
+        if len(line.rows) > 1:
+            yield row, {}, [text(told_as.case), text(kind), text(told_as.before), text(told_as.after), *map(text, rest)]
+            continue
+        values = [any_value(row.metric, value) for value in (row.before, row.after)]
+        model = {"model": row.test.partition("[")[2].rstrip("]")} if row.test.startswith("claim::") else {}
+        about = subjects.get(row.test, model)
+        yield row, about, [text(told_as.case), text(kind), *values, *map(text, rest)]
+
+
+def claims(report: Report) -> str:
+    lines: list[Line] = [
+        (
+            {"model": None if claim.model == "any" else claim.model, "machine": name},
+            [
+                text(claim.id),
+                text(claim.model),
+                verdict(claim.verdict),
+                *map(text, (claim.figure, claim.conditions, _decided(claim.source), claim.statement, name)),
+            ],
+        )
+        for name, machine in report.machines.items()
+        for claim in machine.claims
+    ]
+    about_it = ("figure it rests on", "conditions", "decided (UTC)", "statement", "machine")
+    caption = "Claims of the literature, and each machine’s newest verdict over all its runs"
+    return table("t-claims", caption, ("claim", "model", "verdict", *about_it), lines)
+
+
+def _decided(source: Source | None) -> str | None:
+    return f"{source.ended:%Y-%m-%d}, run {source.run}" if source is not None else None
+
+
+def methods(report: Report) -> str:
+    lines: list[Line] = []
+    for name, machine in report.machines.items():
+        for row in page_data.methods_told([each.run for each in machine.answering]):
+            about = {"machine": name, "model": row["model"], "method": row["method"]}
+            cells = [
+                text(label(row)),
+                text(f"{row['model']} on {row['device']}"),
+                text(page_data.conditions(row.get("settings") or {})),
+                plain(row.get("trainable_params"), "{:,}"),
+                plain(row.get("percent_of_base"), "{:.4f}"),
+                size(row.get("adapter_disk_bytes")),
+                *(seconds(row.get(f"{phase}_seconds")) for phase in PHASES),
+                plain(row.get("step_over_control"), "{:.2f}"),
+                plain(row.get("tokens_per_second"), "{:.0f}"),
+                text("; ".join(map(str, row.get("unsteady") or [])) or None),
+                text(row["run"]),
+                text(name),
+            ]
+            lines.append((about, cells))
+    headings = ("method", "model", "conditions", "trainable", "% of base", "on disk", *PHASES)
+    rest = ("step ÷ bare forward", "tokens/s", "unsteady", "run", "machine")
+    return table("t-methods", "Methods side by side: counts, and medians of times", (*headings, *rest), lines)
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """A row for each bar, a column for each category that occurs."""
+    used = [name for name in plots.CATEGORIES if any(row["category"] == name for row in rows)]
+    used += sorted({row["category"] for row in rows} - set(used))
+    bars: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        bars.setdefault((row["panel"], row["label"], row["run"]), []).append(row)
+    lines: list[Line] = []
+    for (panel, name, _), parts in bars.items():
+        by_category = {part["category"]: part["bytes"] for part in parts}
+        sizes = [size(sum(by_category.values())), *(size(by_category.get(category)) for category in used)]
+        lines.append((parts[0], [text(name), text(panel), text(parts[0]["run"]), *sizes]))
+    names = [plots.category_name(category) if category in plots.CATEGORIES else category for category in used]
+    return table(
+        "t-memory", "Memory at the peak of a step by category", ("method", "step", "run", "peak", *names), lines
+    )
+
+
+def planned(rows: Sequence[Row]) -> str:
+    lines: list[Line] = [
+        (
+            row,
+            [
+                text(row["label"]),
+                text(row["panel"]),
+                text(row["run"]),
+                *(size(row[f"{kind}_bytes"]) for kind in plots.KINDS),
+                number(row["relative_error"], f"{100 * (row['relative_error'] or 0):+.1f} %"),
+            ],
+        )
+        for row in rows
+    ]
+    headings = ("method and meter", "step", "run", *plots.KINDS, "measured against planned")
+    return table("t-planned", "Peaks: measured, planned, and the ceiling", headings, lines)
+
+
+def sequence(rows: Sequence[Row]) -> str:
+    lines: list[Line] = [
+        (
+            row,
+            [
+                *(text(row[name]) for name in ("label", "panel", "run", "source")),
+                plain(row["seq"], "{}"),
+                size(row["bytes"]),
+            ],
+        )
+        for row in rows
+    ]
+    headings = ("method", "model", "run", "planned or measured", "tokens", "peak")
+    return table("t-sequence", "Peak memory at several lengths of sequence", headings, lines)
+
+
+def growth(report: Report) -> str:
+    lines: list[Line] = [
+        (
+            row,
+            [
+                text(row["label"]),
+                text(f"{row['model']}, {row['machine']}"),
+                text("a token" if row.get("along") == "seq" else "a row"),
+                text(f"{'batch' if row.get('along') == 'seq' else 'seq'} {row.get('held')}"),
+                *(size(row.get(name)) for name in ("slope_bytes", "planned_slope_bytes")),
+            ],
+        )
+        for machine in report.machines.values()
+        for answering in machine.answering
+        for row in page_data.growth_rows(answering.run)
+    ]
+    headings = ("method", "model", "more by", "with", "measured", "planned")
+    return table("t-growth", "Bytes of peak for a token or a row more", headings, lines) if lines else ""
+
+
+def times(rows: Sequence[Row]) -> str:
+    lines: list[Line] = [
+        (
+            row,
+            [
+                text(row["label"]),
+                text(row["panel"]),
+                *(seconds(row[name]) for name in ("seconds", "low_seconds", "high_seconds")),
+                plain(row["rounds"], "{}"),
+                plain(row["processes"], "{}"),
+                plain(row["over_control"], "{:.2f}"),
+                text(row["unsteady"]),
+                text(row["run"]),
+            ],
+        )
+        for row in rows
+    ]
+    interval = ("95 % interval from", "to", "rounds", "processes")
+    headings = ("case", "time of", "median", *interval, "÷ bare forward", "unsteady", "run")
+    return table("t-times", "Times: median, and a 95 % interval of the rounds’ median", headings, lines)
+
+
+def pareto(rows: Sequence[Row]) -> str:
+    lines: list[Line] = [
+        (
+            row,
+            [
+                text(row["label"]),
+                text(row["panel"]),
+                any_value(row["cost"], row["value"]),
+                *(plain(row[name], "{:.7g}") for name in ("quality", "quality_low", "quality_high")),
+                *(plain(row[name], "{}") for name in ("seeds", "diverged")),
+                text("no" if row["front"] else "no quality" if row["quality"] is None else "yes"),
+                text(row["run"]),
+            ],
+        )
+        for row in rows
+    ]
+    quality = ("quality", "least over seeds", "most", "seeds", "of them diverged")
+    headings = ("point", "sweep and cost", "cost", *quality, "dominated", "run")
+    return table("t-pareto", "Sweeps: quality against cost", headings, lines)
+
+
+def changes(history: History) -> str:
+    """Every change there was, the newest first, at most `MOST_CHANGES`."""
+    newest = sorted(history.changes, key=lambda change: -change.run)[:MOST_CHANGES]
+    lines: list[Line] = [
+        ({**history.subjects.get(change.case, {}), "machine": change.machine}, _change(history, change))
+        for change in newest
+    ]
+    headings = ("verdict", "run", "ended (UTC)", "case", "figure", "before", "after", "what else differs", "machine")
+    more = f", the newest {MOST_CHANGES} of {len(history.changes)}" if len(history.changes) > MOST_CHANGES else ""
+    return table("t-changes", f"Changes in the history{more}", headings, lines)
+
+
+def _change(history: History, change: Change) -> list[str]:
+    run = history.runs[change.run]
+    case = urlencode({"case": change.case, "figure": change.metric, "section": "history"})
+    name = text(change.case.removeprefix("benchmarks/"))
+    known = (change.machine, change.case, change.metric) in history.series
+    return [
+        verdict(change.verdict),
+        text(run.name),
+        text(run.when[:16].replace("T", " ")),
+        f'<a class="to-history" href="#{html.escape(case)}">{name}</a>' if known else name,
+        text(change.metric),
+        any_value(change.metric, change.before),
+        any_value(change.metric, change.after),
+        text("; ".join(change.environment) or None),
+        text(change.machine),
+    ]
+
+
+def not_passed(report: Report) -> str:
+    lines: list[Line] = []
+    for name, machine in report.machines.items():
+        for run in (answering.run for answering in machine.answering):
+            subjects = page_data.case_subjects(run)
+            for case in page_data.not_passed(run):
+                about = {**subject_of(subjects[case.id]), "machine": name}
+                cells = [text(case.id.removeprefix("benchmarks/")), verdict(case.outcome), text(case.reason)]
+                lines.append((about, [*cells, text(run.name), text(name)]))
+    return table("t-outcomes", "Cases that did not pass", ("case", "outcome", "reason", "run", "machine"), lines)
+
+
+def runs(history: History) -> str:
+    lines: list[Line] = [
+        (
+            {"machine": run.machine},
+            [
+                text(run.name),
+                text(run.machine),
+                text(run.when[:16].replace("T", " ")),
+                text(run.commit),
+                text(versions(run.libraries)),
+                text(run.file),
+            ],
+        )
+        for run in reversed(history.runs)
+    ]
+    headings = ("run", "machine", "ended (UTC)", "commit", "libraries", "file")
+    return table("t-runs", "All runs, the newest first", headings, lines)
+
+
+def versions(libraries: Mapping[str, str | None]) -> str:
+    """ "torch 2.13.0, peft 0.21.2": what was installed."""
+    return ", ".join(f"{name} {version}" for name, version in libraries.items() if version is not None)
+
+
+def shown_of(report: Report) -> list[str]:
+    """The machines with the names of the runs that are shown of each."""
+    return [
+        f"{name}, {page_data.named([each.run for each in machine.answering])}"
+        for name, machine in report.machines.items()
+    ]

@@ -1,0 +1,99 @@
+"""Measured memory in the terminal: each method's peak by every meter, beside its plan and its ceiling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from peft_gauge.report.terminal.summary import (
+    ABSENT,
+    as_text,
+    by_model,
+    conditions,
+    label,
+    method_rows,
+    shown,
+    shown_bytes,
+    shown_seconds,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from peft_gauge.history.schema import CaseRecord
+
+# heading -> (measured figure, planned figure), in the order in which they contain each other
+ON_CUDA = {
+    "allocated": ("allocated_peak_bytes", "planned_allocated_bytes"),
+    "reserved": ("reserved_peak_bytes", "planned_reserved_bytes"),
+    "device": ("own_device_peak_bytes", "planned_device_bytes"),
+}
+ON_CPU = {"tensors": ("tensor_peak_bytes", "planned_peak_bytes")}
+
+
+def planned_bytes(row: Mapping[str, Any], figure: str) -> Any:
+    """The planned ``figure`` of a case. Runs of before it was kept apart held the allocator's peak, in which the
+    libraries' workspaces are, against the planned peak of tensors."""
+    value = row.get(figure)
+    return row.get("planned_peak_bytes") if value is None and figure == "planned_allocated_bytes" else value
+
+
+def summary(cases: Iterable[CaseRecord], width: int) -> str:
+    """A table for each model and device whose memory was measured, as text; empty where none was."""
+    rows = [row for row in method_rows(cases) if "tensor_peak_bytes" in row]
+    return as_text(
+        [
+            _table(group, f"memory of a step, {model} on {device}, {conditions(group)}")
+            for (model, device), group in by_model(rows).items()
+        ],
+        width,
+    )
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    compared = ON_CUDA if rows[0]["device"] == "cuda" else ON_CPU
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = _caption(rows)
+    table.add_column("method", no_wrap=True)
+    for heading in ("after loading", *compared, "of plan", "ceiling", "resident", "saved/token", "host", "peak in"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        first_measured, first_planned = next(iter(compared.values()))
+        table.add_row(
+            label(row),
+            shown_bytes(row.get("naive_after_loading_bytes")),
+            *(shown_bytes(row.get(measured)) for measured, _ in compared.values()),
+            _share(row.get(first_measured), planned_bytes(row, first_planned)),
+            shown_bytes((row.get("ceiling") or {}).get(first_measured)),
+            shown_bytes(row.get("resident_bytes")),
+            shown_bytes(row.get("saved_activation_bytes_per_token")),
+            shown_bytes(row.get("rss_peak_bytes")),
+            row.get("phase_of_peak") or ABSENT,
+        )
+    return table
+
+
+def _share(measured: float | None, planned: float | None) -> str:
+    return ABSENT if measured is None or not planned else f"{100 * measured / planned:.1f} %"
+
+
+def _caption(rows: list[dict[str, Any]]) -> str:
+    """What the columns are, and what measuring itself costs."""
+    first, *_ = ON_CUDA if rows[0]["device"] == "cuda" else ON_CPU
+    told = (
+        "after loading: what a reading before training shows; "
+        f"of plan: {first} over the planned peak"
+        f"{', with library workspaces' if first == 'allocated' else ', which is of CUDA’s kernels'}"
+    )
+    return f"{told}\nmeasuring costs {', '.join(_costs(rows[0].get('meters') or {}))}"
+
+
+def _costs(meters: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    costs = []
+    for name, about in meters.items():
+        if "overhead_seconds_per_phase" in about:
+            costs.append(f"{name} {shown_seconds(about['overhead_seconds_per_phase'])} a phase")
+        if "overhead_times_a_step" in about:
+            costs.append(f"{name} {shown(about['overhead_times_a_step'], '{:.1f}')} times a step, a step of its own")
+    return costs

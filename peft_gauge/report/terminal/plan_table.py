@@ -1,0 +1,199 @@
+"""Plans in the terminal: a table, and a stacked bar of the peak by category for each case."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from peft_gauge.report.terminal.summary import ABSENT, as_text, shown, shown_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rich.console import RenderableType
+
+    from peft_gauge.history.schema import CaseRecord
+
+# Each category as (heading, glyph, colour): the glyphs tell them apart where there is no colour.
+LOOKS = {
+    "base_weights": ("base weights", "█", "blue"),
+    "quantisation_constants": ("quantisation constants", "▙", "bright_blue"),
+    "adapter_weights": ("adapter weights", "▓", "cyan"),
+    "buffers": ("buffers", "▖", "white"),
+    "gradients": ("gradients", "▒", "yellow"),
+    "optimizer_state": ("optimizer state", "▚", "magenta"),
+    "optimizer_temporaries": ("optimizer temporaries", "▘", "bright_magenta"),
+    "activations": ("activations", "░", "green"),
+    "logits_and_loss": ("logits and loss", "╬", "red"),
+    "dequantised_temporaries": ("dequantised temporaries", "▝", "bright_green"),
+    "inputs": ("inputs", "▗", "bright_black"),
+    "other": ("other", "·", "bright_black"),
+}
+BAR_WIDTH = 60
+LEAST_WIDTH = 100  # columns, or what the table needs: a terminal that wraps lines reads better than cut figures
+
+
+def show(plans: Sequence[Mapping[str, Any]]) -> None:
+    """Print ``plans`` on standard output."""
+    console = Console(highlight=False)
+    shown_as = render(plans)
+    without_limit = console.options.update(width=10_000)
+    widths = [Measurement.get(console, without_limit, part).maximum for part in shown_as if isinstance(part, Table)]
+    console.width = max(console.width, LEAST_WIDTH, *widths)
+    console.print(*shown_as, sep="\n")
+
+
+def summary(cases: Iterable[CaseRecord], width: int) -> str:
+    """A table for each model and shape that a run's cases planned, as text."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for case in cases:
+        if "plan" in case.figures:
+            groups.setdefault(_title([case.figures["plan"]]), []).append(case.figures["plan"])
+    return as_text(map(_table, groups.values()), width)
+
+
+def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[RenderableType]:
+    """The renderables for ``plans`` (objects as `--json` prints them): table, adapted modules, bars with legend,
+    warnings."""
+    if not plans:
+        return []
+    return [_table(plans), *_adapted(plans), *_bars(plans, width), *_warnings(plans)]
+
+
+def _adapted(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Which modules the methods train something on, each list once."""
+    concerned: dict[str, list[str]] = {}
+    for plan in plans:
+        sentence = "; ".join(adapted_modules(plan.get("adapted_modules", ())))
+        if sentence and plan["method"] not in concerned.setdefault(sentence, []):
+            concerned[sentence].append(plan["method"])
+    return [Text(f"adapted ({', '.join(names)}): {sentence}") for sentence, names in concerned.items()]
+
+
+def adapted_modules(places: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``places`` (`peft_gauge.training.targets.Adapted` in JSON) as short sentences, one for all modules of the same
+    layers: ``self_attn.(q_proj, k_proj) in 32 of 32 layers``."""
+    groups: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for place in places:
+        parent, _, name = str(place["module"]).rpartition(".")
+        groups.setdefault((place["layers"], place["of_layers"]), {}).setdefault(parent, []).append(name)
+    sentences = []
+    for (layers, of_layers), parents in groups.items():
+        parts = [_joined(parent, names) for parent, names in parents.items()]
+        where = f" in {layers} of {of_layers} layers" if layers else ""
+        sentences.append(f"{', '.join(parts)}{where}")
+    return sentences
+
+
+def _joined(parent: str, names: Sequence[str]) -> str:
+    if not parent:
+        return ", ".join(names)
+    return f"{parent}.{names[0]}" if len(names) == 1 else f"{parent}.({', '.join(names)})"
+
+
+def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=_title(plans), title_justify="left", caption_justify="left")
+    table.caption = "peak, resident: as memory_allocated counts; device: estimated, with CUDA context and workspaces"
+    if plans[0]["gpus"]:
+        table.caption += "; on a GPU: what it will show as used, + what it has left or − what it lacks"
+        if any(fit["retries"] for plan in plans for fit in plan["gpus"] if fit["fits"]):
+            table.caption += "; *: fits by giving back cached segments, which costs time"
+    table.add_column("method", no_wrap=True)
+    table.add_column("peak in", no_wrap=True)
+    searched = "find" in plans[0]
+    for heading in [*(["largest"] if searched else []), "trainable", "peak", "resident", "saved/token", "device"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for fit in plans[0]["gpus"]:
+        table.add_column(f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})", justify="right", no_wrap=True)
+    for plan in plans:
+        found = [_found(plan["find"])] if searched else []
+        table.add_row(plan["method"], plan["phase_of_peak"], *found, *_cells(plan))
+    return table
+
+
+def _title(plans: Sequence[Mapping[str, Any]]) -> str:
+    settings = plans[0]["settings"]
+    parts = [f"{settings['batch']}×{settings['seq']} tokens"] if "find" not in plans[0] else []
+    parts += [settings["dtype"], settings["optimizer"]]
+    if settings["grad_checkpointing"]:
+        parts.append("gradient checkpointing")
+    if settings.get("attention") not in (None, "none"):
+        parts.append(f"{settings['attention']} attention")
+    title = f"{plans[0]['model']} planned, {', '.join(parts)}"
+    bases = {plan.get("base") for plan in plans}
+    if len(bases) == 1 and not bases & {None, "", settings["dtype"]}:
+        title += f"\nbase: {bases.pop()}"  # on a line of its own, which no narrow table breaks
+    return title
+
+
+def _cells(plan: Mapping[str, Any]) -> list[str]:
+    sizes = ("peak_bytes", "resident_bytes", "saved_activation_bytes_per_token")
+    return [
+        shown(plan["trainable_params"], "{:,}"),
+        *(shown_bytes(plan[name]) for name in sizes),
+        shown_bytes(plan["device_bytes_estimate"]),
+        *(_fit(fit) for fit in plan["gpus"]),
+    ]
+
+
+def _fit(fit: Mapping[str, Any]) -> str:
+    """What the GPU will show as used, and what remains free (+) or is missing (−), in the unit of its heading.
+
+    The second is the difference of the two sizes as they are shown, so that what a reader adds up is right.
+    """
+    unit = next(size for size in (1e9, 1e6, 1e3) if fit["usable_bytes"] >= size)
+    device, usable = (round(fit[name] / unit, 2) for name in ("device_bytes", "usable_bytes"))
+    return f"{device:.2f} {'+' if fit['fits'] else '−'}{abs(usable - device):.2f}{'*' if fit['retries'] else ''}"
+
+
+def _found(found: Mapping[str, Any]) -> str:
+    if found["value"] is None:
+        return ABSENT
+    limit = " (the model's limit)" if found["at_limit"] else ""
+    return f"{found['quantity']} {found['value']}{limit}"
+
+
+def _bars(plans: Sequence[Mapping[str, Any]], width: int) -> list[Text]:
+    largest = max(plan["peak_bytes"] for plan in plans)
+    label = max(len(plan["method"]) for plan in plans)
+    lines = [Text("peak by category")]
+    for plan in plans:
+        line = Text(f"{plan['method']:<{label}} ")
+        line.append_text(bar(plan["peak_by_category"], largest, width))
+        lines.append(line.append(f" {shown_bytes(plan['peak_bytes'])}"))
+    return [*lines, _legend(plans)]
+
+
+def bar(by_category: Mapping[str, int], full_bytes: int, width: int) -> Text:
+    """A bar in which ``full_bytes`` take ``width`` cells.
+
+    Ends of parts are rounded, not their lengths, so that the whole bar has the right length whatever its parts.
+    """
+    line, total, drawn = Text(), 0, 0
+    for category, (_, glyph, colour) in LOOKS.items():
+        total += by_category.get(category, 0)
+        end = round(width * total / full_bytes)
+        line.append(glyph * (end - drawn), style=colour)
+        drawn = end
+    return line
+
+
+def _legend(plans: Sequence[Mapping[str, Any]]) -> Text:
+    line = Text()
+    for category, (heading, glyph, colour) in LOOKS.items():
+        if any(plan["peak_by_category"].get(category) for plan in plans):
+            line.append(glyph, style=colour).append(f" {heading}  ")
+    return line
+
+
+def _warnings(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Each warning once, with the methods that it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for plan in plans:
+        for warning in plan["warnings"]:
+            concerned.setdefault(warning, []).append(plan["method"])
+    return [Text(f"note ({', '.join(names)}): {warning}") for warning, names in concerned.items()]

@@ -1,0 +1,46 @@
+"""Published figures beside the planned ones, for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from peft_gauge.report.terminal.summary import WIDTH, as_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from peft_gauge.history.schema import CaseRecord
+
+
+def published_table(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
+    """A line for each case that recorded a ``published`` figure, with its distance from the planned one.
+
+    A case that failed is shown too, since its distance says how. Empty text where there is no such case.
+    """
+    rows = [case for case in cases if "published" in case.figures]
+    if not rows:
+        return ""
+    table = Table(title="published figures", title_justify="left", caption_justify="left")
+    table.caption = "distance: planned over published, less 1; asserted: what the run holds the plan to"
+    table.add_column("figure", no_wrap=True)
+    for heading in ("published", "planned", "distance"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("asserted", no_wrap=True)
+    for case in rows:
+        figures = case.figures
+        mark = "" if case.outcome == "passed" else f" ({case.outcome})"
+        table.add_row(
+            figures["figure"],
+            _number(figures["published"], figures["unit"]),
+            _number(figures["planned"], figures["unit"]),
+            f"{figures['distance_percent']:+.2f} %",
+            figures["asserted"] + mark,
+        )
+    return as_text([table], width)
+
+
+def _number(value: float, unit: str) -> str:
+    shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"
+    return f"{shown} {unit}".rstrip()

@@ -1,0 +1,1 @@
+"""What is trained: models, methods, batches, and the step."""

@@ -1,0 +1,382 @@
+"""Layers that hold weights as a checkpoint stores them, put into a model on ``meta``, and their kernels on fakes.
+
+What a layer is comes from the library that transformers hands the checkpoint to: bitsandbytes, transformers' own FP8
+layers, gptqmodel. Where that library needs a GPU or is not here, the layer below has its tensors and its memory:
+what it keeps for backward and what it dequantises, each with its source.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from peft_gauge._internals.torch import FakeTensor, flop_formulas, parameters_of
+from peft_gauge._internals.transformers import mark_quantised, replace_layers
+from peft_gauge.errors import GaugeError
+from peft_gauge.training.stored_formats import STORED_FORMAT, StoredFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+PACKED_BITS = 32  # GPTQ and AWQ pack weights and zero points into 32-bit words
+AWQ_FUSED_ROWS = 1024  # up to this many rows gptqmodel multiplies AWQ weights without a dequantised copy
+
+
+def format_of(model: nn.Module) -> StoredFormat | None:
+    """How the weights of ``model`` came stored; ``None`` for a base in 16 or 32 bit."""
+    found: StoredFormat | None = getattr(model, STORED_FORMAT, None)
+    return found
+
+
+def store_(model: PreTrainedModel, stored: StoredFormat) -> None:
+    """Replace ``model``'s layers in place by such as hold weights in the format ``stored``, and mark it.
+
+    bitsandbytes' formats quantise the weights that are there, on any device; of the others the model must be on
+    ``meta``. Which layers stay in 16 bit is what transformers leaves out for this format. Raises `GaugeError` where no
+    layer fits, or this transformers cannot train over the format.
+    """
+    if stored.kind == "bitsandbytes":
+        _store_bitsandbytes(model, stored)
+    elif stored.kind == "fp8":
+        _store_fp8(model, stored)
+    elif stored.kind in ("gptq", "awq"):
+        _store_grouped(model, stored)
+    setattr(model, STORED_FORMAT, stored)
+
+
+def check_adapter(stored: StoredFormat, peft_type: str) -> None:
+    """Raise `GaugeError` where PEFT has no layers of ``peft_type`` over a base in the format ``stored``."""
+    from peft import PeftType
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if stored.kind not in ("gptq", "awq") or peft_type not in list(PeftType):
+        return
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+    if issubclass(config, PromptLearningConfig) or find_spec(f"peft.tuners.{peft_type.lower()}.{stored.kind}"):
+        return
+    raise GaugeError(f"PEFT has no {peft_type} layers over {stored.title} weights; LORA has them")
+
+
+# ---- which layers ----------------------------------------------------------------------------------------------------
+
+
+def kept_names(model: PreTrainedModel, skipped: Sequence[str] | None, *, add_defaults: bool = False) -> list[str]:
+    """Names of the layers that transformers leaves as they are, when a checkpoint's config skips ``skipped``.
+
+    Without a list of its own (or with ``add_defaults``) these are the output projection and what is tied to it.
+    """
+    from transformers.quantizers.base import HfQuantizer
+
+    in_float32 = getattr(model, "_keep_in_fp32_modules", None)
+    patterns = HfQuantizer.get_modules_to_not_convert(model, skipped, in_float32, add_defaults)
+    return [name for name, _ in model.named_modules() if name and any(_names(each, name) for each in patterns)]
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether transformers takes ``pattern`` for the layer called ``name``: as its suffix, or as a regular expression
+    that ends at a dot of it (``quantizers_utils.should_convert_module``)."""
+    if name.endswith(pattern):
+        return True
+    try:
+        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) is not None
+    except re.error:
+        return False
+
+
+def _linears(model: PreTrainedModel, kept: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
+    left_out = set(kept)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name not in left_out:
+            yield name, module
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def _store_bitsandbytes(model: PreTrainedModel, stored: StoredFormat) -> None:
+    from peft_gauge.training.quantization import quantize_
+
+    settings = stored.settings
+    compute = str(settings.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+    quantize_(
+        model,
+        quant_format=settings["quant_format"],
+        double_quant=bool(settings.get("bnb_4bit_use_double_quant", False)),
+        compute_dtype=getattr(torch, compute),
+        skip=kept_names(model, settings.get("llm_int8_skip_modules")),
+    )
+
+
+# ---- FP8 -------------------------------------------------------------------------------------------------------------
+
+
+def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
+    """transformers' own FP8 layers, their scales as buffers: scales are no parameters of the model."""
+    from transformers import FineGrainedFP8Config
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    fp8 = _fp8_layers()
+    if fp8 is None:
+        raise GaugeError(
+            f"transformers {version('transformers')} has no backward pass over FP8 weights; take a newer one, or a "
+            f"16-bit checkpoint"
+        )
+    dtype = model.dtype
+    quantizer = AutoHfQuantizer.from_config(FineGrainedFP8Config.from_dict(dict(stored.settings)), pre_quantized=True)
+    replace_layers(quantizer, model)
+    found = False
+    for module in model.modules():
+        if isinstance(module, (fp8.FP8Linear, fp8.FP8Experts)):
+            found = True
+            parameters = parameters_of(module)
+            scales = [name for name in parameters if name.endswith(("scale_inv", "activation_scale"))]
+            for name in scales:
+                scale = parameters.pop(name)
+                module.register_buffer(name, None if scale is None else scale.detach())
+            module.quantisation_buffers = tuple(scales)
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            if parameters.get("bias") is not None:
+                module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    if not found:
+        raise GaugeError(f"no layer of {type(model).__name__} is stored in FP8: its config leaves all of them out")
+    _mark(model, quantizer.quantization_config, dtype)
+
+
+def _fp8_layers() -> Any:
+    """transformers' module of FP8 layers; ``None`` where they have no backward pass (and, before 5, need triton)."""
+    try:
+        from transformers.integrations import finegrained_fp8 as fp8
+    except ImportError:
+        return None
+    return fp8 if hasattr(fp8, "FP8LinearFunction") else None
+
+
+def _mark(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> None:
+    """As transformers marks a model that it loaded quantised; PEFT reads it."""
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    mark_quantised(model.config, dtype)
+
+
+# ---- GPTQ and AWQ ----------------------------------------------------------------------------------------------------
+
+
+def _store_grouped(model: PreTrainedModel, stored: StoredFormat) -> None:
+    from transformers import AwqConfig, GPTQConfig
+
+    settings = stored.settings
+    kept = kept_names(model, settings.get("modules_to_not_convert"), add_defaults=stored.kind == "awq")
+    inside = settings.get("modules_in_block_to_quantize")  # GPTQ: lists of names, the only ones that are quantised
+    wanted = None if inside is None else [name for part in inside for name in ([part] if type(part) is str else part)]
+    layer = GptqLinear if stored.kind == "gptq" else AwqLinear
+    found = False
+    for name, linear in _linears(model, kept):
+        if wanted is None or any(name.endswith(f".{each}") for each in wanted):
+            model.set_submodule(name, layer(linear, settings["bits"], settings["group_size"]))
+            found = True
+    if not found:
+        raise GaugeError(f"no layer of {type(model).__name__} is stored as {stored.title}")
+    kind = GPTQConfig if stored.kind == "gptq" else AwqConfig
+    _mark(model, kind(bits=settings["bits"], group_size=settings["group_size"]), model.dtype)
+
+
+class GroupedLinear(nn.Linear):
+    """A linear layer with weights in groups of ``group_size`` along the input, each with its scale and zero point.
+
+    ``qweight``: ``bits`` bits a weight, packed into int32; ``qzeros``, likewise packed, and ``scales`` (float16), of
+    shape (groups, out): the tensors of AutoGPTQ's and AutoAWQ's checkpoints. ``weight`` is ``None``.
+    """
+
+    quantisation_buffers: tuple[str, ...] = ("qzeros", "scales")
+
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bits = bits
+        group = self.in_features if group_size == -1 else group_size
+        groups, device = -(-self.in_features // group), linear.weight.device
+        self.weight = None  # type: ignore[assignment]
+        words = self._packed_shape()
+        self.qweight = nn.Parameter(torch.empty(words, dtype=torch.int32, device=device), requires_grad=False)
+        zeros = (groups, -(-self.out_features * bits // PACKED_BITS))
+        self.register_buffer("qzeros", torch.empty(zeros, dtype=torch.int32, device=device))
+        scales = torch.empty(groups, self.out_features, dtype=torch.float16, device=device)
+        self.register_buffer("scales", scales)
+        # The layer behind the packed tensor, for whoever counts parameters: numel() counts words.
+        self.qweight.logical_shape = (self.out_features, self.in_features)  # type: ignore[attr-defined]
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float16), requires_grad=False)
+
+    def _packed_shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+
+class GptqLinear(GroupedLinear):
+    """GPTQ as gptqmodel trains over it: `TorchLinear.forward` (nn_modules/qlinear/torch.py, gptqmodel 7.7).
+
+    Weights are packed along the input; ``g_idx`` has the group of each input. Dequantised weights go into an ordinary
+    product under autograd, which keeps them for the input's gradient.
+    """
+
+    quantisation_buffers = ("qzeros", "scales", "g_idx")
+
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
+        super().__init__(linear, bits, group_size)
+        self.register_buffer("g_idx", torch.empty(self.in_features, dtype=torch.int32, device=self.qweight.device))
+
+    def _packed_shape(self) -> tuple[int, int]:
+        return -(-self.in_features * self.bits // PACKED_BITS), self.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = dequantize(self.qweight, self.scales, self.in_features, self.out_features).to(input.dtype)
+        out = torch.matmul(input.reshape(-1, self.in_features), weight).reshape(*input.shape[:-1], self.out_features)
+        if self.bias is not None:
+            out.add_(self.bias.to(out.dtype))
+        return out
+
+
+class AwqLinear(GroupedLinear):
+    """AWQ as gptqmodel trains over it: `AwqGEMMLinear` (nn_modules/qlinear/gemm_awq.py, gptqmodel 7.7).
+
+    Weights are packed along the output. Nothing is kept for backward but the packed weights; backward dequantises
+    them, forward does so for more than 1024 rows.
+    """
+
+    def _packed_shape(self) -> tuple[int, int]:
+        return self.in_features, -(-self.out_features * self.bits // PACKED_BITS)
+
+    def forward(self, input: Tensor) -> Tensor:
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        rows = input if half else input.to(torch.float16)
+        out = _AwqProduct.apply(rows, self.qweight, self.scales, self.out_features, self.bias)
+        return out if out.dtype == input.dtype else out.to(input.dtype)
+
+
+class _AwqProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, qweight: Tensor, scales: Tensor, out_features: int, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(qweight, scales)
+        ctx.shape, ctx.out_features = input.shape, out_features
+        rows = input.reshape(-1, input.shape[-1])
+        if rows.shape[0] > AWQ_FUSED_ROWS:
+            out = torch.matmul(rows, dequantize(qweight, scales, rows.shape[1], out_features).to(input.dtype))
+        else:
+            out = stored_product(rows, qweight, out_features)
+        if bias is not None:
+            out = out + bias.to(out.dtype)
+        return out.reshape(*input.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        qweight, scales = ctx.saved_tensors
+        (gradient,) = gradients
+        weight = dequantize(qweight, scales, ctx.shape[-1], ctx.out_features).to(gradient.dtype)
+        rows = gradient.reshape(-1, ctx.out_features)
+        return torch.matmul(rows, weight.transpose(0, 1)).reshape(ctx.shape), None, None, None, None
+
+
+# ---- kernels that have no fake of their own --------------------------------------------------------------------------
+# As torch operators, so that whoever follows a step sees them as the one kernel that they are on a GPU.
+
+DEQUANTIZE, PRODUCT = "peft_gauge::dequantize", "peft_gauge::stored_product"
+
+
+@torch.library.custom_op(DEQUANTIZE, mutates_args=())
+def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    """The weights behind ``packed``, of shape (rows, columns) and the scales' dtype; on fakes only."""
+    raise GaugeError("stored weights are dequantised in plans only")
+
+
+@dequantize.register_fake
+def _(packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    return scales.new_empty(rows, columns)
+
+
+@torch.library.custom_op(PRODUCT, mutates_args=())
+def stored_product(input: Tensor, packed: Tensor, columns: int) -> Tensor:
+    """``input`` (…, k) times the weights behind ``packed``: shape (…, columns), in one kernel; on fakes only."""
+    raise GaugeError("stored weights are multiplied in plans only")
+
+
+@stored_product.register_fake
+def _(input: Tensor, packed: Tensor, columns: int) -> Tensor:
+    return input.new_empty(*input.shape[:-1], columns)
+
+
+def _product_flops(input: Sequence[int], packed: Sequence[int], columns: int, *args: Any, **kwargs: Any) -> int:
+    """Two for each multiply-add; torch's counter hands shapes over."""
+    return 2 * columns * math.prod(input)
+
+
+if torch.ops.peft_gauge.stored_product not in flop_formulas():
+    register_flop_formula(torch.ops.peft_gauge.stored_product)(_product_flops)
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """While active, transformers' FP8 layers run on fakes: kernels as the operators above, the rest their own code.
+
+    A product quantises its input to FP8 with a float32 scale a block first (DeepGEMM, which is preferred from Hopper
+    on, in a kernel of its own; the Triton kernel in the same).
+    """
+    fp8 = _fp8_layers()
+    if fp8 is None:
+        yield
+        return
+    patched = {
+        "load_finegrained_fp8_kernel": lambda: _Fp8Kernels,
+        "is_deepgemm_loadable": lambda: False,
+        "_dequantize_fp8_weight": _dequantised_fp8,
+    }
+    originals = {name: getattr(fp8, name) for name in patched}
+    for name, replacement in patched.items():
+        setattr(fp8, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(fp8, name, original)
+
+
+class _Fp8Kernels:
+    """The entry points that transformers looks up in its FP8 kernels, on fakes."""
+
+    @staticmethod
+    def matmul(input: Tensor, weight: Tensor, scale: Tensor, block_size: Any, dtype: Any, **how: Any) -> Tensor:
+        quantised = _quantised_input(input, block_size)
+        out = stored_product(input, weight, weight.shape[-2])
+        del quantised
+        return out
+
+    @staticmethod
+    def grouped_matmul(input: Tensor, weight: Tensor, scale: Tensor, *, block_size: Any, **how: Any) -> Tensor:
+        return _Fp8Kernels.matmul(input, weight, scale, block_size, input.dtype)
+
+
+def _quantised_input(input: Tensor, block_size: Any) -> tuple[Tensor, Tensor]:
+    blocks = 1 if block_size is None else -(-input.shape[-1] // block_size[1])
+    scales = input.new_empty(*input.shape[:-1], blocks, dtype=torch.float32)
+    return torch.empty_like(input, dtype=torch.float8_e4m3fn), scales
+
+
+def _dequantised_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
+    if not isinstance(weight, FakeTensor):
+        raise GaugeError("stored weights are dequantised in plans only")
+    scales = scale.to(dtype)
+    *others, columns = weight.shape
+    return dequantize(weight, scales, math.prod(others), columns).view(weight.shape)
