@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -125,8 +125,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
-        _write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+        write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
+        write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise GaugeError(f"cannot save adapters in {folder}: {one_line(error)}") from error
 
@@ -233,12 +233,3 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
