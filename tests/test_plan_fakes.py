@@ -244,12 +244,12 @@ ONE_HEAD = (1, ROWS, WIDTH)
 def test_each_attention_takes_the_kernel_that_cuda_takes(
     kernel: str, how: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fakes, "flash_broadcasts_one_head", lambda: False)  # as up to torch 2.13
+    monkeypatch.setattr(kernels, "flash_broadcasts_one_head", lambda: False)  # as up to torch 2.13
     assert attention_of(**how) == kernel
 
 
 def test_a_torch_whose_flash_broadcasts_one_head_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fakes, "flash_broadcasts_one_head", lambda: True)
+    monkeypatch.setattr(kernels, "flash_broadcasts_one_head", lambda: True)
     assert attention_of(key=ONE_HEAD) == "flash"
 
 

@@ -19,7 +19,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.memory.overheads import default_overheads
 from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
 from peft_gauge.memory.tracker import Event as StorageEvent
-from peft_gauge.plan import adaptation, fakes, kernels, traced_step
+from peft_gauge.plan import adaptation, fakes, kernels, planner, traced_step
 from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import Plan, PlanRequest
@@ -124,7 +124,7 @@ def test_eight_bit_moments_take_a_byte_and_a_scale_a_block() -> None:
 
 def test_paged_moments_are_not_on_the_device_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy has no tensor that bitsandbytes would page, so the limit is lowered."""
-    monkeypatch.setattr(planner, "PAGED_FROM_ELEMENTS", 16_000)
+    monkeypatch.setattr(traced_step, "PAGED_FROM_ELEMENTS", 16_000)
     paged_elements = sum(shape.numel() for shape in toy_shapes() if shape.numel() >= 16_000)
     unpaged = plan(request(settings=replace(SETTINGS, optimizer="adamw8bit")))
     paged = plan(request(settings=replace(SETTINGS, optimizer="paged-adamw8bit")))

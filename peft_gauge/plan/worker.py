@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from peft_gauge import fork_server
 from peft_gauge.errors import GaugeError
-from peft_gauge.fork_server import CannotFork, Forked
+from peft_gauge.isolation import fork_server
+from peft_gauge.isolation.fork_server import CannotFork, Forked
 from peft_gauge.plan.record import PlanFailure
 
 if TYPE_CHECKING:
