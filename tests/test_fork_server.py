@@ -203,7 +203,7 @@ sys.modules["peft_gauge._internals.torch"] = SimpleNamespace(in_bad_fork=lambda:
         ("raise ValueError('not\\nhere')", "cannot be imported ahead: ValueError: not here"),
         ("import a_library_that_is_not_there", "cannot be imported ahead: ModuleNotFoundError: No module named"),
         ("print('a word'); import os; os._exit(7)", "exit code 7 while it imported its modules; last words: a word"),
-        ("import os; os.kill(os.getpid(), 9)", "the fork server was killed by signal 9 while it imported its modules"),
+        ("import os; os.kill(os.getpid(), 9)", "the fork server was killed by SIGKILL while it imported its modules"),
         (PLANTED_TORCH.format(initialized=True, available=True, spoilt=False), "CUDA was in use once the modules"),
         (PLANTED_TORCH.format(initialized=False, available=True, spoilt=True), "CUDA was in use once the modules"),
     ],

@@ -291,7 +291,7 @@ def test_a_worker_that_dies_costs_one_case(way: str, monkeypatch: pytest.MonkeyP
     assert [outcome.method for outcome in outcomes if isinstance(outcome, PlanFailure)] == list(names)
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, PlanFailure)]
     assert [error == "planned" for error in errors] == [True, False, True, False, True]
-    assert errors[1] == "planning lora on toy-llama ended the planning process by signal SIGSEGV"
+    assert errors[1] == "planning lora on toy-llama ended the planning process by SIGSEGV"
 
 
 INTERRUPTED = """

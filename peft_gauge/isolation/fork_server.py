@@ -36,7 +36,7 @@ from pathlib import Path
 
 from peft_gauge.errors import one_line
 from peft_gauge.isolation.messages import Messages
-from peft_gauge.isolation.signals import kill_group
+from peft_gauge.isolation.signals import kill_group, signal_name
 
 # Which test runs is told by pytest to whom it may concern; no library asks.
 _HARMLESS_VARIABLES = {"PYTEST_CURRENT_TEST"}
@@ -232,7 +232,7 @@ class _Server:
             why_not: str | None = told["why_not"]
             return why_not
         code = self._process.wait()
-        ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        ended = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         self._output.seek(0, os.SEEK_END)
         self._output.seek(max(0, self._output.tell() - _TAIL_BYTES))
         lines = self._output.read().decode(errors="replace").strip().splitlines()
