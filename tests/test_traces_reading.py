@@ -14,9 +14,9 @@ import pytest
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory.tracker import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
-from peft_gauge.traces import reader
 from peft_gauge.traces.log import BEFORE, StepLog
-from peft_gauge.traces.reader import MARK_BYTES, read, step_log
+from peft_gauge.traces.phases import MARK_BYTES
+from peft_gauge.traces.reader import read, step_log
 from peft_gauge.traces.sites import shortened, site_here, site_of
 
 TRACES = Path(__file__).parent / "data" / "h200_traces"
@@ -376,7 +376,7 @@ def test_a_missing_file_and_a_folder_are_one_line(tmp_path: Path) -> None:
 
 def test_a_snapshot_beyond_the_free_memory_is_not_begun(written: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(snapshot(one_step(Device())))
-    monkeypatch.setattr(reader, "TIMES_IN_MEMORY", 10**12)
+    monkeypatch.setattr("peft_gauge.traces.snapshot.TIMES_IN_MEMORY", 10**12)
     with pytest.raises(GaugeError, match="GB are free; record fewer events"):
         read(path)
 

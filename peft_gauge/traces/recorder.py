@@ -16,7 +16,9 @@ from typing import Any, Protocol
 from peft_gauge._internals.torch import memory_history, memory_snapshot
 from peft_gauge.errors import GaugeError
 from peft_gauge.files import write_whole
-from peft_gauge.traces.reader import ALLOC, MARK_BYTES, Recording, of_snapshot
+from peft_gauge.traces.phases import MARK_BYTES
+from peft_gauge.traces.recording import ALLOC, Recording
+from peft_gauge.traces.snapshot import of_snapshot
 
 MOST_BYTES = 200_000
 """Of one file: with this many cases a run's traces stay in a repository."""

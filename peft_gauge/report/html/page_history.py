@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge.claims import NOT_MEASURED
 from peft_gauge.history import intervals, metrics
 from peft_gauge.history.changes import CHANCE, LEAST_RUNS, change_points
-from peft_gauge.history.comparison import NOT_MEASURED, Row, compare, judge_value, outcome_verdict
+from peft_gauge.history.comparison import Row, compare, judge_value, outcome_verdict
 from peft_gauge.history.metrics import FINGERPRINT, Case, Samples, cases_of, environment_changes, machine_changes
 from peft_gauge.history.rules import Rule, Rules
 from peft_gauge.history.schema import NOT_RUN
