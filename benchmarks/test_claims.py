@@ -141,9 +141,7 @@ def share_is_in_range(claim: Claim, model: str, plans: list[Plan]) -> Finding:
 @decides("nf4-beats-int4")
 def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     if model in formats.FOUR_BIT_FORMATS:
-        comparisons = [
-            nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)
-        ]
+        comparisons = [nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)]
         conditions = "normal weights, 8 seeds; NF4 without and with double quantisation"
     else:
         comparisons, conditions = real_comparisons(claim, model)

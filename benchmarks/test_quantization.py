@@ -15,7 +15,13 @@ import pytest
 import torch
 
 from peft_gauge.training.quantization import formats
-from peft_gauge.training.quantization.comparison import DISTRIBUTIONS, already_rounded, compare_nf4, drawn_weight, nf4_against_int4
+from peft_gauge.training.quantization.comparison import (
+    DISTRIBUTIONS,
+    already_rounded,
+    compare_nf4,
+    drawn_weight,
+    nf4_against_int4,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

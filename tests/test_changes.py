@@ -49,9 +49,7 @@ def test_outliers_hide_no_step() -> None:
 
 
 def test_a_regression_that_was_mended_is_found_at_both_ends() -> None:
-    distances = [
-        off(change_points(history(seed, [(300, 1.1), (350, 1 / 1.1)])), [300, 350]) for seed in range(20)
-    ]
+    distances = [off(change_points(history(seed, [(300, 1.1), (350, 1 / 1.1)])), [300, 350]) for seed in range(20)]
     assert sum(distance is not None and distance <= 1 for distance in distances) >= 19
 
 

@@ -18,13 +18,11 @@ def test_a_file_is_written_and_others_can_read_it(content: str | bytes, durable:
     write_whole(target, content, durable=durable)
     assert target.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert target.stat().st_mode & 0o777 == 0o644
-    assert os.listdir(tmp_path) == ["result.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace", "encode"])
-def test_what_was_there_stays_where_writing_fails(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_there_stays_where_writing_fails(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk, a target that cannot be replaced, a text that is not valid Unicode."""
 
     def fail(*_: object, **__: object) -> None:
@@ -39,13 +37,18 @@ def test_what_was_there_stays_where_writing_fails(
     with pytest.raises((OSError, UnicodeEncodeError)):
         write_whole(target, "\ud800" if broken == "encode" else "after")
     assert target.read_text() == "before"
-    assert os.listdir(tmp_path) == ["result.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_name_is_flushed_to_the_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, seen = tmp_path / "result.json", []
-    flush = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (seen.append(target.exists()), flush(handle)))
+    target = tmp_path / "result.json"
+    flush, seen = os.fsync, list[bool]()
+
+    def fsync(handle: int) -> None:
+        seen.append(target.exists())
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     write_whole(target, "after")
     assert seen == [False]
 

@@ -437,9 +437,9 @@ def start_parent(no_folder_stays: Path) -> Iterator[Callable[..., subprocess.Pop
         return parent
 
     yield start
-    for parent in parents:
-        parent.kill()
-        parent.communicate()
+    for each in parents:
+        each.kill()
+        each.communicate()
 
 
 def test_ctrl_c_kills_the_child_and_tells_what_is_known(tmp_path: Path, start_parent: Callable[..., Any]) -> None:

@@ -17,9 +17,9 @@ from fixtures.weights import stored_base
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.training import models
+from peft_gauge.training.fetch import prepare
 from peft_gauge.training.models.config import CONFIG_FILE_LIMIT_BYTES, read_config
 from peft_gauge.training.models.records import FETCHED_WEIGHTS
-from peft_gauge.training.fetch import prepare
 
 TOY = paths.fixture("models") / "toy-llama" / "config.json"
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_gauge.memory.tracker import BACKWARD, FORWARD, INPUTS, StorageTracker
+from peft_gauge.memory.categories import BACKWARD, FORWARD, INPUTS
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels
 
 MEASURED = json.loads((Path(__file__).parent / "data" / "h200_attention.json").read_text(encoding="utf-8"))["rows"]

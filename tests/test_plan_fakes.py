@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from peft_gauge.counting import quantisation_constants
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     BACKWARD,
     BASE_WEIGHTS,
@@ -19,8 +19,8 @@ from peft_gauge.memory.tracker import (
     FORWARD,
     INPUTS,
     QUANTISATION_CONSTANTS,
-    StorageTracker,
 )
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels
 
 BATCH, HEADS, ROWS, WIDTH = 2, 4, 48, 16
@@ -108,7 +108,7 @@ def test_a_four_bit_product_holds_a_dequantised_copy_in_both_directions(quantise
     fakes.to_fake(model, mode)
     tracker = StorageTracker()
     tracker.adopt(model.parameters(), BASE_WEIGHTS)
-    tracker.adopt(quantisation_constants(model[0].weight), QUANTISATION_CONSTANTS)
+    tracker.adopt(quantisation_constants(next(model.parameters())), QUANTISATION_CONSTANTS)
     with mode, kernels.cuda_kernels():
         x = torch.zeros(64, 320, dtype=torch.bfloat16, requires_grad=True)
         tracker.adopt(x, INPUTS)

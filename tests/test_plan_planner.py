@@ -16,9 +16,17 @@ from hypothesis import strategies as st
 
 from peft_gauge.counting import count, nbytes, quantisation_constants
 from peft_gauge.errors import GaugeError
+from peft_gauge.memory.categories import (
+    ACTIVATIONS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    FORWARD,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    OUTSIDE,
+)
+from peft_gauge.memory.ledger import Event as StorageEvent
 from peft_gauge.memory.overheads import default_overheads
-from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
-from peft_gauge.memory.tracker import Event as StorageEvent
 from peft_gauge.plan import adaptation, fakes, kernels, planner, traced_step
 from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.planner import plan

@@ -14,15 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.tracker import (
-    BACKWARD,
-    BASE_WEIGHTS,
-    BUFFERS,
-    FORWARD,
-    INPUTS,
-    OPTIMIZER,
-    StorageTracker,
-)
+from peft_gauge.memory.categories import BACKWARD, BASE_WEIGHTS, BUFFERS, FORWARD, INPUTS, OPTIMIZER
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.policies import answers
 from peft_gauge.training import methods, models

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BACKWARD,
@@ -27,9 +27,9 @@ from peft_gauge.memory.tracker import (
     OPTIMIZER_STATE,
     OPTIMIZER_TEMPORARIES,
     OTHER,
-    StorageTracker,
-    rounded,
 )
+from peft_gauge.memory.ledger import rounded
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels
 
 # peft asks transformers 5 for a property that it has renamed.

@@ -17,7 +17,14 @@ from peft_gauge import counting
 from peft_gauge.errors import GaugeError
 from peft_gauge.training import quantization
 from peft_gauge.training.quantization import formats, layers, library
-from peft_gauge.training.quantization.comparison import Comparison, DISTRIBUTIONS, already_rounded, compare_nf4, drawn_weight, nf4_against_int4
+from peft_gauge.training.quantization.comparison import (
+    DISTRIBUTIONS,
+    Comparison,
+    already_rounded,
+    compare_nf4,
+    drawn_weight,
+    nf4_against_int4,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, GRADIENTS, OPTIMIZER
 from peft_gauge.memory.overheads import CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACE_HOPPER_BYTES
-from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, GRADIENTS, OPTIMIZER
 from peft_gauge.traces import comparison, differences
 from peft_gauge.traces.comparison import Comparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog

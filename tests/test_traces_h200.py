@@ -10,7 +10,7 @@ import pytest
 
 from fixtures.h200 import read_steps
 from fixtures.traces import measured_step, planned_step, trace_request
-from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, FORWARD, GRADIENTS
+from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, FORWARD, GRADIENTS
 from peft_gauge.plan.planner import plan
 from peft_gauge.traces import differences
 from peft_gauge.traces.comparison import Comparison, compare

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.tracker import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
+from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
 from peft_gauge.traces.log import BEFORE, StepLog
 from peft_gauge.traces.phases import MARK_BYTES
 from peft_gauge.traces.reader import read, step_log

@@ -27,8 +27,8 @@ LEAST_RUNS = 5
 def change_points(seconds: Sequence[float], minimum_effect: float = 0.03, chance: float = CHANCE) -> list[int]:
     """The places in ``seconds``, one time a run and oldest first, at which another level begins; in order.
 
-    A step needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels must differ
-    by more than ``minimum_effect`` (a factor of 1 + this). ``chance`` is of any step in a history that has none.
+    A step needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels must
+    differ by more than ``minimum_effect`` (a factor of 1 + this). ``chance`` is of any step in a history that has none.
     Times after each other are taken for independent; slow drift is reported as steps.
     """
     import numpy as np

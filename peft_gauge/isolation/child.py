@@ -20,13 +20,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.files import write_whole
 from peft_gauge.isolation.endings import broke_the_device, ending
 from peft_gauge.isolation.folder import ARGUMENTS, PROGRESS, RESULT, TASK
-from peft_gauge.isolation.outcome import Ended
+
+if TYPE_CHECKING:
+    from peft_gauge.isolation.outcome import Ended
 
 _PARENT_CHECK_SECONDS = 0.5
 _PARENT_GRACE_SECONDS = 2.0  # so long the parent may be late in killing a child that has reached its limit

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.isolation.outcome import Ended
 from peft_gauge.isolation.signals import signal_name
+
+if TYPE_CHECKING:
+    from peft_gauge.isolation.outcome import Ended
 
 _OUT_OF_MEMORY_TYPES = {"OutOfMemoryError", "MemoryError"}  # torch.OutOfMemoryError, also under its older names
 _OUT_OF_MEMORY_TEXT = re.compile(
@@ -111,4 +114,3 @@ def _told(error: BaseException) -> str:
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     return f"{told} at {Path(traceback.tb_frame.f_code.co_filename).name}:{traceback.tb_lineno}"
-

@@ -13,7 +13,7 @@ import torch
 from peft_gauge._internals.torch import unset_fake_temporarily
 from peft_gauge.counting import ParameterCount, constant_buffers, quantisation_constants
 from peft_gauge.fingerprint.places import UNKNOWN, Places
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BACKWARD,
@@ -28,11 +28,9 @@ from peft_gauge.memory.tracker import (
     OPTIMIZER,
     OPTIMIZER_STATE,
     QUANTISATION_CONSTANTS,
-    Snapshot,
-    StorageTracker,
-    no_collector,
-    rounded,
 )
+from peft_gauge.memory.ledger import Snapshot, rounded
+from peft_gauge.memory.tracker import StorageTracker, no_collector
 from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.call import ModelCall
 from peft_gauge.traces.sites import site_here

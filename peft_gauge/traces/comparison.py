@@ -10,8 +10,6 @@ planned one, to the byte.
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -174,6 +172,10 @@ class _Comparer:
             category,
             operator,
             module,
+            0 if left is None else left.nbytes,
+            0 if right is None else right.nbytes,
+            right.site if right is not None else left.site if left is not None else "",
+        )
 
     # The moment that is compared
 
@@ -222,14 +224,18 @@ class _Comparer:
         overall = self.measured.peak()
         if overall == BEFORE or any(part.start <= overall < part.stop for part in self.pairing.compared):
             return overall
-        found = max((self.measured.peak(part.start, part.stop) for part in self.pairing.compared), key=self.measured.bytes_at)
+        found = max(
+            (self.measured.peak(part.start, part.stop) for part in self.pairing.compared), key=self.measured.bytes_at
+        )
         if self.measured.bytes_at(overall) > self.measured.bytes_at(found):
             self.notes.append(
                 "the measured peak is in a pass that was not compared; the greatest of the others is shown"
             )
         return found
 
-    def _moment_of_plan(self, position: int) -> int:
+    def _alive(self, planned_at: int, measured_at: int) -> Iterator[Difference]:
+        """What the step made and is alive at the moment on one side only, or with another size."""
+        for mine, left in enumerate(self.planned.allocations):
             if left.born == BEFORE:
                 continue
             its = self.partner.get(mine)

@@ -82,7 +82,6 @@ class Row:
         return self.modules[0] if len(self.modules) == 1 else self.module
 
 
-
 def there_before(
     category: str, operator: str, module: str, *, planned_bytes: int = 0, measured_bytes: int = 0
 ) -> Difference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_gauge.memory.overheads import (
     CUBLAS_WORKSPACE_BYTES,
@@ -13,7 +13,9 @@ from peft_gauge.memory.overheads import (
 )
 from peft_gauge.traces.differences import NOT_PLANNED, WORKSPACES, folded_module
 from peft_gauge.traces.log import BEFORE, Allocation, StepLog
-from peft_gauge.traces.pairing import Gap, Pairing
+
+if TYPE_CHECKING:
+    from peft_gauge.traces.pairing import Gap, Pairing
 
 WORKSPACE_NAMES: Mapping[int, str] = {
     CUBLAS_WORKSPACE_HOPPER_BYTES: "cuBLAS workspace",
@@ -32,10 +34,6 @@ class PlannedNames:
     def __init__(self, planned: StepLog, measured: StepLog, pairing: Pairing) -> None:
         self.planned, self.measured, self.equal = planned, measured, pairing.equal
         self._names = self._learned()
-
-            0 if right is None else right.nbytes,
-            right.site if right is not None else left.site if left is not None else "",
-        )
 
     def _learned(self) -> dict[tuple[Any, ...], Counter[tuple[str, str, str, bool]]]:
         """What the plan calls the allocations of a place and size, by `_contexts`: (category, operator, folded module,

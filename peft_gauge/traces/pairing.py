@@ -1,4 +1,4 @@
-"""The allocations of two steps in pairs: those of one size in the order of both, then what has another size or place."""
+"""The allocations of two steps in pairs: in the order of both, then those of another size or place."""
 
 from __future__ import annotations
 
@@ -169,6 +169,7 @@ class Pairing:
         """The position in the measurement at which allocation ``measured`` is made."""
         return self.measured.allocations[measured].born
 
+    def moment_of_plan(self, position: int) -> int:
         """The planned moment that stands for the measured one at ``position``."""
         return _other_moment(self.measured, position, self.planned, self._pairs_by_measured)
 
@@ -185,10 +186,6 @@ class Pairing:
     @cached_property
     def _pairs_by_planned(self) -> list[tuple[int, int]]:
         return sorted((mine, its) for its, mine in self._pairs_by_measured)
-
-    def _alive(self, planned_at: int, measured_at: int) -> Iterator[Difference]:
-        """What the step made and is alive at the moment on one side only, or with another size."""
-        for mine, left in enumerate(self.planned.allocations):
 
 
 def _may_have_moved(planned: Key, measured: Key) -> bool:

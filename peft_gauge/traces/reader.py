@@ -23,7 +23,6 @@ import gzip
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 

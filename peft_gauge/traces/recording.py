@@ -20,6 +20,7 @@ HOW_TO_RECORD = (
 Actions = Sequence[tuple[str, int, int, int]]
 """(action, address, bytes, index of the stack or -1), as the allocator logs them."""
 
+
 @dataclass
 class Recording:
     """What a file holds of one device.

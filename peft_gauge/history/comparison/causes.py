@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.history.comparison.rows import Pair, Shape, names_of
-from peft_gauge.history.metrics import Case
 
 if TYPE_CHECKING:
     from peft_gauge.history.intervals import Verdict
+    from peft_gauge.history.metrics import Case
 
 TOLD_DIFFERENCES = 2
 """How many of a fingerprint's differences stand beside a verdict."""

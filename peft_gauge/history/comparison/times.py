@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from peft_gauge.history import intervals
 from peft_gauge.history.comparison.causes import time_cause
 from peft_gauge.history.comparison.rows import ALL_TIMES, Pair, Row, names_of, ratio
-from peft_gauge.history.metrics import Case, Samples
 from peft_gauge.history.schema import NOT_RUN
 
 if TYPE_CHECKING:
     from peft_gauge.history.intervals import Estimate, Judgement, Verdict
+    from peft_gauge.history.metrics import Case, Samples
     from peft_gauge.history.rules import Rule, Rules
 
 LEAST_TIMES = 5

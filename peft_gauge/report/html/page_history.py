@@ -1,8 +1,8 @@
 """Every figure over all runs of its machine, and where it changed.
 
-A change is what `history.comparison` calls worse or better. Its bootstrap would take minutes for a thousand runs, so two
-runs are compared by it only where a time can have been decided; figures without noise are judged by its rules directly.
-A time also changes where its level over many runs does (`history.changes`).
+A change is what `history.comparison` calls worse or better. Its bootstrap would take minutes for a thousand runs, so
+two runs are compared by it only where a time can have been decided; figures without noise are judged by its rules
+directly. A time also changes where its level over many runs does (`history.changes`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Figures about the measuring itself, and names of shapes: unless a rule judges them, they have no history.
 OF_MEASURING = ("meters.", "card.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
 OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
+
 
 @dataclass(frozen=True)
 class RememberedRules(Rules):
@@ -197,7 +198,9 @@ class History:
             samples = case.samples.get(metric)
             if samples is not None or series.intervals:
                 series.intervals += [None] * (len(series.runs) - 1 - len(series.intervals))
-                series.intervals.append(None if samples is None else median_interval(list(chain.from_iterable(samples.seconds))))
+                series.intervals.append(
+                    None if samples is None else median_interval(list(chain.from_iterable(samples.seconds)))
+                )
 
     def _note(self, index: int, row: Row, environment: tuple[str, ...]) -> None:
         machine = self.runs[index].machine

@@ -31,7 +31,6 @@ _RANKS = ("r", "init_r", "target_r")
 _ALPHAS = ("lora_alpha", "alpha")
 
 
-
 def from_adapter_config(path: Path) -> Method:
     """A method of any PEFT type, or bottleneck adapters, from the ``adapter_config.json`` at ``path`` (a file, or the
     folder that holds it); named after its folder or file.

@@ -1,4 +1,4 @@
-"""What transformers' classes say of an architecture: which class it is, its attention, and what its config leaves out."""
+"""What transformers says of an architecture: its class, its attention, and what its config leaves out."""
 
 from __future__ import annotations
 

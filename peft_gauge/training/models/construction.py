@@ -1,4 +1,4 @@
-"""Models built from their records: on ``meta`` for counting, on CPU or CUDA for running; and copies of their weights."""
+"""Models built from their records, on ``meta``, on CPU or CUDA; and copies of their weights."""
 
 from __future__ import annotations
 

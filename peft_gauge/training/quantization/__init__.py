@@ -1,4 +1,4 @@
-"""4-bit and 8-bit weights: bitsandbytes' layers put into a model, and the number formats as instruments of their own."""
+"""4-bit and 8-bit weights: bitsandbytes' layers put into a model, and number formats as instruments."""
 
 from __future__ import annotations
 
