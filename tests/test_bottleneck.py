@@ -25,7 +25,6 @@ from peft_gauge.training.bottleneck import (
     Style,
     adapter_state,
     attach_,
-    expected_params,
     load,
     save,
 )
@@ -34,6 +33,12 @@ from peft_gauge.training.bottleneck_layers import ACTIVATIONS, BottleneckAdapter
 REFERENCE = Path(__file__).parent / "reference"
 STYLES: tuple[Style, ...] = ("houlsby", "pfeiffer")
 TOKEN_IDS = torch.arange(20).reshape(2, 10)
+
+
+def expected_params(hidden: int, layers: int, config: BottleneckConfig) -> int:
+    """2md + d + m an adapter (Houlsby et al. 2019, section 2.1): two a block, or one (Pfeiffer)."""
+    m = max(1, int(hidden // config.reduction_factor))
+    return layers * {"houlsby": 2, "pfeiffer": 1}[config.style] * (2 * m * hidden + hidden + m)
 
 
 def toy(**how: Any) -> Any:

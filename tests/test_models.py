@@ -314,7 +314,7 @@ def test_nothing_is_imported_while_meta_is_the_default_device() -> None:
     code = """if True:
         import sys
         import torch
-        from peft_gauge import models
+        from peft_gauge.training import models
 
         class Finder:
             @staticmethod

@@ -386,7 +386,7 @@ def test_a_snapshot_beyond_the_free_memory_is_not_begun(written: Write, monkeypa
 
 def test_a_path_begins_at_its_package() -> None:
     assert shortened("/opt/env/lib/python3.12/site-packages/torch/nn/functional.py") == "torch/nn/functional.py"
-    assert shortened("/home/me/peft_gauge/peft_gauge/step.py") == "peft_gauge/training/step.py"
+    assert shortened("/home/me/peft_gauge/peft_gauge/training/step.py") == "peft_gauge/training/step.py"
     assert shortened("/home/me/secret/project/train.py") == "project/train.py"
     assert site_of(["torch/nn/functional.py:1443:dropout", "x.py:1:f"]) == "torch/nn/functional.py:dropout"
     assert site_of([]) == ""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Style = Literal["houlsby", "pfeiffer"]
-ADAPTERS_PER_BLOCK = {"houlsby": 2, "pfeiffer": 1}
 NONLINEARITIES = ("gelu", "gelu_new", "leakyrelu", "relu", "sigmoid", "silu", "swish", "tanh")
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,12 +56,6 @@ class BottleneckConfig:
     def bottleneck(self, hidden: int) -> int:
         """The width m of the bottleneck for hidden size ``hidden``."""
         return max(1, int(hidden // self.reduction_factor))
-
-
-def expected_params(hidden: int, layers: int, config: BottleneckConfig) -> int:
-    """Trainable parameters of ``config`` on ``layers`` blocks: 2md + d + m an adapter (Houlsby et al. 2019, §2.1)."""
-    m, d = config.bottleneck(hidden), hidden
-    return layers * ADAPTERS_PER_BLOCK[config.style] * (2 * m * d + d + m)
 
 
 def attach_(model: nn.Module, config: BottleneckConfig, *, dtype: torch.dtype | None = None, seed: int = 0) -> None:
