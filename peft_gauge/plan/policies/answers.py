@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_gauge.plan.policies.patches import Patches
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
+_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.")  # modules that pass a question on
 
 
 class Answers:
@@ -133,11 +134,11 @@ def fake_operators(replaced: Mapping[Any, Callable[..., Any]]) -> Iterator[None]
 
 
 def _asked_by() -> str:
-    """The nearest caller outside torch and the planner: 'peft.tuners.loha.layer.forward'."""
+    """The nearest caller outside torch, the planner and the tracker: 'peft.tuners.loha.layer.forward'."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] != "torch" and not module.startswith("peft_gauge.plan"):
+        if module.partition(".")[0] != "torch" and not module.startswith(_BETWEEN):
             return f"{module}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "the step"
