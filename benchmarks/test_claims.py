@@ -20,8 +20,10 @@ from peft_gauge.memory import gpus
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.serving.observed import time_switches, visit
 from peft_gauge.serving.server import Server, grow, token_ids
-from peft_gauge.training import methods, models, quantization
+from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
+from peft_gauge.training.quantization import formats
+from peft_gauge.training.quantization.comparison import Comparison, compare_nf4, nf4_against_int4
 from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
@@ -138,10 +140,8 @@ def share_is_in_range(claim: Claim, model: str, plans: list[Plan]) -> Finding:
 
 @decides("nf4-beats-int4")
 def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
-    if model in quantization.FOUR_BIT_FORMATS:
-        comparisons = [
-            quantization.nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)
-        ]
+    if model in formats.FOUR_BIT_FORMATS:
+        comparisons = [nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)]
         conditions = "normal weights, 8 seeds; NF4 without and with double quantisation"
     else:
         comparisons, conditions = real_comparisons(claim, model)
@@ -151,7 +151,7 @@ def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     return Finding.of(verdicts.pop() if len(verdicts) == 1 else None, figure, conditions)
 
 
-def real_comparisons(claim: Claim, model: str) -> tuple[list[quantization.Comparison], str]:
+def real_comparisons(claim: Claim, model: str) -> tuple[list[Comparison], str]:
     """The same on the one large matrix of the real weights that the GGUF file has not rounded to 4 bit."""
     try:
         matrices = matrices_of(model)
@@ -159,7 +159,7 @@ def real_comparisons(claim: Claim, model: str) -> tuple[list[quantization.Compar
         pytest.skip(str(error))
     rival, name = claim.bounds["real_rival"], claim.bounds["real_matrix"]
     samples = matrices[name].split(1024)[::4]
-    found = [quantization.compare_nf4(samples, rival=rival, double_quant=double) for double in (False, True)]
+    found = [compare_nf4(samples, rival=rival, double_quant=double) for double in (False, True)]
     return found, f"against {rival} on {name}, {len(samples)} samples; NF4 without and with double quantisation"
 
 

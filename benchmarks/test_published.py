@@ -39,7 +39,7 @@ import pytest
 from fixtures.h200 import read_steps
 from peft_gauge import paths
 from peft_gauge.counting import logical_numel, nbytes, quantisation_constants
-from peft_gauge.memory.tracker import rounded
+from peft_gauge.memory.ledger import rounded
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peft_gauge.training import quantization
+from peft_gauge.training.quantization import formats
+from peft_gauge.training.quantization.comparison import (
+    DISTRIBUTIONS,
+    already_rounded,
+    compare_nf4,
+    drawn_weight,
+    nf4_against_int4,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,10 +32,10 @@ if TYPE_CHECKING:
 
 VARIANTS = [
     pytest.param(quant_format, double_quant, id=quant_format + ("-double" if double_quant else ""))
-    for quant_format in quantization.FOUR_BIT_FORMATS
+    for quant_format in formats.FOUR_BIT_FORMATS
     for double_quant in ((False, True) if quant_format in ("nf4", "fp4") else (False,))
 ]
-RIVALS = [name for name in quantization.FOUR_BIT_FORMATS if name != "nf4"]
+RIVALS = [name for name in formats.FOUR_BIT_FORMATS if name != "nf4"]
 
 ROUNDING = 2e-4  # relative: float32 arithmetic, and FP4 levels that some CPU releases round to 4 digits
 
@@ -42,11 +49,11 @@ REAL_MATRICES = [
 
 
 @pytest.mark.parametrize(("quant_format", "double_quant"), VARIANTS)
-@pytest.mark.parametrize("distribution", quantization.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_error_on_drawn_weights(distribution: str, quant_format: str, double_quant: bool, record: Record) -> None:
-    weight = quantization.drawn_weight(distribution, seed=0)
+    weight = drawn_weight(distribution, seed=0)
 
-    error = quantization.quantisation_error(weight, quant_format, double_quant=double_quant)
+    error = formats.quantisation_error(weight, quant_format, double_quant=double_quant)
 
     bound = allowed_error(weight, quant_format, double_quant)
     record(**asdict(error), bound_over_absmax=bound)
@@ -60,21 +67,21 @@ def test_error_on_real_weights(
 ) -> None:
     weight = torch.cat(samples(real_matrices[matrix]))
 
-    error = quantization.quantisation_error(weight, quant_format, double_quant=double_quant)
+    error = formats.quantisation_error(weight, quant_format, double_quant=double_quant)
 
-    record(**asdict(error), rounded_before=quantization.already_rounded(weight))
+    record(**asdict(error), rounded_before=already_rounded(weight))
     # Real blocks can be too small for float16 constants and too uneven for what double quantisation shares out.
     if quant_format != "int4-minmax" and not double_quant:
-        assert error.max_over_absmax <= quantization.error_bound(quant_format) * (1 + ROUNDING)
+        assert error.max_over_absmax <= formats.error_bound(quant_format) * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("distribution", quantization.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_nf4_against_a_rival_on_drawn_weights(
     distribution: str, rival: str, double_quant: bool, record: Record
 ) -> None:
-    comparison = quantization.nf4_against_int4(distribution, rival=rival, double_quant=double_quant)
+    comparison = nf4_against_int4(distribution, rival=rival, double_quant=double_quant)
 
     record(**comparison.figures(), nf4_loses_less=comparison.holds)
     assert comparison.unfair is None, "drawn weights were taken for rounded ones"
@@ -87,7 +94,7 @@ def test_nf4_against_a_rival_on_the_real_embedding(
 ) -> None:
     embedding = samples(real_matrices["model.embed_tokens.weight"])
 
-    comparison = quantization.compare_nf4(embedding, rival=rival, double_quant=double_quant)
+    comparison = compare_nf4(embedding, rival=rival, double_quant=double_quant)
 
     record(**comparison.figures(), nf4_loses_less=comparison.holds)
     assert len(comparison.ratios) >= 6, "too few samples for the sign test to tell"
@@ -99,21 +106,21 @@ def test_nf4_against_a_rival_on_the_real_embedding(
 def test_bits_a_parameter(quant_format: str, double_quant: bool, shape: tuple[int, int], record: Record) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
-    stored = quantization.stored_bytes(*quantization.pack(weight, quant_format, double_quant=double_quant))
+    stored = formats.stored_bytes(*formats.pack(weight, quant_format, double_quant=double_quant))
 
-    computed = quantization.bits_per_parameter(quant_format, double_quant=double_quant, numel=weight.numel())
+    computed = formats.bits_per_parameter(quant_format, double_quant=double_quant, numel=weight.numel())
     record(
         computed_bits_per_parameter=computed,
         stored_bits_per_parameter=stored.bits_per_parameter,
         stored_bits_per_parameter_with_codebooks=stored.bits_per_parameter_with_codebooks,
-        large_matrix_bits_per_parameter=quantization.bits_per_parameter(quant_format, double_quant=double_quant),
+        large_matrix_bits_per_parameter=formats.bits_per_parameter(quant_format, double_quant=double_quant),
     )
     assert stored.bits_per_parameter == computed
 
 
-@pytest.mark.parametrize("distribution", quantization.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_double_quantisation_keeps_absmax_within_its_own_step(distribution: str, record: Record) -> None:
-    shift, bound = quantization.absmax_shift(quantization.drawn_weight(distribution, seed=0))
+    shift, bound = formats.absmax_shift(drawn_weight(distribution, seed=0))
 
     record(absmax_shift_over_nested_absmax=shift, bound_over_nested_absmax=bound)
     # bitsandbytes divides in float32: a value near the middle of a gap may go to the farther side.
@@ -122,12 +129,12 @@ def test_double_quantisation_keeps_absmax_within_its_own_step(distribution: str,
 
 def allowed_error(weight: Tensor, quant_format: str, double_quant: bool) -> float:
     """The bound of the format, with the most that double quantisation moved a block's absmax relative to itself."""
-    bound = quantization.error_bound(quant_format)
+    bound = formats.error_bound(quant_format)
     if double_quant:
-        exact = quantization.pack(weight, quant_format)[1].absmax
-        state = quantization.pack(weight, quant_format, double_quant=True)[1]
-        _, share = quantization.absmax_shift(weight, quant_format)
-        unit = state.state2.absmax.repeat_interleave(quantization.NESTED_BLOCK_SIZE)[: exact.numel()]
+        exact = formats.pack(weight, quant_format)[1].absmax
+        state = formats.pack(weight, quant_format, double_quant=True)[1]
+        _, share = formats.absmax_shift(weight, quant_format)
+        unit = state.state2.absmax.repeat_interleave(formats.NESTED_BLOCK_SIZE)[: exact.numel()]
         bound += 1.005 * share * (unit / exact).max().item()
     return bound
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.files import slug
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pytest-benchmark")
 
@@ -50,7 +51,7 @@ def machine_name(cpu: str | None, cpus: int | None, accelerator: str | None) -> 
     """
     words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*$|\d+-core", " ", (cpu or "unknown").lower())
     parts = [words, f"{cpus or 'x'}c", (accelerator or "cpu").lower()]
-    return "-".join(re.sub(r"[^a-z0-9]+", "-", part).strip("-") for part in parts)
+    return "-".join(slug(part) for part in parts)
 
 
 # What there is under /dev where a card is: of Linux, of WSL2.

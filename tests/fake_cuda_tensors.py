@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from peft_gauge._internals.torch import DispatchMode, current_node, holders, is_fake, schema, storage_key
-from peft_gauge.memory.tracker import _dense, _lone_holders
+from peft_gauge.memory.accumulation import dense, lone_holders
 from tests.fake_cuda import WORKSPACE_BYTES, Device
 
 CUDA = torch.device("cuda", 0)
@@ -60,7 +60,7 @@ class OnCuda(DispatchMode):
 
     def __init__(self, device: Device) -> None:
         super().__init__()
-        _lone_holders()  # measured now, since it cannot be from within an operator
+        lone_holders()  # measured now, since it cannot be from within an operator
         self.device = device
         self.alive: dict[int, _Watch] = {}
         self._local = threading.local()
@@ -226,10 +226,10 @@ def _is_the_engines_sum(args: Sequence[Any]) -> bool:
         return False
     left, right = args
     alike = isinstance(right, torch.Tensor) and (left.shape, left.dtype) == (right.shape, right.dtype)
-    if not alike or not _dense(left):
+    if not alike or not dense(left):
         return False
     tensor_holders, storage_holders = holders(left)
-    lone_tensor, lone_storage = _lone_holders()
+    lone_tensor, lone_storage = lone_holders()
     return tensor_holders <= lone_tensor and storage_holders <= lone_storage
 
 

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from peft_gauge import fork_server, isolation
+from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import note
+from peft_gauge.isolation import fork_server, note
 from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
 from peft_gauge.training import models
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from peft_gauge.clock.rounds import WarmUp, median_interval
+from peft_gauge.clock.rounds import WarmUp
 from peft_gauge.clock.steadiness import HostState
 from peft_gauge.commands import ab_options
 from peft_gauge.environments import measurement
@@ -197,14 +197,6 @@ def test_a_budget_is_a_positive_number(budget: float) -> None:
 def test_a_minimum_effect_is_a_share(effect: float) -> None:
     with pytest.raises(GaugeError, match="minimum effect"):
         PairRule(minimum_effect=effect)
-
-
-@pytest.mark.parametrize("count", [1, 5, 6, 7, 24, 101, 600])
-@pytest.mark.parametrize("error", [0.05, 0.0083, 1e-4])
-def test_the_interval_is_that_of_order_statistics(count: int, error: float) -> None:
-    values = [random.Random(count).gauss(0, 1) for _ in range(count)]
-    exact = median_interval(values, 1 - error)
-    assert PairedRatios(values).interval(error) == (exact or (-700, 700))
 
 
 def test_the_interval_is_that_of_the_sign_test() -> None:

@@ -25,7 +25,6 @@ from peft_gauge.training.bottleneck import (
     Style,
     adapter_state,
     attach_,
-    expected_params,
     load,
     save,
 )
@@ -34,6 +33,12 @@ from peft_gauge.training.bottleneck_layers import ACTIVATIONS, BottleneckAdapter
 REFERENCE = Path(__file__).parent / "reference"
 STYLES: tuple[Style, ...] = ("houlsby", "pfeiffer")
 TOKEN_IDS = torch.arange(20).reshape(2, 10)
+
+
+def expected_params(hidden: int, layers: int, config: BottleneckConfig) -> int:
+    """2md + d + m an adapter (Houlsby et al. 2019, section 2.1): two a block, or one (Pfeiffer)."""
+    m = max(1, int(hidden // config.reduction_factor))
+    return layers * {"houlsby": 2, "pfeiffer": 1}[config.style] * (2 * m * hidden + hidden + m)
 
 
 def toy(**how: Any) -> Any:
@@ -434,12 +439,10 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     randomize_(model)
 
-    def full_disk(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:10])
+    def full_disk(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(GaugeError, match="No space left"):
         save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_gauge.clock import card
-from peft_gauge.clock.card import CardSpeed, Share
+from peft_gauge.clock.card import CardSpeed
 from peft_gauge.clock.rounds import Round
 from peft_gauge.errors import GaugeError
 
@@ -155,8 +155,6 @@ def test_unknown_names_are_one_line() -> None:
 def test_shares_of_planted_work() -> None:
     assert card.share_of_product(256.0, 0.5, SPEED) == 0.5
     assert card.share_of_copy(16.0, 0.25, SPEED) == 0.25
-    assert card.share_of(SPEED, 0.5, flops=256.0) == Share(product=0.5, copy=None)
-    assert card.share_of(SPEED, 0.25, nbytes=0.0) == Share(product=None, copy=0.0)
 
 
 def test_the_measurement_itself_has_a_share_of_one() -> None:
@@ -176,15 +174,6 @@ def test_a_share_above_one_is_refused(share: float, shown: str) -> None:
     assert line == (
         f"FLOPs of a step: {shown} times what this device was measured to do; this figure or the clock is wrong"
     )
-
-
-def test_doubts_name_the_figure() -> None:
-    assert Share(0.5, None).doubts == ()
-    assert Share(None, 1.0).doubts == ()
-    (line,) = Share(2.0, 0.5).doubts
-    assert line.startswith("FLOPs: 2 times")
-    (line,) = Share(0.5, 2.0).doubts
-    assert line.startswith("bytes moved: 2 times")
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])

@@ -22,7 +22,6 @@ from peft_gauge.clock.rounds import (
     Stopwatch,
     WarmUp,
     measure,
-    median_interval,
     relative_noise,
 )
 from peft_gauge.errors import GaugeError
@@ -165,29 +164,7 @@ def test_an_unknown_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         Stopwatch("cuda")
 
 
-# The interval of the median
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-def test_the_interval_is_that_of_the_binomial(confidence: float) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    for count in range(1, 120):
-        values = list(range(1, count + 1))  # so that the bounds are the ranks
-        random.Random(count).shuffle(values)
-        interval = median_interval(values, confidence)
-        ranks = [k for k in range(1, count // 2 + 1) if 2 * stats.binom.cdf(k - 1, count, 0.5) <= 1 - confidence]
-        assert interval == ((ranks[-1], count + 1 - ranks[-1]) if ranks else None)
-
-
-def test_the_interval_covers_the_median_as_often_as_it_promises() -> None:
-    draw = random.Random(7)
-    covered = 0
-    for _ in range(2000):
-        interval = median_interval([draw.expovariate(1.0) for _ in range(15)])
-        assert interval is not None
-        covered += interval[0] <= math.log(2) <= interval[1]
-    # At 15 rounds the interval from the 4th to the 12th covers with probability 0.9648.
-    assert 0.95 < covered / 2000 < 0.98
+# Noise
 
 
 def test_noise_is_half_the_width_over_the_median() -> None:

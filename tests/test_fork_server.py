@@ -20,7 +20,8 @@ import pytest
 
 from fixtures import cards
 from fixtures.cards import process_environment
-from peft_gauge import fork_server, isolation
+from peft_gauge import isolation
+from peft_gauge.isolation import fork_server
 from peft_gauge.measure import PRELOAD
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
@@ -202,7 +203,7 @@ sys.modules["peft_gauge._internals.torch"] = SimpleNamespace(in_bad_fork=lambda:
         ("raise ValueError('not\\nhere')", "cannot be imported ahead: ValueError: not here"),
         ("import a_library_that_is_not_there", "cannot be imported ahead: ModuleNotFoundError: No module named"),
         ("print('a word'); import os; os._exit(7)", "exit code 7 while it imported its modules; last words: a word"),
-        ("import os; os.kill(os.getpid(), 9)", "the fork server was killed by signal 9 while it imported its modules"),
+        ("import os; os.kill(os.getpid(), 9)", "the fork server was killed by SIGKILL while it imported its modules"),
         (PLANTED_TORCH.format(initialized=True, available=True, spoilt=False), "CUDA was in use once the modules"),
         (PLANTED_TORCH.format(initialized=False, available=True, spoilt=True), "CUDA was in use once the modules"),
     ],
@@ -341,7 +342,7 @@ def test_a_child_goes_with_its_server(tmp_path: Path) -> None:
 
 PARENT = """
 import json, os, sys
-from peft_gauge import fork_server
+from peft_gauge.isolation import fork_server
 from peft_gauge.isolation import Interrupted, run
 preload, function, *arguments = json.loads(sys.argv[1])
 run("tests.children:give", 1, limit_seconds=60, preload=[])
@@ -403,7 +404,7 @@ def test_ctrl_c_while_a_server_imports_is_an_interruption(module: Callable[[str]
 def test_a_process_that_was_forked_itself_has_servers_of_its_own() -> None:
     code = """
 import os, sys
-from peft_gauge import fork_server
+from peft_gauge.isolation import fork_server
 from peft_gauge.isolation import run
 def parent_of():
     outcome = run("os:getppid", limit_seconds=60, preload=[])

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from fixtures.cards import process_environment
-from peft_gauge import fork_server, isolation
+from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import Interrupted, Outcome
+from peft_gauge.isolation import Interrupted, Outcome, child, endings, fork_server, parent
 from tests import children
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +122,7 @@ def test_the_process_is_its_own_and_imports_little(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_installed_package_puts_no_other_library_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "PACKAGE_PARENT", Path("/env/lib/python3.11/site-packages"))
+    monkeypatch.setattr(parent, "PACKAGE_PARENT", Path("/env/lib/python3.11/site-packages"))
     assert isolation.child_environment({"PYTHONPATH": "/given"})["PYTHONPATH"] == "/given"
 
 
@@ -149,7 +149,7 @@ def test_a_grandchild_is_not_waited_for_and_does_not_live_on() -> None:
 def test_a_result_stands_though_the_interpreter_does_not_end() -> None:
     outcome = call("leave_a_thread_behind")
     assert (outcome.ended, outcome.value) == ("done", "returned")
-    assert isolation._END_SECONDS <= outcome.seconds < LIMIT_SECONDS / 2
+    assert child._END_SECONDS <= outcome.seconds < LIMIT_SECONDS / 2
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_out_of_memory_is_told_apart(function: str, reason: str) -> None:
 )
 def test_out_of_memory_by_its_words(kind: str, message: str) -> None:
     first_line = message.splitlines()[0]
-    assert isolation._ending(children.KINDS[kind](message)) == ("out-of-memory", None, f"{kind}: {first_line}")
+    assert endings.ending(children.KINDS[kind](message)) == ("out-of-memory", None, f"{kind}: {first_line}")
 
 
 def test_out_of_memory_that_was_dealt_with_is_no_reason() -> None:
@@ -397,7 +397,7 @@ def test_a_hang_is_ended_at_the_limit(function: str) -> None:
     assert outcome.reason == "did not end within 1.5 s; last seen in phase step"
     assert outcome.last == FIGURES
     # Before the child's own, later limit (the parent's grace) could have ended it.
-    assert 1.5 <= outcome.seconds < 1.5 + isolation._PARENT_GRACE_SECONDS
+    assert 1.5 <= outcome.seconds < 1.5 + child._PARENT_GRACE_SECONDS
     assert (outcome.work_seconds, outcome.besides_seconds) == (None, None)
 
 
@@ -437,9 +437,9 @@ def start_parent(no_folder_stays: Path) -> Iterator[Callable[..., subprocess.Pop
         return parent
 
     yield start
-    for parent in parents:
-        parent.kill()
-        parent.communicate()
+    for each in parents:
+        each.kill()
+        each.communicate()
 
 
 def test_ctrl_c_kills_the_child_and_tells_what_is_known(tmp_path: Path, start_parent: Callable[..., Any]) -> None:

@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from fixtures import measured
-from peft_gauge import fork_server, isolation
+from peft_gauge import isolation
+from peft_gauge.isolation import fork_server
 from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest

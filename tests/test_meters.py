@@ -19,7 +19,8 @@ import torch
 
 from peft_gauge import meters
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory import tracker
+from peft_gauge.memory import categories
+from peft_gauge.memory.ledger import rounded
 from peft_gauge.meters import FORWARD, OPTIMIZER, WHOLE_STEP, Phases, overhead_seconds
 from peft_gauge.meters.cuda import _COUNTS, _LAST, _PEAKS, CudaMeter
 from peft_gauge.meters.host import HostMeter
@@ -110,7 +111,11 @@ def test_peaks_are_the_greatest_of_all_runs_of_a_phase() -> None:
 
 
 def test_phases_have_the_names_by_which_the_tracker_sorts() -> None:
-    assert (meters.FORWARD, meters.BACKWARD, meters.OPTIMIZER) == (tracker.FORWARD, tracker.BACKWARD, tracker.OPTIMIZER)
+    assert (meters.FORWARD, meters.BACKWARD, meters.OPTIMIZER) == (
+        categories.FORWARD,
+        categories.BACKWARD,
+        categories.OPTIMIZER,
+    )
 
 
 def test_overhead_is_the_metered_time_less_the_bare_one() -> None:
@@ -268,7 +273,7 @@ def rise(figures: Mapping[str, int | None]) -> int:
 def test_tensor_peak_by_hand_also_when_the_body_raises() -> None:
     meter = TensorMeter()
     weight = torch.zeros(100)  # 400 bytes
-    meter.tracker.adopt(weight, tracker.BASE_WEIGHTS)
+    meter.tracker.adopt(weight, categories.BASE_WEIGHTS)
     phases = Phases([meter])
     kept = []
 
@@ -721,7 +726,7 @@ def test_a_tensor_of_known_size_to_the_block() -> None:
     with phases.phase(OPTIMIZER):
         tensor = torch.zeros(3 * 2**20 + 1, dtype=torch.uint8, device="cuda")
     before, after = (reading.by_meter["cuda allocator"] for reading in phases.readings)
-    assert after["allocated_peak_bytes"] - before["allocated_bytes"] == tracker.rounded(tensor.nbytes) == 3_146_240
+    assert after["allocated_peak_bytes"] - before["allocated_bytes"] == rounded(tensor.nbytes) == 3_146_240
     assert phases.readings[1].by_meter["nvml"]["device_bytes"] > after["reserved_bytes"]  # the context is in it
 
 

@@ -18,6 +18,8 @@ from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.training import models
 from peft_gauge.training.fetch import prepare
+from peft_gauge.training.models.config import CONFIG_FILE_LIMIT_BYTES, read_config
+from peft_gauge.training.models.records import FETCHED_WEIGHTS
 
 TOY = paths.fixture("models") / "toy-llama" / "config.json"
 
@@ -33,7 +35,7 @@ def folder_with(tmp_path: Path, config: object) -> Path:
 
 @pytest.mark.parametrize("name", models.record_names())
 def test_every_record_passes_the_checks_that_strangers_must(name: str) -> None:
-    models.read_config(paths.fixture("models") / name / "config.json")
+    read_config(paths.fixture("models") / name / "config.json")
 
 
 def test_70b_on_meta_takes_no_memory() -> None:
@@ -182,7 +184,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_a_config_too_large_to_be_one_is_not_read(tmp_path: Path) -> None:
-    folder_with(tmp_path, " " * (models.CONFIG_FILE_LIMIT_BYTES + 1))
+    folder_with(tmp_path, " " * (CONFIG_FILE_LIMIT_BYTES + 1))
     with pytest.raises(GaugeError, match="far more than any config"):
         models.resolve(str(tmp_path))
 
@@ -241,7 +243,7 @@ def test_unknown_dtypes_name_the_known() -> None:
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.ModelRecord:
     """A record with a GGUF in the cache, that is read as the toy model is drawn; how often, stands beside it."""
     monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path / "cache"))
-    gguf = tmp_path / "cache" / "smollm2-135m" / models.FETCHED_WEIGHTS["smollm2-135m"]
+    gguf = tmp_path / "cache" / "smollm2-135m" / FETCHED_WEIGHTS["smollm2-135m"]
     gguf.parent.mkdir(parents=True)
     gguf.write_bytes(b"a GGUF")
     toy, really = models.resolve("toy-llama"), models.build
@@ -278,7 +280,7 @@ def test_a_copy_is_of_one_file_one_dtype_and_one_transformers(
     other_dtype = models.kept(fetched, "bfloat16")
     os.utime(gguf, (1, 1))
     other_file = models.kept(fetched, "float32")
-    monkeypatch.setattr(models.metadata, "version", lambda name: "4.0.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.0.0")
     other_release = models.kept(fetched, "float32")
 
     copies = [Path(each.location or "") for each in (first, other_dtype, other_file, other_release)]
@@ -312,7 +314,7 @@ def test_nothing_is_imported_while_meta_is_the_default_device() -> None:
     code = """if True:
         import sys
         import torch
-        from peft_gauge import models
+        from peft_gauge.training import models
 
         class Finder:
             @staticmethod

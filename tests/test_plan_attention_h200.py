@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_gauge.memory.tracker import BACKWARD, FORWARD, INPUTS, StorageTracker
-from peft_gauge.plan import fakes
+from peft_gauge.memory.categories import BACKWARD, FORWARD, INPUTS
+from peft_gauge.memory.tracker import StorageTracker
+from peft_gauge.plan import fakes, kernels
 
 MEASURED = json.loads((Path(__file__).parent / "data" / "h200_attention.json").read_text(encoding="utf-8"))["rows"]
 UNSPLIT_BYTES = 1 << 20
@@ -32,8 +33,8 @@ def planned(row: dict[str, Any]) -> tuple[set[str], int, int, int]:
     """Operators, and the bytes of `row` as the plan has them: saved, peak of forward, peak of backward."""
     batch, heads, kv_heads, tokens, width = row["shape"]
     dtype, kind = getattr(torch, row["dtype"]), row["kind"]
-    tracker = StorageTracker(workspaces=fakes.CUDA_WORKSPACES)
-    with fakes.fake_mode(), fakes.cuda_kernels():
+    tracker = StorageTracker(workspaces=kernels.CUDA_WORKSPACES)
+    with fakes.fake_mode(), kernels.cuda_kernels():
         query, key, value = (
             torch.empty(batch, tokens, number, width, dtype=dtype).transpose(1, 2)
             for number in (heads, kv_heads, kv_heads)

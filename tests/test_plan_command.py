@@ -23,7 +23,7 @@ from fixtures.cards import process_environment
 from peft_gauge.commands.plan import adjusted
 from peft_gauge.isolation import child_environment
 from peft_gauge.measure import PRELOAD
-from peft_gauge.memory.tracker import CATEGORIES
+from peft_gauge.memory.categories import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
 from peft_gauge.plan.worker import Preloaded
@@ -291,12 +291,12 @@ def test_a_worker_that_dies_costs_one_case(way: str, monkeypatch: pytest.MonkeyP
     assert [outcome.method for outcome in outcomes if isinstance(outcome, PlanFailure)] == list(names)
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, PlanFailure)]
     assert [error == "planned" for error in errors] == [True, False, True, False, True]
-    assert errors[1] == "planning lora on toy-llama ended the planning process by signal SIGSEGV"
+    assert errors[1] == "planning lora on toy-llama ended the planning process by SIGSEGV"
 
 
 INTERRUPTED = """
 import sys
-from peft_gauge import methods, models
+from peft_gauge.training import methods, models
 from peft_gauge.isolation import child_environment
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.worker import Preloaded, plan_in_parallel

@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from peft_gauge.memory.tracker import (
+from peft_gauge.counting import quantisation_constants
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     BACKWARD,
     BASE_WEIGHTS,
@@ -18,9 +19,9 @@ from peft_gauge.memory.tracker import (
     FORWARD,
     INPUTS,
     QUANTISATION_CONSTANTS,
-    StorageTracker,
 )
-from peft_gauge.plan import fakes
+from peft_gauge.memory.tracker import StorageTracker
+from peft_gauge.plan import fakes, kernels
 
 BATCH, HEADS, ROWS, WIDTH = 2, 4, 48, 16
 
@@ -78,7 +79,7 @@ def quantised() -> Any:
 
 
 def quantised_bytes(layer: Any) -> Any:
-    return layer.weight.nbytes, sorted(t.nbytes for t in fakes.quantisation_constants(layer))
+    return layer.weight.nbytes, sorted(t.nbytes for t in quantisation_constants(layer.weight))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -107,8 +108,8 @@ def test_a_four_bit_product_holds_a_dequantised_copy_in_both_directions(quantise
     fakes.to_fake(model, mode)
     tracker = StorageTracker()
     tracker.adopt(model.parameters(), BASE_WEIGHTS)
-    tracker.adopt(fakes.quantisation_constants(model), QUANTISATION_CONSTANTS)
-    with mode, fakes.cuda_kernels():
+    tracker.adopt(quantisation_constants(next(model.parameters())), QUANTISATION_CONSTANTS)
+    with mode, kernels.cuda_kernels():
         x = torch.zeros(64, 320, dtype=torch.bfloat16, requires_grad=True)
         tracker.adopt(x, INPUTS)
         with tracker:
@@ -132,7 +133,7 @@ def test_a_four_bit_product_holds_a_dequantised_copy_in_both_directions(quantise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_keeps_one_byte_an_element(dtype: Any) -> None:
     tracker = StorageTracker()
-    with fakes.fake_mode(), fakes.cuda_kernels():
+    with fakes.fake_mode(), kernels.cuda_kernels():
         x = torch.zeros(10, 10, dtype=dtype, requires_grad=True)
         tracker.adopt(x, INPUTS)
         with tracker, tracker.phase(FORWARD):
@@ -144,7 +145,7 @@ def test_dropout_keeps_one_byte_an_element(dtype: Any) -> None:
 def test_real_tensors_take_the_cpus_way_and_routes_end_with_their_block() -> None:
     x = torch.ones(10, requires_grad=True)
     before = type(F.dropout(x, 0.5).grad_fn)
-    with fakes.cuda_kernels():
+    with kernels.cuda_kernels():
         assert type(F.dropout(x, 0.5).grad_fn) is before
     with fakes.fake_mode():
         x = torch.ones(10, requires_grad=True)
@@ -156,7 +157,7 @@ def attend(
 ) -> Any:
     """Forward and backward of one attention on fakes; the tracker, and the bytes of q, k, v."""
     tracker = StorageTracker()
-    with fakes.fake_mode(), fakes.cuda_kernels():
+    with fakes.fake_mode(), kernels.cuda_kernels():
         query = torch.zeros(BATCH, HEADS, ROWS, width, dtype=dtype, requires_grad=True)
         key, value = (torch.zeros(BATCH, kv_heads, ROWS, width, dtype=dtype, requires_grad=True) for _ in "kv")
         mask = None if mask_dtype is None else torch.zeros(BATCH, 1, ROWS, ROWS, dtype=mask_dtype)
@@ -210,7 +211,7 @@ def attention_of(
 ) -> Any:
     """The kernel that one attention over tensors of these shapes takes."""
     tracker = StorageTracker()
-    with fakes.fake_mode(), fakes.cuda_kernels():
+    with fakes.fake_mode(), kernels.cuda_kernels():
         shapes = [query, key or query, value or key or query]
         tensors: Any = [torch.zeros(BATCH, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
         if how.pop("strided", False):
@@ -243,12 +244,12 @@ ONE_HEAD = (1, ROWS, WIDTH)
 def test_each_attention_takes_the_kernel_that_cuda_takes(
     kernel: str, how: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fakes, "flash_broadcasts_one_head", lambda: False)  # as up to torch 2.13
+    monkeypatch.setattr(kernels, "flash_broadcasts_one_head", lambda: False)  # as up to torch 2.13
     assert attention_of(**how) == kernel
 
 
 def test_a_torch_whose_flash_broadcasts_one_head_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fakes, "flash_broadcasts_one_head", lambda: True)
+    monkeypatch.setattr(kernels, "flash_broadcasts_one_head", lambda: True)
     assert attention_of(key=ONE_HEAD) == "flash"
 
 
@@ -287,7 +288,7 @@ def test_a_llamas_batch_takes_the_kernel_of_a_real_one(padded: Any, kernel: Any)
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     mode, tracker = fakes.fake_mode(), StorageTracker()
     fakes.to_fake(model, mode)
-    with mode, fakes.cuda_kernels(), fakes.unpacked_sequences():
+    with mode, kernels.cuda_kernels(), kernels.unpacked_sequences():
         ids = torch.zeros(2, 16, dtype=torch.long)
         mask = torch.ones_like(ids) if padded else None
         with tracker, tracker.phase(FORWARD):

@@ -16,11 +16,19 @@ from hypothesis import strategies as st
 
 from peft_gauge.counting import count, nbytes, quantisation_constants
 from peft_gauge.errors import GaugeError
+from peft_gauge.memory.categories import (
+    ACTIVATIONS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    FORWARD,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    OUTSIDE,
+)
+from peft_gauge.memory.ledger import Event as StorageEvent
 from peft_gauge.memory.overheads import default_overheads
-from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
-from peft_gauge.memory.tracker import Event as StorageEvent
-from peft_gauge.plan import fakes, planner
-from peft_gauge.plan.call import chunk_loss
+from peft_gauge.plan import adaptation, fakes, kernels, planner, traced_step
+from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.plan.reserve import PASSES, Steps, device_estimate
@@ -124,7 +132,7 @@ def test_eight_bit_moments_take_a_byte_and_a_scale_a_block() -> None:
 
 def test_paged_moments_are_not_on_the_device_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy has no tensor that bitsandbytes would page, so the limit is lowered."""
-    monkeypatch.setattr(planner, "PAGED_FROM_ELEMENTS", 16_000)
+    monkeypatch.setattr(traced_step, "PAGED_FROM_ELEMENTS", 16_000)
     paged_elements = sum(shape.numel() for shape in toy_shapes() if shape.numel() >= 16_000)
     unpaged = plan(request(settings=replace(SETTINGS, optimizer="adamw8bit")))
     paged = plan(request(settings=replace(SETTINGS, optimizer="paged-adamw8bit")))
@@ -233,18 +241,18 @@ def test_a_planned_step_is_a_real_step_without_its_numbers(method: methods.Metho
     """With the CPU's kernels in place of CUDA's, and the CPU's kind of optimizer, no byte differs."""
     record = models.resolve(name, weights="random")
     asked = PlanRequest(record, method, StepSettings(BATCH, SEQ, optimizer="adamw-foreach-off"), dtype=dtype)
-    adapted = planner._adapt(asked, [])
+    adapted = adaptation.adapt(asked, [])
     counted = count(adapted.model)
     mode = fakes.fake_mode()
     made = fakes.to_fake(adapted.model, mode)
-    with mode, fakes.unpacked_sequences():
+    with mode, kernels.unpacked_sequences():
         base = [made[key] for key in adapted.base_parameters]
-        planned = planner.follow(asked, adapted.model, base, counted, [])
+        planned = traced_step.follow(asked, adapted.model, base, counted, [])
 
     real = methods.prepare_base(models.build(record, dtype=dtype), method)
     own = list(real.parameters())
     model = methods.attach(real, replace(method, quantization=None, prepare_kbit=False))
-    tracked = planner.follow(asked, model, own, count(model), [])
+    tracked = traced_step.follow(asked, model, own, count(model), [])
 
     for figure in ("counted", "live_outputs_bytes", "saved_activation_bytes", "flops"):
         assert getattr(planned, figure) == getattr(tracked, figure), figure
@@ -534,6 +542,6 @@ def test_an_operation_that_needs_values_is_named(monkeypatch: pytest.MonkeyPatch
         torch.repeat_interleave(batch["input_ids"][0])
         return self.model(**batch)
 
-    monkeypatch.setattr(planner.ModelCall, "forward", forward)
+    monkeypatch.setattr(ModelCall, "forward", forward)
     with pytest.raises(GaugeError, match=r"lora on toy-llama cannot be planned: .*repeat_interleave"):
         plan(request("lora"))

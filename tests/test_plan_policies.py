@@ -14,16 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.tracker import (
-    BACKWARD,
-    BASE_WEIGHTS,
-    BUFFERS,
-    FORWARD,
-    INPUTS,
-    OPTIMIZER,
-    StorageTracker,
-)
-from peft_gauge.plan import fakes, policies
+from peft_gauge.memory.categories import BACKWARD, BASE_WEIGHTS, BUFFERS, FORWARD, INPUTS, OPTIMIZER
+from peft_gauge.memory.tracker import StorageTracker
+from peft_gauge.plan import fakes, kernels, policies
+from peft_gauge.plan.policies import answers
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings, TrainingJob
 
@@ -164,7 +158,7 @@ def trace(model: Any, mode: Any = None, stepping: Any = None) -> Any:
     with ExitStack() as stack:
         stack.enter_context(mode or nullcontext())
         if mode is not None:
-            stack.enter_context(fakes.unpacked_sequences())
+            stack.enter_context(kernels.unpacked_sequences())
         ids = torch.ones(BATCH, SEQ, dtype=torch.long)
         ids[:, 0], ids[:, 1] = 3, 4
         warnings = [] if stepping is None else stack.enter_context(stepping)
@@ -357,7 +351,7 @@ def test_experts_are_counted_where_the_text_model_has_its_own_config() -> None:
     wrapped: Any = type("Config", (), {"get_text_config": lambda _: nested})()
     model: Any = nn.Linear(2, 2)
     model.config = wrapped
-    assert policies._experts(model) == 4
+    assert answers.experts(model) == 4
 
 
 def test_virtual_tokens_from_a_text_are_said() -> None:

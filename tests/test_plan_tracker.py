@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BACKWARD,
@@ -27,10 +27,10 @@ from peft_gauge.memory.tracker import (
     OPTIMIZER_STATE,
     OPTIMIZER_TEMPORARIES,
     OTHER,
-    StorageTracker,
-    rounded,
 )
-from peft_gauge.plan import fakes
+from peft_gauge.memory.ledger import rounded
+from peft_gauge.memory.tracker import StorageTracker
+from peft_gauge.plan import fakes, kernels
 
 # peft asks transformers 5 for a property that it has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -444,7 +444,7 @@ def test_fakes_take_the_same_bytes_as_real_tensors(method: Any, dtype: Any) -> N
 
     mode, model = fakes.fake_mode(), llama(method, dtype)
     fakes.to_fake(model, mode)
-    with mode, fakes.unpacked_sequences():
+    with mode, kernels.unpacked_sequences():
         fake, _ = track_llama(model, torch.zeros(2, 16, dtype=torch.long))
 
     for phase in (FORWARD, BACKWARD, OPTIMIZER):

@@ -16,6 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peft_gauge import counting
 from peft_gauge.errors import GaugeError
 from peft_gauge.training import quantization
+from peft_gauge.training.quantization import formats, layers, library
+from peft_gauge.training.quantization.comparison import (
+    DISTRIBUTIONS,
+    Comparison,
+    already_rounded,
+    compare_nf4,
+    drawn_weight,
+    nf4_against_int4,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,31 +82,31 @@ def layers_of(model: nn.Module, class_name: str) -> list[Any]:
 
 
 def test_nf4_levels_are_the_published_ones() -> None:
-    assert quantization.levels("nf4").tolist() == pytest.approx(PUBLISHED_NF4, abs=1e-7)
+    assert formats.levels("nf4").tolist() == pytest.approx(PUBLISHED_NF4, abs=1e-7)
 
 
 def test_fp4_levels_are_a_sign_two_exponent_bits_and_one_mantissa_bit() -> None:
     positive = [0, 0.0625, 2, 3, 4, 6, 8, 12]
     expected = sorted({sign * value / 12 for value in positive for sign in (1, -1)})
-    assert quantization.levels("fp4").tolist() == pytest.approx(expected, abs=1e-7)
+    assert formats.levels("fp4").tolist() == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("quant_format", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("absmax", [1.0, 0.25, 3.0])
 def test_a_block_of_levels_comes_back_unchanged(quant_format: str, absmax: float) -> None:
-    levels = quantization.levels(quant_format)
+    levels = formats.levels(quant_format)
     block = absmax * levels.repeat(5)[-64:].reshape(1, 64)
 
-    restored = quantization.dequantised(block, quant_format)
+    restored = formats.dequantised(block, quant_format)
     # Some releases keep FP4's levels to 4 digits on CPU.
     assert torch.allclose(restored, block, rtol=0, atol=5e-5 * absmax)
 
 
-@pytest.mark.parametrize("quant_format", quantization.FOUR_BIT_FORMATS)
+@pytest.mark.parametrize("quant_format", formats.FOUR_BIT_FORMATS)
 @pytest.mark.parametrize("value", [0.0, 0.5, -0.5])
 def test_a_constant_block_comes_back_unchanged(quant_format: str, value: float) -> None:
     block = torch.full((1, 64), value)
-    assert torch.equal(quantization.dequantised(block, quant_format), block)
+    assert torch.equal(formats.dequantised(block, quant_format), block)
 
 
 def test_symmetric_int4_of_a_hand_computed_block() -> None:
@@ -105,8 +114,8 @@ def test_symmetric_int4_of_a_hand_computed_block() -> None:
     block = torch.tensor([7.0, -7.0, 0.4, 0.6, -3.2, 2.5, 3.5, 0.0]).repeat(8).reshape(1, 64)
     expected = torch.tensor([7.0, -7.0, 0.0, 1.0, -3.0, 2.0, 4.0, 0.0]).repeat(8).reshape(1, 64)
 
-    assert torch.equal(quantization.dequantised(block, "int4"), expected)
-    assert quantization.quantisation_error(block, "int4").max_over_absmax == pytest.approx(0.5 / 7)
+    assert torch.equal(formats.dequantised(block, "int4"), expected)
+    assert formats.quantisation_error(block, "int4").max_over_absmax == pytest.approx(0.5 / 7)
 
 
 def test_minmax_int4_of_a_hand_computed_block() -> None:
@@ -114,7 +123,7 @@ def test_minmax_int4_of_a_hand_computed_block() -> None:
     block = torch.tensor([-3.0, 12.0, 0.25, 7.75, 11.5, -2.6, 5.0, 0.0]).repeat(8).reshape(1, 64)
     expected = torch.tensor([-3.0, 12.0, 0.0, 8.0, 11.0, -3.0, 5.0, 0.0]).repeat(8).reshape(1, 64)
 
-    assert torch.equal(quantization.dequantised(block, "int4-minmax"), expected)
+    assert torch.equal(formats.dequantised(block, "int4-minmax"), expected)
 
 
 def test_minmax_int4_keeps_its_constants_in_float16() -> None:
@@ -124,15 +133,15 @@ def test_minmax_int4_keeps_its_constants_in_float16() -> None:
     step = ((0.2 - low) / 15).half().float()
 
     expected = torch.stack([low, low + 15 * step]).repeat(32).reshape(1, 64)
-    assert torch.equal(quantization.dequantised(block, "int4-minmax"), expected)
+    assert torch.equal(formats.dequantised(block, "int4-minmax"), expected)
     assert not torch.equal(expected, block)
 
 
 def test_each_block_has_its_own_scale() -> None:
     weight = torch.cat([torch.full((1, 64), 1.0), torch.full((1, 64), 1e-3)])
     for quant_format in ("nf4", "fp4", "int4"):
-        assert quantization.quantisation_error(weight, quant_format).relative_rms < 1e-6
-        assert quantization.quantisation_error(weight, quant_format, block_size=128).relative_rms > 1e-4
+        assert formats.quantisation_error(weight, quant_format).relative_rms < 1e-6
+        assert formats.quantisation_error(weight, quant_format, block_size=128).relative_rms > 1e-4
 
 
 @pytest.mark.parametrize(("quant_format", "steps"), [("int4", 7), ("int4-minmax", 7.5)])
@@ -140,7 +149,7 @@ def test_uniform_rounding_of_uniform_weights_loses_step_over_root_twelve(quant_f
     # Both ends are put into each block, so that every step is 1/steps; the other 62 weights are uniform.
     weight = torch.rand((2048, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
     weight[:, 0], weight[:, 1] = -1.0, 1.0
-    change = quantization.dequantised(weight, quant_format)[:, 2:] - weight[:, 2:]
+    change = formats.dequantised(weight, quant_format)[:, 2:] - weight[:, 2:]
 
     assert change.square().mean().sqrt().item() == pytest.approx(1 / steps / math.sqrt(12), rel=0.01)
 
@@ -149,39 +158,39 @@ def test_errors_of_a_hand_computed_change() -> None:
     # One weight of 64 moves by 0.4; absmax and all others are levels.
     block = torch.zeros(1, 64)
     block[0, 0], block[0, 1] = 7.0, 2.4
-    error = quantization.quantisation_error(block, "int4")
+    error = formats.quantisation_error(block, "int4")
 
     assert error.relative_rms == pytest.approx(0.4 / math.hypot(7, 2.4))
     assert error.max_over_absmax == pytest.approx(0.4 / 7)
     assert error.mean_abs == pytest.approx(0.4 / 64)
 
 
-@pytest.mark.parametrize("quant_format", quantization.FOUR_BIT_FORMATS)
+@pytest.mark.parametrize("quant_format", formats.FOUR_BIT_FORMATS)
 def test_no_weight_moves_further_than_the_bound_and_some_come_near(quant_format: str) -> None:
-    weight = quantization.drawn_weight("uniform", 0)
-    bound = quantization.error_bound(quant_format)
-    assert 0.95 * bound < quantization.quantisation_error(weight, quant_format).max_over_absmax <= bound * (1 + 2e-4)
+    weight = drawn_weight("uniform", 0)
+    bound = formats.error_bound(quant_format)
+    assert 0.95 * bound < formats.quantisation_error(weight, quant_format).max_over_absmax <= bound * (1 + 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_weights_are_rounded_as_their_float32_values(dtype: torch.dtype) -> None:
-    weight = quantization.drawn_weight("normal", 0).to(dtype)
-    for quant_format in quantization.FOUR_BIT_FORMATS:
-        restored = quantization.dequantised(weight, quant_format)
+    weight = drawn_weight("normal", 0).to(dtype)
+    for quant_format in formats.FOUR_BIT_FORMATS:
+        restored = formats.dequantised(weight, quant_format)
         assert restored.dtype == torch.float32
-        assert torch.equal(restored, quantization.dequantised(weight.float(), quant_format))
+        assert torch.equal(restored, formats.dequantised(weight.float(), quant_format))
 
 
 # --- bits
 
 
 def test_bits_by_arithmetic() -> None:
-    assert quantization.bits_per_parameter("nf4") == 4.5
-    assert quantization.bits_per_parameter("int4-minmax") == 4.5
-    assert quantization.bits_per_parameter("nf4", double_quant=True) == 4 + 8 / 64 + 32 / (64 * 256)
-    assert quantization.bits_per_parameter("nf4", block_size=128) == 4.25
+    assert formats.bits_per_parameter("nf4") == 4.5
+    assert formats.bits_per_parameter("int4-minmax") == 4.5
+    assert formats.bits_per_parameter("nf4", double_quant=True) == 4 + 8 / 64 + 32 / (64 * 256)
+    assert formats.bits_per_parameter("nf4", block_size=128) == 4.25
     # The published saving of double quantisation, in bits (QLoRA, section 3).
-    saving = quantization.bits_per_parameter("nf4") - quantization.bits_per_parameter("nf4", double_quant=True)
+    saving = formats.bits_per_parameter("nf4") - formats.bits_per_parameter("nf4", double_quant=True)
     assert saving == pytest.approx(0.373, abs=5e-4)
 
 
@@ -190,18 +199,18 @@ def test_bits_by_arithmetic() -> None:
 @pytest.mark.parametrize("quant_format", ["nf4", "fp4"])
 def test_bits_by_arithmetic_are_the_bits_stored(shape: tuple[int, int], double_quant: bool, quant_format: str) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    stored = quantization.stored_bytes(*quantization.pack(weight, quant_format, double_quant=double_quant))
+    stored = formats.stored_bytes(*formats.pack(weight, quant_format, double_quant=double_quant))
 
-    computed = quantization.bits_per_parameter(quant_format, double_quant=double_quant, numel=weight.numel())
+    computed = formats.bits_per_parameter(quant_format, double_quant=double_quant, numel=weight.numel())
     assert stored.bits_per_parameter == computed
     assert stored.codebook_bytes == 4 * (16 + 256 * double_quant)
     with_codebooks = stored.bits_per_parameter_with_codebooks - stored.bits_per_parameter
     assert with_codebooks == pytest.approx(8 * stored.codebook_bytes / weight.numel())
 
 
-@pytest.mark.parametrize("distribution", quantization.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_double_quantisation_moves_absmax_by_at_most_half_an_8_bit_step(distribution: str) -> None:
-    shift, bound = quantization.absmax_shift(quantization.drawn_weight(distribution, 0))
+    shift, bound = formats.absmax_shift(drawn_weight(distribution, 0))
     # bitsandbytes divides in float32, so a value near the middle of a gap may go to the farther side.
     assert 0 < shift <= bound * 1.005
     # The code's upper decade, 0.1 to 1, has 64 values; some releases move the last one from -0.993 to -1 on CPU.
@@ -214,7 +223,7 @@ def test_double_quantisation_moves_absmax_by_at_most_half_an_8_bit_step(distribu
 
 @pytest.mark.parametrize(("distribution", "kurtosis"), [("normal", 3.0), ("uniform", 1.8)])
 def test_drawn_weights_have_the_moments_of_their_distribution(distribution: str, kurtosis: float) -> None:
-    weight = quantization.drawn_weight(distribution, 0).double()
+    weight = drawn_weight(distribution, 0).double()
     assert weight.mean().item() == pytest.approx(0, abs=2e-4)
     assert weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert ((weight / weight.std()) ** 4).mean().item() == pytest.approx(kurtosis, rel=0.02)
@@ -222,31 +231,31 @@ def test_drawn_weights_have_the_moments_of_their_distribution(distribution: str,
 
 def test_student_t3_has_its_quantiles() -> None:
     # Its variance is 3 and its 75 % and 97.5 % quantiles are 0.7649 and 3.1824 (any table of t).
-    weight = quantization.drawn_weight("student-t3", 0).flatten() / 0.02 * math.sqrt(3)
+    weight = drawn_weight("student-t3", 0).flatten() / 0.02 * math.sqrt(3)
     quantiles = torch.tensor([weight.kthvalue(round(q * weight.numel())).values.item() for q in (0.75, 0.975)])
     assert quantiles.tolist() == pytest.approx([0.7649, 3.1824], rel=0.02)
 
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
-    once, again, other = (quantization.drawn_weight("normal", seed) for seed in (3, 3, 4))
+    once, again, other = (drawn_weight("normal", seed) for seed in (3, 3, 4))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
 
 
 def test_weights_read_from_a_4_bit_file_are_told_from_others() -> None:
-    weight = quantization.drawn_weight("normal", 0)
-    assert not quantization.already_rounded(weight)
-    assert not quantization.already_rounded(weight.bfloat16())
-    rounded = quantization.dequantised(weight, "int4-minmax", block_size=32)  # what Q4_1 does
-    assert quantization.already_rounded(rounded)
-    assert quantization.already_rounded(rounded.bfloat16())
-    assert not quantization.already_rounded(torch.cat([rounded, weight]))
-    assert quantization.already_rounded(torch.arange(32) % 16)
-    assert not quantization.already_rounded(torch.arange(32) % 17)
+    weight = drawn_weight("normal", 0)
+    assert not already_rounded(weight)
+    assert not already_rounded(weight.bfloat16())
+    rounded = formats.dequantised(weight, "int4-minmax", block_size=32)  # what Q4_1 does
+    assert already_rounded(rounded)
+    assert already_rounded(rounded.bfloat16())
+    assert not already_rounded(torch.cat([rounded, weight]))
+    assert already_rounded(torch.arange(32) % 16)
+    assert not already_rounded(torch.arange(32) % 17)
 
 
-def comparison(nf4: list[float], rival: list[float], **extra: Any) -> quantization.Comparison:
-    return quantization.Comparison("int4", tuple(nf4), tuple(rival), 4.5, 4.5, **extra)
+def comparison(nf4: list[float], rival: list[float], **extra: Any) -> Comparison:
+    return Comparison("int4", tuple(nf4), tuple(rival), 4.5, 4.5, **extra)
 
 
 @pytest.mark.parametrize(
@@ -273,11 +282,11 @@ def test_unfair_samples_decide_nothing() -> None:
 
 
 def test_a_4_bit_grid_favours_uniform_formats_and_is_declared_unfair() -> None:
-    fresh = [quantization.drawn_weight("normal", seed) for seed in range(6)]
-    rounded = [quantization.dequantised(weight, "int4-minmax", block_size=32) for weight in fresh]
+    fresh = [drawn_weight("normal", seed) for seed in range(6)]
+    rounded = [formats.dequantised(weight, "int4-minmax", block_size=32) for weight in fresh]
 
-    on_fresh = quantization.compare_nf4(fresh, rival="int4-minmax")
-    on_rounded = quantization.compare_nf4(rounded, rival="int4-minmax")
+    on_fresh = compare_nf4(fresh, rival="int4-minmax")
+    on_rounded = compare_nf4(rounded, rival="int4-minmax")
 
     assert on_fresh.unfair is None
     assert on_rounded.unfair is not None
@@ -286,13 +295,13 @@ def test_a_4_bit_grid_favours_uniform_formats_and_is_declared_unfair() -> None:
 
 
 def test_the_comparison_takes_the_formats_that_it_names() -> None:
-    weight = quantization.drawn_weight("normal", 7)
-    compared = quantization.nf4_against_int4("normal", [7], rival="fp4", double_quant=True)
+    weight = drawn_weight("normal", 7)
+    compared = nf4_against_int4("normal", [7], rival="fp4", double_quant=True)
 
-    assert compared.nf4_errors == (quantization.quantisation_error(weight, "nf4", double_quant=True).relative_rms,)
-    assert compared.rival_errors == (quantization.quantisation_error(weight, "fp4", double_quant=True).relative_rms,)
-    assert compared.nf4_bits == compared.rival_bits == quantization.bits_per_parameter("nf4", double_quant=True)
-    assert quantization.nf4_against_int4("normal", [7], double_quant=True).rival_bits == 4.5
+    assert compared.nf4_errors == (formats.quantisation_error(weight, "nf4", double_quant=True).relative_rms,)
+    assert compared.rival_errors == (formats.quantisation_error(weight, "fp4", double_quant=True).relative_rms,)
+    assert compared.nf4_bits == compared.rival_bits == formats.bits_per_parameter("nf4", double_quant=True)
+    assert nf4_against_int4("normal", [7], double_quant=True).rival_bits == 4.5
     assert compared.figures()["samples"] == 1
 
 
@@ -331,7 +340,7 @@ def test_a_4_bit_layer_multiplies_with_the_dequantised_weight(double_quant: bool
     y = model(x)
     y.sum().backward()
 
-    restored = quantization.dequantised(weight, "nf4", double_quant=double_quant)
+    restored = formats.dequantised(weight, "nf4", double_quant=double_quant)
     assert model[0].bias is bias
     assert torch.allclose(y, nn.functional.linear(x, restored, bias), atol=1e-5)
     assert x.grad is not None
@@ -342,13 +351,13 @@ def test_a_4_bit_layer_multiplies_with_the_dequantised_weight(double_quant: bool
 def unpacked(weight: Tensor, double_quant: bool) -> Tensor:
     """``weight`` (out×in) through NF4 by the definition: blocks of 64 in the order of memory, the last one short."""
     blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
-    absmax = quantization.pack(weight, "nf4")[1].absmax
+    absmax = formats.pack(weight, "nf4")[1].absmax
     assert torch.equal(absmax, blocks.abs().amax(dim=1))
     if double_quant:
-        state = quantization.pack(weight, "nf4", double_quant=True)[1]
+        state = formats.pack(weight, "nf4", double_quant=True)[1]
         functional = quantization.load_bitsandbytes().functional
         absmax_of_state = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    levels = quantization.levels("nf4")
+    levels = formats.levels("nf4")
     nearest = (blocks / absmax[:, None]).unsqueeze(-1).sub(levels).abs().argmin(dim=-1)
     scale = absmax_of_state if double_quant else absmax
     return (levels[nearest] * scale[:, None]).flatten()[: weight.numel()].view_as(weight)
@@ -366,10 +375,10 @@ def test_a_row_that_is_no_multiple_of_a_block_is_computed_right_or_refused(
         x = torch.randn(4, inputs, requires_grad=True)
     restored = unpacked(linear.weight.detach(), double_quant)
     model = nn.Sequential(linear)
-    if not quantization._unpacks(inputs, "nf4"):
+    if not layers._unpacks(inputs, "nf4"):
         with pytest.raises(GaugeError, match=f"0 has {inputs} inputs, .* unpacks such rows wrongly; use a GPU"):
             quantization.quantize_(model, double_quant=double_quant)
-        packed, state = quantization.pack(linear.weight.detach(), "nf4")
+        packed, state = formats.pack(linear.weight.detach(), "nf4")
         wrong = quantization.load_bitsandbytes().functional.dequantize_4bit(packed, state)
         assert not torch.allclose(wrong, unpacked(linear.weight.detach(), False), atol=1e-3)
         return
@@ -393,13 +402,13 @@ def test_sizes_that_the_cpu_unpacks_wrongly_are_planned_all_the_same() -> None:
 
 def test_a_weight_is_rounded_block_by_block_whatever_its_rows() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(quantization.dequantised(weight, "nf4"), unpacked(weight, False), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(formats.dequantised(weight, "nf4"), unpacked(weight, False), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("inputs", [64, 576, 4096])
 def test_whole_blocks_in_a_row_are_unpacked_right(inputs: int) -> None:
-    assert quantization._unpacks(inputs, "nf4")
-    assert quantization._unpacks(inputs, "fp4")
+    assert layers._unpacks(inputs, "nf4")
+    assert layers._unpacks(inputs, "fp4")
 
 
 @pytest.mark.parametrize("quant_format", ["nf4", "int8"])
@@ -516,7 +525,7 @@ def test_the_model_takes_the_bytes_that_arithmetic_says(double_quant: bool) -> N
 
     # A layer: q 64×64, k and v 32×64, o 64×64, gate, up and down 128×64; with one set of codebooks a weight.
     numels = 2 * [64 * 64, 32 * 64, 32 * 64, 64 * 64, 128 * 64, 128 * 64, 128 * 64]
-    bits = [n * quantization.bits_per_parameter("nf4", double_quant=double_quant, numel=n) for n in numels]
+    bits = [n * formats.bits_per_parameter("nf4", double_quant=double_quant, numel=n) for n in numels]
     codebook_bytes = 4 * (16 + 256 * double_quant)
     assert after.total_params == before.total_params
     assert before.weight_bytes - after.weight_bytes == sum(
@@ -649,15 +658,15 @@ def test_a_second_quantisation_is_refused() -> None:
     ("call", "message"),
     [
         (lambda: quantization.quantize_(nn.Sequential(nn.Linear(64, 64)), quant_format="nf3"), "'nf3'.*nf4"),
-        (lambda: quantization.dequantised(torch.ones(64), "int5"), "'int5'.*int4"),
-        (lambda: quantization.dequantised(torch.ones(65), "nf4"), "65 weights"),
-        (lambda: quantization.dequantised(torch.ones(64), "int4", double_quant=True), "double quantisation"),
-        (lambda: quantization.quantisation_error(torch.zeros(64), "nf4"), "zero"),
-        (lambda: quantization.levels("int4-minmax"), "int4-minmax"),
-        (lambda: quantization.bits_per_parameter("int8"), "int8"),
-        (lambda: quantization.drawn_weight("cauchy", 0), "cauchy"),
-        (lambda: quantization.already_rounded(torch.ones(33)), "33 weights"),
-        (lambda: quantization.compare_nf4([]), "no weights"),
+        (lambda: formats.dequantised(torch.ones(64), "int5"), "'int5'.*int4"),
+        (lambda: formats.dequantised(torch.ones(65), "nf4"), "65 weights"),
+        (lambda: formats.dequantised(torch.ones(64), "int4", double_quant=True), "double quantisation"),
+        (lambda: formats.quantisation_error(torch.zeros(64), "nf4"), "zero"),
+        (lambda: formats.levels("int4-minmax"), "int4-minmax"),
+        (lambda: formats.bits_per_parameter("int8"), "int8"),
+        (lambda: drawn_weight("cauchy", 0), "cauchy"),
+        (lambda: already_rounded(torch.ones(33)), "33 weights"),
+        (lambda: compare_nf4([]), "no weights"),
     ],
 )
 def test_bad_input_is_one_clear_line(call: Any, message: str) -> None:
@@ -666,10 +675,10 @@ def test_bad_input_is_one_clear_line(call: Any, message: str) -> None:
 
 
 def test_an_old_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "version", lambda name: "0.45.5")
+    monkeypatch.setattr(library, "version", lambda name: "0.45.5")
     with pytest.raises(GaugeError, match=r"0\.45\.5 is too old"):
         quantization.load_bitsandbytes()
-    monkeypatch.setattr(quantization, "version", lambda name: "0.47.0.dev0")
+    monkeypatch.setattr(library, "version", lambda name: "0.47.0.dev0")
     quantization.load_bitsandbytes()
 
 

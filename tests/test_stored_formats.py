@@ -12,15 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_gauge import counting
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     BACKWARD,
     DEQUANTISED_TEMPORARIES,
     FORWARD,
     INPUTS,
     QUANTISATION_CONSTANTS,
-    StorageTracker,
 )
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, planner
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.training import cases, methods, models, quantization, stored_layers

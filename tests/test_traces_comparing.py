@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, GRADIENTS, OPTIMIZER
 from peft_gauge.memory.overheads import CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACE_HOPPER_BYTES
-from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, GRADIENTS, OPTIMIZER
-from peft_gauge.traces import comparison
+from peft_gauge.traces import comparison, differences
 from peft_gauge.traces.comparison import Comparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
@@ -107,7 +107,7 @@ def test_an_activation_that_the_plan_lacks_is_named_by_its_place_in_other_layers
     assert found.difference_bytes == MIB
     (row,) = found.rows
     assert (row.kind, row.phase, row.category, row.operator) == (
-        comparison.ONLY_MEASURED,
+        differences.ONLY_MEASURED,
         FORWARD,
         ACTIVATIONS,
         "aten::silu",
@@ -120,7 +120,7 @@ def test_an_activation_that_the_plan_lacks_is_named_by_its_place_in_other_layers
 
 def test_in_backward_without_stacks_the_place_is_told_by_what_came_before() -> None:
     found = checked(Steps().without("gradient 2").log(), MEASURED)
-    rows = [row for row in found.steps if row.kind == comparison.ONLY_MEASURED]
+    rows = [row for row in found.steps if row.kind == differences.ONLY_MEASURED]
     assert [(row.operator, row.category, row.bytes) for row in rows] == [("aten::mm", GRADIENTS, GRADIENT)]
 
 
@@ -128,7 +128,7 @@ def test_an_activation_that_only_the_plan_has_is_the_plans_own() -> None:
     found = checked(PLANNED, Steps().without("kept 1").log(measured=True))
     (row,) = found.rows
     assert (row.kind, row.operator, row.where, row.bytes) == (
-        comparison.ONLY_PLANNED,
+        differences.ONLY_PLANNED,
         "aten::silu",
         "layers.1.act",
         -MIB,
@@ -138,16 +138,16 @@ def test_an_activation_that_only_the_plan_has_is_the_plans_own() -> None:
 def test_another_dtype_is_one_allocation_of_another_size() -> None:
     found = checked(Steps().resized("kept 0", MIB // 2).log(), MEASURED)
     (row,) = found.rows
-    assert (row.kind, row.operator, row.where) == (comparison.SIZE, "aten::silu", "layers.0.act")
+    assert (row.kind, row.operator, row.where) == (differences.SIZE, "aten::silu", "layers.0.act")
     assert (row.planned_bytes, row.measured_bytes, row.bytes) == (MIB // 2, MIB, MIB // 2)
     assert found.first is not None
-    assert (found.first.kind, found.first.number) == (comparison.SIZE, 1)
+    assert (found.first.kind, found.first.number) == (differences.SIZE, 1)
 
 
 def test_a_doubled_gradient_is_seen_although_backward_has_no_stacks() -> None:
     found = checked(Steps().resized("gradient 3", 2 * GRADIENT).log(), MEASURED)
     (row,) = found.rows
-    assert (row.kind, row.category, row.where, row.bytes) == (comparison.SIZE, GRADIENTS, "layers.3.proj", -GRADIENT)
+    assert (row.kind, row.category, row.where, row.bytes) == (differences.SIZE, GRADIENTS, "layers.3.proj", -GRADIENT)
 
 
 def test_what_is_freed_at_another_time_is_told_as_alive_on_one_side() -> None:
@@ -156,8 +156,8 @@ def test_what_is_freed_at_another_time_is_told_as_alive_on_one_side() -> None:
     early.lines.insert(11, (moved[0], moved[1], (moved[2][0], FORWARD, *moved[2][2:])))  # at the end of forward
     found = checked(PLANNED, early.log(measured=True))
     kinds = {row.kind: row.bytes for row in found.rows}
-    assert kinds[comparison.ALIVE_IN_PLAN] == -MIB
-    (row,) = [row for row in found.rows if row.kind == comparison.ALIVE_IN_PLAN]
+    assert kinds[differences.ALIVE_IN_PLAN] == -MIB
+    (row,) = [row for row in found.rows if row.kind == differences.ALIVE_IN_PLAN]
     assert (row.operator, row.where) == ("aten::silu", "layers.3.act")
 
 
@@ -165,10 +165,10 @@ def test_where_the_peaks_are_at_different_moments_a_row_says_how_far_the_other_i
     found = checked(PLANNED, Steps().resized("temporary 0", 20 * MIB).log(measured=True))
     assert (found.measured.phase, found.planned.phase) == (OPTIMIZER, BACKWARD)
     by_kind = {row.kind: row for row in found.rows}
-    elsewhere = by_kind[comparison.OTHER_MOMENT]
+    elsewhere = by_kind[differences.OTHER_MOMENT]
     # At the update the plan has weights, four gradients and the temporary: less than at its own peak, in backward.
     assert elsewhere.bytes == 4 * GRADIENT + 200 * KB - (4 * MIB + GRADIENT)
-    assert elsewhere.category == comparison.MOMENT
+    assert elsewhere.category == differences.MOMENT
     assert "aten::mm" in elsewhere.operator
     assert found.difference_bytes == sum(row.bytes for row in found.rows) > 14 * MIB
 
@@ -195,7 +195,7 @@ def test_workspaces_among_the_blocks_are_told_by_their_size(size: int) -> None:
     found = checked(PLANNED, with_before(4 * MIB, size, size))
     (row,) = found.rows
     assert (row.category, row.operator, row.count, row.bytes) == (
-        comparison.WORKSPACES,
+        differences.WORKSPACES,
         "cuBLAS workspace",
         2,
         2 * size,
@@ -208,7 +208,7 @@ def test_a_weight_of_a_workspaces_size_is_no_workspace() -> None:
     planned.before = [(CUBLAS_WORKSPACE_HOPPER_BYTES, BASE_WEIGHTS)] * 3
     measured = with_before(*[CUBLAS_WORKSPACE_HOPPER_BYTES] * 5)
     (row,) = checked(planned.log(), measured).rows
-    assert (row.category, row.bytes) == (comparison.WORKSPACES, 2 * CUBLAS_WORKSPACE_HOPPER_BYTES)
+    assert (row.category, row.bytes) == (differences.WORKSPACES, 2 * CUBLAS_WORKSPACE_HOPPER_BYTES)
 
 
 def test_where_only_sums_are_known_the_rest_is_told_apart_from_the_workspaces() -> None:
@@ -216,8 +216,8 @@ def test_where_only_sums_are_known_the_rest_is_told_apart_from_the_workspaces() 
     measured = with_before(unlisted_before_bytes=4 * MIB + 2 * hopper + 5 * KB, full_segments=(hopper, 2 * MIB))
     found = checked(PLANNED, measured)
     assert [(row.category, row.bytes) for row in found.rows] == [
-        (comparison.WORKSPACES, 2 * hopper),
-        (comparison.UNSPLIT, 5 * KB),
+        (differences.WORKSPACES, 2 * hopper),
+        (differences.UNSPLIT, 5 * KB),
     ]
     assert found.unplanned_bytes == 0
 
@@ -226,7 +226,7 @@ def test_a_weight_that_is_not_there_is_named() -> None:
     planned = Steps()
     planned.before = [(4 * MIB, BASE_WEIGHTS), (3 * MIB, BASE_WEIGHTS)]
     (row,) = checked(planned.log(), MEASURED).rows
-    assert (row.kind, row.category, row.bytes) == (comparison.THERE_BEFORE_PLANNED, BASE_WEIGHTS, -3 * MIB)
+    assert (row.kind, row.category, row.bytes) == (differences.THERE_BEFORE_PLANNED, BASE_WEIGHTS, -3 * MIB)
     short = checked(planned.log(), with_before(unlisted_before_bytes=6 * MIB))
     assert short.difference_bytes == -MIB
 
@@ -241,7 +241,7 @@ def test_a_workspace_that_the_step_itself_makes_is_told() -> None:
     first = Steps()
     first.lines.insert(12, (1, "workspace", ("linear", FORWARD, CUBLAS_WORKSPACE_BYTES, "", "", "")))
     found = checked(PLANNED, first.log(measured=True))
-    assert [(row.category, row.bytes) for row in found.rows] == [(comparison.WORKSPACES, CUBLAS_WORKSPACE_BYTES)]
+    assert [(row.category, row.bytes) for row in found.rows] == [(differences.WORKSPACES, CUBLAS_WORKSPACE_BYTES)]
 
 
 # Phases and passes ----------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 
 from fixtures.h200 import read_steps
 from fixtures.traces import measured_step, planned_step, trace_request
-from peft_gauge.memory.tracker import ACTIVATIONS, BACKWARD, FORWARD, GRADIENTS
+from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, FORWARD, GRADIENTS
 from peft_gauge.plan.planner import plan
-from peft_gauge.traces import comparison
+from peft_gauge.traces import differences
 from peft_gauge.traces.comparison import Comparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
@@ -41,9 +41,9 @@ def measured_peak(**settings: object) -> int:
 def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
     found = compared(name)
     assert abs(found.unplanned_bytes) <= 0.0003 * found.planned.peak_bytes
-    (unsplit,) = [row.bytes for row in found.rows if row.category == comparison.UNSPLIT]
+    (unsplit,) = [row.bytes for row in found.rows if row.category == differences.UNSPLIT]
     assert 0 < unsplit < 8 * 2**20
-    workspaces = [row.bytes for row in found.rows if row.category == comparison.WORKSPACES]
+    workspaces = [row.bytes for row in found.rows if row.category == differences.WORKSPACES]
     assert workspaces == [2 * 32 * 2**20]  # a Hopper's cuBLAS: forward's and backward's
     assert found.measured.phase == found.planned.phase
     # What differs is attention, which torch took from cuDNN and not from flash, the masks before the first layer and,
@@ -103,7 +103,7 @@ def resized(log: StepLog, changed: int, nbytes: int) -> StepLog:
     return replace(log, allocations=made)
 
 
-def beyond(found: Sequence[comparison.Row], clean: Sequence[comparison.Row]) -> list[comparison.Row]:
+def beyond(found: Sequence[differences.Row], clean: Sequence[differences.Row]) -> list[differences.Row]:
     """The rows that the clean comparison has not."""
     known = {(row.kind, row.operator, row.module, row.bytes) for row in clean}
     return [row for row in found if (row.kind, row.operator, row.module, row.bytes) not in known]
@@ -128,7 +128,7 @@ def test_a_kept_activation_that_is_dropped_from_the_plan_is_named(name: str) -> 
     found = compared(name, without(log, dropped))
     assert found.difference_bytes == clean.difference_bytes + nbytes
     (row,) = beyond(found.rows, clean.rows)
-    assert (row.kind, row.bytes, row.count) == (comparison.ONLY_MEASURED, nbytes, 1)
+    assert (row.kind, row.bytes, row.count) == (differences.ONLY_MEASURED, nbytes, 1)
     assert (row.category, row.operator) == (ACTIVATIONS, operator)
     assert row.where.endswith(module)
 
@@ -144,7 +144,7 @@ def test_a_doubled_gradient_is_named() -> None:
     nbytes = log.allocations[doubled].nbytes
     found = compared("full", resized(log, doubled, 2 * nbytes))
     (row,) = beyond(found.steps, clean.steps)
-    assert (row.kind, row.category, row.bytes) == (comparison.SIZE, GRADIENTS, -nbytes)
+    assert (row.kind, row.category, row.bytes) == (differences.SIZE, GRADIENTS, -nbytes)
     assert row.where.endswith("layers.3.mlp.down_proj")
 
 
@@ -157,7 +157,7 @@ def test_an_operator_in_another_dtype_is_named() -> None:
             widened, nbytes = resized(widened, index, 2 * each.nbytes), nbytes + each.nbytes
     found = compared("lora", widened)
     (row,) = beyond(found.rows, clean.rows)
-    assert (row.kind, row.operator, row.count) == (comparison.SIZE, "aten::silu", LAYERS)
+    assert (row.kind, row.operator, row.count) == (differences.SIZE, "aten::silu", LAYERS)
     assert row.bytes == -nbytes == found.difference_bytes - clean.difference_bytes
     assert row.module.endswith("model.layers.*.mlp.act_fn")
     first = found.first_large
@@ -174,7 +174,7 @@ def test_trainers_copy_of_the_logits_is_found() -> None:
     found = compared("lora-trainer")
     rows = {row.operator: row for row in found.steps}
     copy = rows["accelerate/utils/operations.py:_convert_to_fp32"]
-    assert (copy.kind, copy.count, copy.bytes) == (comparison.ONLY_MEASURED, 1, 4 * 768 * 32_000 * 4)
+    assert (copy.kind, copy.count, copy.bytes) == (differences.ONLY_MEASURED, 1, 4 * 768 * 32_000 * 4)
 
 
 def test_under_autocast_adapters_keep_16_bit_copies() -> None:

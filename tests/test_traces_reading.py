@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.tracker import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
-from peft_gauge.traces import reader
+from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
 from peft_gauge.traces.log import BEFORE, StepLog
-from peft_gauge.traces.reader import MARK_BYTES, read, step_log
+from peft_gauge.traces.phases import MARK_BYTES
+from peft_gauge.traces.reader import read, step_log
 from peft_gauge.traces.sites import shortened, site_here, site_of
 
 TRACES = Path(__file__).parent / "data" / "h200_traces"
@@ -376,7 +376,7 @@ def test_a_missing_file_and_a_folder_are_one_line(tmp_path: Path) -> None:
 
 def test_a_snapshot_beyond_the_free_memory_is_not_begun(written: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(snapshot(one_step(Device())))
-    monkeypatch.setattr(reader, "TIMES_IN_MEMORY", 10**12)
+    monkeypatch.setattr("peft_gauge.traces.snapshot.TIMES_IN_MEMORY", 10**12)
     with pytest.raises(GaugeError, match="GB are free; record fewer events"):
         read(path)
 
@@ -386,7 +386,7 @@ def test_a_snapshot_beyond_the_free_memory_is_not_begun(written: Write, monkeypa
 
 def test_a_path_begins_at_its_package() -> None:
     assert shortened("/opt/env/lib/python3.12/site-packages/torch/nn/functional.py") == "torch/nn/functional.py"
-    assert shortened("/home/me/peft_gauge/peft_gauge/step.py") == "peft_gauge/training/step.py"
+    assert shortened("/home/me/peft_gauge/peft_gauge/training/step.py") == "peft_gauge/training/step.py"
     assert shortened("/home/me/secret/project/train.py") == "project/train.py"
     assert site_of(["torch/nn/functional.py:1443:dropout", "x.py:1:f"]) == "torch/nn/functional.py:dropout"
     assert site_of([]) == ""

@@ -18,10 +18,11 @@ from peft_gauge.commands.trace import request_of
 from peft_gauge.errors import GaugeError
 from peft_gauge.measure import passes, trace
 from peft_gauge.measure.passes import Setup
-from peft_gauge.memory.tracker import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
+from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.traces import recorder
-from peft_gauge.traces.reader import MARK_BYTES, read, step_log
+from peft_gauge.traces.phases import MARK_BYTES
+from peft_gauge.traces.reader import read, step_log
 from peft_gauge.training import cases, methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings

@@ -151,34 +151,6 @@ def _fastest(work: Callable[[], object], watch: TimesWork, seconds: float) -> fl
     return min(each.seconds for each in rounds)
 
 
-@dataclass(frozen=True)
-class Share:
-    """The parts of a card's product and copy speed that work ran at; ``None`` where its FLOPs or bytes are unknown.
-
-    Both together say what holds it back: near 1 in one of them, that ceiling does; far below in both, neither does.
-    """
-
-    product: float | None
-    copy: float | None
-
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """A line for each share that cannot be."""
-        lines = [
-            None if self.product is None else impossible(self.product, "FLOPs"),
-            None if self.copy is None else impossible(self.copy, "bytes moved"),
-        ]
-        return tuple(line for line in lines if line is not None)
-
-
-def share_of(card: CardSpeed, seconds: float, *, flops: float | None = None, nbytes: float | None = None) -> Share:
-    """Both shares of work that took ``seconds``. Raises `GaugeError` for a time that is not above 0."""
-    return Share(
-        product=None if flops is None else share_of_product(flops, seconds, card),
-        copy=None if nbytes is None else share_of_copy(nbytes, seconds, card),
-    )
-
-
 def share_of_product(flops: float, seconds: float, card: CardSpeed) -> float:
     """``flops`` / ``seconds`` over what the card's product does. Raises `GaugeError` for a time that is not above 0."""
     return _per_second(flops, seconds) / card.product_flops_per_second

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from peft_gauge.clock import Clock, median_ratio
 from peft_gauge.errors import GaugeError, unknown
-
-_CONFIDENCE = 0.95
+from peft_gauge.medians import median_interval
 
 # Whether noise has settled is asked from this many rounds on, when each half has an interval worth comparing, and only
 # at multiples of the second number: every further look is a further chance to take luck for an end.
@@ -107,33 +104,6 @@ def _torch_cuda() -> Any:
     if not torch.cuda.is_available():
         raise GaugeError("torch sees no CUDA device to time on; choose the device cpu")
     return torch.cuda
-
-
-def median_interval(seconds: Sequence[float], confidence: float = _CONFIDENCE) -> tuple[float, float] | None:
-    """The interval that covers the median of what ``seconds`` are drawn from with at least this ``confidence``.
-
-    Whatever the distribution, as many of n independent values lie below its median as heads fall in n tosses. So the
-    k-th smallest and the k-th largest value enclose the median but with probability 2·P(Binomial(n, 1/2) < k), and the
-    interval is the one with the greatest k that keeps this within 1 - ``confidence`` (Le Boudec, Performance Evaluation
-    of Computer and Communication Systems, 2010, chapter 2). ``None`` where not even the extremes do: below 6 values for
-    95 %.
-    """
-    rank = _interval_rank(len(seconds), confidence)
-    if rank == 0:
-        return None
-    ordered = sorted(seconds)
-    return ordered[rank - 1], ordered[-rank]
-
-
-@cache
-def _interval_rank(count: int, confidence: float) -> int:
-    """The greatest k of `median_interval`, or 0."""
-    below = 0  # the ways in which fewer than k of ``count`` tosses fall heads
-    for k in range(1, count // 2 + 1):
-        below += math.comb(count, k - 1)
-        if 2 * below / 2**count > 1 - confidence:
-            return k - 1
-    return count // 2
 
 
 def relative_noise(seconds: Sequence[float]) -> float | None:

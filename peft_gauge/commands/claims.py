@@ -232,7 +232,7 @@ def _difference(old: list[str], new: list[str], standings: Sequence[Standing]) -
 
 
 def _write(file: Path, lines: list[str]) -> None:
-    from peft_gauge.history.writer import write_whole
+    from peft_gauge.files import write_whole
 
     try:
         write_whole(file.resolve(), "\n".join(lines))  # resolved, so that a link stays one

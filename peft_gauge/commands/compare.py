@@ -125,7 +125,7 @@ def _this_machine() -> str:
 
 
 def _write_json(path: Path, comparisons: list[Comparison], strict: bool) -> None:
-    from peft_gauge.history.writer import write_whole
+    from peft_gauge.files import write_whole
     from peft_gauge.report import comparison
 
     try:

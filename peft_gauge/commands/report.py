@@ -48,8 +48,8 @@ def report(
 
 
 def _write_page(paths: list[Path], out: Path, rules: Path | None) -> None:
+    from peft_gauge.files import write_whole
     from peft_gauge.history.rules import read_rules
-    from peft_gauge.history.writer import write_whole
     from peft_gauge.report.charts import plots
     from peft_gauge.report.html import page, page_data
 

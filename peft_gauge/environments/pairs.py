@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING
 from peft_gauge.clock.rounds import DEFAULT_WARM_UP, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.intervals import Judgement, judge, of_pairs
+from peft_gauge.medians import median_interval
 
 if TYPE_CHECKING:
     from peft_gauge.clock import Clock
@@ -131,16 +131,8 @@ class PairedRatios:
         return min(1.0, 2 * float(bdtr(min(above, below), above + below, 0.5)))
 
     def interval(self, error: float) -> tuple[float, float]:
-        """From the k-th smallest to the k-th greatest, with the greatest k that keeps to ``error``.
-
-        `peft_gauge.clock.rounds.median_interval` says why; its exact sums take seconds for thousands of ratios.
-        """
-        from scipy.special import bdtr
-
-        ordered, count = sorted(self.log_ratios), len(self.log_ratios)
-        ranks = range(1, count // 2 + 1)
-        rank = bisect_right(ranks, error / 2, key=lambda k: float(bdtr(k - 1, count, 0.5)))
-        return (ordered[rank - 1], ordered[-rank]) if rank else (-_NO_INTERVAL, _NO_INTERVAL)
+        """`median_interval` of the ratios, which `p_value` is the test of; as wide as can be where there is none."""
+        return median_interval(self.log_ratios, 1 - error) or (-_NO_INTERVAL, _NO_INTERVAL)
 
     def seen(self, error: float) -> tuple[float, float]:
         return self.interval(error)

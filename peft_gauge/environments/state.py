@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.writer import write_whole
+from peft_gauge.files import write_whole
 
 FORMAT = 2
 """The form of a file: ``{"format": 2, "parts": {name: part}}``. The first form was the parts alone; its pairs of

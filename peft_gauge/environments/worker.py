@@ -3,8 +3,9 @@
 The parent asks in lines of JSON on the child's standard input and is answered in lines of JSON on what was its
 standard output; whatever a library prints goes to a file, whose last line is what a dead child had to say. The child
 lives in a session of its own: Ctrl-C reaches the parent only, which kills the child's whole group. Without a parent
-the child reads the end of its input, and ends. It is never forked from a preloaded process (`peft_gauge.fork_server`):
-its libraries are others, and how processes differ in how they lie in memory is part of what is compared.
+the child reads the end of its input, and ends. It is never forked from a preloaded process
+(`peft_gauge.isolation.fork_server`): its libraries are others, and how processes differ in how they lie in memory is
+part of what is compared.
 
 Run as a program, this module is the child.
 """
@@ -15,7 +16,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +30,7 @@ from packaging.requirements import Requirement
 
 from peft_gauge.environments.build import Environment, NoEnvironment
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.isolation.signals import kill_group, signal_name
 
 if TYPE_CHECKING:
     from peft_gauge.training.step import TrainingJob
@@ -117,7 +118,7 @@ class Worker:
 
     def close(self) -> None:
         """Kill the child and whatever it started."""
-        _kill_group(self._child)
+        self._kill()
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
             assert pipe is not None
@@ -156,7 +157,7 @@ class Worker:
 
     def _ask(self, limit_seconds: float, what: str, **arguments: Any) -> Any:
         """The child's answer; raises `WorkerFailed` where it has none."""
-        timer = threading.Timer(limit_seconds, _kill_group, [self._child])
+        timer = threading.Timer(limit_seconds, self._kill)
         timer.daemon = True
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -176,12 +177,16 @@ class Worker:
             raise WorkerFailed(*answer["failed"])
         return answer["value"]
 
+    def _kill(self) -> None:
+        if self._child.returncode is None:  # else its number may be another process's by now
+            kill_group(self._child.pid)
+
     def _death(self, late: str | None) -> WorkerFailed:
-        _kill_group(self._child)
+        self._kill()
         code = self._child.wait()
         if late is not None:
             return WorkerFailed("timed-out", late)
-        ended = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        ended = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         lines = [line for line in self._output.read_text(errors="replace").splitlines() if line.strip()]
         return WorkerFailed("crashed", f"{ended}; last words: {one_line(lines[-1], 200)}" if lines else ended)
 
@@ -201,19 +206,6 @@ def quietest_cores(threads: int) -> frozenset[int] | None:
         return None
     busy = dict(enumerate(psutil.cpu_percent(interval=0.3, percpu=True)))
     return frozenset(sorted(allowed, key=lambda core: (busy.get(core, 0.0), core))[:threads])
-
-
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: none but a zombie
-            os.killpg(child.pid, signal.SIGKILL)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 # The child's side ----------------------------------------------------------------------------------------------------

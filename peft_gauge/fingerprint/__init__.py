@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from peft_gauge.counting import count, quantisation_constants, trainable_dtypes
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.operators import Operator
 from peft_gauge.fingerprint.places import Places
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ADAPTER_WEIGHTS,
     BACKWARD,
     BASE_WEIGHTS,
@@ -31,10 +31,11 @@ from peft_gauge.memory.tracker import (
     OPTIMIZER,
     OPTIMIZER_STATE,
     QUANTISATION_CONSTANTS,
-    Snapshot,
-    StorageTracker,
-    no_collector,
 )
+from peft_gauge.memory.tracker import StorageTracker, no_collector
+
+if TYPE_CHECKING:
+    from peft_gauge.memory.ledger import Snapshot
 
 VERSION = 1
 """Of the record's layout and of what its numbers mean; records of two versions are not compared."""

@@ -1,9 +1,9 @@
-"""Where in a history of runs a figure changed.
+"""Where in a history of runs a time came to another level.
 
-A figure without noise changed wherever it is another than before. A time is judged by ranks, so that an outlier weighs
-no more than any other run: where the runs before and the runs after differ most by Wilcoxon's rank sum, there is a
-step, if it is beyond chance; then the same is asked of both parts (binary segmentation: Scott and Knott 1974,
-Biometrics 30: 507-512).
+Times are judged by ranks, so that an outlier weighs no more than any other run: where the runs before and the runs
+after differ most by Wilcoxon's rank sum, there is a step, if it is beyond chance; then the same is asked of both
+parts (binary segmentation: Scott and Knott 1974, Biometrics 30: 507-512). So a step is found that no comparison of two
+of its runs can decide, whose times differ by less than hosts or processes do.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
-
-Kind = Literal["exact", "time"]
 
 CHANCE = 0.05
 """Of any step in a history of independent times that has none: an upper bound, whatever its length (Bonferroni)."""
@@ -26,35 +24,22 @@ LEAST_RUNS = 5
 """On either side of a step: among fewer, outliers would be one."""
 
 
-def change_points(values: Sequence[float | None], kind: Kind, minimum_effect: float = 0.03) -> list[int]:
-    """The places in ``values``, one a run and oldest first, at which another level begins; in order.
+def change_points(seconds: Sequence[float], minimum_effect: float = 0.03, chance: float = CHANCE) -> list[int]:
+    """The places in ``seconds``, one time a run and oldest first, at which another level begins; in order.
 
-    ``kind``: "exact" for a figure without noise, of which every difference counts; "time" for one with noise. Runs
-    without a value (``None``) are passed over: a step behind some of them begins at the first run with one.
-
-    Of times, a step needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels
-    must differ by more than ``minimum_effect`` (a factor of 1 + this). Times after each other are taken for
-    independent; slow drift is told as steps.
+    A step needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels must
+    differ by more than ``minimum_effect`` (a factor of 1 + this). ``chance`` is of any step in a history that has none.
+    Times after each other are taken for independent; slow drift is reported as steps.
     """
-    places = [place for place, value in enumerate(values) if value is not None]
-    known = [value for value in values if value is not None]
-    if kind == "exact":
-        found = [at for at in range(1, len(known)) if known[at] != known[at - 1]]
-    else:
-        found = _steps(known, minimum_effect)
-    return [places[at] for at in found]
-
-
-def _steps(known: Sequence[float], effect: float) -> list[int]:
     import numpy as np
 
-    times = np.asarray(known, dtype=float)
-    found = _without_small(times, sorted(_segmented(times, 0, len(times))), effect)
+    times = np.asarray(seconds, dtype=float)
+    found = _without_small(times, sorted(_segmented(times, 0, len(times), chance)), minimum_effect)
     # A place was found while further steps stood in the same part; now each is looked for between its neighbours.
     ends = [0, *found, len(times)]
     around = zip(ends, ends[1:], ends[2:], strict=False)
     placed = {low + _placed(times[low:high], at - low) for low, at, high in around}
-    return _without_small(times, sorted(placed), effect)
+    return _without_small(times, sorted(placed), minimum_effect)
 
 
 def _placed(part: np.ndarray, about: int) -> int:
@@ -70,7 +55,7 @@ def _placed(part: np.ndarray, about: int) -> int:
     return int(places[np.argmin(gained[places - 1])])
 
 
-def _segmented(times: np.ndarray, low: int, high: int) -> Iterator[int]:
+def _segmented(times: np.ndarray, low: int, high: int, chance: float) -> Iterator[int]:
     """Steps of ``times[low:high]`` that are beyond chance."""
     spans = list(_spans(low, high))
     if not spans:
@@ -79,10 +64,10 @@ def _segmented(times: np.ndarray, low: int, high: int) -> Iterator[int]:
     (at, deviation), start = max(
         ((_largest(times[start:end]), start) for start, end in spans), key=lambda found: found[0][1]
     )
-    if deviation > NormalDist().inv_cdf(1 - CHANCE / 2 / looks):
+    if deviation > NormalDist().inv_cdf(1 - chance / 2 / looks):
         yield start + at
-        yield from _segmented(times, low, start + at)
-        yield from _segmented(times, start + at, high)
+        yield from _segmented(times, low, start + at, chance)
+        yield from _segmented(times, start + at, high, chance)
 
 
 def _spans(low: int, high: int) -> Iterator[tuple[int, int]]:

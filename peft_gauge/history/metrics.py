@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 
@@ -131,6 +131,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is a number; a bool, which Python counts among them, is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def told(value: object) -> str:
     """``value`` as a reader sees it in a sentence."""
     if value is None:
@@ -172,10 +177,11 @@ def _minor(version: object) -> str | None:
 
 def environment_changes(old: Run, new: Run) -> list[str]:
     """What differs besides the machine, and is a likely cause of a change: libraries first."""
-    return changes(_environment(old), _environment(new))
+    return changes(environment(old), environment(new))
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def environment(run: Run) -> dict[str, Any]:
+    """What ``run`` was taken with besides the machine: libraries, CUDA, driver, Python and commit."""
     accelerator = _mapping(run.machine.get("accelerator")) or {}
     commit = run.commit.get("id")
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import Any
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.files import write_whole
 
 
 def bundled_commit(file: Path = paths.COMMIT) -> dict[str, Any] | None:
@@ -90,18 +90,3 @@ def _numbers(folder: Path) -> Iterator[re.Match[str]]:
         match = re.match(r"\d+(?=_)", path.name)
         if match:
             yield match
-
-
-def write_whole(target: Path, text: str) -> None:
-    """Write ``text`` to ``target`` so that at no moment a part of it is there: under another name, flushed, renamed."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it private; a result is to be read by others
-        Path(temporary).replace(target)
-    except BaseException:  # also Ctrl-C: no broken file stays
-        Path(temporary).unlink(missing_ok=True)
-        raise

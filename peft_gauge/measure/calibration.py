@@ -14,7 +14,7 @@ import torch
 from peft_gauge.clock.card import measure_card
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory import allocator
-from peft_gauge.memory.tracker import rounded
+from peft_gauge.memory.ledger import rounded
 from peft_gauge.meters.nvml import NvmlMeter
 
 if TYPE_CHECKING:

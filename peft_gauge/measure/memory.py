@@ -17,7 +17,7 @@ import torch
 from peft_gauge import isolation, meters
 from peft_gauge.clock import timed
 from peft_gauge.counting import quantisation_constants
-from peft_gauge.memory.tracker import (
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BASE_WEIGHTS,
@@ -28,8 +28,8 @@ from peft_gauge.memory.tracker import (
     LOGITS_AND_LOSS,
     OPTIMIZER_STATE,
     QUANTISATION_CONSTANTS,
-    StorageTracker,
 )
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.meters.cuda import CudaMeter
 from peft_gauge.meters.host import HostMeter
 from peft_gauge.meters.nvml import NvmlMeter

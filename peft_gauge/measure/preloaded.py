@@ -1,4 +1,4 @@
-"""What measured cases and their plans import, for a fork server to import once (`peft_gauge.fork_server`).
+"""What measured cases and their plans import, for a fork server to import once (`peft_gauge.isolation.fork_server`).
 
 Nothing but imports: an operator could start threads, which a fork does not survive. A look at the card would spoil CUDA
 for every forked process; bitsandbytes takes one when it is imported, and PEFT imports bitsandbytes. Where there may be

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
+from peft_gauge.files import slug, write_whole
 from peft_gauge.memory import gpus
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> Devi
 
 def calibration_path(folder: Path, gpu_name: str) -> Path:
     """Where the calibration of a card lies; every spelling that `gpus.lookup` knows leads to one file."""
-    return folder / f"{_slug(gpu_name)}.json"
+    return folder / f"{_file_name(gpu_name)}.json"
 
 
 def write_calibration(
@@ -157,11 +157,9 @@ def write_calibration(
         **further,
     }
     _check(record, path, gpu_name)
-    part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         reason = error.strerror or error
         raise GaugeError(f"the calibration cannot be kept as {path}: {reason}; name a folder with --folder") from error
@@ -174,13 +172,13 @@ def read_calibration(folder: Path, gpu_name: str) -> dict[str, Any] | None:
     return _read(path, gpu_name) if path.exists() else None
 
 
-def _slug(gpu_name: str) -> str:
+def _file_name(gpu_name: str) -> str:
     with contextlib.suppress(GaugeError):  # a card outside the table is calibrated under its own name
         gpu_name = gpus.lookup(gpu_name).name
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
-    if not slug:
+    name = slug(gpu_name)
+    if not name:
         raise GaugeError(f"{gpu_name!r} is no GPU name; give one such as 'H100 80GB'")
-    return slug
+    return name
 
 
 def _read(path: Path, gpu_name: str) -> dict[str, Any]:
@@ -201,7 +199,7 @@ def _check(record: dict[str, Any], path: Path, gpu_name: str) -> dict[str, Any]:
     for field in _TEXT_FIELDS:
         if not isinstance(record.get(field), str):
             raise _broken(path, f"{field!r} must be a text")
-    if _slug(str(record["gpu"])) != _slug(gpu_name):
+    if _file_name(str(record["gpu"])) != _file_name(gpu_name):
         raise _broken(path, f"it was measured on {record['gpu']!r}")
     for field in (*_BYTE_FIELDS, _USABLE):
         value = record.get(field, 0)

@@ -11,171 +11,35 @@ takes formulas for operators where it is known.
 
 from __future__ import annotations
 
-import functools
 import gc
-import sys
-import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from peft_gauge._internals.torch import (
-    ACCUMULATE_GRAD,
-    DispatchMode,
-    called_by_engine,
-    current_node,
-    holders,
-    schema,
-    sparse_parts,
-    storage_key,
-    without_modes,
-)
-from peft_gauge.flops import formula_of
-
-BASE_WEIGHTS = "base_weights"
-QUANTISATION_CONSTANTS = "quantisation_constants"
-ADAPTER_WEIGHTS = "adapter_weights"
-BUFFERS = "buffers"
-GRADIENTS = "gradients"
-OPTIMIZER_STATE = "optimizer_state"
-ACTIVATIONS = "activations"
-LOGITS_AND_LOSS = "logits_and_loss"
-DEQUANTISED_TEMPORARIES = "dequantised_temporaries"
-OPTIMIZER_TEMPORARIES = "optimizer_temporaries"
-INPUTS = "inputs"
-OTHER = "other"
-HOST = "host"  # on the host in the run that is modelled: kept in the log, never counted
-
-CATEGORIES = (
-    BASE_WEIGHTS,
-    QUANTISATION_CONSTANTS,
-    ADAPTER_WEIGHTS,
-    BUFFERS,
-    GRADIENTS,
-    OPTIMIZER_STATE,
+from peft_gauge._internals.torch import ACCUMULATE_GRAD, DispatchMode, current_node, sparse_parts, storage_key
+from peft_gauge.memory.accumulation import ADD, engine_accumulates, lone_holders
+from peft_gauge.memory.categories import (
     ACTIVATIONS,
-    LOGITS_AND_LOSS,
+    BACKWARD,
     DEQUANTISED_TEMPORARIES,
-    OPTIMIZER_TEMPORARIES,
-    INPUTS,
+    FORWARD,
+    GRADIENTS,
+    HOST,
+    LOGITS_AND_LOSS,
+    OPERATOR_CATEGORY,
+    OPTIMIZER_STATE,
     OTHER,
+    OUTSIDE,
+    PHASE_CATEGORY,
 )
+from peft_gauge.memory.ledger import Event, Ledger, Snapshot, StorageRecord, Where, rounded
+from peft_gauge.memory.operators import BORN_BEFORE, OperatorPlan, Workspace
 
-FORWARD = "forward"
-BACKWARD = "backward"
-OPTIMIZER = "optimizer"
-OUTSIDE = "outside"
-
-BLOCK_BYTES = 512  # torch's CUDA caching allocator rounds every request up to a multiple of this
-
-_PHASE_CATEGORY = {FORWARD: ACTIVATIONS, BACKWARD: ACTIVATIONS, OPTIMIZER: OPTIMIZER_TEMPORARIES}
-
-OPERATOR_CATEGORY: Mapping[str, str] = {
-    "bitsandbytes::dequantize_4bit": DEQUANTISED_TEMPORARIES,
-    "bitsandbytes::dequantize_blockwise": DEQUANTISED_TEMPORARIES,
-    "bitsandbytes::int8_vectorwise_dequant": DEQUANTISED_TEMPORARIES,
-}
-
-Where = Callable[[], tuple[str, str]]
-"""() -> (path of the module at work, site in Python), asked at each birth."""
-
-Workspace = Callable[[Sequence[Any], Any], Sequence[int]]
-"""(operator's arguments, its output) -> bytes of each scratch buffer held while the kernel runs."""
-
-
-def rounded(nbytes: int) -> int:
-    """`nbytes` as CUDA's `memory_allocated` counts them: in blocks of 512."""
-    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
-
-
-class Event(NamedTuple):
-    """One line of the log. `sign` is +1 for a birth, -1 for a death."""
-
-    sign: int
-    storage: int
-    nbytes: int
-    category: str
-    phase: str
-
-
-@dataclass(slots=True)
-class StorageRecord:
-    """One storage's life; `operator` is the name of what made it ('' if it was there before).
-
-    `module` and `site` are what the tracker's `where` said at its birth: the path of the module at work and the line of
-    Python that asked; empty without one.
-    """
-
-    nbytes: int
-    category: str
-    phase: str
-    operator: str
-    module: str = ""
-    site: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Live bytes at one moment, in all and by category; `event` is the index in the log."""
-
-    bytes: int
-    by_category: dict[str, int]
-    phase: str
-    event: int
-
-
-class _Watch(weakref.ref):
-    """A weak reference that knows which storage it stands for once that is gone."""
-
-    __slots__ = ("key", "record")
-
-    key: int
-    record: int
-
-
-class _Ledger:
-    """The log. Apart from the mode so that a storage's finalizer holds no operator, frame or tensor."""
-
-    def __init__(self) -> None:
-        self.records: list[StorageRecord] = []
-        self.log: list[tuple[int, int, str]] = []  # (sign, record, phase); sign 0 marks the start of a phase
-        self.alive: dict[int, _Watch] = {}  # StorageImpl address -> watch
-        self.phase = OUTSIDE
-        self.where: Where | None = None
-
-    def born(self, storage: torch.UntypedStorage, key: int, category: str, operator: str) -> int:
-        record = self.note(storage.nbytes(), category, operator)
-        watch = _Watch(storage, self._died)
-        watch.key, watch.record = key, record
-        self.alive[key] = watch
-        return record
-
-    def note(self, nbytes: int, category: str, operator: str) -> int:
-        record = len(self.records)
-        place = ("", "") if self.where is None else self.where()
-        self.records.append(StorageRecord(nbytes, category, self.phase, operator, *place))
-        self.log.append((1, record, self.phase))
-        return record
-
-    def end(self, record: int) -> None:
-        self.log.append((-1, record, self.phase))
-
-    def resized(self, storage: torch.UntypedStorage, key: int) -> None:
-        """A resize allocates the new block before it frees the old one; the storage object stays the same."""
-        watch = self.alive[key]
-        old = self.records[watch.record]
-        if storage.nbytes() != old.nbytes:
-            before, watch.record = watch.record, self.note(storage.nbytes(), old.category, old.operator)
-            self.end(before)
-
-    def _died(self, watch: weakref.ref[Any]) -> None:
-        if isinstance(watch, _Watch):
-            del self.alive[watch.key]
-            self.log.append((-1, watch.record, self.phase))
+_ADD_IN_PLACE = torch.ops.aten.add_.Tensor
+_DEVICE_OF = torch.ops.prim.device.default
 
 
 @contextmanager
@@ -212,7 +76,7 @@ class StorageTracker(DispatchMode):
         where: Where | None = None,
     ) -> None:
         super().__init__()
-        _lone_holders()  # measured now, since it cannot be from within an operator
+        lone_holders()  # measured now, since it cannot be from within an operator
         self.flops = 0
         self.flops_by_phase: Counter[str] = Counter()
         self.operators_without_flops: Counter[str] = Counter()
@@ -220,11 +84,11 @@ class StorageTracker(DispatchMode):
         self._operator_categories = operator_categories
         self._workspaces = workspaces or {}
         self._device_type = device_type
-        self._ledger = _Ledger()
+        self._ledger = Ledger()
         self._ledger.where = where
         self._kept: dict[str, list[int]] = {}
         self._optimizer: torch.optim.Optimizer | None = None
-        self._plans: dict[Any, _OperatorPlan] = {}
+        self._plans: dict[Any, OperatorPlan] = {}
 
     # What the caller knows
 
@@ -353,15 +217,15 @@ class StorageTracker(DispatchMode):
         if func is _DEVICE_OF:  # fake tensors ask for their device this way, more often than for anything else
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
         plan = self._plans.get(func) or self._plan(func)
-        if func is _ADD and self._ledger.phase != FORWARD and _engine_accumulates(args, kwargs):
+        if func is ADD and self._ledger.phase != FORWARD and engine_accumulates(args, kwargs):
             return _ADD_IN_PLACE(*args)
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                self._see(arg, _BORN_BEFORE)
+                self._see(arg, BORN_BEFORE)
             elif isinstance(arg, (list, tuple)):
                 for item in arg:
                     if isinstance(item, torch.Tensor):
-                        self._see(item, _BORN_BEFORE)
+                        self._see(item, BORN_BEFORE)
         out = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(out, torch.Tensor):
             self._see(out, plan, args)
@@ -376,11 +240,11 @@ class StorageTracker(DispatchMode):
     def _follows(self, tensor: torch.Tensor) -> bool:
         return self._device_type is None or tensor.device.type == self._device_type
 
-    def _plan(self, func: Any) -> _OperatorPlan:
-        plan = self._plans[func] = _OperatorPlan(func, self._operator_categories, self._workspaces)
+    def _plan(self, func: Any) -> OperatorPlan:
+        plan = self._plans[func] = OperatorPlan(func, self._operator_categories, self._workspaces)
         return plan
 
-    def _see(self, tensor: torch.Tensor, plan: _OperatorPlan, args: Sequence[Any] = ()) -> None:
+    def _see(self, tensor: torch.Tensor, plan: OperatorPlan, args: Sequence[Any] = ()) -> None:
         if tensor.layout is not torch.strided:
             self._see_parts(tensor, plan)
             return
@@ -393,12 +257,12 @@ class StorageTracker(DispatchMode):
         elif self._device_type is None or tensor.device.type == self._device_type:
             ledger.born(storage, key, self._category(tensor, plan, args), plan.name)
 
-    def _see_parts(self, tensor: torch.Tensor, plan: _OperatorPlan) -> None:
+    def _see_parts(self, tensor: torch.Tensor, plan: OperatorPlan) -> None:
         if tensor.layout is torch.sparse_coo:
             for part in sparse_parts(tensor):
                 self._see(part, plan)
 
-    def _category(self, tensor: torch.Tensor, plan: _OperatorPlan, args: Sequence[Any]) -> str:
+    def _category(self, tensor: torch.Tensor, plan: OperatorPlan, args: Sequence[Any]) -> str:
         if plan.category is not None:
             return plan.category
         phase = self._ledger.phase
@@ -410,16 +274,16 @@ class StorageTracker(DispatchMode):
                     return category
         if phase in (FORWARD, BACKWARD) and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
             return LOGITS_AND_LOSS
-        return _PHASE_CATEGORY.get(phase, OTHER)
+        return PHASE_CATEGORY.get(phase, OTHER)
 
-    def _after(self, plan: _OperatorPlan, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    def _after(self, plan: OperatorPlan, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         if plan.reaches_gradient and self._ledger.phase == BACKWARD:
             node = current_node()
             if node is not None and node.name() == ACCUMULATE_GRAD:
                 self.label((t for t in (*args[:2], out) if isinstance(t, torch.Tensor)), GRADIENTS)
         if plan.workspace is not None:
             scratch = [
-                self._ledger.note(n, _PHASE_CATEGORY.get(self._ledger.phase, OTHER), plan.name)
+                self._ledger.note(n, PHASE_CATEGORY.get(self._ledger.phase, OTHER), plan.name)
                 for n in plan.workspace(args, out)
             ]
             for record in scratch:
@@ -437,106 +301,5 @@ class StorageTracker(DispatchMode):
                 self.label((t for t in state.values() if isinstance(t, torch.Tensor)), OPTIMIZER_STATE)
 
 
-_ADD = torch.ops.aten.add.Tensor
-_ADD_IN_PLACE = torch.ops.aten.add_.Tensor
-_DEVICE_OF = torch.ops.prim.device.default
-_COPIES = {"aten::_to_copy", "aten::clone"}
-_GRADIENT_STEPS = {"aten::detach", "aten::add_", "aten::copy_", "aten::clone", "aten::new_empty_strided"}
-_FLOP_FREE_NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "inductor"}
-
-
-class _OperatorPlan:
-    """What to do after one operator, looked up once: the hot path then only reads attributes."""
-
-    __slots__ = (
-        "category",
-        "copies",
-        "flops",
-        "foreign",
-        "name",
-        "reaches_gradient",
-        "resizes",
-        "special",
-        "workspace",
-    )
-
-    def __init__(
-        self,
-        func: Any,
-        categories: Mapping[str, str],
-        workspaces: Mapping[str, Workspace],
-        name: str | None = None,
-    ) -> None:
-        self.name = schema(func).name if name is None else name
-        self.category = categories.get(self.name)
-        self.copies = self.name in _COPIES
-        self.resizes = "resize" in self.name or "set_" in self.name
-        self.reaches_gradient = self.name in _GRADIENT_STEPS
-        self.workspace = workspaces.get(self.name)
-        self.flops = None if func is None else formula_of(func)
-        self.foreign = func is not None and self.name.split("::")[0] not in _FLOP_FREE_NAMESPACES
-        self.special = bool(self.reaches_gradient or self.workspace or self.flops or self.foreign)
-
-
-_BORN_BEFORE = _OperatorPlan(None, {"": OTHER}, {}, name="")
-
-
 def _each(tensors: torch.Tensor | Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
     return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
-
-
-# The autograd engine sums two gradients of one tensor in place if nothing else holds the first. With any dispatch
-# mode active it never does (torch/csrc/autograd/input_buffer.cpp asks `isTensorSubclassLike`), so a tracked step
-# would hold one more activation than an untracked one. The tracker does what the engine would have done.
-
-
-def _engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether this addition is the engine's own, and its left operand is held by nothing else."""
-    if kwargs or len(args) != 2 or torch.is_grad_enabled():
-        return False
-    left, right = args
-    if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
-        return False
-    if left.shape != right.shape or left.dtype != right.dtype or left.layout is not torch.strided:
-        return False
-    if current_node() is None or not called_by_engine(sys._getframe().f_back):
-        return False
-    if not _dense(left):
-        return False
-    lone_tensor, lone_storage = _lone_holders()
-    tensor_holders, storage_holders = holders(left)
-    return tensor_holders <= lone_tensor and storage_holders <= lone_storage
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their storage range without gaps or overlaps, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-@functools.cache
-def _lone_holders() -> tuple[int, int]:
-    """Reference counts of a gradient that only the engine's buffer holds, as this torch version shows them."""
-
-    class Probe(DispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: deque[tuple[int, int]] = deque()
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is _ADD and current_node() is not None:
-                self.seen.append(holders(args[0]))
-            return func(*args, **(kwargs or {}))
-
-    with without_modes(), torch.enable_grad():
-        x = torch.zeros(2, requires_grad=True)
-        y = x * 1.0
-        total = y * 2.0 + y * 3.0
-        with Probe() as probe:
-            total.backward(torch.ones(2))
-    return probe.seen[0]

@@ -6,8 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from peft_gauge.memory.tracker import CATEGORIES, Event, StorageTracker
+from peft_gauge.memory.categories import CATEGORIES
+from peft_gauge.memory.tracker import StorageTracker
+
+if TYPE_CHECKING:
+    from peft_gauge.memory.ledger import Event
 
 
 @dataclass

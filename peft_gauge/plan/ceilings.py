@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.writer import write_whole as write_whole
+from peft_gauge.files import write_whole
 from peft_gauge.memory.overheads import CUBLAS_WORKSPACE_HOPPER_BYTES, CUBLAS_WORKSPACES, CUBLASLT_WORKSPACE_BYTES
 
 if TYPE_CHECKING:

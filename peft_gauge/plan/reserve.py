@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from peft_gauge.memory import gpus
 from peft_gauge.memory.allocator import Event, ReplayResult, replay
+from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
 from peft_gauge.memory.overheads import CUBLAS_WORKSPACES, DeviceOverheads, default_overheads
-from peft_gauge.memory.tracker import BACKWARD, FORWARD, OPTIMIZER, OPTIMIZER_STATE, OUTSIDE
 from peft_gauge.plan.record import DeviceEstimate, GpuFit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from peft_gauge.memory.tracker import Event as StorageEvent
+    from peft_gauge.memory.ledger import Event as StorageEvent
 
 PASSES = 3
 """Steps that are replayed. The first meets an allocator without cached blocks and makes the optimizer's state; a later

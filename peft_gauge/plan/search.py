@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from peft_gauge.plan.record import PlanRequest
 
-QUANTITIES = ("batch", "seq", "rank")
 SMALLEST = {"batch": 1, "seq": 2, "rank": 1}  # the loss predicts the next token, so a sequence has two
 LARGEST = 2**24  # beyond any device: where nothing else ends the search, this does
 

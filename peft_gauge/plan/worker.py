@@ -11,7 +11,6 @@ import contextlib
 import gc
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -20,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from peft_gauge import fork_server
 from peft_gauge.errors import GaugeError
-from peft_gauge.fork_server import CannotFork, Forked
+from peft_gauge.isolation import fork_server
+from peft_gauge.isolation.fork_server import CannotFork, Forked
+from peft_gauge.isolation.signals import signal_name
 from peft_gauge.plan.record import PlanFailure
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _ended(code: int | None) -> str:
     if code is None:
         return "ended with the fork server that its process came from, which was killed"
     if code < 0:
-        return f"ended the planning process by signal {signal.Signals(-code).name}"
+        return f"ended the planning process by {signal_name(-code)}"
     return f"ended the planning process with exit code {code}; its last words are above"
 
 

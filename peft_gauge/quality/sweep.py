@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.writer import write_whole
+from peft_gauge.files import write_whole
 from peft_gauge.quality.pareto import Knee, knee_over_seeds
 from peft_gauge.quality.training import Curve, Divergence, RateSearch, Schedule, search_rate, train
 

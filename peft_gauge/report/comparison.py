@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
+from peft_gauge.history.metrics import is_number
 from peft_gauge.report.terminal.summary import ABSENT, shown_seconds
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def cells(row: Row) -> Cells:
 def _value(value: object, metric: str) -> str:
     if value is None:
         return ABSENT
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return one_line(value if isinstance(value, str) else json.dumps(value), TEXT_LIMIT)
     if metric == "seconds" or metric.endswith("_seconds"):
         return shown_seconds(value)
@@ -70,7 +71,7 @@ def _value(value: object, metric: str) -> str:
 def _change(row: Row) -> str:
     """Of a time in per cent; of a number the difference, and per cent where it is not 0."""
     parts = []
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (row.before, row.after))
+    numbers = is_number(row.before) and is_number(row.after)
     if numbers and row.judged is None and row.before != row.after and not row.metric.endswith("seconds"):
         difference = row.after - row.before
         parts.append(f"{difference:+,}" if isinstance(difference, int) else f"{difference:+,.7g}")

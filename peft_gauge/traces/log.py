@@ -8,7 +8,8 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from peft_gauge.memory.tracker import OUTSIDE, rounded
+from peft_gauge.memory.categories import OUTSIDE
+from peft_gauge.memory.ledger import rounded
 
 if TYPE_CHECKING:
     from peft_gauge.memory.tracker import StorageTracker

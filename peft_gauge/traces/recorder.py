@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,10 @@ from typing import Any, Protocol
 
 from peft_gauge._internals.torch import memory_history, memory_snapshot
 from peft_gauge.errors import GaugeError
-from peft_gauge.traces.reader import ALLOC, MARK_BYTES, Recording, of_snapshot
+from peft_gauge.files import write_whole
+from peft_gauge.traces.phases import MARK_BYTES
+from peft_gauge.traces.recording import ALLOC, Recording
+from peft_gauge.traces.snapshot import of_snapshot
 
 MOST_BYTES = 200_000
 """Of one file: with this many cases a run's traces stay in a repository."""
@@ -102,15 +103,7 @@ def write(path: Path, recording: Recording, settings: Mapping[str, Any], about: 
             break
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(packed)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, packed)
     except OSError as error:
         raise GaugeError(f"the trace cannot be written to {path}: {error.strerror or error}") from error
 

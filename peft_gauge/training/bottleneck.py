@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.files import write_whole
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Style = Literal["houlsby", "pfeiffer"]
-ADAPTERS_PER_BLOCK = {"houlsby": 2, "pfeiffer": 1}
 NONLINEARITIES = ("gelu", "gelu_new", "leakyrelu", "relu", "sigmoid", "silu", "swish", "tanh")
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,12 +56,6 @@ class BottleneckConfig:
     def bottleneck(self, hidden: int) -> int:
         """The width m of the bottleneck for hidden size ``hidden``."""
         return max(1, int(hidden // self.reduction_factor))
-
-
-def expected_params(hidden: int, layers: int, config: BottleneckConfig) -> int:
-    """Trainable parameters of ``config`` on ``layers`` blocks: 2md + d + m an adapter (Houlsby et al. 2019, §2.1)."""
-    m, d = config.bottleneck(hidden), hidden
-    return layers * ADAPTERS_PER_BLOCK[config.style] * (2 * m * d + d + m)
 
 
 def attach_(model: nn.Module, config: BottleneckConfig, *, dtype: torch.dtype | None = None, seed: int = 0) -> None:
@@ -125,8 +118,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
-        _write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
+        write_whole(folder / WEIGHTS_FILE, to_bytes({k: v.contiguous() for k, v in state.items()}, {"format": "pt"}))
+        write_whole(folder / CONFIG_FILE, (json.dumps(described, indent=2) + "\n").encode())
     except OSError as error:
         raise GaugeError(f"cannot save adapters in {folder}: {one_line(error)}") from error
 
@@ -233,12 +226,3 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

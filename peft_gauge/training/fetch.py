@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.training import models
-from peft_gauge.training.models import FETCHED_WEIGHTS
+from peft_gauge.training.models.records import FETCHED_WEIGHTS
 
 
 @dataclass(frozen=True)

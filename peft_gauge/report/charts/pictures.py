@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history.writer import write_whole
+from peft_gauge.files import slug, write_whole
 from peft_gauge.report.charts.plots import altair, labels_of, panels, prepared, spec, vega_lite_version
 from peft_gauge.report.html.page_data import PLOTTED
 
@@ -45,24 +43,9 @@ def save_pictures(report: Report, folder: Path, form: str) -> list[Path]:
         for kind in PLOTTED:
             rows = report.rows(kind)
             for number, (title, own) in enumerate(panels(rows).items(), start=1):
-                out = folder / f"{kind}-{number:02d}-{_slug(title)}.{form}"
-                _write(out, picture(kind, title, own, labels_of(rows), form), form)
+                out = folder / f"{kind}-{number:02d}-{slug(title)[:80]}.{form}"
+                write_whole(out, picture(kind, title, own, labels_of(rows), form))
                 saved.append(out)
     except OSError as error:
         raise GaugeError(f"cannot write to {folder}: {error.strerror or error}") from error
     return saved
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80]
-
-
-def _write(out: Path, content: bytes, form: str) -> None:
-    """Whole or not at all."""
-    if form == "svg":
-        write_whole(out, content.decode())
-        return
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as beside:
-        part = Path(beside) / out.name
-        part.write_bytes(content)
-        part.replace(out)

@@ -193,7 +193,8 @@ def _details(content: str, heading: str = "The figures as a table") -> str:
 def _history_section(history: History) -> str:
     return f"""<p id="about-history">Every figure over all runs of its machine. A change point (▲ worse, ▼ better) is
 where <code>peft-gauge compare</code> says so against the run before that held the case: by its interval for a time, by
-its tolerance or exactly for anything else. Bars are 95 % intervals of the rounds’ median.</p>
+its tolerance or exactly for anything else; and where the level of a time over many runs changes, which needs about a
+dozen runs and no decision between any two. Bars are 95 % intervals of the rounds’ median.</p>
 <form class="pick" aria-label="Which history">
 <label>case<select name="case"></select></label>
 <label>figure<select name="figure"></select></label>

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft_gauge.errors import one_line
-from peft_gauge.history.metrics import told
+from peft_gauge.history.metrics import is_number, told
 from peft_gauge.report.terminal.summary import ABSENT, shown_bytes, shown_seconds
 
 SUBJECT = ("method", "model", "machine")
@@ -63,7 +63,7 @@ def verdict(word: str | None) -> str:
 
 def any_value(metric: str, value: object) -> str:
     """A figure as a comparison shows it, after its name: bytes and seconds with units."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return text(None if value is None else one_line(told(value), 60))
     if metric == "seconds" or metric.endswith("_seconds"):
         return seconds(value)

@@ -7,20 +7,21 @@ of one ``panel`` share a plot.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.answers import NewestAnswers
 from peft_gauge.history.ledger import NewestVerdicts
-from peft_gauge.history.metrics import Case, cases_of, machine_changes
+from peft_gauge.history.metrics import Case, cases_of, is_number, machine_changes
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
-from peft_gauge.report.html.page_history import History, RememberedRules, machine_of, median_interval
+from peft_gauge.medians import median_interval
+from peft_gauge.report.html.page_history import History, RememberedRules, machine_of
 from peft_gauge.report.terminal.memory_table import ON_CPU, ON_CUDA, planned_bytes
 from peft_gauge.report.terminal.summary import PHASES, label, method_rows
 from peft_gauge.report.terminal.sweep_table import ABOUT_QUALITY, swept
@@ -123,6 +124,7 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
         del kept[: -EARLIER_LOOKED_AT - 1]
     if not latest:
         raise GaugeError(nothing_left(left_out))
+    history.add_level_changes()
     machines = {}
     for name, runs in sorted(latest.items()):
         claims = verdicts[name].standings()
@@ -348,7 +350,7 @@ def time_rows(run: Run) -> Iterator[Row]:
         if record.outcome != "passed":
             continue
         for metric, value in record.figures.items():
-            if _is_measured_time(metric, record) and _is_number(value):
+            if _is_measured_time(metric, record) and is_number(value):
                 yield _time(run, record, metric, value)
 
 
@@ -363,7 +365,7 @@ def _is_measured_time(metric: str, record: CaseRecord) -> bool:
 def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
     figures = record.figures
     processes = (figures.get(SAMPLES) or {}).get(metric) or []
-    interval = median_interval(processes)
+    interval = median_interval(list(chain.from_iterable(processes)))
     about = _of_method(run, figures)
     is_method = about["method"] is not None
     where = f"{about['model']} on {figures.get('device')}, {conditions(figures.get('settings') or {})}, "
@@ -397,10 +399,10 @@ def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
     """
     points = record.figures.get("pareto") or []
     quality = record.figures.get("quality_is") or "quality"
-    costs = {name for point in points for name, value in point.items() if _is_number(value)} - ABOUT_QUALITY
+    costs = {name for point in points for name, value in point.items() if is_number(value)} - ABOUT_QUALITY
     for cost in sorted(costs):
-        swept = [point for point in points if _is_number(point.get(cost))]
-        known = [point for point in swept if _is_number(point.get("quality"))]
+        swept = [point for point in points if is_number(point.get(cost))]
+        known = [point for point in swept if is_number(point.get("quality"))]
         for point in swept:
             yield {
                 **_of_method(run, record.figures),
@@ -437,7 +439,3 @@ def counted(values: Iterable[str]) -> str:
 def case_subjects(run: Run) -> dict[str, Case]:
     """The cases of ``run`` by id, as a comparison's rows name them."""
     return cases_of(run)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,23 +1,28 @@
 """Every figure over all runs of its machine, and where it changed.
 
-A change is what `history.comparing` calls worse or better. Its bootstrap would take minutes for a thousand runs, so two
-runs are compared by it only where a time can have been decided; figures without noise are judged by its rules directly.
+A change is what `history.comparison` calls worse or better. Its bootstrap would take minutes for a thousand runs, so
+two runs are compared by it only where a time can have been decided; figures without noise are judged by its rules
+directly. A time also changes where its level over many runs does (`history.changes`).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from peft_gauge.history import intervals
-from peft_gauge.history.comparison import NOT_MEASURED, Row, compare, judge_value, outcome_verdict
+from peft_gauge.claims import NOT_MEASURED
+from peft_gauge.history import intervals, metrics
+from peft_gauge.history.changes import CHANCE, LEAST_RUNS, change_points
+from peft_gauge.history.comparison import Row, compare, judge_value, outcome_verdict
 from peft_gauge.history.metrics import FINGERPRINT, Case, Samples, cases_of, environment_changes, machine_changes
 from peft_gauge.history.rules import Rule, Rules
 from peft_gauge.history.schema import NOT_RUN
+from peft_gauge.medians import median_interval
 
 if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
@@ -25,7 +30,6 @@ if TYPE_CHECKING:
 # Figures about the measuring itself, and names of shapes: unless a rule judges them, they have no history.
 OF_MEASURING = ("meters.", "card.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
 OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Series:
 class Change:
     """Where run number ``run`` (an index) differs from the one before it that held the same case.
 
-    ``environment``: what else differs between the two: libraries, driver, commit.
+    ``environment``: what else differs between the two: libraries, driver, commit. With ``levels``, ``before`` and
+    ``after`` are the medians of the runs up to it and from it on, to the next change.
     """
 
     run: int
@@ -72,6 +77,7 @@ class Change:
     before: Any
     after: Any
     environment: tuple[str, ...]
+    levels: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class RunNote:
     when: str
     commit: str | None
     libraries: Mapping[str, str | None]
+    environment: Mapping[str, Any]
 
 
 @dataclass
@@ -98,6 +105,7 @@ class History:
     _last: dict[tuple[str, str], tuple[Case, Run]] = field(default_factory=dict)
     _verdicts: dict[tuple[str, str], str] = field(default_factory=dict)
     _passed_over: set[tuple[str, str]] = field(default_factory=set)
+    _breaks: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def add(self, run: Run) -> None:
         """Take in ``run``, the newest of its machine so far."""
@@ -111,6 +119,7 @@ class History:
                 run.when.isoformat(timespec="seconds"),
                 None if commit is None else str(commit)[:12] + ("-dirty" if run.commit.get("dirty") else ""),
                 dict(run.libraries),
+                metrics.environment(run),
             )
         )
         earlier: dict[int, _Pairs] = {}  # by the identity of the earlier run
@@ -124,15 +133,58 @@ class History:
                 earlier.setdefault(id(base), _Pairs(base)).cases.append((old, case))
             self._last[machine, case.id] = case, run
         for pairs in earlier.values():
-            if not machine_changes(pairs.base, run):
+            elsewhere = bool(machine_changes(pairs.base, run))
+            for old, new in pairs.cases:
+                if elsewhere or old.settings != new.settings:
+                    self._breaks.setdefault((machine, new.id), []).append(index)
+            if not elsewhere:
                 environment = tuple(environment_changes(pairs.base, run))
                 for row in pairs.changed(run, self.rules):
                     self._note(index, row, environment)
         self._add_claims(machine, index, run)
 
+    def add_level_changes(self) -> None:
+        """Add the runs from which on a time has another level: to be called once, when all runs are there.
+
+        A time beside which a control ran is judged over the control, so that a slower machine is no change. Levels end
+        where the case was measured on other hardware or under other settings than before. The chance of any false step
+        is that of `change_points`, over all times together.
+        """
+        known = {(each.run, each.machine, each.case, each.metric) for each in self.changes}
+        times = [one for one in self.series.values() if self.rules.of(one.case, one.metric).kind == "time"]
+        for time in times:
+            over_control = time.machine, time.case, time.metric.replace("_seconds", "_over_control")
+            one, effect = self.series.get(over_control, time), self.rules.of(time.case, time.metric).minimum_effect
+            ends = [bisect_left(one.runs, run) for run in self._breaks.get((one.machine, one.case), ())]
+            for start, end in pairwise([0, *ends, len(one.runs)]):
+                for change in self._level_changes(one, start, end, effect, CHANCE / len(times)):
+                    if (change.run, change.machine, change.case, time.metric) not in known:
+                        self.changes.append(change)
+        self.changes.sort(key=lambda change: change.run)
+
+    def _level_changes(self, one: Series, start: int, end: int, effect: float, chance: float) -> Iterable[Change]:
+        """The changes of level within the runs ``start`` to ``end`` of the series."""
+        if end - start < 2 * LEAST_RUNS:
+            return
+        steps = [start + at for at in change_points(one.values[start:end], effect, chance)]
+        for low, at, high in zip([start, *steps], steps, [*steps[1:], end], strict=False):
+            before, after = (statistics.median(part) for part in (one.values[low:at], one.values[at:high]))
+            environments = (self.runs[one.runs[place]].environment for place in (at - 1, at))
+            yield Change(
+                one.runs[at],
+                one.machine,
+                one.case,
+                one.metric,
+                "worse" if after > before else "better",
+                before,
+                after,
+                tuple(metrics.changes(*environments)),
+                levels=True,
+            )
+
     def _keep(self, machine: str, index: int, case: Case) -> None:
         for metric, value in case.figures.items():
-            if type(value) not in (int, float) or (case.id, metric) in self._passed_over:  # a bool is no number here
+            if not metrics.is_number(value) or (case.id, metric) in self._passed_over:
                 continue
             key = machine, case.id, metric
             series = self.series.get(key)
@@ -146,7 +198,9 @@ class History:
             samples = case.samples.get(metric)
             if samples is not None or series.intervals:
                 series.intervals += [None] * (len(series.runs) - 1 - len(series.intervals))
-                series.intervals.append(None if samples is None else median_interval(samples.seconds))
+                series.intervals.append(
+                    None if samples is None else median_interval(list(chain.from_iterable(samples.seconds)))
+                )
 
     def _note(self, index: int, row: Row, environment: tuple[str, ...]) -> None:
         machine = self.runs[index].machine
@@ -258,28 +312,3 @@ def subject_of(case: Case) -> dict[str, Any]:
         for name in ("method", "model")
         if isinstance(value := case.figures.get(name, case.figures.get(f"plan.{name}")), str)
     }
-
-
-def median_interval(processes: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """A 95 % interval of the median of all rounds, in seconds; ``None`` for fewer than six rounds, which have none.
-
-    Between two order statistics, whatever the distribution: of ``n`` rounds, the k-th smallest and the k-th largest
-    miss the median with probability 2·P(Binomial(n, ½) < k). Rounds are taken as independent.
-    """
-    rounds = sorted(seconds for process in processes for seconds in process)
-    rank = _rank(len(rounds))
-    return (rounds[rank - 1], rounds[-rank]) if rank else None
-
-
-@cache
-def _rank(number: int) -> int:
-    """The greatest k whose two order statistics hold the median with `CONFIDENCE`; 0 where none does."""
-    missed, rank = 0.0, 0
-    while rank < number // 2:
-        # In logarithms: 0.5**number is no float any more for a few thousand rounds.
-        ways = math.lgamma(number + 1) - math.lgamma(rank + 1) - math.lgamma(number - rank + 1)
-        missed += 2 * math.exp(ways - number * math.log(2))
-        if missed > 1 - CONFIDENCE:
-            break
-        rank += 1
-    return rank

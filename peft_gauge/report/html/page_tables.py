@@ -292,7 +292,7 @@ def _change(history: History, change: Change) -> list[str]:
         text(run.name),
         text(run.when[:16].replace("T", " ")),
         f'<a class="to-history" href="#{html.escape(case)}">{name}</a>' if known else name,
-        text(change.metric),
+        text(change.metric + (", its level over many runs" if change.levels else "")),
         any_value(change.metric, change.before),
         any_value(change.metric, change.after),
         text("; ".join(change.environment) or None),

@@ -1,0 +1,129 @@
+"""Two saved runs, figure by figure: same, better, worse or cannot tell, with the change and its likely cause."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft_gauge.history.absent import Absences
+from peft_gauge.history.comparison.cases import only_in_base, only_in_new, renamed, renamed_row
+from peft_gauge.history.comparison.causes import fingerprint, shape
+from peft_gauge.history.comparison.rows import UNCHECKED, Pair, Row
+from peft_gauge.history.comparison.times import judged_times
+from peft_gauge.history.comparison.values import (
+    claims,
+    conditions,
+    is_noise_free,
+    judge_value,
+    noise_free,
+    outcome_verdict,
+    without_rule,
+)
+from peft_gauge.history.metrics import cases_of, environment_changes, machine_changes
+
+if TYPE_CHECKING:
+    from peft_gauge.history.reader import Run
+    from peft_gauge.history.rules import Rules
+
+__all__ = ["Comparison", "Row", "compare", "judge_value", "outcome_verdict"]
+
+TOLD_QUESTIONS = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """NEW against BASE. ``environment``: what differs besides the code under test; ``notes``: what else to know.
+
+    ``incomparable``: why the two runs cannot be compared at all, or ``None``. ``rows``: the worst first.
+    """
+
+    base: str
+    new: str
+    environment: tuple[str, ...]
+    notes: tuple[str, ...]
+    incomparable: str | None
+    rows: tuple[Row, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by what they say, the four verdicts first."""
+        found = Counter(row.says for row in self.rows)
+        return {name: found[name] for name in ("worse", "cannot tell", "better", "same")} | dict(sorted(found.items()))
+
+    def exit_code(self, *, strict: bool = False) -> int:
+        """0: nothing got worse; 1: something did, or, if ``strict``, is no longer checked; 2: not comparable."""
+        if self.incomparable is not None:
+            return 2
+        bad = any(row.verdict == "worse" or (strict and row.label in UNCHECKED) for row in self.rows)
+        return 1 if bad else 0
+
+
+def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False) -> Comparison:
+    """``new`` judged against ``base``; ``across_machines`` lets machines differ, and leaves out all that has noise."""
+    machines = machine_changes(base, new)
+    if machines and not across_machines:
+        return _comparison(base, new, (), [], f"the machines differ ({'; '.join(machines)})")
+    old_cases, new_cases = cases_of(base), cases_of(new)
+    names = renamed(old_cases, new_cases)
+    rows = [renamed_row(old, name) for old, name in names.items()]
+    pairs = [
+        Pair(old, new_cases[name], shape(fingerprint(old, old_cases), fingerprint(new_cases[name], new_cases)))
+        for old in old_cases.values()
+        if (name := names.get(old.id, old.id)) in new_cases
+    ]
+    rows += only_in_base(base, new, old_cases, new_cases, names)
+    rows += only_in_new(base, new, old_cases, new_cases, names)
+    rows += [row for pair in pairs for row in conditions(pair)]
+    comparable = [pair for pair in pairs if not pair.differing]
+    rows += [row for pair in comparable for row in noise_free(pair, rules, across_machines)]
+    rows += claims(base, new, rules)
+    notes = [f"machines differ: {'; '.join(machines)}; what carries noise was not compared"] if machines else []
+    notes += without_rule(comparable, rules)
+    if not machines:
+        moved = any(row.verdict in ("worse", "better") and is_noise_free(row, rules) for row in rows)
+        judged, note = judged_times(comparable, rules, moved)
+        rows += judged
+        notes += note
+    return _comparison(base, new, rows, notes, None if comparable else _why_incomparable(base, new, pairs))
+
+
+def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], incomparable: str | None) -> Comparison:
+    interrupted = [f"{name} was interrupted" for name, run in (("BASE", base), ("NEW", new)) if run.interrupted]
+    return Comparison(
+        base=str(base.path),
+        new=str(new.path),
+        environment=tuple(environment_changes(base, new)),
+        notes=(*notes, *interrupted),
+        incomparable=incomparable,
+        rows=tuple(sorted(rows, key=lambda row: (row.badness, row.test, row.metric))),
+    )
+
+
+def _why_incomparable(base: Run, new: Run, pairs: Sequence[Pair]) -> str:
+    """Why nothing can be judged: other settings, or no case in both, and then what each of them asked."""
+    if pairs:
+        differing = Counter(change for pair in pairs for change in pair.differing)
+        ((most, _),) = differing.most_common(1)
+        return f"the settings of every case in both differ ({most}{', …' if len(differing) > 1 else ''})"
+    asked = [{case.question for case in run.cases} for run in (base, new)]
+    told = " and ".join(f"{name} {_questions(run)}" for name, run in (("BASE", base), ("NEW", new)))
+    if not asked[0] & asked[1]:
+        return f"no case stands in both; they ask different questions: {told}"
+    absences = Absences(base, new)
+    reasons = Counter(absences(case.id, case.question, case.figures).why for case in base.cases)
+    return f"no case stands in both, although both ask {', '.join(sorted(asked[0] & asked[1]))}: NEW {_most(reasons)}"
+
+
+def _questions(run: Run) -> str:
+    """ "test_speed (28 cases) and 3 more", and that it was interrupted where it was."""
+    counted = Counter(case.question for case in run.cases).most_common()
+    named = [f"{question} ({number} case{'s' * (number != 1)})" for question, number in counted[:TOLD_QUESTIONS]]
+    more = f" and {len(counted) - TOLD_QUESTIONS} more" if len(counted) > TOLD_QUESTIONS else ""
+    return f"{', '.join(named) or 'none'}{more}{', interrupted' if run.interrupted else ''}"
+
+
+def _most(reasons: Counter[str]) -> str:
+    (most, _), *rest = reasons.most_common()
+    return most + (f", and {len(rest)} other reason{'s' * (len(rest) > 1)}" if rest else "")

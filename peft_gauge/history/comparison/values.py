@@ -1,0 +1,131 @@
+"""Outcomes, claims, and figures without noise or with a known tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge.claims import NOT_MEASURED
+from peft_gauge.history.absent import MISSING, NOT_ASKED, NOT_REACHED
+from peft_gauge.history.comparison.causes import cause
+from peft_gauge.history.comparison.rows import NEW, NOT_COMPARABLE, Pair, Row, names_of, ratio
+from peft_gauge.history.metrics import FINGERPRINT, is_number
+from peft_gauge.history.schema import NOT_RUN
+
+if TYPE_CHECKING:
+    from peft_gauge.history.intervals import Verdict
+    from peft_gauge.history.reader import Run
+    from peft_gauge.history.rules import Rule, Rules
+
+BROKEN = ("failed", "out-of-memory", "crashed", "timed-out")
+TOLD_NAMES = 5
+
+
+def conditions(pair: Pair) -> Iterator[Row]:
+    """The row of a case's outcome; and one more where its settings differ."""
+    old, new = pair.old.outcome, pair.new.outcome
+    label = None if old == new else NEW if old in NOT_RUN and new == "passed" else new.replace("-", " ").upper()
+    note = pair.new.reason if new != "passed" else pair.old.reason
+    yield Row(pair.new.id, "outcome", outcome_verdict(old, new), label, old, new, note=note)
+    if pair.differing:
+        yield Row(pair.new.id, "settings", "cannot tell", NOT_COMPARABLE, note="; ".join(pair.differing))
+
+
+def outcome_verdict(old: str, new: str) -> Verdict:
+    """A case that newly breaks is worse, one that no longer does is better; of one that was not run, none can tell."""
+    if old == new:
+        return "same"
+    if new in BROKEN:
+        return "cannot tell" if old in BROKEN else "worse"
+    return "better" if old in BROKEN and new == "passed" else "cannot tell"
+
+
+def noise_free(pair: Pair, rules: Rules, only_noise_free: bool) -> Iterator[Row]:
+    """Rows of all figures of a case but its times."""
+    if pair.old.outcome in NOT_RUN or pair.new.outcome in NOT_RUN:
+        return
+    for metric in names_of(pair.old.figures, pair.new.figures):
+        rule = rules.of(pair.new.id, metric)
+        if rule.kind in ("time", "ignore") or (only_noise_free and not rule.noise_free):
+            continue
+        before, after = pair.old.figures.get(metric), pair.new.figures.get(metric)
+        row = Row(pair.new.id, metric, "cannot tell", before=before, after=after, ratio=ratio(before, after))
+        if before is None or after is None:
+            yield from pair.one_sided(row)
+            continue
+        verdict = judge_value(rule, before, after)
+        yield replace(row, verdict=verdict, cause=None if verdict == "same" else cause(pair, metric))
+    yield from _fingerprint_rows(pair, rules)
+
+
+def without_rule(pairs: Sequence[Pair], rules: Rules) -> list[str]:
+    """A note on figures that were not compared because nobody has said how."""
+    found = [
+        metric
+        for pair in pairs
+        for metric in names_of(pair.old.figures, pair.new.figures)
+        if rules.passes_over(pair.new.id, metric)
+    ]
+    names = sorted(set(found))
+    told = ", ".join(names[:TOLD_NAMES]) + (f" and {len(names) - TOLD_NAMES} more" if len(names) > TOLD_NAMES else "")
+    return [f"no rule says how to compare {told}"] if names else []
+
+
+def is_noise_free(row: Row, rules: Rules) -> bool:
+    """Of claims, some are about times."""
+    return row.metric != "verdict" and rules.of(row.test, row.metric).noise_free
+
+
+def _fingerprint_rows(pair: Pair, rules: Rules) -> Iterator[Row]:
+    before, after = pair.old.fingerprint, pair.new.fingerprint
+    if rules.of(pair.new.id, FINGERPRINT).kind == "ignore" or before is after is None:
+        return
+    if before is None or after is None:
+        shown = [None if each is None else "taken" for each in (before, after)]
+        yield from pair.one_sided(Row(pair.new.id, FINGERPRINT, "cannot tell", before=shown[0], after=shown[1]))
+        return
+    assert pair.shape is not None
+    if pair.shape.unknown is not None:
+        yield Row(pair.new.id, FINGERPRINT, "cannot tell", NOT_COMPARABLE, note=pair.shape.unknown)
+        return
+    yield Row(pair.new.id, FINGERPRINT, pair.shape.verdict, cause=pair.shape.difference)
+
+
+def judge_value(rule: Rule, before: Any, after: Any) -> Verdict:
+    """The verdict on a figure of kind exact or number; what is no number is compared exactly."""
+    if before == after:
+        return "same"
+    if not (is_number(before) and is_number(after)):
+        return "worse"
+    if rule.kind == "number" and abs(after - before) <= max(rule.absolute, rule.relative * abs(before)):
+        return "same"
+    return "better" if (rule.direction == "lower") == (after < before) and rule.direction != "none" else "worse"
+
+
+def claims(base: Run, new: Run, rules: Rules) -> Iterator[Row]:
+    """A claim's verdict must not change; only a decision instead of "cannot tell" is for the better."""
+    old, now = ({f"claim::{claim['id']}[{claim['model']}]": claim for claim in run.claims} for run in (base, new))
+    for name in names_of(old, now):
+        if rules.of(name, "verdict").kind == "ignore":
+            continue
+        before, after = (_decided(run.get(name)) for run in (old, now))
+        row = Row(name, "verdict", "same", before=before, after=after, note=now.get(name, {}).get("figure"))
+        if before == after:
+            yield row
+        elif before is None:
+            yield replace(row, verdict="cannot tell", label=NEW)
+        elif after is None:
+            # A claim that a run lists and does not decide, or of a run without claims, is decided by a question that
+            # it did not ask.
+            asked = now and name not in now
+            label = NOT_REACHED if new.interrupted else MISSING if asked else NOT_ASKED
+            yield replace(
+                row, verdict="cannot tell", label=label, note=None if label == MISSING else "NEW does not decide it"
+            )
+        else:
+            yield replace(row, verdict="better" if before == "cannot tell" else "worse")
+
+
+def _decided(claim: Mapping[str, Any] | None) -> str | None:
+    return None if claim is None or claim["verdict"] == NOT_MEASURED else str(claim["verdict"])

@@ -1,0 +1,223 @@
+"""The parent's side: start a process for one function, wait for its end, and say how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.isolation import fork_server
+from peft_gauge.isolation.endings import without_result
+from peft_gauge.isolation.folder import ARGUMENTS, OUTPUT, PROGRESS, RESULT, TASK
+from peft_gauge.isolation.fork_server import CannotFork, Forked
+from peft_gauge.isolation.outcome import Interrupted, Outcome
+from peft_gauge.isolation.signals import kill_group
+
+Child = subprocess.Popen[bytes] | Forked
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+_TAIL_BYTES = 32_768  # of the output; a crash report lists every extension module and must fit in
+
+
+def run(
+    function: str,
+    *arguments: Any,
+    limit_seconds: float,
+    environment: Mapping[str, str | None] | None = None,
+    python: str = sys.executable,
+    preload: Sequence[str] | None = None,
+) -> Outcome:
+    """Call ``function`` with ``arguments`` in a fresh process and wait for the end of it, whatever that is.
+
+    The child and whatever it started are killed at the limit and at the end; only a grandchild that opens a session
+    of its own escapes.
+
+    Args:
+        function: ``"package.module:name"``; it returns what JSON can hold.
+        arguments: picklable, of classes that the child can import.
+        limit_seconds: wall time until the child is killed, its start included.
+        environment: variables set over those of this process; ``None`` unsets one.
+        python: the interpreter, which may have other versions of the libraries.
+        preload: names of modules that the process may have imported already; it is then forked from a server that
+            imported them once, if that is safe (`fork_server`), and spawned otherwise, with the reason in
+            ``why_spawned``. ``None``: a new interpreter, whose memory is laid out as no other's.
+
+    Raises:
+        GaugeError: the child cannot be started as asked; what goes wrong in it is an outcome instead.
+        Interrupted: Ctrl-C; the child is dead by then.
+    """
+    if not 0 < limit_seconds < threading.TIMEOUT_MAX:
+        raise GaugeError(f"a time limit of {limit_seconds} s is none; give a positive, finite number of seconds")
+    if not re.fullmatch(r"[\w.]+:\w+", function):
+        raise GaugeError(f"{function!r} names no function; write it as 'package.module:name'")
+    try:
+        pickled = pickle.dumps(arguments)
+    except Exception as error:  # an object's own __reduce__ can raise anything
+        raise GaugeError(
+            f"the arguments of {function} cannot be sent to a process of their own: {one_line(error)}"
+        ) from error
+    # A killed grandchild may be writing still when the folder goes; what it leaves is no reason to fail.
+    with tempfile.TemporaryDirectory(prefix="peft-gauge-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / ARGUMENTS).write_bytes(pickled)
+        (folder / TASK).write_text(json.dumps({"function": function, "limit_seconds": limit_seconds}))
+        start = _starter(folder, limit_seconds, python, child_environment(environment), preload)
+        return _attend(folder, limit_seconds, start)
+
+
+def child_environment(given: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """The environment of a child: this process's, ``given`` over it, and this package on the path.
+
+    An installed package stays off: its folder holds all the other libraries too, and would put their versions before
+    those of another interpreter.
+    """
+    wanted = {**os.environ, **(given or {})}
+    environment = {name: value for name, value in wanted.items() if value is not None}
+    installed = PACKAGE_PARENT.name in ("site-packages", "dist-packages")
+    path = [None if installed else str(PACKAGE_PARENT), environment.get("PYTHONPATH")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A child that runs, the clock at its start, and why it was not forked if that was wanted."""
+
+    child: Child
+    at: float
+    why_spawned: str | None = None
+
+
+def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -> Outcome:
+    try:
+        started = start()
+    except KeyboardInterrupt:  # while a fork server imported
+        raise Interrupted(Outcome("interrupted", None, "interrupted before it began", {}, 0.0, None)) from None
+    child = started.child
+    # `wait` with a time-out would poll, and find the end up to 50 ms late.
+    timer = threading.Timer(limit_seconds, kill_group, [child.pid])
+    timer.daemon = True
+    interrupted = False
+    with child:
+        try:
+            timer.start()
+            child.wait()
+        except KeyboardInterrupt:  # raised again below, with what is known by then
+            interrupted = True
+        finally:
+            seconds = time.perf_counter() - started.at
+            timer.cancel()
+            kill_group(child.pid)
+            child.wait()
+    if interrupted:
+        reason = f"interrupted after {seconds:.1f} s"
+        outcome = Outcome("interrupted", None, reason, _last_figures(folder), seconds, None)
+    else:
+        outcome = _outcome(folder, child.returncode, limit_seconds, seconds)
+    process: Literal["spawned", "forked"] = "forked" if isinstance(child, Forked) else "spawned"
+    outcome = replace(outcome, process=process, why_spawned=started.why_spawned)
+    if interrupted:
+        raise Interrupted(outcome) from None
+    return outcome
+
+
+def _starter(
+    folder: Path, limit_seconds: float, python: str, environment: Mapping[str, str], preload: Sequence[str] | None
+) -> Callable[[], _Started]:
+    def start() -> _Started:
+        why_spawned = None
+        if preload is not None:
+            try:
+                child = _fork(folder, limit_seconds, python, environment, preload)
+                return _Started(child, child.started)
+            except CannotFork as reason:
+                why_spawned = str(reason)
+        at = time.perf_counter()
+        return _Started(_spawn(folder, python, environment), at, why_spawned)
+
+    return start
+
+
+def _fork(
+    folder: Path, limit_seconds: float, python: str, environment: Mapping[str, str], preload: Sequence[str]
+) -> Forked:
+    if python != sys.executable:
+        raise CannotFork("another interpreter is asked for than that of the fork server")
+    with Path(os.devnull).open("rb") as nothing, (folder / OUTPUT).open("wb") as output:
+        return fork_server.start(
+            "peft_gauge.isolation.child:serve",
+            str(folder),
+            preload=preload,
+            environment=environment,
+            streams=(nothing.fileno(), output.fileno(), output.fileno()),
+            limit_seconds=limit_seconds,
+            folder=folder,
+        )
+
+
+def _spawn(folder: Path, python: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    # -P: another checkout of this package in the working directory must not come before this one.
+    # -u: what the child printed is known even if it is killed.
+    command = [python, "-P", "-u", "-m", "peft_gauge.isolation", str(folder)]
+    try:
+        with (folder / OUTPUT).open("wb") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise GaugeError(f"cannot start the interpreter {python}: {error.strerror or error}") from error
+
+
+def _outcome(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> Outcome:
+    last = _last_figures(folder)
+    result = folder / RESULT
+    if result.exists():  # it counts even if the interpreter's own end went wrong
+        return Outcome(last=last, seconds=seconds, **json.loads(result.read_text(encoding="utf-8")))
+    if seconds >= limit_seconds:
+        phase = f"; last seen in phase {last['phase']}" if "phase" in last else ""
+        return Outcome("timed-out", None, f"did not end within {limit_seconds:g} s{phase}", last, seconds, None)
+    ended, reason = without_result(code, _tail(folder / OUTPUT))
+    return Outcome(ended, None, one_line(reason), last, seconds, None)
+
+
+def _last_figures(folder: Path) -> dict[str, Any]:
+    """What was told, merged. A watched ``None`` (could not be read) takes the place of no known figure."""
+    last: dict[str, Any] = {}
+    progress = folder / PROGRESS
+    lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
+    for line in lines:
+        try:
+            kind, figures = json.loads(line)
+        except ValueError:  # cut short by a full disk
+            continue
+        for name, value in figures.items():
+            known = last.get(name)
+            if kind == "watch" and known is not None:
+                if value is None:
+                    continue
+                if name.endswith("_peak_bytes"):
+                    value = max(known, value)
+            last[name] = value
+    return last
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        return file.read().decode(errors="replace")

@@ -1,0 +1,47 @@
+"""What storages are for, and in which part of a step they are made: the names that the tracker gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+BASE_WEIGHTS = "base_weights"
+QUANTISATION_CONSTANTS = "quantisation_constants"
+ADAPTER_WEIGHTS = "adapter_weights"
+BUFFERS = "buffers"
+GRADIENTS = "gradients"
+OPTIMIZER_STATE = "optimizer_state"
+ACTIVATIONS = "activations"
+LOGITS_AND_LOSS = "logits_and_loss"
+DEQUANTISED_TEMPORARIES = "dequantised_temporaries"
+OPTIMIZER_TEMPORARIES = "optimizer_temporaries"
+INPUTS = "inputs"
+OTHER = "other"
+HOST = "host"  # on the host in the run that is modelled: kept in the log, never counted
+
+CATEGORIES = (
+    BASE_WEIGHTS,
+    QUANTISATION_CONSTANTS,
+    ADAPTER_WEIGHTS,
+    BUFFERS,
+    GRADIENTS,
+    OPTIMIZER_STATE,
+    ACTIVATIONS,
+    LOGITS_AND_LOSS,
+    DEQUANTISED_TEMPORARIES,
+    OPTIMIZER_TEMPORARIES,
+    INPUTS,
+    OTHER,
+)
+
+FORWARD = "forward"
+BACKWARD = "backward"
+OPTIMIZER = "optimizer"
+OUTSIDE = "outside"
+
+PHASE_CATEGORY = {FORWARD: ACTIVATIONS, BACKWARD: ACTIVATIONS, OPTIMIZER: OPTIMIZER_TEMPORARIES}
+
+OPERATOR_CATEGORY: Mapping[str, str] = {
+    "bitsandbytes::dequantize_4bit": DEQUANTISED_TEMPORARIES,
+    "bitsandbytes::dequantize_blockwise": DEQUANTISED_TEMPORARIES,
+    "bitsandbytes::int8_vectorwise_dequant": DEQUANTISED_TEMPORARIES,
+}

@@ -1,0 +1,36 @@
+"""AdaLoRA, and what it and AdaMSS keep of each weight's importance between steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from peft_gauge.plan.policies.patches import Patches
+
+
+def attach(patches: Patches, config: Mapping[str, Any]) -> None:
+    patches.warn(
+        "AdaLoRA's rank counters count as trainable: PEFT makes them so for every base but one in float32 on the CPU."
+    )
+
+
+def update_importance(model: nn.Module) -> None:
+    """The state that AdaLoRA and AdaMSS keep between steps, made as their `update_and_allocate` makes it.
+
+    Call it where a training loop calls that: between the optimizer's step and `zero_grad`. Ranks are not reallocated,
+    which would change no shape. What is kept is among `fakes.plain_tensors(model)`. Does nothing for other types.
+    """
+    tuner = getattr(model, "base_model", None)
+    allocator = getattr(tuner, "rankallocator", None)
+    if allocator is not None:
+        allocator.update_ipt(tuner.model)  # type: ignore[union-attr]
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "exp_avg_ipt_A")]
+    for layer in layers:
+        for adapter in layer.exp_avg_ipt_A:
+            asa = configs[adapter]
+            layer.update_importance(adapter, asa.asa_importance_beta, asa.asa_uncertainty_beta)

@@ -1,0 +1,227 @@
+"""One steady training step followed storage by storage, on tensors with or without data."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from peft_gauge._internals.torch import unset_fake_temporarily
+from peft_gauge.counting import ParameterCount, constant_buffers, quantisation_constants
+from peft_gauge.fingerprint.places import UNKNOWN, Places
+from peft_gauge.memory.categories import (
+    ACTIVATIONS,
+    ADAPTER_WEIGHTS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    BUFFERS,
+    DEQUANTISED_TEMPORARIES,
+    FORWARD,
+    HOST,
+    INPUTS,
+    LOGITS_AND_LOSS,
+    OPERATOR_CATEGORY,
+    OPTIMIZER,
+    OPTIMIZER_STATE,
+    QUANTISATION_CONSTANTS,
+)
+from peft_gauge.memory.ledger import Snapshot, rounded
+from peft_gauge.memory.tracker import StorageTracker, no_collector
+from peft_gauge.plan import fakes, kernels, policies
+from peft_gauge.plan.call import ModelCall
+from peft_gauge.traces.sites import site_here
+from peft_gauge.training import stored_layers
+from peft_gauge.training.step import StepSettings, TrainingJob
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+
+    from peft_gauge.plan.record import PlanRequest
+
+TRACED_MICRO_BATCHES = 3
+"""Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
+the third shows that the second was steady."""
+
+ELEMENTWISE = (
+    *OPERATOR_CATEGORY,
+    stored_layers.DEQUANTIZE,
+    "bitsandbytes::optimizer_",
+    "bitsandbytes::int8_vectorwise_quant",
+)
+"""Names, or their beginnings, of library operators without matrix products."""
+
+PAGED_FROM_ELEMENTS = 100_000  # bitsandbytes: smaller states are not paged (optim/optimizer.py, get_state_buffer)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One steady step: its log, and what was alive at the moments that a plan reports.
+
+    ``made_after_update``: storages (`Event.storage`) that a run makes once, right after its first update.
+    """
+
+    tracker: StorageTracker
+    made_after_update: frozenset[int]
+    counted: ParameterCount
+    peak: Snapshot
+    resident: Snapshot
+    live_outputs_bytes: int
+    saved_activation_bytes: int
+    flops: int
+
+
+def follow(
+    request: PlanRequest,
+    model: nn.Module,
+    base: Iterable[Tensor],
+    counted: ParameterCount,
+    notes: list[str],
+    *,
+    located: bool = False,
+) -> Trace:
+    """Follow one steady step of ``model``, adapted as ``request`` says; ``base`` are its parameters from before.
+
+    The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see. ``located``:
+    also note of each storage which module and which Python function made it, at the cost of some time.
+    """
+    places = Places(model, fold=False) if located else None
+    tracker = StorageTracker(
+        vocabulary=request.model.vocab_size,
+        operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTISED_TEMPORARIES},
+        workspaces=kernels.CUDA_WORKSPACES,
+        where=None if places is None else functools.partial(_where, places),
+    )
+    _adopt_model(tracker, model, base)
+    job, call = _job(request, model, tracker)
+    _prime(job, tracker, request.settings, notes)
+    importance = _prime_importance(job, model, tracker, notes)
+    if places is not None:
+        _name_residents(tracker, model, job)
+    with no_collector(), places or contextlib.nullcontext():
+        trace = _step(job, call, tracker, request, counted, importance)
+    tracker.close()
+    uncounted = sorted(name for name in tracker.operators_without_flops if not name.startswith(ELEMENTWISE))
+    notes += [f"{name}: its operations are not in flops_per_step" for name in uncounted]
+    return trace
+
+
+def _where(places: Places) -> tuple[str, str]:
+    module = places.now
+    return "" if module == UNKNOWN else module, site_here(sys._getframe(1))
+
+
+def _name_residents(tracker: StorageTracker, model: nn.Module, job: TrainingJob) -> None:
+    """Put down what is there before the step to the module of its parameter."""
+    for name, parameter in model.named_parameters():
+        state = job.optimizer.state.get(parameter, {}).values()
+        held = [parameter, *quantisation_constants(parameter), *(t for t in state if isinstance(t, torch.Tensor))]
+        for number in tracker.storages(held):
+            tracker.records[number].module = name.rpartition(".")[0]
+
+
+def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
+    tracker.adopt(model.buffers(), BUFFERS)
+    tracker.adopt(constant_buffers(model), QUANTISATION_CONSTANTS)
+    tracker.adopt(fakes.plain_tensors(model), BUFFERS)
+    known = set(map(id, base))
+    for parameter in model.parameters():
+        tracker.adopt(parameter, BASE_WEIGHTS if id(parameter) in known else ADAPTER_WEIGHTS)
+        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+
+
+def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tuple[TrainingJob, ModelCall]:
+    settings = request.settings
+    tokens = torch.zeros(settings.batch, settings.seq, dtype=torch.long)
+    batch = {"input_ids": tokens, "labels": tokens}
+    batch |= policies.extra_inputs(model, settings.batch, settings.seq)
+    if request.padded:
+        batch["attention_mask"] = torch.ones_like(tokens)
+    tracker.adopt(batch.values(), INPUTS)
+    call = ModelCall(model, use_cache=request.use_cache, hold_outputs=request.hold_outputs or request.use_cache)
+    with unset_fake_temporarily():  # 8-bit optimizers come with code books that are made from values
+        job = TrainingJob(call, [batch], settings)
+    if settings.optimizer in ("adamw", "sgd"):
+        # On CUDA this is torch's own choice; fakes say they are on the CPU, where it would be another.
+        for group in job.optimizer.param_groups:
+            group["foreach"] = True
+    return job, call
+
+
+def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:
+    """Make the optimizer's state, as after the first step of a run, and say which of it the device holds."""
+    fakes.prime(job.optimizer)
+    fused = job.optimizer.param_groups[0].get("fused")
+    paged = 0
+    for parameter, state in job.optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            on_host = name == "step" and not fused  # torch keeps the counter of an unfused AdamW on the CPU
+            if settings.optimizer.startswith("paged") and name in ("state1", "state2"):
+                on_host = parameter.numel() >= PAGED_FROM_ELEMENTS
+                paged += value.nbytes if on_host else 0
+            tracker.adopt(value, HOST if on_host else OPTIMIZER_STATE)
+    if paged:
+        notes.append(
+            f"paged optimizer: {paged} bytes of its state are managed memory, outside the allocator; they come to the "
+            f"device while an update runs, as far as there is room, and are not counted"
+        )
+
+
+def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracker, notes: list[str]) -> list[Tensor]:
+    """Make and return what AdaLoRA and AdaMSS remember of each weight's importance from step to step: a training loop
+    does it through ``update_and_allocate``, which `TrainingJob` leaves out because it reads values."""
+    known = set(map(id, fakes.plain_tensors(model)))
+    for parameter in job.trainable:
+        parameter.grad = torch.empty_like(parameter)
+    policies.update_importance(model)
+    job.clear()
+    made = [tensor for tensor in fakes.plain_tensors(model) if id(tensor) not in known]
+    if made:
+        tracker.adopt(made, BUFFERS)
+        notes.append("importance of each weight: its buffers are counted; their update after a step is not traced")
+    return made
+
+
+def _step(
+    job: TrainingJob,
+    call: ModelCall,
+    tracker: StorageTracker,
+    request: PlanRequest,
+    counted: ParameterCount,
+    importance: Iterable[Tensor],
+) -> Trace:
+    """One step as `TrainingJob.step` takes it, its phases named, and the moments after it."""
+    micro_batches = request.settings.grad_accumulation
+    traced = min(micro_batches, TRACED_MICRO_BATCHES)
+    tracker.start_over()
+    made_after_update = tracker.storages(importance)
+    with tracker:
+        for _ in range(traced):
+            with tracker.phase(FORWARD):
+                tracker.label(job.forward(), LOGITS_AND_LOSS)
+            with tracker.phase(BACKWARD):
+                job.backward()
+        with tracker.phase(OPTIMIZER):
+            job.optimizer_step()
+        after = tracker.live(blocks=True)
+        job.clear()
+        call.let_go()
+        resident = tracker.live(blocks=True)
+    held = 0 if call.hold_outputs else sum(map(rounded, call.output_bytes))
+    return Trace(
+        tracker=tracker,
+        made_after_update=made_after_update,
+        counted=counted,
+        peak=tracker.peak(blocks=True),
+        resident=resident,
+        live_outputs_bytes=after.bytes + held,
+        saved_activation_bytes=tracker.kept_bytes(FORWARD, (ACTIVATIONS,)),
+        flops=tracker.flops // traced * micro_batches,
+    )

@@ -1,0 +1,57 @@
+"""The fine-tuning methods as data: how each attaches to a base model, what it trains, what it promises.
+
+A variant is a short difference from a parent. A method says how to change a model; what is then measured is the same
+training step for all (`peft_gauge.training.step`).
+"""
+
+from __future__ import annotations
+
+from peft_gauge.training.methods.adapter_config import adapter_name, check_ranks, from_adapter_config
+from peft_gauge.training.methods.adapter_files import load, save
+from peft_gauge.training.methods.attachment import attach, check_checkpointing, effective_settings, prepare_base
+from peft_gauge.training.methods.definitions import (
+    ALL_LINEAR,
+    ATTENTION,
+    ATTENTION_QV,
+    BOTTLENECK,
+    FULL,
+    IA3,
+    LORA,
+    METHODS,
+    PREFIX,
+    PROMPT,
+    QLORA,
+    RANKS,
+    SEVEN,
+    Method,
+    Quantization,
+    get,
+)
+
+__all__ = [
+    "ALL_LINEAR",
+    "ATTENTION",
+    "ATTENTION_QV",
+    "BOTTLENECK",
+    "FULL",
+    "IA3",
+    "LORA",
+    "METHODS",
+    "PREFIX",
+    "PROMPT",
+    "QLORA",
+    "RANKS",
+    "SEVEN",
+    "Method",
+    "Quantization",
+    "adapter_name",
+    "attach",
+    "check_checkpointing",
+    "check_ranks",
+    "effective_settings",
+    "from_adapter_config",
+    "get",
+    "load",
+    "prepare_base",
+    "save",
+]

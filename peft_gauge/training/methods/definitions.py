@@ -1,0 +1,131 @@
+"""The methods as data: a variant is a short difference from a parent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from peft_gauge.errors import unknown
+from peft_gauge.training.bottleneck import BottleneckConfig
+
+# Target sets, by the names that Llama gives these linear layers. As a method's targets each means the layers with that
+# role in whatever architecture the method is attached to (`peft_gauge.training.targets`). An adapter config's own
+# targets are lists, and mean what PEFT makes of them.
+ATTENTION_QV = ("q_proj", "v_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+KEYS_VALUES_DOWN = ("k_proj", "v_proj", "down_proj")
+ALL_LINEAR = "all-linear"
+
+KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+"""PEFT types whose virtual tokens are keys and values of every layer."""
+
+RANKS = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen base is stored: ``quant_format`` nf4, fp4 or int8; double quantisation for the 4-bit ones."""
+
+    quant_format: Literal["nf4", "fp4", "int8"] = "nf4"
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    ``kind``: full, peft (``peft_config`` is the content of an ``adapter_config.json``) or bottleneck (``bottleneck``).
+    ``prepare_kbit``: cast what is not quantised to float32, as `peft.prepare_model_for_kbit_training` does.
+    ``autocast_adapter_dtype``: PEFT's default keeps 16-bit adapters in float32.
+    ``starts_as_base``: the output before the first step is the base model's (LoRA, IA³, zero-initialised bottleneck).
+    ``merges``: the trained update can be folded into the base weights.
+    """
+
+    name: str
+    title: str
+    kind: Literal["full", "peft", "bottleneck"]
+    peft_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    bottleneck: BottleneckConfig | None = None
+    quantization: Quantization | None = None
+    prepare_kbit: bool = False
+    autocast_adapter_dtype: bool = True
+    starts_as_base: bool = True
+    merges: bool = False
+
+    def differs(self, name: str, title: str, **changes: Any) -> Method:
+        """A variant: this method under another ``name``, with ``changes``; those of ``peft_config`` are merged in."""
+        if "peft_config" in changes:
+            changes["peft_config"] = {**self.peft_config, **changes["peft_config"]}
+        return replace(self, name=name, title=title, **changes)
+
+
+_LORA_CONFIG = {
+    "peft_type": "LORA",
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "target_modules": ATTENTION,
+    "task_type": "CAUSAL_LM",
+}
+
+FULL = Method("full", "full fine-tuning", "full")
+LORA = Method("lora", "LoRA", "peft", peft_config=_LORA_CONFIG, merges=True)
+QLORA = LORA.differs("qlora", "QLoRA", quantization=Quantization(), prepare_kbit=True)
+BOTTLENECK = Method(
+    "bottleneck", "bottleneck adapters (Houlsby)", "bottleneck", bottleneck=BottleneckConfig(style="houlsby")
+)
+PREFIX = Method(
+    "prefix",
+    "prefix tuning",
+    "peft",
+    peft_config={"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
+    starts_as_base=False,
+)
+PROMPT = Method(
+    "prompt",
+    "prompt tuning",
+    "peft",
+    peft_config={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
+    starts_as_base=False,
+)
+# Keys, values and the feed-forward's inner activations, as Liu et al. 2022 (arXiv:2205.05638) have it; PEFT's defaults
+# are these for Llama, and other ones for other architectures.
+IA3 = Method(
+    "ia3",
+    "IA³",
+    "peft",
+    peft_config={"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": KEYS_VALUES_DOWN},
+    merges=True,
+)
+
+# The seven that every table shows, in the order it shows them.
+SEVEN = (FULL, LORA, QLORA, BOTTLENECK, PREFIX, PROMPT, IA3)
+
+VARIANTS = (
+    *(
+        LORA.differs(f"lora-r{r}", f"LoRA r={r}", peft_config={"r": r, "lora_alpha": 2 * r})
+        for r in RANKS
+        if r != LORA.peft_config["r"]
+    ),
+    LORA.differs("lora-qv", "LoRA on q,v", peft_config={"target_modules": ATTENTION_QV}),
+    LORA.differs("lora-all-linear", "LoRA on all linear layers", peft_config={"target_modules": ALL_LINEAR}),
+    LORA.differs("lora-no-dropout", "LoRA without dropout", peft_config={"lora_dropout": 0.0}),
+    LORA.differs("lora-16bit", "LoRA, adapters kept in 16 bit", autocast_adapter_dtype=False),
+    QLORA.differs("qlora-unprepared", "QLoRA, not prepared for k-bit training", prepare_kbit=False),
+    replace(
+        BOTTLENECK,
+        name="bottleneck-pfeiffer",
+        title="bottleneck adapters (Pfeiffer)",
+        bottleneck=BottleneckConfig(style="pfeiffer"),
+    ),
+)
+
+METHODS = {method.name: method for method in (*SEVEN, *VARIANTS)}
+
+
+def get(name: str) -> Method:
+    """The method called ``name``; raises `GaugeError` with the nearest names."""
+    if name.lower() not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name.lower()]

@@ -1,0 +1,42 @@
+"""Base models as frozen records, built only when asked: on ``meta`` for counting, on CPU or CUDA for running.
+
+A record says where the architecture comes from (a named record of ``fixtures/models/``, a local folder in Hugging
+Face layout, a GGUF file, or a hub id) and where the weights come from (drawn from a seed, or real). Nothing touches
+the network unless the user names a hub id, and ``trust_remote_code`` is never on.
+"""
+
+from __future__ import annotations
+
+from peft_gauge.training.models.architecture import (
+    ATTENTIONS,
+    attention,
+    check_attention,
+    is_recurrent,
+    remarks,
+)
+from peft_gauge.training.models.construction import build, check_measurable, kept, logical_params, stored, tokenizer
+from peft_gauge.training.models.defaults import DTYPES, check_dtype, default_dtype, default_model, torch_dtype
+from peft_gauge.training.models.records import ModelRecord, hf_config, record_names, resolve
+
+__all__ = [
+    "ATTENTIONS",
+    "DTYPES",
+    "ModelRecord",
+    "attention",
+    "build",
+    "check_attention",
+    "check_dtype",
+    "check_measurable",
+    "default_dtype",
+    "default_model",
+    "hf_config",
+    "is_recurrent",
+    "kept",
+    "logical_params",
+    "record_names",
+    "remarks",
+    "resolve",
+    "stored",
+    "tokenizer",
+    "torch_dtype",
+]

@@ -1,0 +1,254 @@
+"""Models built from their records, on ``meta``, on CPU or CUDA; and copies of their weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge import paths
+from peft_gauge._internals.transformers import forget_origin
+from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.training.models.architecture import auto_class, check_attention, model_class
+from peft_gauge.training.models.defaults import torch_dtype
+from peft_gauge.training.models.records import ModelRecord, hf_config
+from peft_gauge.training.stored_formats import STORED_FORMAT
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def build(
+    record: ModelRecord,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    as_stored: bool = True,
+) -> PreTrainedModel:
+    """The model of ``record`` on ``device``, with weights in ``dtype``; quantised, where the checkpoint is.
+
+    On ``"meta"`` nothing is allocated (70B takes about a second). Random weights are drawn in float32 on the CPU from
+    ``record.seed`` by the architecture's own initialisation and then rounded to ``dtype``, so the same seed gives
+    the same bytes on every device. ``attn_implementation``: one of `ATTENTIONS`, or ``None`` for sdpa where the
+    architecture has it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantised.
+    Raises `GaugeError` where the architecture has not the attention asked for, where the machine has not enough
+    memory, or where the weights do not match the architecture.
+    """
+    import torch
+
+    wanted = torch_dtype(dtype)
+    check_attention(record, attn_implementation)
+    if device == "meta":
+        model_class(record), auto_class(record)  # imported here: under a device, torch 2.6 cannot import its compiler
+        with torch.device("meta"):
+            model = _from_config(record, attn_implementation).to(wanted)
+        # What flash attention casts to, where activations are float32 and weights are packed.
+        model.config.dtype = model.config.get_text_config().dtype = wanted
+        return _as_stored(model, record) if as_stored else model
+    check_measurable(record)
+    _check_memory(record, wanted)
+    if record.weights == "real":
+        model = _load(record, wanted, attn_implementation).to(device)
+        setattr(model, STORED_FORMAT, record.stored)
+        return model
+    if record.weights == "random-gpu":
+        model = _drawn_on_the_gpu(record, wanted, attn_implementation)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(record.seed)
+            model = _from_config(record, attn_implementation).to(wanted)
+    return (_as_stored(model, record) if as_stored else model).to(device)
+
+
+def _drawn_on_the_gpu(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """The model on the CPU, as any other, with weights that the GPU drew in ``dtype``; its memory is given back."""
+    import torch
+
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]), torch.device("cuda"):
+        torch.cuda.manual_seed(record.seed)
+        model = _from_config(record, attn_implementation, dtype)
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    return model
+
+
+def _as_stored(model: PreTrainedModel, record: ModelRecord) -> PreTrainedModel:
+    stored = record.stored
+    if stored is not None:
+        from peft_gauge.training.stored_layers import store_
+
+        store_(model, stored)
+    return model
+
+
+def check_measurable(record: ModelRecord) -> None:
+    """Raise `GaugeError` where the base comes in a format whose steps are planned but not measured."""
+    stored = record.stored
+    if stored is not None and stored.kind != "bitsandbytes":
+        needed = "loading them takes" if stored.kind == "dequantised" else "their layers take"
+        raise GaugeError(
+            f"{record.name} is stored as {stored.title}; steps over such weights are planned (peft-gauge plan) and not "
+            f"measured, because {needed} packages that this project does not require; measure a 16-bit checkpoint"
+        )
+
+
+def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
+    """``record`` with its very weights as safetensors in ``dtype`` in ``folder``, from which they load in a moment.
+
+    For whoever builds the same base many times, in processes of their own: drawing weights and dequantising a GGUF
+    take longer than reading them. A record that loads from safetensors already comes back as it is, and so does one
+    whose drawn weights are quantised, which are small, or which the GPU draws: they are drawn again.
+    """
+    in_safetensors = record.weights == "real" and not str(record.location).endswith(".gguf")
+    if in_safetensors or record.weights == "random-gpu" or record.stored is not None:
+        return record
+    model = build(record, dtype=dtype)
+    with _without_progress_bars():
+        model.save_pretrained(folder)
+    return replace(record, source="folder", weights="real", location=str(folder))
+
+
+KEPT_COPIES = 3
+"""Of fetched weights, each for another dtype or release of transformers; older copies go."""
+
+
+def kept(record: ModelRecord, dtype: str) -> ModelRecord:
+    """`stored`, beside the GGUF in the user's cache, for good; any other record comes back as it is.
+
+    A copy is of one release of transformers, which dequantises the weights and names the fields of the config. Raises
+    `OSError` where it cannot be written.
+    """
+    gguf = Path(record.location or "")
+    if gguf.suffix != ".gguf" or not gguf.is_relative_to(paths.cache()):
+        return record
+    kind = f"{gguf.stat().st_mtime_ns:x}-{dtype}-transformers-{metadata.version('transformers')}"
+    copy = gguf.with_name(f"{gguf.stem}-{kind}")
+    if not copy.is_dir():
+        with tempfile.TemporaryDirectory(dir=gguf.parent, prefix="unfinished-") as folder:
+            stored(record, dtype, Path(folder) / "copy")
+            try:
+                (Path(folder) / "copy").rename(copy)
+            except OSError:
+                if not copy.is_dir():  # or another process was first, with the same bytes
+                    raise
+        copies = sorted(gguf.parent.glob(f"{gguf.stem}-*-transformers-*"), key=lambda each: each.stat().st_mtime)
+        for old in copies[:-KEPT_COPIES]:
+            shutil.rmtree(old, ignore_errors=True)
+    return replace(record, source="folder", location=str(copy))
+
+
+def _from_config(
+    record: ModelRecord, attn_implementation: str | None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model in ``dtype``, float32 by default."""
+    import torch
+
+    config = hf_config(record)
+    text, auto = config.get_text_config(), auto_class(record)
+    if model_class(record).config_class is type(text):  # the text model of a multimodal checkpoint, or all of it
+        config = text
+    try:
+        return auto.from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
+    except Exception as error:  # every architecture refuses in its own way
+        raise GaugeError(f"{record.name} cannot be built from its config: {one_line(error, 200)}") from error
+
+
+def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    assert record.location is not None, "real weights have a location"
+    where: dict[str, Any] = {"pretrained_model_name_or_path": record.location, "use_safetensors": True}
+    if record.location.endswith(".gguf"):
+        path = Path(record.location)
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        # The GGUF reader's own progress bar knows no switch; what is wrong with a file comes as an exception.
+        with _without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
+            model, report = auto_class(record).from_pretrained(
+                **where,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                local_files_only=record.source != "hub",
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # unreadable, truncated, no safetensors, no network: one line each
+        raise GaugeError(f"cannot load the weights of {record.name}: {one_line(error, 200)}") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise GaugeError(
+            f"the weights of {record.name} do not fit its config: {len(missing)} missing, first {missing[0]}"
+        )
+    if record.location.endswith(".gguf"):
+        _forget_gguf(model)
+    if record.source != "hub":
+        # With a name, saving an adapter would look the base up on the hub, and write this machine's path into it.
+        model.name_or_path = ""
+        forget_origin(model.config)
+    return model
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the marks of a quantised model: the weights of a GGUF were dequantised on the way in."""
+    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+        model.__dict__.pop(mark, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
+def _check_memory(record: ModelRecord, dtype: torch.dtype) -> None:
+    import psutil
+
+    # Drawn in float32 and then cast: the float32 tensors are all alive at once.
+    packed = record.stored is not None and record.weights == "real"
+    size = 1 if packed else 4 if record.weights == "random" else dtype.itemsize
+    needed_bytes = logical_params(record) * size
+    available_bytes = psutil.virtual_memory().available
+    if needed_bytes > available_bytes:
+        raise GaugeError(
+            f"{record.name} needs {needed_bytes / 1e9:.1f} GB of host memory to build and "
+            f"{available_bytes / 1e9:.1f} GB are free; take a smaller model, or count it on meta"
+        )
+
+
+@cache
+def logical_params(record: ModelRecord) -> int:
+    """The number of the base model's parameters, tied ones once (built on ``meta``)."""
+    return sum(parameter.numel() for parameter in build(record, device="meta", as_stored=False).parameters())
+
+
+@cache
+def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that came with the record's real weights; ``None`` where there is none (random weights).
+
+    The same object for every caller: out of a GGUF file it takes seconds to read.
+    """
+    from transformers import AutoTokenizer
+
+    if record.weights != "real" or record.location is None:
+        return None
+    if record.location.endswith(".gguf"):
+        path = Path(record.location)
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    if record.source == "folder" and not any(Path(record.location).glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(
+        record.location, local_files_only=record.source != "hub", trust_remote_code=False
+    )

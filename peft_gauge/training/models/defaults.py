@@ -1,0 +1,45 @@
+"""Which dtypes a model is trained in, and which model and dtype are taken where none is named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft_gauge.errors import unknown
+from peft_gauge.machine import accelerators
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def check_dtype(name: str) -> None:
+    """Raise `GaugeError` for a dtype that a model is not trained in."""
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called ``name``; raises `GaugeError` for one that a model is not trained in."""
+    check_dtype(name)
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def default_dtype(device: str) -> str:
+    """float32 on CPU, 16 bit on CUDA (bfloat16 from compute capability 8.0 on, else float16).
+
+    Few CPUs multiply bfloat16 natively and the others take about ten times as long in it, so a suite whose CPU
+    figures are to be compared across machines starts from float32; ``--dtype`` changes it.
+    """
+    if device != "cuda":
+        return "float32"
+    cards = accelerators()
+    return "float16" if cards and cards[0].compute_capability < (8, 0) else "bfloat16"
+
+
+def default_model(device: str) -> str:
+    """SmolLM2-135M where there is only a CPU, TinyLlama-1.1B on a GPU."""
+    return "tinyllama" if device == "cuda" else "smollm2-135m"

@@ -1,0 +1,8 @@
+"""4-bit and 8-bit weights: bitsandbytes' layers put into a model, and number formats as instruments."""
+
+from __future__ import annotations
+
+from peft_gauge.training.quantization.layers import LAYER_FORMATS, left_unquantised, output_heads, quantize_
+from peft_gauge.training.quantization.library import load_bitsandbytes
+
+__all__ = ["LAYER_FORMATS", "left_unquantised", "load_bitsandbytes", "output_heads", "quantize_"]
