@@ -16,9 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from peft_gauge.errors import GaugeError, one_line
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pytest-benchmark")
+"""The libraries that most often change a result; a comparison names each of them that differs."""
 
 
 @cache
@@ -40,6 +43,7 @@ def machine_info() -> dict[str, Any]:
         "threads": _threads(),
         "accelerator": accelerator,
         "libraries": {name: installed_version(name) for name in LIBRARIES},
+        "distributions": distributions(),
     }
 
 
@@ -207,6 +211,23 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def distributions() -> dict[str, str]:
+    """The version of every distribution that this interpreter can import from, by normalised name, in their order.
+
+    Of several of one name, the first on the path counts, which is the one that is imported. One without readable
+    metadata is left out.
+    """
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        try:
+            name, version = distribution.metadata.get("Name"), distribution.metadata.get("Version")
+        except Exception:  # what is wrong with somebody else's package must not lose a run
+            continue
+        if name and version:
+            found.setdefault(canonicalize_name(name), version)
+    return dict(sorted(found.items()))
 
 
 def _cpu() -> dict[str, Any]:
