@@ -222,11 +222,11 @@ def distributions() -> dict[str, str]:
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         try:
-            name, version = distribution.metadata.get("Name"), distribution.metadata.get("Version")
+            metadata = distribution.metadata
         except Exception:  # what is wrong with somebody else's package must not lose a run
             continue
-        if name and version:
-            found.setdefault(canonicalize_name(name), version)
+        if "Name" in metadata and "Version" in metadata:
+            found.setdefault(canonicalize_name(metadata["Name"]), metadata["Version"])
     return dict(sorted(found.items()))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,11 @@ def bench(arguments: Sequence[str]) -> int:
     # The plugin comes before conftest.py so that its options are known, and no value of theirs is read as a path.
     fixed = ["-c", str(suite / "pytest.ini"), "--rootdir", str(suite), "-p", "peft_gauge.pytest_plugin.hooks"]
     in_suite = InSuite(suite)
-    code = pytest.main([*fixed, *arguments], plugins=[in_suite])
+    with tempfile.TemporaryDirectory(prefix="peft-gauge-bench-") as apart:
+        # What Hypothesis and pytest-benchmark keep for themselves is of no use in the user's folder.
+        os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", apart)
+        kept = f"--benchmark-storage=file://{apart}"
+        code = pytest.main([*fixed, kept, *arguments], plugins=[in_suite])
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise GaugeError("these arguments select no benchmark; `peft-gauge bench --collect-only -q` lists them")
     if code == pytest.ExitCode.INTERRUPTED:

@@ -96,12 +96,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return "peft-gauge: a bare run measures on " + ("cuda" if reason is None else f"the CPU: {reason}")
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     return machine.machine_info()
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     """The suite's own commit; pytest-benchmark would ask git about the current folder."""
     return commit_info()
@@ -163,8 +163,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    if not session.config.option.collectonly:
-        start_imports(session.config, session.config.stash[WORKLOAD])
+    workload = session.config.stash.get(WORKLOAD, None)  # none where pytest-xdist's workers collect
+    if workload is not None and not session.config.option.collectonly:
+        start_imports(session.config, workload)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
