@@ -27,11 +27,12 @@ from peft_gauge.training.quantization.comparison import Comparison, compare_nf4,
 from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from fixtures.plans import Plans
     from fixtures.verdicts import Decide
     from peft_gauge.plan.record import Plan
+    from peft_gauge.pytest_plugin.workload import Workload
 
     Steps = Callable[[Claim, str], list[PlanRequest]]
     Decider = Callable[[Claim, str, list[Plan]], Finding]
@@ -59,15 +60,10 @@ def steps_of(claim: Claim, model: str) -> list[PlanRequest]:
     return STEPS[claim.id](claim, model) if claim.id in STEPS else []
 
 
-def steps_to_plan(items: Sequence[pytest.Function]) -> list[PlanRequest]:
-    """See `fixtures.plans`."""
-    asked: list[dict[str, Any]] = [item.callspec.params for item in items]
-    return [step for each in asked for step in steps_of(each["claim"], each["model"])]
-
-
 QUESTIONS = [(claim, model) for claim in ledger().values() for model in claim.models]
 
 
+@pytest.mark.plans(steps=steps_of)
 @pytest.mark.parametrize(("claim", "model"), QUESTIONS, ids=[f"{claim.id}-{model}" for claim, model in QUESTIONS])
 def test_claim(
     claim: Claim,
@@ -75,20 +71,15 @@ def test_claim(
     plans: Plans,
     record: Callable[..., None],
     decide: Decide,
-    request: pytest.FixtureRequest,
+    workload: Workload,
 ) -> None:
     if claim.id not in DECIDERS:
-        if not is_decided_elsewhere(claim, request.session):
+        if claim.id not in workload.claims:  # else another case of this session decides it
             entry = {"id": claim.id, "model": model, "statement": claim.statement}
             record(claim={**entry, "verdict": NOT_MEASURED, "figure": None, "conditions": None})
         pytest.skip(f"decided by pytest -m slow benchmarks/{claim.benchmark}: {claim.decided_by}")
 
     decide(claim.id, model, DECIDERS[claim.id](claim, model, plans(steps_of(claim, model))))
-
-
-def is_decided_elsewhere(claim: Claim, session: pytest.Session) -> bool:
-    """Whether another case of this run decides it."""
-    return any(mark.args == (claim.id,) for item in session.items for mark in item.iter_markers("claim"))
 
 
 @decides("identity")

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fixtures.cards import process_environment
-from fixtures.selection import selected_cases
 from peft_gauge import isolation
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 from peft_gauge.measure import PRELOAD
+from peft_gauge.pytest_plugin.selection import selected_cases
+from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.serving.observed import TOLERANCE
 from peft_gauge.serving.passes import Setup
 from peft_gauge.serving.server import check_served

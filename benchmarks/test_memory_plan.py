@@ -7,7 +7,7 @@ birth to death (`peft_gauge.plan`). GB are 10⁹ bytes.
 from __future__ import annotations
 
 from itertools import pairwise, permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,7 +16,7 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from fixtures.plans import Plans
 
@@ -35,19 +35,23 @@ COMPARED = (methods.FULL, methods.LORA, methods.QLORA)
 LENGTHS = (64, 512, 2048)
 
 
-def steps_to_plan(items: Sequence[pytest.Function]) -> list[PlanRequest]:
-    """See `fixtures.plans`."""
-    found: list[PlanRequest] = []
-    for item in items:
-        asked: dict[str, Any] = item.callspec.params
-        found += [step(asked["model"], asked["method"], SEQ)] if "method" in asked else crossing(asked["model"])
-    return found
+def planned_step(model: str, method: methods.Method) -> list[PlanRequest]:
+    return [step(model, method, SEQ)]
 
 
+def crossing(model: str) -> list[PlanRequest]:
+    return [step(model, method, seq) for seq in LENGTHS for method in COMPARED]
+
+
+def step(model: str, method: methods.Method, seq: int) -> PlanRequest:
+    return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=BATCH, seq=seq))
+
+
+@pytest.mark.plans(steps=planned_step)
 @pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
 @pytest.mark.parametrize("model", MODELS)
 def test_planned_memory(model: str, method: methods.Method, plans: Plans, record: Callable[..., None]) -> None:
-    (plan,) = plans([step(model, method, SEQ)])
+    (plan,) = plans(planned_step(model, method))
 
     record(plan=plan.as_json())
     assert sum(plan.peak_by_category.values()) == plan.peak_bytes
@@ -55,6 +59,7 @@ def test_planned_memory(model: str, method: methods.Method, plans: Plans, record
     assert plan.resident_bytes < plan.peak_bytes <= plan.reserved_bytes_estimate < plan.device_bytes_estimate
 
 
+@pytest.mark.plans(steps=crossing)
 @pytest.mark.parametrize("model", ["tinyllama", pytest.param("llama-2-7b", marks=pytest.mark.slow)])
 def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
     """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
@@ -69,11 +74,3 @@ def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., Non
     ]
     record(peak_bytes_by_seq={str(seq): peaks[seq] for seq in LENGTHS}, crossings=crossings)
     assert all(peaks[short][name] <= peaks[long][name] for short, long in pairwise(LENGTHS) for name in peaks[short])
-
-
-def crossing(model: str) -> list[PlanRequest]:
-    return [step(model, method, seq) for seq in LENGTHS for method in COMPARED]
-
-
-def step(model: str, method: methods.Method, seq: int) -> PlanRequest:
-    return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=BATCH, seq=seq))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
+from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import paired, sweep
 from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
@@ -141,6 +141,7 @@ def planted_quality(task: PreparedPlanted, method: Method) -> float | None:
     return None if curve.divergence else task.scores(job)["quality"]
 
 
+@pytest.mark.plans(steps=steps_of_short_sweep)
 def test_two_methods_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
     """LoRA and IA³ for a few steps."""
     swept = short_text_sweep(["r16", "ia3"])

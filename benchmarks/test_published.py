@@ -131,6 +131,7 @@ CASES = [
 
 
 @pytest.mark.slow
+@pytest.mark.plans(steps=lambda step: [step.request()])
 @pytest.mark.parametrize("step", [step for step in read_steps() if step.is_plain], ids=lambda step: step.id)
 def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[..., None]) -> None:
     """The peak without library workspaces, and what the allocator hands out and reserves for it."""

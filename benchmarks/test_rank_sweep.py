@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
+from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
@@ -60,6 +60,7 @@ def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None
     assert (knee["knee"], knee["knee_share"]) == (f"r{PLANTED_RANK}", 1.0), "the sweep does not see what was planted"
 
 
+@pytest.mark.plans(steps=steps_of_short_sweep)
 def test_two_ranks_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
     """The smallest of what follows: the machinery on the real model, in steps too few for anything but its form."""
     swept = short_text_sweep(["r2", "r16"])

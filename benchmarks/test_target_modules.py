@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS
+from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
@@ -108,6 +108,7 @@ def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     decide("alpha-scales", "any", findings.scaling_sets_size(sizes, shared, **bounds))
 
 
+@pytest.mark.plans(steps=steps_of_short_sweep)
 def test_two_target_sets_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
     """Queries and values, and all four projections, for a few steps."""
     swept = short_text_sweep(["q,v r16", "r16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from peft_gauge.commands.ab import ab
+from peft_gauge.commands.bench import EXTRA, bench
 from peft_gauge.commands.bisect import bisect
 from peft_gauge.commands.bundle import bundle
 from peft_gauge.commands.calibrate import calibrate
@@ -28,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
+app.command(context_settings=EXTRA)(bench)
 app.command()(ab)
 app.command()(bisect)
 app.command()(calibrate)
@@ -38,6 +41,30 @@ app.command()(compare)
 app.command()(memory_curve)
 app.command()(report)
 app.command()(trace)
+
+
+def _print_versions(asked: bool) -> None:
+    """Print this package, Python, and the libraries that change a result; nothing is imported for it."""
+    if asked:
+        from peft_gauge import __version__
+        from peft_gauge.machine import LIBRARIES, installed_version
+
+        found = {"peft-gauge": __version__, "Python": platform.python_version()}
+        found |= {name: installed_version(name) or "not installed" for name in LIBRARIES}
+        print("\n".join(f"{name} {version}" for name, version in found.items()))
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print the version, Python's and the libraries'."
+        ),
+    ] = False,
+) -> None:
+    """Measure, predict and compare parameter-efficient fine-tuning."""
 
 
 @app.command()

@@ -16,10 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.files import slug
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "pytest-benchmark")
+"""The libraries that most often change a result; a comparison names each of them that differs."""
 
 
 @cache
@@ -41,6 +44,7 @@ def machine_info() -> dict[str, Any]:
         "threads": _threads(),
         "accelerator": accelerator,
         "libraries": {name: installed_version(name) for name in LIBRARIES},
+        "distributions": distributions(),
     }
 
 
@@ -208,6 +212,23 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def distributions() -> dict[str, str]:
+    """The version of every distribution that this interpreter can import from, by normalised name, in their order.
+
+    Of several of one name, the first on the path counts, which is the one that is imported. One without readable
+    metadata is left out.
+    """
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        try:
+            metadata = distribution.metadata
+        except Exception:  # what is wrong with somebody else's package must not lose a run
+            continue
+        if "Name" in metadata and "Version" in metadata:
+            found.setdefault(canonicalize_name(metadata["Name"]), metadata["Version"])
+    return dict(sorted(found.items()))
 
 
 def _cpu() -> dict[str, Any]:

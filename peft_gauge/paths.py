@@ -1,4 +1,4 @@
-"""Where the project's data files and the user's cache are."""
+"""Where the project's data files and the user's folders are."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ from pathlib import Path
 
 import platformdirs
 
-PROJECT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+PROJECT = PACKAGE.parent
 COMMIT = PROJECT / ".bundled-commit.json"
 """In a checkout that `peft-gauge bundle` brought to a node, where there is no git history: which commit it is."""
 
 
+def is_installed() -> bool:
+    """Whether this package came in a wheel, which has the suite inside it and no checkout around it."""
+    return (PACKAGE / "_suite").is_dir()
+
+
+def suite() -> Path:
+    """The folder that pytest runs the suite in: ``pytest.ini``, ``conftest.py``, ``benchmarks/`` and ``fixtures/`` of
+    the checkout, or their copy inside an installed wheel."""
+    return PACKAGE / "_suite" if is_installed() else PROJECT
+
+
 def fixture(name: str) -> Path:
-    """The data file or folder ``name`` of ``fixtures/``: in the checkout, or the copy inside an installed wheel."""
-    in_checkout = PROJECT / "fixtures" / name
-    return in_checkout if in_checkout.exists() else Path(__file__).resolve().parent / "_data" / name
+    """The data file or folder ``name`` of the suite's ``fixtures/``."""
+    return suite() / "fixtures" / name
 
 
 def calibrations() -> Path:

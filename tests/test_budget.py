@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from fixtures import budget
-from fixtures.budget import GROWTH, REST, STEP, VARIATION, Budget, Past, process_seconds
-from fixtures.measured import Asked, Job
 from peft_gauge.errors import GaugeError
+from peft_gauge.pytest_plugin import budget
+from peft_gauge.pytest_plugin.budget import GROWTH, REST, STEP, VARIATION, Budget, Past, process_seconds
+from peft_gauge.pytest_plugin.workload import Asked, Job, Workload
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings
@@ -40,7 +40,7 @@ def item(test: str, about: Case | None, *passes: str, shapes: bool = False, skip
         nodeid=f"benchmarks/test_x.py::{test}[{about.id if about else ''}]",
         fixturenames=("measured",) if about else (),
         callspec=SimpleNamespace(params={"case": about} if about else {}),
-        iter_markers=lambda name: markers if about else [],
+        iter_markers=lambda name: markers if about and name == "measures" else [],
         get_closest_marker=closest,
     )
 
@@ -55,6 +55,10 @@ def suite_of(*names: str) -> list[Any]:
         *(item("test_peak", each, "memory") for each in cases),
         *(item("test_step", each, "speed") for each in cases),
     ]
+
+
+def workload_of(items: list[Any]) -> Workload:
+    return Workload.of(items, split=True)
 
 
 def replace_checkpointing(about: Case) -> Case:
@@ -87,7 +91,7 @@ def ten_seconds_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_come_first_method_by_method_then_variations_growth_and_the_rest(clock: Clock) -> None:
     asked = Budget(1000, clock(), clock)
-    order = [each.nodeid.rpartition("::")[2] for each in asked.order(suite_of("lora", "ia3"), {})]
+    order = [each.nodeid.rpartition("::")[2] for each in asked.order(workload_of(suite_of("lora", "ia3")), {})]
     lora, ia3 = "lora-toy-llama-cpu", "ia3-toy-llama-cpu"
     assert order == [
         *(f"test_peak[{lora}]", f"test_step[{lora}]", f"test_peak[{ia3}]", f"test_step[{ia3}]"),
@@ -107,7 +111,7 @@ def test_steps_come_first_method_by_method_then_variations_growth_and_the_rest(c
 @pytest.mark.usefixtures("ten_seconds_each")
 def test_nothing_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
     asked = Budget(25, clock(), clock)
-    items = asked.order([item("test_peak", case(name), "memory") for name in ("lora", "ia3", "full")], {})
+    items = asked.order(workload_of([item("test_peak", case(name), "memory") for name in ("lora", "ia3", "full")]), {})
     begun = []
     for each in items:
         if asked.why_not(each) is None:
@@ -125,7 +129,7 @@ def test_nothing_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
 def test_a_second_question_to_a_case_that_was_begun_is_asked_when_the_time_is_up(clock: Clock) -> None:
     asked = Budget(10, clock(), clock)
     about = case("lora")
-    peak, step = asked.order([item("test_peak", about, "memory"), item("test_step", about, "speed")], {})
+    peak, step = asked.order(workload_of([item("test_peak", about, "memory"), item("test_step", about, "speed")]), {})
     assert asked.why_not(peak) is None
     clock.now += 500
     assert asked.why_not(step) is None, "its case is measured: to answer costs nothing"
@@ -136,14 +140,14 @@ def test_a_shorter_one_is_begun_where_a_longer_one_is_not(clock: Clock, monkeypa
     seconds = {"full": 30.0, "lora": 5.0}
     monkeypatch.setattr(budget, "process_seconds", lambda asked: seconds[asked.case.method.name])
     asked = Budget(20, clock(), clock)
-    items = asked.order([item("test_peak", case(name), "memory") for name in seconds], {})
+    items = asked.order(workload_of([item("test_peak", case(name), "memory") for name in seconds]), {})
     assert [asked.why_not(each) is None for each in items] == [False, True]
 
 
 @pytest.mark.usefixtures("ten_seconds_each")
 def test_what_a_case_took_corrects_what_is_estimated_of_the_others(clock: Clock) -> None:
     asked = Budget(100, clock(), clock)
-    first, second = asked.order([item("test_peak", case(name), "memory") for name in ("lora", "ia3")], {})
+    first, second = asked.order(workload_of([item("test_peak", case(name), "memory") for name in ("lora", "ia3")]), {})
     assert asked.why_not(first) is None
     asked.took(Job(case("lora")), 40.0)
     assert asked.estimate(asked.entries[1]) == 40.0
@@ -159,11 +163,11 @@ def test_an_earlier_run_of_the_same_settings_is_the_estimate(clock: Clock) -> No
     earlier = {items[0].nodeid: Past(33.0, same), items[1].nodeid: Past(33.0, same)}
     longer = {**earlier, items[2].nodeid: Past(99.0, {**same, "seq": 512})}
     asked = Budget(1000, clock(), clock)
-    asked.order(items, longer)
+    asked.order(workload_of(items), longer)
     assert [entry.earlier_seconds for entry in asked.entries] == [33.0, None]
     # A question that the earlier run did not ask may have made its process longer.
     partly = Budget(1000, clock(), clock)
-    partly.order(items, {items[0].nodeid: Past(33.0, same)})
+    partly.order(workload_of(items), {items[0].nodeid: Past(33.0, same)})
     assert partly.entries[0].earlier_seconds is None
 
 
@@ -173,22 +177,22 @@ def test_a_budget_smaller_than_one_case_is_refused(clock: Clock) -> None:
     clock.now += 3.0
     asked = Budget(12, began, clock)
     with pytest.raises(GaugeError) as refused:
-        asked.order([item("test_peak", case("lora"), "memory")], {})
+        asked.order(workload_of([item("test_peak", case("lora"), "memory")]), {})
     assert str(refused.value) == (
         "--budget=12 is too small: 3 s went into starting, and the shortest case (lora-toy-llama-cpu) is estimated at "
         "10 s; give at least 18, or a smaller --model"
     )
     enough = Budget(18, began, clock)
-    enough.order([item("test_peak", case("lora"), "memory")], {})
+    enough.order(workload_of([item("test_peak", case("lora"), "memory")]), {})
     # What would be skipped anyway needs no time.
-    Budget(12, began, clock).order([item("test_peak", case("lora"), "memory", skip=True)], {})
+    Budget(12, began, clock).order(workload_of([item("test_peak", case("lora"), "memory", skip=True)]), {})
 
 
 @pytest.mark.usefixtures("ten_seconds_each")
 def test_the_schedule_shows_order_estimates_and_where_it_ends(clock: Clock) -> None:
     asked = Budget(25, clock(), clock)
     items = [item("test_peak", case(name), "memory") for name in ("lora", "ia3", "full")]
-    asked.order([*items, item("test_params", None)], {})
+    asked.order(workload_of([*items, item("test_params", None)]), {})
     head, _, *lines = asked.schedule()
     assert head.startswith("peft-gauge: a budget of 25 s")
     assert [line.split()[:2] for line in lines[:3]] == [
@@ -200,6 +204,13 @@ def test_the_schedule_shows_order_estimates_and_where_it_ends(clock: Clock) -> N
     assert lines[2].endswith("10 s  -"), "its end is beyond the budget"
     assert lines[3] == "  and 1 tests that measure no case, 1 s"
     assert max(map(len, (head, *lines))) <= 100
+
+
+def test_cases_that_are_skipped_anyway_have_no_line(clock: Clock) -> None:
+    """As all of a GPU are where there is none."""
+    asked = Budget(100, clock(), clock)
+    asked.order(workload_of([item("test_peak", case("lora"), "memory", skip=True)]), {})
+    assert len(asked.schedule()) == 2
 
 
 def test_a_first_estimate_grows_with_what_is_asked() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fixtures import cards
 from peft_gauge import isolation, machine
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import Accelerator
+from peft_gauge.pytest_plugin import workers
 
 UUIDS = ("GPU-00000000-1111-2222-3333-444444444444", "MIG-55555555-6666-7777-8888-999999999999")
 
@@ -44,7 +44,7 @@ def test_a_worker_sees_its_own_card_by_uuid(
     plant(*UUIDS)
     monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")  # whose numbers say nothing once there are UUIDs
-    assert cards.card_environment() == {"CUDA_VISIBLE_DEVICES": uuid}
+    assert workers.card_environment() == {"CUDA_VISIBLE_DEVICES": uuid}
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("5,3", "3"), ("5, GPU-abc", "GPU-abc")])
@@ -55,31 +55,31 @@ def test_without_a_uuid_the_card_is_that_of_the_users_list(
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert cards.card_environment() == {"CUDA_VISIBLE_DEVICES": expected}
+    assert workers.card_environment() == {"CUDA_VISIBLE_DEVICES": expected}
 
 
 def test_nothing_is_set_where_no_worker_has_to_share(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(*UUIDS)
-    assert not cards.is_worker()
-    assert cards.card_environment() == {}
+    assert not workers.is_worker()
+    assert workers.card_environment() == {}
     plant()
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    assert cards.is_worker()
-    assert cards.card_environment() == {}
+    assert workers.is_worker()
+    assert workers.card_environment() == {}
 
 
 def test_a_case_does_not_see_what_libraries_have_written_since(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant()
-    monkeypatch.setattr(cards, "_AT_START", {**os.environ, "GAUGE_CHANGED": "first", "GAUGE_GONE": "was there"})
+    monkeypatch.setattr(workers, "_AT_START", {**os.environ, "GAUGE_CHANGED": "first", "GAUGE_GONE": "was there"})
     monkeypatch.setenv("GAUGE_CHANGED", "second")
     monkeypatch.setenv("GAUGE_WRITTEN", "since")
     written = {"GAUGE_CHANGED": "first", "GAUGE_GONE": "was there", "GAUGE_WRITTEN": None}
-    assert cards.process_environment() == written
+    assert workers.process_environment() == written
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "another")
     plant(*UUIDS)
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
-    assert cards.process_environment() == {**written, "CUDA_VISIBLE_DEVICES": UUIDS[1]}
-    environment = isolation.child_environment(cards.process_environment())
+    assert workers.process_environment() == {**written, "CUDA_VISIBLE_DEVICES": UUIDS[1]}
+    environment = isolation.child_environment(workers.process_environment())
     assert (environment["GAUGE_GONE"], "GAUGE_WRITTEN" in environment) == ("was there", False)
 
 
@@ -91,14 +91,14 @@ def config_of(workers: int | None) -> Any:
 def test_more_workers_than_cards_are_refused(plant: Plant) -> None:
     plant(*UUIDS)
     with pytest.raises(GaugeError) as caught:
-        cards.check_workers(config_of(4), "cuda")
+        workers.check_workers(config_of(4), "cuda")
     assert str(caught.value) == "-n 4 needs 4 cards, one for each worker; torch sees 2: use -n 2"
 
 
-@pytest.mark.parametrize(("workers", "device"), [(2, "cuda"), (1, "cuda"), (0, "cuda"), (None, "cuda"), (4, "cpu")])
-def test_workers_that_have_a_card_each_are_not_refused(workers: int | None, device: str, plant: Plant) -> None:
+@pytest.mark.parametrize(("number", "device"), [(2, "cuda"), (1, "cuda"), (0, "cuda"), (None, "cuda"), (4, "cpu")])
+def test_workers_that_have_a_card_each_are_not_refused(number: int | None, device: str, plant: Plant) -> None:
     plant(*UUIDS)
-    cards.check_workers(config_of(workers), device)
+    workers.check_workers(config_of(number), device)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_workers_that_have_a_card_each_are_not_refused(workers: int | None, devi
 def test_all_questions_to_a_case_go_to_one_worker(nodeid: str, scope: str | None) -> None:
     pytest.importorskip("xdist")
     config = SimpleNamespace(getvalue=lambda name: ["popen"], getoption=lambda name: ["popen"])
-    scheduling = cards.case_scheduling(config, SimpleNamespace(loadscopesched=None))  # type: ignore[arg-type]
+    scheduling = workers.case_scheduling(config, SimpleNamespace(loadscopesched=None))  # type: ignore[arg-type]
     assert scheduling._split_scope(nodeid) == (scope or nodeid)
 
 

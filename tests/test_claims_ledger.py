@@ -74,6 +74,12 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
             from fixtures.plans import Plans
 
             return Plans()  # neither claim needs one
+
+        @pytest.fixture(scope="session")
+        def workload(request):
+            from peft_gauge.pytest_plugin.workload import Workload
+
+            return Workload.of(request.session.items)
         """
     )
     result = pytester.runpytest_inprocess("-k", "identity or qlora-quality", "-p", "no:benchmark")

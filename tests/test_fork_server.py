@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from fixtures import cards
-from fixtures.cards import process_environment
 from peft_gauge import isolation
 from peft_gauge.isolation import fork_server
 from peft_gauge.measure import PRELOAD
+from peft_gauge.pytest_plugin import workers
+from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
 from peft_gauge.training.step import StepSettings
@@ -179,7 +179,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
         name = f"ahead_{abs(hash(request.node.nodeid))}"
         (tmp_path / f"{name}.py").write_text(source)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setitem(cards._AT_START, "PYTHONPATH", str(tmp_path))
+        monkeypatch.setitem(workers._AT_START, "PYTHONPATH", str(tmp_path))
         return name
 
     return write

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fixtures.cards import process_environment
 from peft_gauge import isolation, machine, paths
 from peft_gauge.measure import PRELOAD
 from peft_gauge.measure.calibration import FURTHER, Reading, assumptions, outside_bytes, workspace_bytes
 from peft_gauge.memory.overheads import overheads_for, write_calibration
 from peft_gauge.plan import ceilings
 from peft_gauge.plan.record import Plan, PlanRequest
+from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
 from peft_gauge.training.step import StepSettings

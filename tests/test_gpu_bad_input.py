@@ -23,12 +23,12 @@ import pytest
 import torch
 
 from fixtures import measured
-from fixtures.selection import selected_device
 from peft_gauge import machine
 from peft_gauge.commands import doctor
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import Accelerator, Driver
 from peft_gauge.plan.record import GpuFit, PlanRequest
+from peft_gauge.pytest_plugin.selection import selected_device
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from fixtures.cards import process_environment
 from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import Interrupted, Outcome, child, endings, fork_server, parent
+from peft_gauge.pytest_plugin.workers import process_environment
 from tests import children
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,6 +24,7 @@ from peft_gauge.isolation import fork_server
 from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
+from peft_gauge.pytest_plugin.workload import Asked, Job, Workload, start_imports
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings
@@ -164,18 +165,18 @@ def test_processes_that_are_held_against_each_other_are_new_interpreters(
     given: list[Any] = []
     monkeypatch.setattr(isolation, "run", lambda function, setup, **options: given.append(options["preload"]))
     options = {"--processes": times, "--time-limit": 9.0, "--budget": None}
-    session: Any = SimpleNamespace(config=SimpleNamespace(getoption=options.__getitem__), items=[])
-    measured.Measurements(session, None)._in_process(None)  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(getoption=options.__getitem__)
+    job = Job(case_on("cpu"))
+    found = Workload({job: Asked(job, (), ())}, {}, (), frozenset())
+    measured.Measurements(config, found, None)._in_process(None)  # type: ignore[arg-type]
     assert given == [preload]
-    monkeypatch.setattr(measured, "_wanted", lambda session: {"a case": "what is asked of it"})
-    measured.prepare_processes(session)
+    start_imports(config, found)
     assert prepared == ([preload] if preload else [])
 
 
 def test_nothing_is_imported_for_a_session_that_measures_nothing(prepared: list[tuple[str, ...]]) -> None:
     options = {"--processes": 1, "--budget": None}
-    session: Any = SimpleNamespace(config=SimpleNamespace(getoption=options.__getitem__), items=[])
-    measured.prepare_processes(session)
+    start_imports(SimpleNamespace(getoption=options.__getitem__), Workload.of([]))  # type: ignore[arg-type]
     assert prepared == []
 
 

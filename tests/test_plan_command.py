@@ -19,7 +19,6 @@ import psutil
 import pytest
 from rich.console import Console
 
-from fixtures.cards import process_environment
 from peft_gauge.commands.plan import adjusted
 from peft_gauge.isolation import child_environment
 from peft_gauge.measure import PRELOAD
@@ -27,6 +26,7 @@ from peft_gauge.memory.categories import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
 from peft_gauge.plan.worker import Preloaded
+from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.report.terminal import plan_table
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixtures.measured import gpu_name
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import Accelerator
 from peft_gauge.memory import gpus
 from peft_gauge.memory.overheads import calibration_path, default_overheads, overheads_for, write_calibration
+from peft_gauge.pytest_plugin.workload import gpu_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from fixtures import measured
-from fixtures.selection import names_in
+from peft_gauge.pytest_plugin import workload
+from peft_gauge.pytest_plugin.selection import names_in
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = "benchmarks/test_memory.py"
@@ -32,7 +32,7 @@ if with_cuda:
 
 class Noted:
     def pytest_collection_finish(self, session):
-        from fixtures import measured
+        from peft_gauge.pytest_plugin.workload import WORKLOAD, Workload
         self.found = {
             "ids": [item.nodeid for item in session.items],
             "slow": [item.nodeid for item in session.items if item.get_closest_marker("slow")],
@@ -42,7 +42,7 @@ class Noted:
                 for line in ([lines] if isinstance(lines, str) else lines)
                 if line.startswith("peft-gauge:")), None),
             "measured": sorted([asked.case.id, *asked.passes, len(asked.shapes)]
-                               for asked in measured._wanted(session).values()),
+                               for asked in session.config.stash.get(WORKLOAD, Workload.of([])).processes.values()),
         }
 
 every = []
@@ -239,13 +239,14 @@ def item(*markers: pytest.MarkDecorator) -> Any:
 )
 def test_a_test_says_what_is_measured_of_its_case(markers: list[pytest.MarkDecorator], said: str) -> None:
     with pytest.raises(pytest.UsageError, match=re.escape(said)):
-        measured.check_markers([item(*markers)])
-    measured.check_markers([item(pytest.mark.measures), item(pytest.mark.measures("memory", shapes=True))])
+        workload.check_markers(item(*markers))
+    for allowed in (pytest.mark.measures, pytest.mark.measures("memory", shapes=True)):
+        workload.check_markers(item(allowed))
 
 
 def test_every_marker_counts() -> None:
     both = item(pytest.mark.measures("memory", shapes=True), pytest.mark.measures("speed"))
-    assert measured.passes_of(both) == {"memory", "speed"}
+    assert workload.passes_of(both) == {"memory", "speed"}
 
 
 # Expressions

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from fixtures import measured, plans, sweeps
+from benchmarks import test_methods_quality, test_rank_sweep, test_target_modules
+from fixtures import plans, sweeps
+from peft_gauge.errors import GaugeError
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
 from peft_gauge.quality import tasks
 from peft_gauge.training import methods, models
@@ -37,11 +39,10 @@ def request_of(method: str) -> PlanRequest:
     return PlanRequest(models.resolve("toy-llama"), methods.get(method), StepSettings(1, 8))
 
 
-def session_of(*fixturenames: str, **options: Any) -> Any:
-    """A session of one item, which asks for these fixtures, and another that has none (as a doctest)."""
+def config_of(**options: Any) -> Any:
+    """pytest's config, as far as a short sweep reads it."""
     chosen = {"--model": None, "--dataset": None, "--dtype": None, "--seed": 0} | options
-    items = [SimpleNamespace(fixturenames=fixturenames), SimpleNamespace()]
-    return SimpleNamespace(items=items, config=SimpleNamespace(getoption=chosen.__getitem__))
+    return SimpleNamespace(getoption=chosen.__getitem__)
 
 
 def test_what_is_wanted_is_planned_with_the_first_and_everything_once(turns: list[list[PlanRequest]]) -> None:
@@ -69,14 +70,12 @@ def test_short_sweeps_are_planned_ahead(turns: list[list[PlanRequest]], monkeypa
     toy = models.resolve("toy-llama")
     monkeypatch.setattr(models, "resolve", lambda name, weights=None: toy)
     monkeypatch.setattr(tasks.TextTask, "settings", lambda self: StepSettings(self.batch, 30))
-    monkeypatch.setattr(measured, "steps_of_measured", lambda session: [request_of("full")])
-    session = session_of("short_text_sweep", **{"--dtype": "bfloat16"})
-    first, *ahead = plans.wanted(session)
+    config = config_of(**{"--dtype": "bfloat16"})
+    ahead = sweeps.steps_of_short_sweep(config)
     planned = plans.Plans(lambda: ahead)
 
-    assert first == request_of("full")
     peaks = sweeps._peak_bytes(
-        sweeps._task(session.config, toy, **sweeps.SHORT_TASK), list(sweeps.SHORT_SETTINGS.values())[:2], planned
+        sweeps._task(config, toy, **sweeps.SHORT_TASK), list(sweeps.SHORT_SETTINGS.values())[:2], planned
     )
 
     assert peaks == {"r2": 1_000_448, "r16": 1_000_448}
@@ -85,26 +84,32 @@ def test_short_sweeps_are_planned_ahead(turns: list[list[PlanRequest]], monkeypa
     assert {(step.dtype, step.padded, step.settings) for step in ahead} == {("bfloat16", True, StepSettings(2, 30))}
 
 
-def test_no_short_sweep_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    def must_not(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("nobody asked")
-
-    monkeypatch.setattr(models, "resolve", must_not)
-    assert sweeps.steps_of_short_sweeps(session_of("text_sweep", "record")) == []
-
-
 @pytest.mark.parametrize("options", [{}, {"--model": "toy-llama"}, {"--model": "no-such-model"}])
-def test_a_short_sweep_that_will_skip_wants_no_plans(
+def test_a_short_sweep_that_will_skip_names_no_steps(
     options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that were not fetched, or a model without a tokenizer, are the case's to tell."""
     monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path))
-    assert sweeps.steps_of_short_sweeps(session_of("short_text_sweep", **options)) == []
+    with pytest.raises(GaugeError):
+        sweeps.steps_of_short_sweep(config_of(**options))
 
 
-def test_a_dataset_that_is_none_wants_no_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_does_not_exist_names_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = models.resolve("toy-llama")
     monkeypatch.setattr(models, "resolve", lambda name, weights: toy)
     monkeypatch.setattr(tasks, "_tokenizer", lambda model: None)
-    session = session_of("short_text_sweep", **{"--dataset": str(tmp_path / "none.jsonl")})
-    assert sweeps.steps_of_short_sweeps(session) == []
+    with pytest.raises(GaugeError):
+        sweeps.steps_of_short_sweep(config_of(**{"--dataset": str(tmp_path / "none.jsonl")}))
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_rank_sweep.test_two_ranks_on_text,
+        test_target_modules.test_two_target_sets_on_text,
+        test_methods_quality.test_two_methods_on_text,
+    ],
+)
+def test_short_sweeps_name_their_steps(test: Any) -> None:
+    (named,) = [mark.kwargs["steps"] for mark in test.pytestmark if mark.name == "plans"]
+    assert named is sweeps.steps_of_short_sweep

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from peft_gauge import paths
+from peft_gauge import __version__, paths
 from peft_gauge.errors import GaugeError
 
 NAME = "peft-gauge"
@@ -80,7 +80,7 @@ def _from_pyproject(file: Path) -> Project:
     requirements = [Requirement(text) for text in project["dependencies"]]
     for extra, texts in project["optional-dependencies"].items():
         requirements += [_of_extra(Requirement(text), extra) for text in texts]
-    return Project(project["version"], SpecifierSet(project["requires-python"]), tuple(requirements))
+    return Project(project.get("version", __version__), SpecifierSet(project["requires-python"]), tuple(requirements))
 
 
 def _of_extra(requirement: Requirement, extra: str) -> Requirement:

@@ -13,7 +13,7 @@ from peft_gauge.history import comparison, schema
 from peft_gauge.history.fingerprints import differences
 from peft_gauge.history.metrics import FINGERPRINT, SETTINGS, changes, flat
 from peft_gauge.history.reader import read_run
-from peft_gauge.history.writer import bundled_commit, write_run
+from peft_gauge.history.writer import commit_info, write_run
 
 if TYPE_CHECKING:
     from peft_gauge.environments.measurement import Finding
@@ -32,7 +32,6 @@ def save(
 ) -> tuple[Path, Path]:
     """Both sides as saved runs, A's first, under ``results``; raises `GaugeError` as `write_run` does."""
     from pytest_benchmark import __version__
-    from pytest_benchmark.utils import get_commit_info
 
     paths = []
     for number, letter in enumerate("AB"):
@@ -40,7 +39,7 @@ def save(
         told = {**options, "ab": {"side": letter, "requirements": sides[number].name, "of": [s.name for s in sides]}}
         run: dict[str, Any] = {
             "machine_info": machine,
-            "commit_info": bundled_commit() or get_commit_info(),
+            "commit_info": commit_info(),
             "benchmarks": [],
             "datetime": datetime.now(UTC).isoformat(),
             "version": __version__,

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from packaging.utils import canonicalize_name
+
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ IDENTITY = ("method", "model", "device")
 """The figures that say, with the settings, what a case is about."""
 
 ABSENT = "absent"
+SHOWN_DISTRIBUTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,24 @@ def _minor(version: object) -> str | None:
 
 
 def environment_changes(old: Run, new: Run) -> list[str]:
-    """What differs besides the machine, and is a likely cause of a change: libraries first."""
-    return changes(environment(old), environment(new))
+    """What differs besides the machine, and is a likely cause of a change: libraries first, then the other installed
+    distributions in one line, where both runs recorded them."""
+    return [*changes(environment(old), environment(new)), *_other_distributions(old, new)]
+
+
+def _other_distributions(old: Run, new: Run) -> list[str]:
+    if not (old.distributions and new.distributions):
+        return []
+    named = {canonicalize_name(name) for name in (*old.libraries, *new.libraries)}
+    before, after = (
+        {name: version for name, version in sorted(run.distributions.items()) if name not in named}
+        for run in (old, new)
+    )
+    found = changes(before, after)
+    if not found:
+        return []
+    rest = f" and {len(found) - SHOWN_DISTRIBUTIONS} more" if len(found) > SHOWN_DISTRIBUTIONS else ""
+    return [f"other distributions: {', '.join(found[:SHOWN_DISTRIBUTIONS])}{rest}"]
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -62,6 +62,13 @@ class Run:
         return libraries if isinstance(libraries, Mapping) else {}
 
     @property
+    def distributions(self) -> Mapping[str, str]:
+        """The version of every installed distribution by normalised name; empty for a run saved before they were
+        recorded."""
+        distributions = self.machine.get("distributions")
+        return distributions if isinstance(distributions, Mapping) else {}
+
+    @property
     def name(self) -> str:
         """The run's number where its file has one, else the file's stem: short enough for a table."""
         return _number(self.path) or self.path.stem
@@ -257,6 +264,9 @@ def _check_machine(machine: dict[str, Any]) -> None:
     for library, version in libraries.items():
         if version is not None:
             _field(libraries, library, str, "machine_info.libraries.")
+    distributions = _field({"distributions": {}} | machine, "distributions", dict, "machine_info.")
+    for name in distributions:
+        _field(distributions, name, str, "machine_info.distributions.")
 
 
 def _case(entry: dict[str, Any], rounds: Mapping[str, list[float]]) -> CaseRecord:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peft_gauge import paths
+from peft_gauge import __version__, paths
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.files import write_whole
 
@@ -26,6 +26,22 @@ def bundled_commit(file: Path = paths.COMMIT) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return commit if isinstance(commit, dict) else None
+
+
+def commit_info() -> dict[str, Any]:
+    """The commit of the suite, as pytest-benchmark saves it with a run: whatever repository the user stands in.
+
+    A bundled checkout brought its commit along (`bundled_commit`); an installed wheel has none, and gives its version.
+    """
+    if paths.is_installed():
+        return {"id": "unversioned", "dirty": False, "project": "peft-gauge", "version": __version__}
+    bundled = bundled_commit()
+    if bundled is not None:
+        return bundled
+    from pytest_benchmark.utils import get_commit_info
+
+    with chdir(paths.PROJECT):  # it starts git in the current folder
+        return dict(get_commit_info())
 
 
 def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datetime | None = None) -> Path:

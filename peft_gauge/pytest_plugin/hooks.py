@@ -1,0 +1,186 @@
+"""The hooks by which pytest runs the suite; this is the module that pytest loads as the plugin.
+
+What the command line asks for is settled before the session starts, so that a mistake in it is one line. Then cases
+become parameters of tests, collection leaves out what nobody asked for and ends with the session's `Workload`, and the
+`Recorder` saves what comes of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_gauge import machine
+from peft_gauge.errors import GaugeError
+from peft_gauge.history.reader import Run, read_run
+from peft_gauge.history.resumption import Resumption, resumable
+from peft_gauge.history.writer import commit_info
+from peft_gauge.pytest_plugin.budget import BUDGET, Budget, budget_of, put_in_order
+from peft_gauge.pytest_plugin.options import add_options, run_options
+from peft_gauge.pytest_plugin.recorder import BASELINE, RESUMPTION, Recorder
+from peft_gauge.pytest_plugin.selection import (
+    CASES,
+    LeftOut,
+    case_of,
+    check_runs_on,
+    deselect,
+    selected_cases,
+    selected_device,
+    selected_variations,
+)
+from peft_gauge.pytest_plugin.workers import case_scheduling, check_workers, is_worker
+from peft_gauge.pytest_plugin.workload import (
+    TIMEKEEPERS,
+    WORKLOAD,
+    Workload,
+    check_markers,
+    is_split,
+    passes_of,
+    start_imports,
+)
+from peft_gauge.training.cases import Case
+
+# Their fixtures: `record` and `workload`.
+pytest_plugins = ["peft_gauge.pytest_plugin.recorder", "peft_gauge.pytest_plugin.workload"]
+
+VARIED_CASES = pytest.StashKey[list[Case]]()
+DEVICE = pytest.StashKey[str]()
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Recorder(config), "peft-gauge-recorder")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Settle what to run before pytest prints or looks at anything: a mistake in the options is one line."""
+    config = session.config
+    try:
+        config.stash[CASES] = selected_cases(config)
+        config.stash[VARIED_CASES] = selected_variations(config)
+        config.stash[DEVICE] = selected_device(config)
+        check_runs_on(config, config.stash[DEVICE])
+        check_workers(config, config.stash[DEVICE])
+        budget = budget_of(config)
+        config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
+        config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
+    except GaugeError as error:
+        raise pytest.UsageError(str(error)) from error
+    if budget is not None:
+        config.stash[BUDGET] = budget
+        config.stash[TIMEKEEPERS] = (budget.took,)
+
+
+def _resumption(config: pytest.Config) -> Resumption:
+    return resumable(Path(config.getoption("--results")), machine.machine_info(), run_options(config))
+
+
+def _baseline(config: pytest.Config) -> Run | None:
+    """The run that ``--compare`` names, read before hours are spent; ``None`` where the new run's cases will choose."""
+    if config.getoption("--no-save"):
+        raise GaugeError("--compare reads this run as it was saved; drop --no-save")
+    named = config.getoption("--compare")
+    return read_run(Path(named)) if named else None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which device a bare run takes and, where that is the CPU, why."""
+    reason = machine.why_no_cuda()
+    return "peft-gauge: a bare run measures on " + ("cuda" if reason is None else f"the CPU: {reason}")
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    return machine.machine_info()
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    """The suite's own commit; pytest-benchmark would ask git about the current folder."""
+    return commit_info()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``, all questions to one case go to one worker, unless the user chose another way to share them out."""
+    return case_scheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One instance of a test for each selected method and device; ids come from the data."""
+    if "case" not in metafunc.fixturenames:
+        return
+    varies = metafunc.definition.get_closest_marker("variations") is not None
+    slow_on_cpu = metafunc.definition.get_closest_marker("slow_on_cpu") is not None
+    cases = metafunc.config.stash[VARIED_CASES if varies else CASES]
+    marks = {"cuda": [pytest.mark.gpu], "cpu": [pytest.mark.slow] if slow_on_cpu else []}
+    marked = [pytest.param(case, id=case.id, marks=marks[case.device]) for case in cases]
+    # In session scope pytest puts the questions to one case next to each other, and one job serves them all.
+    metafunc.parametrize("case", marked, scope="session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of what -m and -k have left, leave out what nobody asked for (`LeftOut`); say why GPU cases cannot run. What
+    stays is the session's workload."""
+    for item in items:
+        check_markers(item)
+    device = config.stash[DEVICE]
+    left_out = LeftOut(config, device)
+    elsewhere = deselect(config, items, left_out.is_of_another_device)
+    slow = deselect(config, items, left_out.is_slow)
+    how = "--device" if config.getoption("--device") else "-m gpu takes them" if device == "cpu" else "--device=cpu"
+    config.stash[LEFT_OUT] = [
+        *([f'{slow} slow cases (-m "slow or not slow" takes them in)'] if slow else []),
+        *([f"{elsewhere} of {'cuda' if device == 'cpu' else 'the CPU'} ({how})"] if elsewhere else []),
+    ]
+    resumption = config.stash[RESUMPTION]
+    if resumption is not None:
+        deselect(config, items, lambda item: item.nodeid in resumption.done)
+    if is_worker():  # other workers' cases would take the time that is measured
+        alone = pytest.mark.skip(reason="timing cases do not share this CPU (-n); run without -n")
+        for item in items:
+            case = case_of(item)
+            if case is not None and case.device == "cpu" and "speed" in passes_of(item):
+                item.add_marker(alone)
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    reason = machine.why_no_cuda() if gpu_items else None
+    if reason is not None:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    workload = config.stash[WORKLOAD] = Workload.of(items, split=is_split(config))
+    budget = config.stash.get(BUDGET, None)
+    if budget is not None:
+        put_in_order(config, budget, items, workload)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    workload = session.config.stash.get(WORKLOAD, None)  # none where pytest-xdist's workers collect
+    if workload is not None and not session.config.option.collectonly:
+        start_imports(session.config, workload)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """What was left out although no expression says so (a run of nothing else would be a riddle), and how a budget is
+    to be spent."""
+    left_out = config.stash.get(LEFT_OUT, [])
+    budget: Budget | None = config.stash.get(BUDGET, None)
+    lines = [f"peft-gauge: left out {', '.join(left_out)}"] if left_out else []
+    return lines if budget is None else [*lines, *budget.schedule()]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what a budget has no time for. One that skips of itself does so by its own reason, which comes later."""
+    budget: Budget | None = item.config.stash.get(BUDGET, None)
+    reason = None if budget is None or item.get_closest_marker("skip") is not None else budget.why_not(item)
+    if reason is not None:
+        pytest.skip(reason)

@@ -1,0 +1,254 @@
+"""What a session needs planned and measured: one object, built once from the tests that were collected.
+
+Tests declare their needs with markers, so that no name of a test or file matters:
+
+- ``measures(*passes, shapes=False)``: what the process of a test's case measures. ``passes``: any of `PASSES`; none
+  where the test only reads how the case was built. ``shapes``: the case's peak is measured at further shapes, too. Of
+  several markers, as a module's and a function's, each counts. Every test that uses the fixture `measured` has one.
+- ``plans(steps=function)``: the function returns the training steps (`PlanRequest`) whose plans the test will use. Its
+  parameters are parameters of the test, by name, and ``config`` for pytest's own. These steps are planned together with
+  the session's first plan, on all cores; a step that no marker names is planned when the test needs it.
+- ``claim(id)``: the claim that a test decides.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import get_args
+
+import pytest
+
+from peft_gauge import fork_server, isolation, machine
+from peft_gauge.clock.rounds import StoppingRule, WarmUp
+from peft_gauge.errors import GaugeError
+from peft_gauge.measure import PRELOAD
+from peft_gauge.measure.passes import Pass
+from peft_gauge.memory import gpus
+from peft_gauge.plan.record import PlanRequest
+from peft_gauge.pytest_plugin.selection import case_of
+from peft_gauge.pytest_plugin.workers import process_environment
+from peft_gauge.training.cases import BATCHES, Case
+
+MEASURES, PLANS, CLAIM = "measures", "plans", "claim"
+"""The names of the markers."""
+
+PASSES = frozenset(get_args(Pass))
+
+# Rounds on a CPU take longer and stay noisy; a bare run has to end in minutes.
+RULES = {"cpu": StoppingRule(min_rounds=5, max_rounds=25, budget_seconds=4.0), "cuda": StoppingRule()}
+WARM_UPS = {"cpu": WarmUp(window=1, most=8, tolerance=0.1, budget_seconds=4.0), "cuda": WarmUp()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process that measures a case. With ``shapes`` it is the one for further shapes alone, which only a run with a
+    budget has: how memory grows can wait there until every step was measured."""
+
+    case: Case
+    shapes: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the tests of a session need of a case, in one process: ``passes``, and peaks at further ``shapes``, each a
+    (batch, sequence length)."""
+
+    job: Job
+    passes: tuple[Pass, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def case(self) -> Case:
+        return self.job.case
+
+    @property
+    def steps(self) -> list[PlanRequest]:
+        """The steps to plan: the case's own, then one for each further shape."""
+        case = self.case
+        settings = [case.settings, *(replace(case.settings, batch=batch, seq=seq) for batch, seq in self.shapes)]
+        cards = machine.accelerators() if case.device == "cuda" else ()
+        names = (gpu_name(cards[0]),) if cards else ()
+        return [
+            PlanRequest(case.model, case.method, each, dtype=case.dtype, attention=case.attention, gpus=names)
+            for each in settings
+        ]
+
+    @property
+    def tokens(self) -> int:
+        own = (self.case.settings.batch, self.case.settings.seq)
+        return BATCHES * max(batch * seq for batch, seq in (own, *self.shapes))
+
+
+def gpu_name(card: machine.Accelerator) -> str:
+    """``card`` as plans look it up: by its name, unless it has other memory than the card of that name (a slice of one,
+    or none that is known), and then by its memory and its compute capability: workspaces and context depend on that."""
+    major, minor = card.compute_capability
+    by_size = f"{card.memory_bytes} sm_{major}{minor}"
+    try:
+        known = gpus.lookup(card.name)
+    except GaugeError:
+        return by_size
+    # Drivers differ by some hundred KiB.
+    return card.name if known.usable_bytes <= 1.01 * card.memory_bytes else by_size
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that a session plans and measures.
+
+    Fields:
+        processes: what each process measures, by job, in the order of the tests. A job whose tests are all skipped has
+            no process.
+        tests: the tests that use each job, in their order, skipped ones included.
+        others: the tests that need no such process, in their order.
+        claims: ids of the claims that a test of the session decides.
+    """
+
+    processes: Mapping[Job, Asked]
+    tests: Mapping[Job, Sequence[pytest.Item]]
+    others: Sequence[pytest.Item]
+    claims: frozenset[str]
+    _named: Sequence[Callable[[], Iterable[PlanRequest]]] = ()
+
+    @classmethod
+    def of(cls, items: Iterable[pytest.Item], *, split: bool = False) -> Workload:
+        """The workload of ``items``, whose markers are right (`check_markers`).
+
+        ``split``: further shapes are measured in a process of their own (`is_split`).
+        """
+        tests: dict[Job, list[pytest.Item]] = {}
+        others: list[pytest.Item] = []
+        claims: set[str] = set()
+        named: list[Callable[[], Iterable[PlanRequest]]] = []
+        for item in items:
+            job = job_of(item, split=split)
+            (others if job is None else tests.setdefault(job, [])).append(item)
+            claims |= {str(name) for marker in item.iter_markers(CLAIM) for name in marker.args}
+            if not _is_skipped(item):
+                named += [_with_parameters(marker.kwargs["steps"], item) for marker in item.iter_markers(PLANS)]
+        needed = {job: [item for item in own if not _is_skipped(item)] for job, own in tests.items()}
+        processes = {job: _asked(job, own) for job, own in needed.items() if own}
+        return cls(processes, tests, others, frozenset(claims), named)
+
+    @cached_property
+    def steps(self) -> tuple[PlanRequest, ...]:
+        """Every step to plan together with the first, each once: those that tests name, and those that processes
+        measure. With a budget, those of further shapes wait, since many a budget ends before them."""
+        found: list[PlanRequest] = []
+        for steps in self._named:
+            with suppress(GaugeError):  # the test itself reports it
+                found += steps()
+        found += [step for asked in self.processes.values() if not asked.job.shapes for step in asked.steps]
+        return tuple(dict.fromkeys(found))
+
+
+WORKLOAD = pytest.StashKey[Workload]()
+"""Where a session's workload is once its tests are collected; tests get it from the fixture `workload`."""
+
+TIMEKEEPERS = pytest.StashKey[tuple[Callable[[Job, float], None], ...]]()
+"""Callables that are given how many seconds the process of each job took."""
+
+
+@pytest.fixture(scope="session")
+def workload(request: pytest.FixtureRequest) -> Workload:
+    """What this session plans and measures."""
+    return request.config.stash[WORKLOAD]
+
+
+def is_split(config: pytest.Config) -> bool:
+    """Whether further shapes are measured in a process of their own."""
+    return config.getoption("--budget") is not None
+
+
+def start_imports(config: pytest.Config, found: Workload) -> None:
+    """Where this session's cases will be forked, let what they need be imported while the first tests run."""
+    if config.getoption("--processes") == 1 and found.processes:
+        fork_server.prepare(PRELOAD, isolation.child_environment(process_environment()))
+
+
+# One test
+
+
+def job_of(item: pytest.Item, *, split: bool) -> Job | None:
+    """The process that ``item`` needs; ``None`` where it needs none, or has no case of the session's, as calibration
+    tests do."""
+    case = case_of(item) if _uses_measured(item) else None
+    return None if case is None else Job(case, split and _needs_shapes(item))
+
+
+def passes_of(item: pytest.Item) -> set[Pass]:
+    """What the process of the item's case measures for it, by its markers."""
+    return {name for marker in item.iter_markers(MEASURES) for name in marker.args}
+
+
+def check_markers(item: pytest.Item) -> None:
+    """Raise `pytest.UsageError` where the markers of ``item`` are wrong, or do not say what `measured` has to
+    measure."""
+    markers = [*item.iter_markers(MEASURES)]
+    for marker in markers:
+        wrong = [*(each for each in marker.args if each not in PASSES), *(marker.kwargs.keys() - {"shapes"})]
+        if wrong:
+            known = f"{', '.join(sorted(PASSES))}, and shapes=True"
+            raise pytest.UsageError(f"{item.nodeid}: the marker {MEASURES} knows {known}, not {wrong[0]!r}")
+    if _uses_measured(item) and not markers:
+        raise pytest.UsageError(
+            f"{item.nodeid} asks for measured and does not say of what: "
+            f"mark it pytest.mark.{MEASURES}(…) with those it needs of {', '.join(sorted(PASSES))}"
+        )
+    for marker in item.iter_markers(PLANS):
+        if marker.args or marker.kwargs.keys() != {"steps"} or not callable(marker.kwargs["steps"]):
+            raise pytest.UsageError(
+                f"{item.nodeid}: the marker {PLANS} takes steps=FUNCTION, which returns plan requests"
+            )
+        unknown = inspect.signature(marker.kwargs["steps"]).parameters.keys() - _parameters(item).keys()
+        if unknown:
+            raise pytest.UsageError(
+                f"{item.nodeid}: the function of its marker {PLANS} has a parameter {sorted(unknown)[0]!r}, which is "
+                "neither one of the test nor config"
+            )
+
+
+def _uses_measured(item: pytest.Item) -> bool:
+    """Whether ``item`` uses the fixture `measured`, and not a parameter of its own with that name."""
+    own = getattr(getattr(item, "callspec", None), "params", {})
+    return "measured" in getattr(item, "fixturenames", ()) and "measured" not in own
+
+
+def _needs_shapes(item: pytest.Item) -> bool:
+    return any(marker.kwargs.get("shapes", False) for marker in item.iter_markers(MEASURES))
+
+
+def _is_skipped(item: pytest.Item) -> bool:
+    return item.get_closest_marker("skip") is not None
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return {**getattr(getattr(item, "callspec", None), "params", {}), "config": item.config}
+
+
+def _with_parameters(
+    steps: Callable[..., Iterable[PlanRequest]], item: pytest.Item
+) -> Callable[[], Iterable[PlanRequest]]:
+    given = _parameters(item)
+    names = inspect.signature(steps).parameters
+    return lambda: steps(**{name: given[name] for name in names})
+
+
+def _asked(job: Job, items: Sequence[pytest.Item]) -> Asked:
+    return Asked(
+        job,
+        tuple(sorted({name for item in items for name in passes_of(item)})),
+        _other_shapes(job.case) if any(map(_needs_shapes, items)) else (),
+    )
+
+
+def _other_shapes(case: Case) -> tuple[tuple[int, int], ...]:
+    """Three more corners of a rectangle: half the batch (twice, if it is 1), half the sequence, and both."""
+    batch, seq = case.settings.batch, case.settings.seq
+    other_batch = batch // 2 or 2
+    other_seq = max(seq // 2, 2)
+    return ((other_batch, seq), (batch, other_seq), (other_batch, other_seq))
