@@ -22,9 +22,10 @@ from typing import get_args
 
 import pytest
 
-from peft_gauge import fork_server, isolation, machine
+from peft_gauge import isolation, machine
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
+from peft_gauge.isolation import fork_server
 from peft_gauge.measure import PRELOAD
 from peft_gauge.measure.passes import Pass
 from peft_gauge.memory import gpus
