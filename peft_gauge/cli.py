@@ -42,9 +42,9 @@ app.command()(trace)
 
 @app.command()
 def doctor(
-    results: Annotated[Path, typer.Option(help="Where runs are to be saved.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Folder to save runs to.")] = Path("results"),
 ) -> None:
-    """Print what this machine can run and what is missing, with how to get it."""
+    """Check what this machine can run; for each missing part, print how to install it."""
     from peft_gauge.commands.doctor import examine
 
     lines = list(examine(results))
@@ -56,9 +56,9 @@ def doctor(
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Which weights: smollm2.")],
+    name: Annotated[str, typer.Argument(help="Weights to download: smollm2.")],
 ) -> None:
-    """Bring real weights into the user's cache, with a checksum, and dequantise them for the runs to come."""
+    """Download pretrained weights into the user's cache, verify their checksum and dequantize them for later runs."""
     from peft_gauge.training.fetch import fetch as fetch_weights
     from peft_gauge.training.fetch import prepare
 
