@@ -77,7 +77,8 @@ class Target:
 
 
 def parse_target(python: str, platform: str, supported: SpecifierSet) -> Target:
-    """The node described by ``--python`` and ``--platform``; raises `GaugeError` for an invalid value, or for a Python that ``supported`` does not include.
+    """The node described by ``--python`` and ``--platform``; raises `GaugeError` for an invalid value, or for a Python
+    that ``supported`` does not include.
     """
     version = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?", python.strip())
     if version is None:
