@@ -78,10 +78,10 @@ def collect(wanted: Wanted, *, say: Say = lambda text: None) -> Bundle:
     with _beside(out) as part:
         pip = Pip(target, wanted.index_options)
         if having.named:
-            say(f"asking pip for the dependencies of the {len(having.named)} named packages")
+            say(f"resolving the dependencies of the {len(having.named)} named packages")
         brought = selection.brought_by(pip, having, _torch_needs())
         having = having.together_with(brought.names)
-            say(f"asking pip which wheels a node with {target} lacks")
+        say(f"resolving the wheels that a node with {target} lacks")
         answer = selection.ask(pip, project, having)
         names = sorted({*answer.lacking.needed}.union(*(each.needed for each in answer.optional.values())))
         say(f"fetching {len(names)} wheels")

@@ -78,8 +78,8 @@ def install(bundle: Path, wanted: Path | None) -> Path:
 
 
 @contextmanager
+def refusing(what: str) -> Iterator[None]:
     """Turn an operating system error into a `Refusal`."""
-    """Turn the operating system's refusals into one of ours."""
     try:
         yield
     except OSError as error:

@@ -54,8 +54,8 @@ def card(name: str) -> Card:
     from peft_gauge.memory.gpus import lookup
     from peft_gauge.report.charts.memory_picture import Card
 
+    gpu = lookup(name)
     # Readers know a GPU by its marketed memory; some names include it already.
-    # The box's figure is what readers know a card by; some names carry it already.
     memory = gpu.marketing_memory
     if memory is None or memory.replace(" ", "") in gpu.name:
         return Card(gpu.name, gpu.usable_bytes)

@@ -156,8 +156,8 @@ class PreparedPlanted:
         return loss_on(job.model, self.validation)
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """``held_out_loss``, mean squared; unless teacher and base are equal, ``quality``: the share of the base's error
-        that the student removed (at most 1; below 0 if it is worse than the base); and for LoRA,
+        """``held_out_loss``, mean squared; unless teacher and base are equal, ``quality``: the share of the base's
+        error that the student removed (at most 1; below 0 if it is worse than the base); and for LoRA,
         ``update_over_planted``: the norm of its update over that of the planted one."""
         loss, of_base = loss_on(job.model, self.held_out), loss_on(Student(self.base), self.held_out)
         scores = {"held_out_loss": loss, "base_held_out_loss": of_base}

@@ -215,7 +215,7 @@ def pareto_rows(results: Iterable[Trained], peak_bytes: Mapping[str, int]) -> li
 
 
 def over_seeds(qualities: Sequence[float | None]) -> dict[str, Any]:
-    """The quality of one setting over all seeds, as entries of a row; ``None`` in ``qualities`` for a diverged training.
+    """The quality of one setting over all seeds, as entries of a row; ``None`` stands for a diverged training.
 
     ``quality`` is the mean, ``quality_low`` and ``quality_high`` the least and the greatest; a setting that diverged
     under some seed has ``None`` for all of them and the number of such seeds in ``diverged``.

@@ -37,6 +37,7 @@ KNOWN_ROWS, KNOWN_TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
+class Scored:
     """A model's scores on responses: ``loss`` in nats per token; ``answer_probability``, the mean probability of the
     whole response; and ``exact_match``, the share of responses that greedy decoding reproduces to the last token."""
 
@@ -178,8 +179,8 @@ class PreparedText:
         return score(job.model, self.validation).loss
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """On held-out responses: ``held_out_loss`` (nats per token), ``loss_learned`` (the share of the base's loss that
-        training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and ``exact_match``.
+        """On held-out responses: ``held_out_loss`` (nats per token), ``loss_learned`` (the share of the base's loss
+        that training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and ``exact_match``.
         ``forgetting``: the increase of loss, in nats per token, on text like the base model's training data. For LoRA,
         ``update_norm``.
 

@@ -70,8 +70,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a training diverged: ``step``, counted from 0; the schedule's peak ``learning_rate``; and ``loss``, ``None``
-    if it was not finite."""
+    """Where a training diverged: ``step``, counted from 0; the schedule's peak ``learning_rate``; and ``loss``,
+    ``None`` if it was not finite."""
 
     step: int
     learning_rate: float
@@ -127,8 +127,8 @@ def thinned(losses: Sequence[float], most: int = POINTS_KEPT) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class RateSearch:
-    """The learning rates ``tried``, ascending, each with its loss (``None``: diverged), and the ``chosen`` rate, ``None``
-    if all diverged. ``at_edge``: the best rate was the highest or lowest tried, so a better one may lie beyond."""
+    """The learning rates ``tried``, ascending, each with its loss (``None``: diverged), and the ``chosen`` rate,
+    ``None`` if all diverged. ``at_edge``: the best rate was the highest or lowest tried, so a better one may lie beyond."""
 
     tried: tuple[tuple[float, float | None], ...]
     chosen: float | None

@@ -47,6 +47,7 @@ def lora_update_norm(model: nn.Module, adapter: str = "default") -> float | None
 
 
 @dataclass(frozen=True)
+class Spectrum:
     """The rank of a matrix by several measures of its singular values.
 
     ``energy_at_rank``: for each of `RANKS`, the share of the squared Frobenius norm that the best approximation of that
@@ -126,8 +127,8 @@ class Updates:
 
     @contextmanager
     def truncated(self, rank: int) -> Iterator[None]:
-        """In the context, each trained weight is its base plus the best approximation of ``rank`` of its update, rounded
-        to the weight's dtype (the base itself for rank 0); afterwards it is restored to the last bit.
+        """In the context, each trained weight is its base plus the best approximation of ``rank`` of its update,
+        rounded to the weight's dtype (the base itself for rank 0); afterwards it is restored to the last bit.
 
         Parameters outside linear layers (norms, biases, an untied embedding) stay as trained.
         """
@@ -152,7 +153,7 @@ def _linear_weights(base: nn.Module, trained: nn.Module) -> Iterator[tuple[str, 
             continue
         found = [weight for name, weight in after.items() if f".{name}".endswith(f".{path}")]
         if len(found) != 1:
-            raise GaugeError(f"the trained model has {len(found)} linear layers called {path}, expected 1 as in the base")
+            raise GaugeError(f"the trained model has {len(found)} linear layers called {path}, expected 1")
         yield path, module.weight.detach(), found[0].detach()
 
 
