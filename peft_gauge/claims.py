@@ -57,7 +57,6 @@ class Claim:
 @cache
 def ledger(path: Path | None = None) -> dict[str, Claim]:
     """All claims by id, in the order of the file; raises `GaugeError` for an incomplete entry."""
-    """All claims by id, in the order of the file; raises `GaugeError` for an entry that is not complete."""
     source = path or paths.fixture("claims.toml")
     try:
         entries = tomllib.loads(source.read_text(encoding="utf-8"))["claim"]

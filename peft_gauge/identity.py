@@ -23,7 +23,6 @@ The bound of an element is the smallest of the three. 16-bit operands are summed
 
 Shapes: base weight (d, k), down-projection A (r, k), up-projection B (d, r), input (..., k), output (..., d).
 """
-"""
 
 from __future__ import annotations
 
@@ -280,7 +279,6 @@ def full_precision() -> Iterator[None]:
 @dataclass(frozen=True)
 class IdentityCheck:
     """Two tensors that should be equal, compared within the bound on the rounding error."""
-    """Two tensors that should be one and the same, held against the rounding-error bound."""
 
     max_error: float
     """Largest absolute difference."""

@@ -125,9 +125,9 @@ def _cuda_version(number: int) -> tuple[int, int]:
 def why_no_cuda() -> str | None:
     """Why CUDA is unavailable here, in one line; ``None`` if it is available.
 
-    torch decides. It is imported unless NVML and the device files agree that there is no GPU. A failing NVML is no
-    reason on its own, since CUDA may still work (in a container without permission for NVML); only the driver's figures
-    are then unavailable.
+    torch decides. It is not imported if both NVML and the device files indicate a machine without GPU. A failing NVML
+    alone does not count, since CUDA may still work (in a container without permission for NVML); only the driver's
+    figures are then unavailable.
     """
     driver = nvidia_driver()
     if driver.absent:
@@ -152,7 +152,7 @@ def why_no_cuda() -> str | None:
 
 
 def why_hidden(visible: str | None, driver: Driver) -> str | None:
-    """What is wrong with ``visible``, the value of ``CUDA_VISIBLE_DEVICES`` (``None``: unset), in one line.
+    """The error in ``visible``, the value of ``CUDA_VISIBLE_DEVICES`` (``None``: unset), in one line.
 
     CUDA stops at the first invalid entry and hides that GPU and all after it. ``None`` if the value is valid or, for a
     MIG instance or an NVML that does not list the GPUs, cannot be checked.

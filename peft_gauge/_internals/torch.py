@@ -130,7 +130,7 @@ def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # --- autograd -----------------------------------------------------------------------------------------------
 
 ACCUMULATE_GRAD = "torch::autograd::AccumulateGrad"
-"""The name of the node that writes a gradient; a tensor that passes through is a gradient. Guarded by a contract test."""
+"""The name of the node that writes a gradient; a tensor that passes through it is a gradient. Guarded by a test."""
 
 
 def current_node() -> Any:

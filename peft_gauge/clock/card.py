@@ -1,6 +1,6 @@
 """Peak throughput of a GPU or CPU, measured by a matrix product and a copy, and the utilization that work reaches.
 
-A time on its own is hard to check; one that implies more than the peak throughput is certainly wrong.
+A time on its own is hard to check, but a time that implies more than the peak throughput is certainly wrong.
 """
 
 from __future__ import annotations

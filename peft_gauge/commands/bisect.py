@@ -119,8 +119,7 @@ def conclusion(library: str, change: str, outcome: Outcome) -> tuple[int, str]:
     """Exit code and last line; raises `GaugeError` where the result is inconclusive."""
     if outcome.reference is None:
         raise GaugeError(
-            f"no release of {library} in this range runs; "
-            f"the last one failed with: {outcome.probes[-1].why}"
+            f"no release of {library} in this range runs; the last one failed with: {outcome.probes[-1].why}"
         )
     if outcome.end is None:
         raise GaugeError(f"only {library} {outcome.reference} runs in this range; nothing to compare it with")

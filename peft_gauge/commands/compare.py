@@ -26,9 +26,7 @@ def compare(
     ] = None,
     last: Annotated[
         int | None,
-        typer.Option(
-            help="Compare a machine's newest N runs that have cases in common; the oldest of them is BASE."
-        ),
+        typer.Option(help="Compare a machine's newest N runs that have cases in common; the oldest of them is BASE."),
     ] = None,
     results: Annotated[Path, typer.Option(help="Folder of runs for --last.")] = Path("results"),
     machine: Annotated[str | None, typer.Option(help="Machine for --last (default: this one).")] = None,

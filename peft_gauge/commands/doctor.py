@@ -1,4 +1,4 @@
-"""``peft-gauge doctor``: what this machine can run, and how to install missing parts."""
+"""``peft-gauge doctor``: check this machine and print how to install missing parts."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def _gpus() -> Iterator[Line]:
     if not driver.absent:
         yield _nvml(driver, cards)
     if cards:
-        yield _tried(
-            "bitsandbytes CUDA", _load_cuda_kernels, "CUDA library loaded", "QLoRA on the GPU needs it"
-        )
+        yield _tried("bitsandbytes CUDA", _load_cuda_kernels, "CUDA library loaded", "QLoRA on the GPU needs it")
 
 
 def _gpu(number: int, card: machine.Accelerator) -> Line:
@@ -121,7 +119,7 @@ def _load_cuda_kernels() -> None:
 def _tried(subject: str, attempt: Callable[[], None], good: str, remedy: str) -> Line:
     try:
         attempt()
-    except Exception as error:  # any failure is what this line reports
+    except Exception as error:  # any failure becomes a line of the report
         return Line(subject, "missing", f"{one_line(error, 160)}; {remedy}")
     return Line(subject, "ok", good)
 

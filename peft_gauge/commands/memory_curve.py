@@ -18,9 +18,7 @@ CARDS = ("RTX 4090", "H100 80GB")
 def memory_curve(
     model: Annotated[str, typer.Option(help="Name of a model record, folder or file with a config, or Hub id.")],
     out: Annotated[Path, typer.Option(help="Plot to write, .svg or .png; its data is written next to it as .csv.")],
-    seqs: Annotated[
-        str, typer.Option(help="Sequence lengths in tokens, comma-separated.")
-    ] = "128,256,512,1024,2048",
+    seqs: Annotated[str, typer.Option(help="Sequence lengths in tokens, comma-separated.")] = "128,256,512,1024,2048",
     batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 1,
     dtype: Annotated[str, typer.Option(help="Data type of base weights and compute.")] = "bfloat16",
     method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,

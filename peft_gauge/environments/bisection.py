@@ -1,4 +1,4 @@
-"""Find the first release that is worse, by bisection over releases some of which cannot be judged.
+"""Find the first release that is worse, by bisection; some releases may be impossible to judge.
 
 A release is *good* (not worse than the first), *bad* (worse), or neither: it does not install, does not run, or the
 result is inconclusive. Bisection keeps a good release below a bad one and probes the middle between them; if that is
@@ -31,7 +31,7 @@ class Outcome:
 
     ``reference``: the release that all others are compared with, ``None`` if none ran; ``first_bad``: the first bad
     release, ``None`` if there is none; ``last_good``: the last good one below it; ``between``: the releases between the
-    two, none of which could be judged; ``end``: the result for the last usable release; ``probes``: all, in order.
+    two, which could not be judged; ``end``: the result for the last usable release; ``probes``: all, in order.
     """
 
     reference: str | None

@@ -140,7 +140,7 @@ def measure_pairs(
 ) -> Iterator[tuple[ProcessPair, ...]]:
     """``count`` pairs of processes for each of ``cases``, measured as by `compare_cases` but without a verdict.
 
-    If a case does not run, its pairs end with the one that failed.
+    If a case does not run, its pairs end with the failed pair.
     """
 
     def complete(found: Sequence[ProcessPair]) -> tuple[ProcessPair, ...] | None:

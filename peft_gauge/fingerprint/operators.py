@@ -37,7 +37,7 @@ _PRODUCT = re.compile(
     r"|lstm|gru|rnn|linalg(?!_vector_norm|__powsum|_check_errors|_cross)|solve|cholesky|fft|cdist|trilinear|geqrf"
     r"|ormqr)(?:_|$)"
 )
-_OPERANDS_AFTER_SUMMAND = {"addmm", "baddbmm", "addbmm", "addmv"}  # the first argument is what is added
+_OPERANDS_AFTER_SUMMAND = {"addmm", "baddbmm", "addbmm", "addmv"}  # the first argument is the summand
 
 _OVERWRITES = re.compile(r"^(?:_foreach_)?(?:copy|zero|fill|normal|uniform|bernoulli|exponential|random)_$")
 _MOVES_NOTHING = re.compile(r"empty|^(?:resize|set)_$")

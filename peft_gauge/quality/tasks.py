@@ -180,8 +180,8 @@ class PreparedText:
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
         """On held-out responses: ``held_out_loss`` (nats per token), ``loss_learned`` (the share of the base's loss
-        that training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and ``exact_match``.
-        ``forgetting``: the increase of loss, in nats per token, on text like the base model's training data. For LoRA,
+        that training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and
+        ``exact_match``. ``forgetting``: the increase of loss, in nats per token, on text like the base model's training data. For LoRA,
         ``update_norm``.
 
         ``quality`` is ``answer_probability`` on the calendar: most of its loss is the format, which any method learns
@@ -198,7 +198,7 @@ class PreparedText:
             "exact_match": learned.exact_match,
             "base_exact_match": of_base.exact_match,
             "quality": learned.answer_probability if self.task.source == CALENDAR else loss_learned,
-            # The project's own chat texts: in no model's training data, but close to what an instruction model knows.
+            # The project's own chat texts: in no model's training data, but close to an instruction model's language.
             "forgetting": score(job.model, self.known).loss - self.base_scores["known"].loss,
         }
         update_norm = lora_update_norm(job.model)

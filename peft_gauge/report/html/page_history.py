@@ -1,7 +1,8 @@
-"""Every figure over all runs of its machine, and where it changed.
+"""Every figure over all runs of its machine, and its changes.
 
-A change is what `history.comparing` calls worse or better. Its bootstrap would take minutes for a thousand runs, so two
-runs are compared by it only where a time can have been decided; figures without noise are judged by its rules directly.
+A change is a verdict of worse or better by `history.comparison`. Its bootstrap would take minutes for a thousand runs,
+so it is used only for pairs of runs where a time can have been decided; deterministic figures are judged by the rules
+directly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peft_gauge.history.schema import NOT_RUN
 if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
 
-# Figures about the measuring itself, and names of shapes: unless a rule judges them, they have no history.
+# Figures about the measurement itself, and names of shapes: without a rule they get no history.
 OF_MEASURING = ("meters.", "card.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
 OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
 CONFIDENCE = 0.95
@@ -30,7 +31,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class RememberedRules(Rules):
-    """`Rules` that look up a figure's rule once, not in every run."""
+    """`Rules` that look up a figure's rule once instead of in every run."""
 
     known: dict[tuple[str, str], Rule] = field(default_factory=dict, compare=False, repr=False)
 
@@ -47,7 +48,7 @@ class RememberedRules(Rules):
 
 @dataclass
 class Series:
-    """One figure of one case on one machine: ``values`` at the indices ``runs``; of a time also its intervals."""
+    """One figure of one case on one machine: ``values`` at the indices ``runs``; for a time, also its intervals."""
 
     machine: str
     case: str
@@ -59,9 +60,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Change:
-    """Where run number ``run`` (an index) differs from the one before it that held the same case.
+    """A change in run number ``run`` (an index) from the previous run with the same case.
 
-    ``environment``: what else differs between the two: libraries, driver, commit.
+    ``environment``: other differences between the two: libraries, driver, commit.
     """
 
     run: int
@@ -76,7 +77,7 @@ class Change:
 
 @dataclass(frozen=True)
 class RunNote:
-    """What a history keeps of a run besides its figures; ``when`` is its end in ISO format."""
+    """A history's record of a run apart from its figures; ``when`` is its end in ISO format."""
 
     machine: str
     name: str
@@ -88,7 +89,7 @@ class RunNote:
 
 @dataclass
 class History:
-    """All runs so far, to be given oldest first (`add`)."""
+    """All runs so far; add them oldest first."""
 
     rules: RememberedRules
     runs: list[RunNote] = field(default_factory=list)
@@ -100,7 +101,7 @@ class History:
     _passed_over: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, run: Run) -> None:
-        """Take in ``run``, the newest of its machine so far."""
+        """Add ``run``, the newest of its machine so far."""
         machine, index = machine_of(run), len(self.runs)
         commit = run.commit.get("id")
         self.runs.append(
@@ -132,7 +133,7 @@ class History:
 
     def _keep(self, machine: str, index: int, case: Case) -> None:
         for metric, value in case.figures.items():
-            if type(value) not in (int, float) or (case.id, metric) in self._passed_over:  # a bool is no number here
+            if type(value) not in (int, float) or (case.id, metric) in self._passed_over:  # bool does not count
                 continue
             key = machine, case.id, metric
             series = self.series.get(key)
@@ -154,7 +155,7 @@ class History:
         self.changes.append(Change(index, machine, row.test, row.metric, row.verdict, *told, environment))
 
     def _add_claims(self, machine: str, index: int, run: Run) -> None:
-        """A claim's verdict that changed; only a decision instead of "cannot tell" is for the better."""
+        """Note changed verdicts of claims; only a decision after "cannot tell" is an improvement."""
         for claim in run.claims:
             name, now = f"claim::{claim['id']}[{claim['model']}]", claim["verdict"]
             if now == NOT_MEASURED:
@@ -169,13 +170,13 @@ class History:
 
 @dataclass
 class _Pairs:
-    """The cases of a run whose last earlier record is in ``base``, each with that record first."""
+    """The cases of a run whose previous record is in ``base``, as pairs of that record and the new one."""
 
     base: Run
     cases: list[tuple[Case, Case]] = field(default_factory=list)
 
     def changed(self, run: Run, rules: RememberedRules) -> Iterable[Row]:
-        """The rows of what got worse or better."""
+        """The rows that got worse or better."""
         names = {new.id for _, new in self.cases}
         for old, new in self.cases:
             verdict = outcome_verdict(old.outcome, new.outcome)
@@ -202,11 +203,12 @@ def _noise_free_changes(old: Case, new: Case, rules: RememberedRules) -> Iterabl
 
 
 def _can_decide_a_time(cases: Sequence[tuple[Case, Case]], rules: RememberedRules) -> bool:
-    """Whether `compare` might call any time of ``cases`` worse or better; it certainly will not where this is False.
+    """Whether `compare` can judge any time of ``cases`` worse or better; if False, it certainly does not.
 
-    Of a time from one process, the interval reaches the spread of hosts beyond the bootstrap's quantiles, so it can
-    only be decided where its ratio lies beyond that spread. Of all others, Holm's correction rejects nothing unless the
-    smallest p is at most the family's error over their number. Both also relative to a factor common to all times.
+    The interval of a time from one process extends by the spread of hosts beyond the bootstrap's quantiles, so it can
+    only be decided if its ratio exceeds that spread. For the others, Holm's correction rejects nothing unless the
+    smallest p is at most the family's error over their number. Both are also checked relative to a factor common to
+    all times.
     """
     lone: list[tuple[float, float]] = []
     several: list[intervals.Estimate] = []
@@ -233,7 +235,7 @@ def _can_decide_a_time(cases: Sequence[tuple[Case, Case]], rules: RememberedRule
 
 
 def _centre(samples: Samples, over_control: bool) -> float:
-    """The logarithm of the time, as `intervals.estimate` has it."""
+    """The logarithm of the time, as in `intervals.estimate`."""
     if not over_control or samples.control_seconds is None:
         return math.log(intervals.centre_seconds(samples.seconds))
     beside = zip(samples.seconds, samples.control_seconds, strict=True)
@@ -241,18 +243,18 @@ def _centre(samples: Samples, over_control: bool) -> float:
 
 
 def is_of_measuring(metric: str) -> bool:
-    """Whether ``metric`` says how the measuring went, or names a shape, rather than what a step took."""
+    """Whether ``metric`` describes the measurement or a shape rather than the step."""
     return metric.startswith(OF_MEASURING) or metric.endswith(OF_MEASURING_ENDS)
 
 
 def machine_of(run: Run) -> str:
-    """The machine's name; of runs that other tools wrote, the folder's."""
+    """The machine's name; for runs written by other tools, the folder's."""
     name = run.machine.get("name")
     return name if isinstance(name, str) else run.path.parent.name
 
 
 def subject_of(case: Case) -> dict[str, Any]:
-    """By what a case can be filtered: ``method`` and ``model``, where its figures name them."""
+    """The properties to filter a case by: ``method`` and ``model``, if its figures name them."""
     return {
         name: value
         for name in ("method", "model")
@@ -261,10 +263,10 @@ def subject_of(case: Case) -> dict[str, Any]:
 
 
 def median_interval(processes: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """A 95 % interval of the median of all rounds, in seconds; ``None`` for fewer than six rounds, which have none.
+    """A 95 % interval of the median of all rounds, in seconds; ``None`` for fewer than six rounds.
 
-    Between two order statistics, whatever the distribution: of ``n`` rounds, the k-th smallest and the k-th largest
-    miss the median with probability 2·P(Binomial(n, ½) < k). Rounds are taken as independent.
+    Between two order statistics, for any distribution: of ``n`` rounds, the k-th smallest and the k-th largest miss the
+    median with probability 2·P(Binomial(n, ½) < k). Rounds are taken as independent.
     """
     rounds = sorted(seconds for process in processes for seconds in process)
     rank = _rank(len(rounds))
@@ -273,10 +275,10 @@ def median_interval(processes: Sequence[Sequence[float]]) -> tuple[float, float]
 
 @cache
 def _rank(number: int) -> int:
-    """The greatest k whose two order statistics hold the median with `CONFIDENCE`; 0 where none does."""
+    """The greatest k whose two order statistics enclose the median with `CONFIDENCE`; 0 if none does."""
     missed, rank = 0.0, 0
     while rank < number // 2:
-        # In logarithms: 0.5**number is no float any more for a few thousand rounds.
+        # In logarithms: 0.5**number underflows for a few thousand rounds.
         ways = math.lgamma(number + 1) - math.lgamma(rank + 1) - math.lgamma(number - rank + 1)
         missed += 2 * math.exp(ways - number * math.log(2))
         if missed > 1 - CONFIDENCE:
