@@ -49,7 +49,7 @@ WORDS: tuple[tuple[str, str], ...] = (
     (r"\b(?:surely|truly)\b", "leave it out"),
     (r"\b(?:de|re)?quantis", "quantiz…"),
     (
-        r"\b(?:bytes|bits|seconds|tokens|rows|one|object|parameters) an? (?:token|parameter|element|weight|value|step|file)\b",
+        r"\b(?:bytes|bits|seconds|tokens|rows|parameters) an? (?:token|parameter|element|weight|value|step|file)\b",
         "per",
     ),
     (
@@ -75,7 +75,7 @@ TO_DO = (
     "peft_gauge/training/",
 )
 
-PATTERNS = tuple((re.compile(f"(?i){pattern.replace(' ', r'\s')}"), better) for pattern, better in WORDS)
+PATTERNS = tuple((re.compile("(?i)" + pattern.replace(" ", r"\s")), better) for pattern, better in WORDS)
 
 
 class Prose(NamedTuple):

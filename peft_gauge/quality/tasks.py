@@ -181,8 +181,8 @@ class PreparedText:
     def scores(self, job: TrainingJob) -> dict[str, float]:
         """On held-out responses: ``held_out_loss`` (nats per token), ``loss_learned`` (the share of the base's loss
         that training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and
-        ``exact_match``. ``forgetting``: the increase of loss, in nats per token, on text like the base model's training data. For LoRA,
-        ``update_norm``.
+        ``exact_match``. ``forgetting``: the increase of loss, in nats per token, on text like the base model's training
+        data. For LoRA, ``update_norm``.
 
         ``quality`` is ``answer_probability`` on the calendar: most of its loss is the format, which any method learns
         in a few steps, and a date is right or wrong as a whole. Responses of other datasets vary in length, so there it

@@ -128,7 +128,7 @@ def thinned(losses: Sequence[float], most: int = POINTS_KEPT) -> tuple[tuple[int
 @dataclass(frozen=True)
 class RateSearch:
     """The learning rates ``tried``, ascending, each with its loss (``None``: diverged), and the ``chosen`` rate,
-    ``None`` if all diverged. ``at_edge``: the best rate was the highest or lowest tried; a better one may lie beyond."""
+    ``None`` if all diverged. ``at_edge``: the best rate was the highest or lowest; a better one may lie beyond."""
 
     tried: tuple[tuple[float, float | None], ...]
     chosen: float | None
