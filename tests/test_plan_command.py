@@ -27,7 +27,7 @@ from peft_gauge.memory.tracker import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanFailure, PlanRequest
 from peft_gauge.plan.worker import Preloaded
-from peft_gauge.report.terminal.summary import plan_table
+from peft_gauge.report.terminal import plan_table
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.children import heed_ctrl_c

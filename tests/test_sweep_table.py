@@ -10,7 +10,7 @@ import pytest
 
 from peft_gauge import paths
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report.terminal.summary import sweep_table
+from peft_gauge.report.terminal import sweep_table
 
 
 def point(label: str, **figures: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from peft_gauge import clock
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report.terminal.summary import plan_table, summary
+from peft_gauge.report.terminal import plan_table, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
