@@ -60,6 +60,9 @@ WORDS: tuple[tuple[str, str], ...] = (
     (r"\bbirths? and deaths?\b", "allocation and release"),
 )
 
+# Words of saved records, which stay readable under the name that they were saved by.
+DATA = ("saved by double quantisation",)
+
 # Still to be rewritten; take a line out when its prose is done.
 TO_DO = (
     "README.md",
@@ -97,6 +100,8 @@ def matches(prose: Prose, file: str) -> Iterator[Match]:
     """The banned words in ``prose``, without the code that it quotes."""
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", prose.text)  # one white space between words, also across lines
     text = re.sub(r"(`+)[^`]+?\1", lambda code: "…" + "\n" * code[0].count("\n"), text)
+    for data in DATA:
+        text = text.replace(data, "…")
     for pattern, better in PATTERNS:
         for found in pattern.finditer(text):
             line = prose.line + text.count("\n", 0, found.start())
@@ -163,11 +168,12 @@ def files() -> list[Path]:
     return sorted([*code, *documents, ROOT / "conftest.py"])
 
 
-def _is_done(path: Path) -> bool:
-    return not path.relative_to(ROOT).as_posix().startswith(TO_DO)
+def done() -> list[Path]:
+    """The files in rooms that are not `TO_DO` any more."""
+    return [path for path in files() if not path.relative_to(ROOT).as_posix().startswith(TO_DO)]
 
 
-@pytest.mark.parametrize("path", filter(_is_done, files()), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", done(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_prose_uses_the_fields_words(path: Path) -> None:
     found = matches_in(path)
 
