@@ -147,7 +147,7 @@ def _counted(standings: Sequence[Standing]) -> str:
     claims = len({one.id for one in standings})
     differing = sum(one.differs for one in standings)
     told = f"{claims} claims, each on one or more models: {counted(one.verdict for one in standings)}"
-    return f"{told}; {differing} differ from the recorded verdict" if differing else told
+    return f"{told}; differing from the recorded verdict: {differing}" if differing else told
 
 
 def _verdict(standing: Standing) -> str:

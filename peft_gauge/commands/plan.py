@@ -24,7 +24,9 @@ FINDABLE = ("batch", "seq", "rank")
 def plan(
     model: Annotated[str, typer.Option(help="Name of a model record, folder or file with a config, or Hub id.")],
     method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="Quantize the base model to nf4, fp4 or int8.")] = None,
     double_quant: Annotated[
         bool | None, typer.Option(help="Quantize the quantization constants of a 4-bit base too.")

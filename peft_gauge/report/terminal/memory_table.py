@@ -56,7 +56,16 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = _caption(rows)
     table.add_column("method", no_wrap=True)
-    for heading in ("after loading", *compared, "of plan", "ceiling", "resident", "saved/token", "host", "peak in"):
+    for heading in (
+        "after loading",
+        *compared,
+        "of plan",
+        "ceiling",
+        "resident",
+        "activations\nper token",
+        "host",
+        "peak in",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         first_measured, first_planned = next(iter(compared.values()))
