@@ -148,17 +148,20 @@ def test_the_stand_in_has_the_signatures_of_the_real_modules() -> None:
         (
             {"available": False, "says": TOO_OLD, "cuda": 11040},
             "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 11.4, "
-            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or older",
+            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or "
+            "older",
         ),
         (  # bitsandbytes asked torch before, which warns only once
             {"available": False, "cuda": 12040, "built_for": "13.0"},
             "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 12.4, "
-            "and this torch was built for CUDA 13.0; update the driver, or install a torch built for CUDA 12.4 or older",
+            "and this torch was built for CUDA 13.0; update the driver, or install a torch built for CUDA 12.4 or "
+            "older",
         ),
         (
             {"available": False, "says": TOO_OLD, "broken": fake_pynvml.NVMLError_NoPermission},
             "no CUDA device that torch can use: the NVIDIA driver is too old: it supports CUDA up to 11.4, "
-            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or older",
+            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or "
+            "older",
         ),
         (
             {"available": False, "visible": ""},
