@@ -587,7 +587,7 @@ def test_the_number_of_threads_changes_nothing_exact(threads: Callable[[int], No
 IN_ANOTHER_PROCESS = """
 import json, sys
 import torch
-from peft_gauge import methods
+from peft_gauge.training import methods
 from tests.test_fingerprint import build, fingerprint
 
 torch.set_num_threads(1)

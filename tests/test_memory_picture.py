@@ -197,7 +197,7 @@ def test_the_command_draws_what_the_planner_says(altair: Any, run: Run, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--out", "x.pdf"), "no .svg or .png file"),
+        (("--out", "x.pdf"), "end it with .svg or .png"),
         (("--out", "nowhere/x.svg"), "no folder nowhere"),
         (("--out", "x.svg", "--seqs", "16,many"), "comma-separated whole numbers"),
         (("--out", "x.svg", "--seqs", "16"), "at least two lengths"),

@@ -296,7 +296,7 @@ def test_a_worker_that_dies_costs_one_case(way: str, monkeypatch: pytest.MonkeyP
 
 INTERRUPTED = """
 import sys
-from peft_gauge import methods, models
+from peft_gauge.training import methods, models
 from peft_gauge.isolation import child_environment
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.worker import Preloaded, plan_in_parallel

@@ -143,5 +143,5 @@ def test_what_cannot_be_compared_is_one_line() -> None:
     with pytest.raises(GaugeError, match="not finite"):
         difference(whole(0.9, 0.9, 0.9), whole(0.9, math.nan, 0.9))
     for margin in (0.0, -0.02, math.inf, math.nan):
-        with pytest.raises(GaugeError, match="above 0"):
+        with pytest.raises(GaugeError, match="positive and finite"):
             Difference(0.0, -0.1, 0.1, 3).no_worse_than(margin)

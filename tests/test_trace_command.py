@@ -74,9 +74,9 @@ def test_json_has_everything_and_adds_up(run_command: Run, planned: list[PlanReq
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("lora-autocast", "the recorded step ran under autocast (bf16), which is not planned"),
-        ("lora-trainer", "it was taken by another training loop (trainer), which is not planned"),
-        ("lora-sft", "it was taken by another training loop (sft), which is not planned"),
+        ("lora-autocast", "the recorded step ran under autocast (bf16), which plans do not model"),
+        ("lora-trainer", "it was taken by another training loop (trainer), which plans do not model"),
+        ("lora-sft", "it was taken by another training loop (sft), which plans do not model"),
     ],
 )
 def test_what_the_plan_does_not_follow_is_said(

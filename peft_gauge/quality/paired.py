@@ -36,7 +36,7 @@ class Difference:
         """Whether the new method loses less than ``margin``: True or False if the whole interval agrees, ``None``
         (cannot tell) if it contains -``margin``."""
         if not (math.isfinite(margin) and margin > 0):
-            raise GaugeError(f"the margin must be positive, got {margin}")
+            raise GaugeError(f"the margin must be positive and finite, got {margin}")
         if self.low > -margin:
             return True
         return False if self.high < -margin else None
