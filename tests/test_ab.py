@@ -195,7 +195,7 @@ def test_a_budget_is_a_positive_number(budget: float) -> None:
 
 @pytest.mark.parametrize("effect", [0.0, 1.0, -0.1, math.nan])
 def test_a_minimum_effect_is_a_share(effect: float) -> None:
-    with pytest.raises(GaugeError, match="minimum effect"):
+    with pytest.raises(GaugeError, match="--minimum-effect"):
         PairRule(minimum_effect=effect)
 
 
@@ -710,7 +710,7 @@ def test_what_a_host_can_resolve_by_hand() -> None:
     assert eight.half_width == pytest.approx(4.944470 * deviation / math.sqrt(8))  # t, 7 degrees, 1 - 0.01/12
     assert eight.smallest == pytest.approx(math.expm1(math.log(1.03) + 0.896030 * deviation / math.sqrt(8)))
     assert found.looks[2].half_width < eight.half_width < found.looks[0].half_width
-    with pytest.raises(GaugeError, match="needs 4 pairs"):
+    with pytest.raises(GaugeError, match="needs at least 4 pairs"):
         resolution(ratios[:3], a_first[:3], PairRule())
 
 

@@ -143,7 +143,7 @@ def test_metrics(text: str, metric: Metric) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lora", "'lora' is no metric; write METHOD:FIGURE"),
+        ("lora", "'lora' is not a valid metric; write METHOD:METRIC"),
         ("lora:a:b:c", "is not a valid metric"),
         ("loar:step_seconds", "unknown method 'loar'; did you mean lora"),
         ("lora:step_second", "unknown figure 'step_second'; did you mean step_seconds?"),
