@@ -129,7 +129,7 @@ def python_prose(source: str) -> Iterator[Prose]:
 def _strings(node: ast.AST) -> Iterator[Prose]:
     if isinstance(node, ast.JoinedStr):
         # What is filled in reads as one word.
-        text = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
         yield Prose(node.lineno, text)
         for part in node.values:
             if isinstance(part, ast.FormattedValue):
