@@ -574,7 +574,7 @@ def test_an_older_bundle_is_replaced_and_nothing_else_is(tmp_path: Path, toy: Ca
     assert older.folder == newer.folder
     for foreign in ("notes.txt", "wheels/notes.txt"):
         (newer.folder / foreign).write_text("mine")
-        with pytest.raises(GaugeError, match=f"holds {foreign}, not part of a bundle"):
+        with pytest.raises(GaugeError, match=f"contains {foreign}, not part of a bundle"):
             bundle(tmp_path)
         (newer.folder / foreign).unlink()
     before = {path: path.read_bytes() for path in newer.folder.rglob("*") if path.is_file()}

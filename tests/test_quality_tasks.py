@@ -273,7 +273,7 @@ def test_one_wrong_token_spoils_a_row_and_only_answers_count() -> None:
 
 
 def test_nothing_to_score_is_refused() -> None:
-    with pytest.raises(GaugeError, match="no answer"):
+    with pytest.raises(GaugeError, match="no response"):
         score(Oracle(0.5), [collate([Encoded((3, 4), 2)], pad=0)])
 
 
