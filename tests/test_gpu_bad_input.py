@@ -312,10 +312,8 @@ def test_cuda_asked_for_and_hidden_cannot_be_had(invent: Invent) -> None:
     config: Any = SimpleNamespace(getoption={"--device": "cuda"}.get)
     with pytest.raises(GaugeError) as caught:
         selected_device(config)
-    assert str(caught.value) == (
-        "--device cuda is unavailable: no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every GPU; "
-        "unset it, or name one"
-    )
+    assert "--device cuda" in str(caught.value)
+    assert "CUDA_VISIBLE_DEVICES='' hides every GPU" in str(caught.value)
 
 
 def test_a_card_that_is_too_small_is_said_with_plan_and_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
