@@ -1,8 +1,8 @@
-"""Times as a shared host gives them, by random numbers: to ask how often a verdict is wrong, the truth must be known.
+"""Simulated times of a shared host: to measure how often a verdict is wrong, the truth must be known.
 
-A time is its true seconds times factors. Some last for a whole run, some for the minutes in which one case is measured,
-some for one process, some for a moment; a control beside each round meets most of them too, but not all. `SHARED_HOST`
-has the sizes that saved runs showed, and `seen` is how they were read from these.
+A time is its true seconds times random factors. Some last for a whole run, some for the minutes in which one case is
+measured, some for one process, some for a moment; most of them, but not all, also affect the control timed next to each
+round. `SHARED_HOST` has the sizes found in saved runs, and `seen` derives them from such runs.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 PHASE_SECONDS = {"forward": 0.25, "backward": 0.25, "optimizer": 0.05}
 CONTROL_SECONDS = 0.2
-"""About what a step of SmolLM2-135M takes on two cores. Only how long a slow state lasts depends on it."""
+"""About the step times of SmolLM2-135M on two cores. They only matter relative to the duration of a slow state."""
 
 CASES = 7
-"""Times forward, backward, optimizer and step: the 28 times of a bare run."""
+"""Each with the times forward, backward, optimizer and step: the 28 times of a bare run."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a host does to times. Unless said otherwise, standard deviations of the logarithm of a factor.
+    """The noise of a host. Values are standard deviations of the logarithm of a factor, unless noted otherwise.
 
-    Of the machine, met by a time and by the control beside it: ``run``, the same throughout a run; ``minutes``, the
-    same for all processes of one case, which are measured one after the other; ``process``, one process. Not met by the
-    control, or not by as much: ``own_minutes`` and ``own_process``. ``moment``: every single time.
+    Noise of the machine, which affects a time and its control alike: ``run``, constant during a run; ``minutes``,
+    constant for all processes of one case, which are measured one after the other; ``process``, of one process. Noise
+    that affects the control less or not at all: ``own_minutes`` and ``own_process``. ``moment``: of every single time.
 
-    The machine has two states: of a share ``slow_share`` of its time it is slower by ``slow`` (the logarithm), and what
-    state it is in is forgotten in ``slow_seconds``. A share ``outlier_share`` of all times is longer by a factor whose
+    The machine has two states: for a share ``slow_share`` of its time it is slower by ``slow`` (the logarithm), and its
+    state is forgotten after ``slow_seconds``. A share ``outlier_share`` of all times is longer by a factor whose
     logarithm is exponential with mean ``outlier``.
     """
 
@@ -55,7 +55,7 @@ class Noise:
     outlier_share: float
 
 
-# Read from three runs of 24 November 2026 on a 2-core host shared with others (SmolLM2-135M, 21 times each, 5 rounds a
+# From three runs of 24 November 2026 on a 2-core host shared with others (SmolLM2-135M, 21 times each, 5 rounds per
 # time; two of them are the first in results/amd-epyc-2c-cpu, the third is in its history): see `Seen`, `SEEN`.
 SHARED_HOST = Noise(
     run=0.045,
@@ -73,9 +73,9 @@ SHARED_HOST = Noise(
 
 
 def moments(generator: np.random.Generator, noise: Noise, apart_seconds: Sequence[float], shape: Any) -> np.ndarray:
-    """The logarithms of what comes and goes, for times after each other: ``(*shape, len(apart_seconds))``.
+    """Logarithms of the momentary factors for successive times: ``(*shape, len(apart_seconds))``.
 
-    ``apart_seconds``: how long after the one before each time begins.
+    ``apart_seconds``: delay of each time after the previous one.
     """
     import numpy as np
 
@@ -92,7 +92,7 @@ def moments(generator: np.random.Generator, noise: Noise, apart_seconds: Sequenc
 
 
 class Times(NamedTuple):
-    """Seconds of one run's cases: each time by its metric, ``(cases, processes, rounds)``, and the control's."""
+    """Seconds of one run's cases: each metric's times, ``(cases, processes, rounds)``, and the control's."""
 
     seconds: dict[str, np.ndarray]
     control_seconds: np.ndarray
@@ -107,9 +107,9 @@ def suite(
     cases: int = CASES,
     slower: Sequence[float] | None = None,
 ) -> Times:
-    """One run of the whole suite. A round is the control, then the phases of a step, of which the step is the sum.
+    """One run of the whole suite. A round is the control, then the phases of a step; the step is their sum.
 
-    ``slower``: the true factor of each case's times, which its control does not know; by default 1.
+    ``slower``: the true factor of each case's times, which does not apply to its control; by default 1.
     """
     import numpy as np
 
@@ -125,7 +125,7 @@ def suite(
     machine = generator.normal(0, noise.run) + lasting(noise.minutes, noise.process)
     seconds = {}
     for place, (name, usual) in enumerate(order.items()):
-        # The layout of a process's memory is one for forward and another for backward.
+        # The memory layout of a process affects forward and backward differently.
         own = 0.0 if name == "control" else lasting(noise.own_minutes, noise.own_process)
         seconds[name] = usual * np.exp(machine + own + fleeting[..., place])
     control = seconds.pop("control")
@@ -134,7 +134,7 @@ def suite(
 
 
 def as_run(times: Times, name: str, *, with_control: bool = True) -> Run:
-    """``times`` as a saved run that could have been read from a file called ``name``."""
+    """``times`` as a saved run, as if read from a file called ``name``."""
     from peft_gauge.history.reader import Run
 
     control = times.control_seconds.tolist()
@@ -160,15 +160,15 @@ def as_run(times: Times, name: str, *, with_control: bool = True) -> Run:
     )
 
 
-# The same host for steps in turn. What two processes of the same code are apart for as long as they live was read from
-# 31 pairs of new processes (24 November 2026, a 2-core host under load, 11 ms steps of a small network, 80 to 400 pairs
-# of steps each): from what the two halves of their pairs agree on, log B/A has a standard deviation of 0.023.
+# The same host for steps in turn. The lasting difference between two processes with the same code comes from 31 pairs
+# of new processes (24 November 2026, a 2-core host under load, 11 ms steps of a small network, 80 to 400 pairs of steps
+# each): by the agreement of the two halves of their pairs, log B/A has a standard deviation of 0.023.
 TAKING_TURNS = replace(SHARED_HOST, own_process=0.017, moment=0.06)
 FIRST_OF_PAIR = 0.02
-"""The logarithm of the factor by which the first step of a pair takes longer; seen were 0.016 to 0.036 where the order
-changed from pair to pair, and 0.004 where it changed from block to block, beside two busy processes."""
+"""Logarithm of the factor by which the first step of a pair is slower; measured: 0.016 to 0.036 where the order changed
+from pair to pair, and 0.004 where it changed from block to block, next to two busy processes."""
 FIRST_STARTED = 0.005
-"""The same of all steps of the process that was started first; seen were 0.002 to 0.004."""
+"""The same for all steps of the process that was started first; measured: 0.002 to 0.004."""
 
 
 class Pairs(NamedTuple):
@@ -189,10 +189,10 @@ def taking_turns(
     step_seconds: float = 0.04,
     block: int = 1,
 ) -> Pairs:
-    """Pairs of steps of A and of B, which truly takes ``slower`` times as long.
+    """Pairs of steps of A and of B, whose true time is ``slower`` times as long.
 
-    Each comparison has two processes of its own, and ``a_first`` says for each whether A's is started first and leads
-    the first block of pairs; the lead changes behind each ``block`` of them.
+    Each comparison has its own two processes; ``a_first`` gives for each whether A's is started first and leads the
+    first block of pairs; the lead changes after each ``block`` of them.
     """
     import numpy as np
 
@@ -214,12 +214,12 @@ def taking_turns(
 
 @dataclass(frozen=True)
 class Seen:
-    """What several runs of the same code show of a host's noise.
+    """Statistics of a host's noise, from several runs of the same code.
 
     ``low`` and ``high``: the 5 % and 95 % quantiles of the logarithm of a round over the median of its process;
-    ``middle``: half the distance between their quartiles; ``between``: how far medians of two runs' processes lie apart
+    ``middle``: half the distance between their quartiles; ``between``: distance of the medians of two runs' processes
     (root mean square of the logarithm of their ratio), and ``between_over_control`` the same for times divided by their
-    control, round by round; ``together``: how far all of two runs' times lie apart (of the median ratio).
+    control, round by round; ``together``: distance of all of two runs' times (of the median ratio).
     """
 
     low: float
@@ -242,7 +242,7 @@ class Block(NamedTuple):
 
 
 def seen(runs: Sequence[dict[str, Block]]) -> Seen:
-    """What ``runs`` of the same code, each with one process a time, show; only times that stand in all are used."""
+    """Statistics of ``runs`` of the same code, each with one process per time; only times in all runs are used."""
     import numpy as np
 
     names = [name for name in runs[0] if all(name in run for run in runs)]
@@ -267,7 +267,7 @@ def seen(runs: Sequence[dict[str, Block]]) -> Seen:
 
 
 def blocks_of_run(run: Run) -> dict[str, Block]:
-    """Of each timed case of ``run``, its first process; none of a case whose time over its control is not told."""
+    """The first process of each timed case of ``run``, without cases that lack a time over the control."""
     found = {}
     for case in run.cases:
         for metric, processes in case.figures.get(SAMPLES, {}).items():
@@ -278,7 +278,7 @@ def blocks_of_run(run: Run) -> dict[str, Block]:
 
 
 def blocks_of_times(times: Times) -> dict[str, Block]:
-    """The same of a simulated run."""
+    """The same for a simulated run."""
     import numpy as np
 
     return {

@@ -1,8 +1,8 @@
-"""Which claims of the teaching material hold, on which model, by which figure?
+"""Which claims of the teaching material hold, on which model, and by which figure?
 
-Every claim of ``fixtures/claims.toml`` has a case for each model it is asked of. Its verdict comes from a measurement
-taken here; a claim that no measurement decides yet is a skip that says so. What fails is a verdict that differs from
-the recorded one: then either the ledger is wrong, or a library has changed what is true.
+Every claim of ``fixtures/claims.toml`` has a case for each of its models. Its verdict comes from a measurement taken
+here; a claim without a measurement is skipped with a reason. The run fails where a verdict differs from the recorded
+one: then the ledger is wrong, or a library has changed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ STEPS: dict[str, Steps] = {}
 
 
 def decides(*ids: str, steps: Steps | None = None) -> Callable[[Decider], Decider]:
-    """Register a function as the one that decides the claims with these ids.
+    """Register a function as the decider of the claims with these ids.
 
-    ``steps``: the training steps whose plans it is given, in their order.
+    ``steps``: the training steps whose plans the decider receives, in order.
     """
 
     def register(decider: Decider) -> Decider:
@@ -133,7 +133,7 @@ def share_is_in_range(claim: Claim, model: str, plans: list[Plan]) -> Finding:
 def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     if model in formats.FOUR_BIT_FORMATS:
         comparisons = [nf4_against_int4("normal", rival=model, double_quant=double) for double in (False, True)]
-        conditions = "normal weights, 8 seeds; NF4 without and with double quantisation"
+        conditions = "normal weights, 8 seeds; NF4 without and with double quantization"
     else:
         comparisons, conditions = real_comparisons(claim, model)
     verdicts = {comparison.holds for comparison in comparisons}
@@ -143,7 +143,7 @@ def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
 
 
 def real_comparisons(claim: Claim, model: str) -> tuple[list[Comparison], str]:
-    """The same on the one large matrix of the real weights that the GGUF file has not rounded to 4 bit."""
+    """The same on the one large matrix of the real weights that the GGUF file stores in more than 4 bit."""
     try:
         matrices = matrices_of(model)
     except GaugeError as error:
@@ -151,7 +151,7 @@ def real_comparisons(claim: Claim, model: str) -> tuple[list[Comparison], str]:
     rival, name = claim.bounds["real_rival"], claim.bounds["real_matrix"]
     samples = matrices[name].split(1024)[::4]
     found = [compare_nf4(samples, rival=rival, double_quant=double) for double in (False, True)]
-    return found, f"against {rival} on {name}, {len(samples)} samples; NF4 without and with double quantisation"
+    return found, f"against {rival} on {name}, {len(samples)} samples; NF4 without and with double quantization"
 
 
 @decides("prefix-shape")
@@ -271,9 +271,9 @@ def full_does_not_fit(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     card = gpus.lookup(claim.bounds["largest_gpu"])
     needed, usable = plan.device_bytes_estimate, card.usable_bytes
     figure = f"the step needs {needed / 1e9:.1f} GB; one {card.name} has {usable / 1e9:.1f}"
-    # Half of the step each is the least that two cards can hold; what sharding adds is not planned.
+    # Two GPUs hold at least half of the step each; the overhead of sharding is not planned.
     holds = False if needed <= usable else True if needed / 2 > usable else None
-    return Finding.of(holds, figure, f"{CONDITIONS}; two cards: at least half of it each")
+    return Finding.of(holds, figure, f"{CONDITIONS}; two GPUs: at least half of it each")
 
 
 SMALL_LORA = {"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV}
@@ -306,8 +306,8 @@ def seven_billion_on_four_gb(claim: Claim, model: str, plans: list[Plan]) -> Fin
         f"peak {plan.peak_bytes / 1e9:.2f} GB, reserved {plan.reserved_bytes_estimate / 1e9:.2f} GB, "
         f"with the CUDA context about {plan.device_bytes_estimate / 1e9:.2f} GB"
     )
-    conditions = "planned: 1×8 tokens, NF4 with double quantisation, not prepared, checkpointing, paged 8-bit AdamW"
-    # The context is an estimate, so only what is reserved can refute, and only the whole can confirm.
+    conditions = "planned: 1×8 tokens, NF4 with double quantization, not prepared, checkpointing, paged 8-bit AdamW"
+    # The context is an estimate: only reserved bytes can refute, and only the total can confirm.
     holds = True if plan.device_bytes_estimate <= limit else False if plan.reserved_bytes_estimate > limit else None
     return Finding.of(holds, figure, conditions)
 
@@ -339,7 +339,7 @@ def compared_steps(claim: Claim, model: str) -> list[PlanRequest]:
 
 @decides("method-comparison", steps=compared_steps)
 def reading_after_loading_is_the_cost(claim: Claim, model: str, plans: list[Plan]) -> Finding:
-    """The table's memory column is read after loading; it holds if training needs no more than a tolerance above."""
+    """The claim's memory column is read after loading; it holds if training stays within a tolerance above that."""
     loaded = [sum(plan.resident_by_category.get(name, 0) for name in LOADED) for plan in plans]
     shown = [
         f"{plan.method} {plan.trainable_params:,} trainable of {plan.total_params:,}, "

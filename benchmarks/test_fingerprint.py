@@ -1,7 +1,7 @@
-"""What does a training step do: which operators, where, how many FLOPs and bytes, and what are its first losses?
+"""Which operators does a training step run, where, with how many FLOPs and bytes, and what are its first losses?
 
-Nothing here is timed. The record is the same in every run of the same library versions, so a difference between two
-versions is real, on any machine (`peft-gauge compare` shows it line by line).
+Nothing is timed here. The record is the same in every run of the same library versions, so a difference between two
+versions is real on any machine (`peft-gauge compare` shows it line by line).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Is a merged LoRA layer the same function as the layer that it was merged from?
+"""Is a merged LoRA layer the same function as the unmerged layer?
 
-In exact arithmetic, W0 x + s B A x = (W0 + s B A) x. In floating point the two sides part, by no more than rounding
-explains: each comparison is held against the bound that `peft_gauge.identity` derives for the very operations
-that were carried out (unit roundoff × length of the sums × magnitudes, after Higham 2002; the derivation and its
-sources stand there). On dyadic numbers nothing is rounded, and the two sides must agree to the last bit.
+In exact arithmetic, W0 x + s B A x = (W0 + s B A) x. In floating point the two sides differ by no more than rounding
+explains: each comparison is checked against the bound that `peft_gauge.identity` derives for exactly the operations
+that were run (unit roundoff × length of the sums × magnitudes, after Higham 2002; see there for the derivation and its
+sources). With dyadic numbers nothing is rounded, and the two sides must agree to the last bit.
 
-Asked of the bare algebra, and of PEFT's own layers: one adapter and two, alpha/r and rsLoRA's alpha/sqrt(r), merged
-and unmerged again, over a float base and a 4-bit one. How many layers are drawn is up to the Hypothesis profile
+Checked for the bare algebra and for PEFT's own layers: one adapter and two, alpha/r and rsLoRA's alpha/sqrt(r), merged
+and unmerged again, over a float base and a 4-bit one. The Hypothesis profile sets the number of drawn layers
 (`fixtures/hypothesis_profiles.py`).
 """
 
@@ -40,11 +40,11 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-# What is drawn.
+# Strategies.
 
 
 class Recipe(NamedTuple):
-    """What a user says of an adapter."""
+    """The settings of an adapter."""
 
     rank: int
     alpha: int
@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A drawn layer: the adapters as a user states them, and the numbers in them."""
+    """A drawn layer: the settings of its adapters, and their values."""
 
     recipes: tuple[Recipe, ...]
     case: LoraCase
@@ -78,7 +78,7 @@ recipes = st.builds(
 def layers(
     draw: st.DrawFn, *, num_adapters: int = 1, dtypes: tuple[torch.dtype, ...] = DTYPES, mixed: bool = False
 ) -> Layer:
-    """Layers of random numbers; `mixed` ones may keep float32 adapters over a 16-bit base, as PEFT does."""
+    """Layers of random numbers; `mixed` ones may have float32 adapters over a 16-bit base, as in PEFT."""
     chosen = tuple(draw(recipes) for _ in range(num_adapters))
     dtype = draw(st.sampled_from(dtypes))
     wide = torch.promote_types(dtype, torch.float32)
@@ -99,11 +99,11 @@ def layers(
 
 @st.composite
 def dyadic_layers(draw: st.DrawFn, *, num_adapters: int = 1) -> Layer:
-    """Layers whose every partial result fits the significand; ranks are squares, so that rsLoRA's are, too."""
+    """Layers whose every partial result fits the significand; ranks are squares, so that rsLoRA's scalings fit too."""
     chosen = []
     for _ in range(num_adapters):
         rank, stabilised = draw(st.sampled_from([1, 4, 16, 64])), draw(st.booleans())
-        # Scaling 1/4 needs alpha = r/4: PEFT takes whole numbers only.
+        # Scaling 1/4 needs alpha = r/4: PEFT only takes whole numbers.
         factors = [1, 2, 4] if stabilised or rank == 1 else [0.25, 0.5, 1, 2, 4]
         divisor = round(rank**0.5) if stabilised else rank
         chosen.append(Recipe(rank, round(draw(st.sampled_from(factors)) * divisor), stabilised))
@@ -190,15 +190,15 @@ def test_dyadic_numbers_leave_no_error_in_peft(layer: Layer) -> None:
 )
 @given(layer=layers(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
 def test_a_4bit_base(layer: Layer) -> None:
-    """QLoRA's layer is a LoRA layer over the dequantised weight.
+    """QLoRA's layer is a LoRA layer over the dequantized weight.
 
-    Merging is done on that weight: PEFT's own merge into 4 bit quantises anew, which rounding does not excuse.
+    The merge is done on that weight: PEFT's own merge into 4 bit quantizes again, which no rounding bound covers.
     """
     import bitsandbytes
 
     base = nf4_base(layer.case)
     dequantised = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-    # One packed byte, two elements, is a single row, which the library takes for a transposed weight.
+    # One packed byte, two elements, is a single row, which the library treats as a transposed weight.
     dequantised = dequantised.reshape(layer.case.weight.shape)
     case = LoraCase(dequantised, layer.case.adapters, layer.case.x)
 
@@ -210,7 +210,7 @@ def test_a_4bit_base(layer: Layer) -> None:
 
 
 def assert_peft_keeps_the_identity(layer: Layer) -> None:
-    """Unmerged, merged and unmerged again: the two outputs, the exact one, and the weight that comes back."""
+    """Check the unmerged and the merged output against each other and the exact one, and the restored weight."""
     case, linear = layer.case, peft_linear(layer, float_base(layer.case))
     assert list(linear.scaling.values()) == [recipe.scaling for recipe in layer.recipes]
     deltas = [linear.get_delta_weight(name) for name in linear.active_adapters]
@@ -230,14 +230,14 @@ def assert_peft_keeps_the_identity(layer: Layer) -> None:
 
 
 def assert_is_what_the_algebra_says(computed: torch.Tensor, expected: Bounded) -> None:
-    """Both sides may be wrong together; the float64 value says so. For a float64 layer it has errors of its own."""
+    """Compare with the float64 value, in case both sides are wrong together. A float64 layer's value has errors too."""
     bounds = [expected, expected] if expected.dtype == torch.float64 else [expected]
     found = identity.check(computed, expected.value, *bounds)
     assert found.holds, found
 
 
 def restored_bound(weight: torch.Tensor, deltas: list[torch.Tensor]) -> Bounded:
-    """The bound on what a merge leaves behind. The deltas are given: the same rounded ones go on and come off."""
+    """The bound on the residue of a merge. Deltas are inputs: the same rounded ones are added and subtracted."""
     given_deltas = [Bounded.of(delta) for delta in deltas]
     return identity.unmerge(identity.merge(Bounded.of(weight), given_deltas), given_deltas)
 
@@ -249,7 +249,7 @@ def float_base(case: LoraCase) -> torch.nn.Module:
 
 
 def nf4_base(case: LoraCase) -> Any:
-    """The weight in 4-bit NormalFloat, with double quantisation, as QLoRA keeps it."""
+    """The weight in 4-bit NormalFloat with double quantization, as in QLoRA."""
     import bitsandbytes
 
     out_features, in_features = case.weight.shape
@@ -261,11 +261,11 @@ def nf4_base(case: LoraCase) -> Any:
 
 
 def peft_linear(layer: Layer, base: torch.nn.Module) -> Any:
-    """`base` as PEFT wraps it, with every adapter of the layer attached and active."""
+    """`base` wrapped by PEFT, with every adapter of the layer attached and active."""
     from peft import LoraConfig, get_peft_model
 
     model: Any = torch.nn.Sequential(OrderedDict(projection=base))
-    model.is_loaded_in_4bit = type(base).__name__ == "Linear4bit"  # by this, PEFT chooses its 4-bit layer
+    model.is_loaded_in_4bit = type(base).__name__ == "Linear4bit"  # PEFT chooses its 4-bit layer by this
     names = [f"adapter_{position}" for position in range(len(layer.recipes))]
     configs = [
         LoraConfig(
@@ -281,7 +281,7 @@ def peft_linear(layer: Layer, base: torch.nn.Module) -> Any:
         wrapped.add_adapter(name, config)
     linear: Any = wrapped.base_model.model.projection
     linear.set_adapter(names)
-    # In the dtype that the case gives them, whatever PEFT has cast its own to.
+    # In the case's dtype, whatever PEFT cast its own to.
     for name, adapter in zip(names, layer.case.adapters, strict=True):
         linear.lora_A[name].weight = torch.nn.Parameter(adapter.down)
         linear.lora_B[name].weight = torch.nn.Parameter(adapter.up)

@@ -1,15 +1,15 @@
 """Can one base serve many adapters?
 
-N adapters lie beside one base, through PEFT's own interface: what does a further one cost, in memory and on disk,
-against a further copy of the model? How long does a switch take, beside a forward? Is an adapter's output after
-switching away and back the same to the last bit? Does a batch that mixes adapters give each row what its own gives
-alone? What do merging and unmerging leave behind? And of the ways to serve rows that ask for one adapter after
-another (switching, a mixed batch, merging, reading each from disk, a full copy for each), which are worth their memory?
+N adapters share one base, through PEFT's own interface: what does a further one cost, in memory and on disk, compared
+with a further copy of the model? How long does a switch take, compared with a forward? Is an adapter's output after
+switching away and back the same to the last bit? Does each row of a batch that mixes adapters equal its adapter's
+output alone? What do merging and unmerging leave behind? And which ways to serve rows with alternating adapters
+(switching, a mixed batch, merging, reading each from disk, a full copy for each) are worth their memory?
 
-Each adapter is drawn from a seed of its own, B included (trained adapters have no zeros there). All counts of a case
-are measured in one process of its own. A GGUF's weights are drawn instead, unless ``--weights real`` asks for them:
-neither bytes nor times depend on them, and reading them takes longer than the rest. Rows are short (``--seq``
-changes it).
+Each adapter has its own seed for all weights, B included (trained adapters have no zeros there). All counts of a case
+are measured in one separate process. The weights of a GGUF model are random unless ``--weights real`` is given:
+neither bytes nor times depend on them, and reading them takes longer than the rest. Rows are short (``--seq`` changes
+that).
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ if TYPE_CHECKING:
 
     Record = Callable[..., None]
 
-pytestmark = pytest.mark.slow  # a bare run has its five minutes filled
+pytestmark = pytest.mark.slow  # a bare run has no time left in its five minutes
 
 COUNTS = [4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 16, 64))]
 
 SEQ = 4
-"""Tokens of a row."""
+"""Sequence length in tokens."""
 
 WARM_UP = WarmUp(least=1, most=1, window=1)
 RULE = StoppingRule(min_rounds=5, max_rounds=5)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """LoRA and QLoRA, or the methods asked for; on each device, of which the run keeps its own."""
+    """LoRA and QLoRA, or the methods given by options; on each device that the run selects."""
     config = metafunc.config
     chosen = config.getoption("--method") or config.getoption("--adapter")
     found = selected_cases(config)
@@ -76,7 +76,7 @@ def marks(case: Case, *, chosen: bool) -> list[pytest.MarkDecorator]:
 
 
 def short(case: Case, config: pytest.Config) -> Case:
-    """``case`` with short rows, and drawn weights in place of a GGUF's."""
+    """``case`` with a short sequence, and random weights in place of a GGUF's."""
     model = case.model
     if config.getoption("--weights") is None and str(model.location).endswith(".gguf"):
         model = replace(model, weights="random", location=None)
@@ -86,7 +86,7 @@ def short(case: Case, config: pytest.Config) -> Case:
 
 @pytest.fixture(scope="module")
 def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
-    """``measurements(case)``: every count that this session asks of the case, in one process."""
+    """``measurements(case)``: all counts of the case in this session, measured in one process."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
 
     @cache
@@ -106,7 +106,7 @@ def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
 
 @dataclass(frozen=True)
 class Served:
-    """A case that was measured: `peft_gauge.serving.passes.measure`'s records."""
+    """A measured case: the records of `peft_gauge.serving.passes.measure`."""
 
     case: Case
     by_number: dict[int, dict[str, Any]]
@@ -117,7 +117,7 @@ class Served:
 
 @pytest.fixture
 def served(asked: Case, measurements: Callable[[Case], Outcome], record: Record) -> Served:
-    """The case of this test, measured. A case that did not end well ends the test, with what is known of it."""
+    """The measured case of this test. A case that failed ends the test, with its last known readings."""
     outcome = measurements(asked)
     settings = {"dtype": asked.dtype, "weights": asked.model.weights, "seed": asked.seed, "seq": asked.settings.seq}
     record(architecture=asked.model.name, trained_by=asked.method.name, settings=settings, **outcome.origin)
@@ -141,7 +141,7 @@ def test_bytes_of_a_further_adapter(number: int, served: Served, record: Record)
 
 
 def expected_bytes(case: Case) -> int:
-    """Of one adapter's tensors. PEFT keeps 16-bit adapters in float32 unless told not to."""
+    """Bytes of one adapter's tensors. By default PEFT keeps 16-bit adapters in float32."""
     itemsize = 4 if case.method.autocast_adapter_dtype else models.torch_dtype(case.dtype).itemsize
     return count_on_meta(case.model, case.method).trainable_params * itemsize
 
@@ -152,10 +152,10 @@ def test_to_disk_and_back(served: Served, record: Record) -> None:
     forward_seconds = statistics.median(served.by_number[max(served.by_number)]["control_seconds"])
     record(adapter_disk_bytes=found["disk_bytes"], load_over_forward=found["load_seconds"] / forward_seconds)
     tensors_bytes = expected_bytes(served.case)
-    # A file holds the tensors and a header that names them.
+    # A file consists of the tensors and a header that names them.
     assert tensors_bytes < found["disk_bytes"] < 1.1 * tensors_bytes + 65_536
-    assert found["same"], "an adapter came back from disk as another one"
-    assert found["kept_bytes"] == 0, "an adapter that was loaded and deleted left something behind"
+    assert found["same"], "the adapter's output changed after saving and loading"
+    assert found["kept_bytes"] == 0, "loading and deleting an adapter left memory in use"
 
 
 @pytest.mark.parametrize("number", COUNTS)
@@ -172,30 +172,30 @@ def test_switching_away_and_back(number: int, served: Served, record: Record) ->
             CONTROL_SAMPLES: {"switch_seconds": [found["control_seconds"]]},
         },
     )
-    assert found["returned"] == found["visited"], "an output did not come back to the last bit"
+    assert found["returned"] == found["visited"], "an output was not reproduced to the last bit"
     assert found["least_difference"] > 0, "two adapters with different weights gave the same output"
 
 
 @pytest.mark.parametrize("number", COUNTS)
 def test_a_batch_that_mixes_adapters(number: int, served: Served, record: Record) -> None:
-    """The tolerance is measured: how far the same rows through the same adapter lie apart in a batch and alone."""
+    """The tolerance is measured: the difference between the same rows of one adapter in a batch and alone."""
     found = served.by_number[number]
 
     names = ("mixed_max_error", "rounding_error", "least_difference")
     record(adapters=number, tolerance=TOLERANCE * found["rounding_error"], **{name: found[name] for name in names})
-    assert found["mixed_holds"], "a row of the mixed batch is not what its adapter gives alone"
+    assert found["mixed_holds"], "a row of the mixed batch differs from its adapter's output alone"
 
 
 @pytest.mark.parametrize("number", COUNTS)
 def test_ways_to_serve(number: int, served: Served, record: Record) -> None:
-    """A quantised base is not merged into: that would quantise it anew with every row."""
+    """Merging is left out for a quantized base: it would quantize the base again with every row."""
     found = served.by_number[number]
 
     ways = [*found["ways"], served.reloading]
     points = [
         {"label": way["way"], "held_bytes": way["held_bytes"], "quality": way["rows_per_forward"]} for way in ways
     ]
-    # The control itself: a copy with its adapter merged in does what the base does.
+    # The control itself: a copy with its adapter merged in takes as long as the base.
     points.append({"label": "full copies", "held_bytes": found["full_copies_bytes"], "quality": 1.0})
     times = {f"{way['way'].replace(' ', '_')}_seconds": way for way in ways}
     record(
@@ -210,14 +210,14 @@ def test_ways_to_serve(number: int, served: Served, record: Record) -> None:
     )
     assert {way["held_bytes"] for way in found["ways"]} == {found["served_bytes"]}
     two_bytes = 2 * expected_bytes(served.case)
-    assert served.reloading["held_bytes"] == found["full_copy_bytes"] + two_bytes, "adapters stay after their row"
+    assert served.reloading["held_bytes"] == found["full_copy_bytes"] + two_bytes, "adapters stay in memory"
 
 
 def test_merging_and_unmerging(served: Served, record: Record) -> None:
-    """A quantised base is quantised anew by both; what that loses is recorded, and no rounding bound holds it."""
+    """Merging and unmerging quantize a quantized base again; the loss is recorded, and no rounding bound applies."""
     found = served.merging
 
     record(**found)
     if served.case.method.quantization is None:
-        assert found["merged_share_of_bound"] <= 1, "a merged layer is not the function it was merged from"
+        assert found["merged_share_of_bound"] <= 1, "a merged layer differs from the unmerged one beyond rounding"
         assert found["restored_share_of_bound"] <= 1, "unmerging leaves more than rounding explains"

@@ -1,9 +1,9 @@
-"""How much memory does a training step take, measured, how far is that from its plan, and is it under its ceiling?
+"""How much memory does a training step take, how far is that from its plan, and is it under its ceiling?
 
-Each case runs in a process of its own. On CUDA the caching allocator (allocated, reserved) and the driver (NVML:
-device, process) are read phase by phase, and each peak is held against the plan and the ceiling; on every device the
-storages of tensors are followed, which counts what is alive to the byte. A plan is of CUDA's kernels: on a CPU, whose
-kernels keep other things, its distance is recorded and not judged. GB are 10⁹ bytes.
+Each case runs in its own process. On CUDA the caching allocator (allocated, reserved) and the driver (NVML: device,
+process) are read phase by phase, and each peak is compared with the plan and the ceiling; on every device the storages
+of tensors are tracked, which counts live bytes exactly. A plan models CUDA's kernels: on a CPU, whose kernels keep
+other tensors, its distance is recorded but not judged. GB are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def assert_trained(measured: Measured) -> None:
 
 
 def against_plan(measured: Measured) -> dict[str, Any]:
-    """Planned figures, and each measured one's distance from its own as a part of it."""
+    """Planned metrics, and the relative error of each measured one."""
     memory, plan = measured.figures["memory"], measured.plan
     found: dict[str, Any] = {
         "planned_peak_bytes": plan.peak_bytes,
@@ -106,7 +106,7 @@ def against_plan(measured: Measured) -> dict[str, Any]:
 
 
 def ceiling_of(measured: Measured) -> dict[str, int] | None:
-    """The ceilings by measured figure; none on a CPU, of whose kernels there is no plan."""
+    """The ceilings by measured metric; ``None`` on a CPU, whose kernels are not planned."""
     if measured.case.device != "cuda":
         return None
     ceiling = measured.ceiling
@@ -114,7 +114,7 @@ def ceiling_of(measured: Measured) -> dict[str, int] | None:
 
 
 def over_ceiling(measured: Measured) -> list[str]:
-    """A line for each measured peak that is above its ceiling."""
+    """A line for each measured peak above its ceiling."""
     memory = measured.figures["memory"]
     return [
         f"{figure}: {memory[figure]:,} is above the ceiling of {limit:,}"

@@ -1,7 +1,7 @@
-"""How much memory will a training step need, method by method, and at which length of sequence do methods cross?
+"""How much memory will a training step need, method by method, and at which sequence length do methods cross?
 
-Planned without a GPU: the real step of each method is run on tensors without data, and every storage is followed from
-birth to death (`peft_gauge.plan`). GB are 10⁹ bytes.
+Planned without a GPU: the real step of each method runs on tensors without data, and every storage allocation and
+release is recorded (`peft_gauge.plan`). GB are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BATCH, SEQ = 1, 512
 
-# A plan of 13B or 70B takes two to ten times as long as one of 7B; the claims plan what they need of them.
+# A plan of 13B or 70B takes two to ten times as long as one of 7B; the claims plan the steps they need.
 MODELS = [
     "tinyllama",
     "llama-2-7b",

@@ -1,14 +1,14 @@
-"""What does each of the seven methods reach on the same task, and for how many parameters, bytes and seconds?
+"""What quality does each of the seven methods reach on the same task, for how many parameters, bytes and seconds?
 
-Each is trained on the same batches at a learning rate of its own, and judged on examples that none has seen. And does
-QLoRA keep the quality of LoRA? The same adapter, once over the base's weights and once over their 4-bit rounding, is
-compared seed by seed: kept is what loses less than the ledger's margin, with the certainty of a 95 % interval. That
-margin, 0.02 where 1 is all there is to reach, is about the least that three seeds can exclude: on the planted task LoRA
-whose own weights were drawn anew differed from itself by 0.005 (standard deviation), which makes an interval of ±0.013,
-while rounding the base of that small model to 4 bit costs it 0.35.
+Each method trains on the same batches at its own learning rate and is scored on held-out examples. And does QLoRA keep
+the quality of LoRA? The same adapter over the base's weights and over their 4-bit rounding is compared per seed:
+quality is kept if the loss is below the ledger's margin with the certainty of a 95 % interval. That margin, 0.02 of a
+maximum of 1, is about the least that three seeds can exclude: on the synthetic task, LoRA with newly drawn weights
+differed from itself by 0.005 (standard deviation), which gives an interval of ±0.013, while rounding the base of that
+small model to 4 bit costs 0.35.
 
-Before either is believed of a real model it must come out right on a task of known truth: an update of rank 4 planted
-in q_proj and v_proj. What is found on text is recorded, and only the verdict on the claim is asserted.
+Both comparisons first have to give the right result on a synthetic task with a known answer: an update of rank 4
+planted in q_proj and v_proj. Results on text are recorded, and only the verdict on the claim is asserted.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ PLANTED_RATE = 0.03
 
 ENOUGH = (Setting("full", methods.FULL, 0.003), Setting("lora", PLANTED_LORA, PLANTED_RATE))
 NOT_ENOUGH = (Setting("ia3", methods.IA3, 0.03), Setting("prefix", methods.PREFIX, 0.1))
-"""IA³ scales the elements of keys, of values and within the MLP, and prefixes add keys and values of their own: an
-update that mixes elements is out of reach of both, however long they are trained."""
+"""IA³ scales the elements of keys, of values and within the MLP, and prefixes add keys and values: neither can
+represent an update that mixes elements, however long it is trained."""
 
 HALF = 0.5
-"""Of the base's error: over three seeds those that can hold the planted update learned 0.83 or more of it away, full
-fine-tuning the least, with so few tokens for so many parameters, and those that cannot at most 0.13."""
+"""Share of the base's error: over three seeds, methods that can represent the planted update removed 0.83 or more of it
+(full fine-tuning least, with few tokens for many parameters), and the others at most 0.13."""
 
 PAIRED_SEEDS = 8
-"""For QLoRA against LoRA. The differences of the first three seeds, seen before this number was chosen, had a standard
-deviation of 0.22, which leaves an interval of ±0.55; eight such leave ±0.19."""
+"""For QLoRA against LoRA. The differences of the first three seeds, known before this number was chosen, had a standard
+deviation of 0.22, which gives an interval of ±0.55; eight such give ±0.19."""
 
 TEXT_SETTINGS = (
     Setting("qlora", methods.QLORA, LORA_RATE),
@@ -80,7 +80,7 @@ TEXT_SETTINGS = (
 
 @pytest.mark.slow
 def test_planted_in_reach_of_a_method(record: Callable[..., None]) -> None:
-    """Full fine-tuning and LoRA of its rank can be the planted update, IA³ and prefixes cannot."""
+    """Full fine-tuning and LoRA of its rank can represent the planted update, IA³ and prefixes cannot."""
     settings = (*ENOUGH, *NOT_ENOUGH)
 
     results = sweep.sweep(lambda seed: Planted(seed, batches=PLANTED_LENGTHS.steps), settings, SEEDS, PLANTED_LENGTHS)
@@ -95,7 +95,7 @@ def test_planted_in_reach_of_a_method(record: Callable[..., None]) -> None:
 
 
 class WiderPlanted(Planted):
-    """Planted in a decoder of twice the width, for bitsandbytes has no 4-bit layers narrower than 64."""
+    """Planted in a decoder of twice the width, since bitsandbytes has no 4-bit layers narrower than 64."""
 
     @property
     def record(self) -> ModelRecord:
@@ -107,9 +107,11 @@ class WiderPlanted(Planted):
 
 @pytest.mark.slow
 def test_planted_drop_in_quality(record: Callable[..., None]) -> None:
-    """The paired verdict, where it is known: LoRA keeps its quality when its own weights are drawn anew. QLoRA does not
-    keep it here, for LoRA on queries and values cannot undo what rounding did to all other layers, and so small a model
-    has nothing to spare."""
+    """Test the paired verdict where it is known: LoRA keeps its quality with newly drawn weights, QLoRA does not.
+
+    LoRA on queries and values cannot undo the rounding of all other layers, and such a small model has no capacity to
+    spare.
+    """
     base: dict[int, float | None] = {}
     redrawn: dict[int, float | None] = {}
     rounded: dict[int, float | None] = {}
@@ -152,7 +154,7 @@ def test_two_methods_on_text(short_text_sweep: Callable[[Sequence[str]], Swept])
 
 @pytest.mark.slow
 def test_methods_on_text(text_sweep: TextSweep) -> None:
-    """Interrupted, it goes on where it stopped."""
+    """Resumes after an interruption."""
     swept = text_sweep(lambda model: TEXT_SETTINGS, len(SEEDS), TEXT_LENGTHS)
 
     scores = [result.scores for result in swept.results if result.scores]
@@ -164,10 +166,10 @@ def test_methods_on_text(text_sweep: TextSweep) -> None:
 @pytest.mark.slow
 @pytest.mark.claim("qlora-quality")
 def test_qlora_on_text(text_sweep: TextSweep, record: Callable[..., None], decide: Decide) -> None:
-    """The trainings of the first seeds are those of `test_methods_on_text`, and done once for both.
+    """The trainings of the first seeds are those of `test_methods_on_text`, and run once for both.
 
-    The weights that ``peft-gauge fetch smollm2`` brings were rounded to 4 bit once before, to a grid other than NF4's:
-    QLoRA rounds them a second time, and LoRA does not.
+    The weights that ``peft-gauge fetch smollm2`` downloads were rounded to 4 bit before, to a grid other than NF4's:
+    QLoRA rounds them a second time, LoRA does not.
     """
     pair = [setting for setting in TEXT_SETTINGS if setting.label in {"lora", "qlora"}]
     swept = text_sweep(lambda model: pair, PAIRED_SEEDS, TEXT_LENGTHS)
@@ -186,15 +188,15 @@ def test_qlora_on_text(text_sweep: TextSweep, record: Callable[..., None], decid
     if compared.difference is not None:
         assert first_losses(lora) != first_losses(qlora), "QLoRA's base is LoRA's: nothing was rounded"
     if swept.task.source == CALENDAR:
-        conditions = f"{swept.conditions}; LoRA r=16 on q,k,v,o; NF4 with double quantisation, computing in float32"
+        conditions = f"{swept.conditions}; LoRA r=16 on q,k,v,o; NF4 with double quantization, computing in float32"
         decide("qlora-quality", swept.task.model.name, Finding.of(compared.holds, compared.figure, conditions))
 
 
 def qualities(results: Sequence[Trained]) -> dict[int, float | None]:
-    """Quality by seed; ``None`` where the training diverged."""
+    """Quality by seed; ``None`` for a diverged training."""
     return {result.seed: result.scores.get("quality") for result in results}
 
 
 def first_losses(results: Sequence[Trained]) -> list[float]:
-    """The loss before the first update under each seed, where it was a number."""
+    """The loss before the first update under each seed, if it was finite."""
     return [result.curve.losses[0][1] for result in results if result.curve is not None and result.curve.losses]

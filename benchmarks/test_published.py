@@ -1,29 +1,29 @@
-"""How far are the plans from what GPUs took: figures that others have published, and steps measured on an H200?
+"""How far are plans from the memory that GPUs used: published figures, and steps measured on an H200?
 
-Each figure of ``fixtures/published.toml`` is planned or counted with the settings that its source states, and the
+Each figure of ``fixtures/published.toml`` is planned or counted with the settings that its source gives, and the
 distance, planned over published less 1, is recorded and shown. A figure is asserted as far as its settings are known.
 
-What came out, with torch 2.13, transformers 5.24 and PEFT 0.21:
+Results with torch 2.13, transformers 5.24 and PEFT 0.21:
 
-- Counts of parameters, torchtune's LoRALinear, the bits that quantisation constants cost, and what double quantisation
+- Parameter counts, torchtune's LoRALinear, the bits of quantization constants, and the memory that double quantization
   saves in litgpt's table agree to the last printed digit.
 - The peaks of litgpt's 16-bit runs are planned 2.6 to 5.4 % too low. Weights agree: the published peaks of batches 1
-  and 2 of Llama 2 7B, extrapolated to none, leave 13.53 GB, and weights and adapters are 13.49. What is missing grows
-  with the tokens. Of the known differences, blocks that CUDA's allocator hands out without splitting them are 0.03 to
-  0.5 % (a plan's peak leaves them out, `max_memory_allocated` counts them) and cuBLAS workspaces less than 0.2 %. The
-  model's code is not the reason: transformers keeps float32 copies in each RMSNorm and in the loss, litgpt its fused
-  q, k and v and the LoRA update, and litgpt's own code, followed by the same tracker, came out 3.7 to 6.3 % low on
-  Llama 2 and 5.5 % on phi-1.5. The rest is unexplained; what torch 2.1 itself keeps, and cuDNN's workspaces (litgpt
-  computes the product with B as a convolution), are not visible to a trace.
+  and 2 of Llama 2 7B, extrapolated to zero, give 13.53 GB, and weights and adapters are 13.49. The missing part grows
+  with the tokens. Of the known differences, unsplit blocks of CUDA's allocator are 0.03 to 0.5 % (a plan's peak leaves
+  them out, `max_memory_allocated` counts them) and cuBLAS workspaces less than 0.2 %. The model's code is not the
+  reason: transformers keeps float32 copies in each RMSNorm and in the loss, litgpt its fused q, k and v and the LoRA
+  update, and litgpt's own code, tracked in the same way, gave peaks 3.7 to 6.3 % low on Llama 2 and 5.5 % on phi-1.5.
+  The rest is unexplained; tensors kept by torch 2.1 itself, and cuDNN's workspaces (litgpt computes the product with B
+  as a convolution), are not visible to a trace.
 - Its 4-bit runs are planned 20 to 22 % too low: bitsandbytes 0.41.1 kept the input of every 4-bit layer for backward,
-  as today's does not. For Llama 2 7B that is tokens × layers × (2·4096 + 11008) × 2 bytes = 1.60 GB of the 2.95; the
-  same unknown as above is 0.80. litgpt also quantises the head, which is left in 16 bit here.
+  which today's release does not. For Llama 2 7B that is tokens × layers × (2·4096 + 11008) × 2 bytes = 1.60 GB of the
+  2.95; the unknown part described above is 0.80. litgpt also quantizes the head, which stays in 16 bit here.
 - 36 steps were measured on an H200 with this suite's own loop (`fixtures/h200_steps.json`). Planned peaks of the 33
-  that are not of the toy model are within 0.03 % of what the allocator was asked for, and within 0.6 % of
-  `max_memory_allocated` over the first steps; reserved bytes within 8 %, half of them within 0.07 %. Of the toy model
+  steps that are not of the toy model are within 0.03 % of the bytes requested from the allocator, and within 0.6 % of
+  `max_memory_allocated` over the first steps; reserved bytes within 8 %, half of them within 0.07 %. For the toy model
   the rounding to blocks of 512, which a plan counts and a request does not, is up to 0.17 %.
-- Two figures are context: torchao's NF4 layer has constants of its own layout (13,312 bytes beside packed weights and
-  adapters, against 6,656 here), and the QLoRA paper does not say what its 5,048 MB of base weights contain.
+- Two figures are context: torchao's NF4 layer has constants in its own layout (13,312 bytes in addition to packed
+  weights and adapters, against 6,656 here), and the QLoRA paper does not break down its 5,048 MB of base weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ UNITS = {"": 1, "bytes": 1, "bits": 1, "million": 10**6, "MB": 10**6, "GB": 10**
 
 @dataclass(frozen=True)
 class Figure:
-    """One entry of ``fixtures/published.toml``: the figure as printed, and what its source says about it."""
+    """One entry of ``fixtures/published.toml``: the figure as printed, and the settings that its source gives."""
 
     id: str
     quantity: str
@@ -71,12 +71,12 @@ class Figure:
     stated: Mapping[str, Any]
 
     def quantization(self, kind: str | None = None) -> methods.Quantization | None:
-        """How the base is stored; ``kind`` (nf4, nf4-dq) replaces what is stated."""
+        """How the base is stored; ``kind`` (nf4, nf4-dq) overrides the source's settings."""
         kind = kind or self.stated.get("quantized")
         return None if kind is None else methods.Quantization("nf4", double_quant=kind == "nf4-dq")
 
     def method(self, quantized: str | None = None) -> Method:
-        """LoRA as stated on q and v, its weights in the base's dtype; of a base quantised as stated, or as given."""
+        """LoRA on q and v with the source's settings, its weights in the base's dtype, over a base in that format."""
         settings = {PEFT_NAMES[name]: value for name, value in self.stated.items() if name in PEFT_NAMES}
         return Method(
             name="lora-as-published",
@@ -98,7 +98,7 @@ class Figure:
         return PlanRequest(self.model(), self.method(quantized), settings)
 
     def model(self) -> models.ModelRecord:
-        """The architecture: a record of the project, or the config that stands beside the figures."""
+        """The architecture: one of the project's records, or the config stored with the figures."""
         name = self.stated["model"]
         if name not in PUBLISHED["model"]:
             return models.resolve(name, weights="random")
@@ -122,7 +122,7 @@ PUBLISHED = tomllib.loads(paths.fixture("published.toml").read_text(encoding="ut
 FIGURES = tuple(read_figures(PUBLISHED))
 
 
-# A step of 7B or 13B takes seconds to plan; what is only counted is part of every run.
+# A step of 7B or 13B takes seconds to plan; figures that are only counted are part of every run.
 PLANNED = ("peak of a step", "saved by double quantisation")
 CASES = [
     pytest.param(figure, id=figure.id, marks=pytest.mark.slow if figure.quantity in PLANNED else ())
@@ -134,7 +134,7 @@ CASES = [
 @pytest.mark.plans(steps=lambda step: [step.request()])
 @pytest.mark.parametrize("step", [step for step in read_steps() if step.is_plain], ids=lambda step: step.id)
 def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[..., None]) -> None:
-    """The peak without library workspaces, and what the allocator hands out and reserves for it."""
+    """The peak without library workspaces, and the allocated and reserved bytes for it."""
     (found,) = plans([step.request()])
     record(
         figure=f"H200: {step.id}",
@@ -147,7 +147,7 @@ def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[...,
         reserved_distance_percent=100 * (found.reserved_bytes_estimate / step.first_steps["reserved_peak"] - 1),
     )
     assert found.trainable_params == step.trainable_params
-    # A plan counts in blocks of 512, which of a toy's step is more than 0.1 %.
+    # A plan counts in blocks of 512, more than 0.1 % of a toy's step.
     assert found.peak_bytes == pytest.approx(step.peak_bytes, rel=0.001, abs=64 * 1024)
 
 
@@ -170,7 +170,7 @@ def test_published(figure: Figure, peaks: Callable[[PlanRequest], int], record: 
 
 
 def assert_agreement(figure: Figure, planned: Decimal, distance: Decimal) -> None:
-    """Hold ``planned`` to as much of the published figure as its source's settings allow."""
+    """Compare ``planned`` with the published figure, as closely as its source's settings allow."""
     match figure.asserted:
         case "exact":
             assert abs(planned - figure.published) <= printed_to(figure) / 2
@@ -186,7 +186,7 @@ def assert_agreement(figure: Figure, planned: Decimal, distance: Decimal) -> Non
 
 
 def printed_to(figure: Figure) -> Decimal:
-    """The unit of the last printed digit; a difference of two printed figures is known half as well."""
+    """The unit of the last printed digit; twice that for a difference of two printed figures."""
     last = Decimal(1).scaleb(int(figure.published.as_tuple().exponent))
     return 2 * last if figure.quantity == "saved by double quantisation" else last
 
@@ -223,7 +223,7 @@ def all_params(figure: Figure, _: object) -> int:
 
 
 def bytes_of_a_layer(figure: Figure, _: object) -> int:
-    """A linear layer with PEFT's LoRA in float32, each tensor in the blocks of 512 bytes that CUDA hands out."""
+    """A linear layer with PEFT's LoRA in float32, each tensor rounded to CUDA's blocks of 512 bytes."""
     import peft
     import torch
     from torch import nn
@@ -238,12 +238,12 @@ def bytes_of_a_layer(figure: Figure, _: object) -> int:
 
 
 def bytes_of_the_base(figure: Figure, _: object) -> int:
-    """All weights with their constants: the linear layers but for the head in 4 bit, the rest in bfloat16."""
+    """All weights with their constants: the linear layers except the head in 4 bit, the rest in bfloat16."""
     return sum(map(nbytes, stored(quantised_base(figure))))
 
 
 def bits_of_constants(figure: Figure, _: object) -> float:
-    """Bits beside the 4 of each quantised weight, averaged over the model."""
+    """Bits in addition to the 4 of each quantized weight, averaged over the model."""
     quantised = [parameter for parameter in quantised_base(figure).parameters() if hasattr(parameter, "quant_state")]
     constants = sum(nbytes(tensor) for parameter in quantised for tensor in quantisation_constants(parameter))
     return 8 * constants / sum(map(logical_numel, quantised))
@@ -252,7 +252,7 @@ def bits_of_constants(figure: Figure, _: object) -> float:
 def quantised_base(figure: Figure) -> nn.Module:
     model = models.build(figure.model(), device="meta", dtype="bfloat16")
     quantization = figure.quantization()
-    assert quantization is not None, f"{figure.id} does not say how the base is quantised"
+    assert quantization is not None, f"{figure.id} gives no format of the quantized base"
     quantize_(model, double_quant=quantization.double_quant, compute_dtype=model.dtype)
     return model
 

@@ -1,9 +1,9 @@
-"""What do 4-bit formats lose, on which weights, and how many bits does a weight take?
+"""What do 4-bit formats lose, on which weights, and how many bits per parameter do they take?
 
-Four formats in blocks of 64: bitsandbytes' NF4 and FP4, with and without double quantisation, and two kinds of
-uniform integers, symmetric INT4 and 16 equal steps from minimum to maximum. Which of the two "INT4" means decides
-who wins on normal weights. SmolLM2's real weights come from a GGUF file whose projection matrices were rounded to a
-uniform 4-bit grid when it was made: their figures stand beside the others with ``rounded_before``, and decide nothing.
+Four formats in blocks of 64: bitsandbytes' NF4 and FP4, with and without double quantization, and two kinds of uniform
+integers, symmetric INT4 and 16 equal steps from minimum to maximum. The result on normal weights depends on which of
+the two "INT4" means. SmolLM2's real weights come from a GGUF file whose projection matrices were already rounded to a
+uniform 4-bit grid: their figures are recorded with ``rounded_before`` and decide nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RIVALS = [name for name in formats.FOUR_BIT_FORMATS if name != "nf4"]
 
 ROUNDING = 2e-4  # relative: float32 arithmetic, and FP4 levels that some CPU releases round to 4 digits
 
-# Of the GGUF's matrices only the embedding has 8 bits; the others are examples of what 4-bit rounding leaves.
+# Of the GGUF's matrices only the embedding has 8 bits; the others are examples of weights rounded to 4 bit.
 REAL_MATRICES = [
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.q_proj.weight",
@@ -70,7 +70,7 @@ def test_error_on_real_weights(
     error = formats.quantisation_error(weight, quant_format, double_quant=double_quant)
 
     record(**asdict(error), rounded_before=already_rounded(weight))
-    # Real blocks can be too small for float16 constants and too uneven for what double quantisation shares out.
+    # Real blocks can be too small for float16 constants, and too uneven for the shared ones of double quantization.
     if quant_format != "int4-minmax" and not double_quant:
         assert error.max_over_absmax <= formats.error_bound(quant_format) * (1 + ROUNDING)
 
@@ -97,7 +97,7 @@ def test_nf4_against_a_rival_on_the_real_embedding(
     comparison = compare_nf4(embedding, rival=rival, double_quant=double_quant)
 
     record(**comparison.figures(), nf4_loses_less=comparison.holds)
-    assert len(comparison.ratios) >= 6, "too few samples for the sign test to tell"
+    assert len(comparison.ratios) >= 6, "too few samples for the sign test"
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
@@ -128,7 +128,7 @@ def test_double_quantisation_keeps_absmax_within_its_own_step(distribution: str,
 
 
 def allowed_error(weight: Tensor, quant_format: str, double_quant: bool) -> float:
-    """The bound of the format, with the most that double quantisation moved a block's absmax relative to itself."""
+    """The bound of the format, plus the largest relative shift of a block's absmax by double quantization."""
     bound = formats.error_bound(quant_format)
     if double_quant:
         exact = formats.pack(weight, quant_format)[1].absmax
@@ -140,5 +140,5 @@ def allowed_error(weight: Tensor, quant_format: str, double_quant: bool) -> floa
 
 
 def samples(weight: Tensor, rows: int = 1024) -> list[Tensor]:
-    """Every fourth group of ``rows`` rows: of a large matrix many samples, of a small one a single one."""
+    """Every fourth group of ``rows`` rows: many samples of a large matrix, a single one of a small one."""
     return list(weight.split(rows)[::4])

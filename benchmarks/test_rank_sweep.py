@@ -1,9 +1,9 @@
-"""Which rank is the best trade of quality against trainable parameters, against memory and against time?
+"""Which rank is the best trade-off of quality against trainable parameters, memory and time?
 
-First on a task of known truth: an update of rank 4 is planted in q_proj and v_proj of every layer of a small decoder,
-and students learn it back from its logits. Quality must rise until the rank is 4 and then stop, and the knee of the
-sweep must be there, or no knee that this sweep finds elsewhere is to be believed. Then on a text task on a real model:
-two ranks for a few steps, and (``-m slow``) ranks 2 to 64 beside full fine-tuning, which decides the claim.
+First on a synthetic task with a known answer: an update of rank 4 is planted in q_proj and v_proj of every layer of a
+small decoder, and students learn it back from its logits. Quality must rise until the rank is 4 and then stay flat, and
+the sweep's knee must be there; otherwise its knees elsewhere are not credible. Then on a text task on a real model:
+two ranks for a few steps, and (``-m slow``) ranks 2 to 64 and full fine-tuning, which decides the claim.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PLANTED_LENGTHS = Lengths(steps=100, search_steps=25)
 PLANTED_RANKS = (2, 3, 4, 8)
 
 REACHED = 0.9
-"""Share of the base's error that must be learned away at the planted rank, and cannot be below it
+"""Share of the base's error that training must remove at the planted rank, and cannot remove below it
 (`tests/test_quality_planted.py` has the figures)."""
 
 
@@ -41,7 +41,7 @@ REACHED = 0.9
 )
 def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None:
     settings = [planted_lora(rank) for rank in PLANTED_RANKS]
-    # The planned step is the language model's own: the same shape, its loss against tokens and not against logits.
+    # The planned step is the language model's own: the same shape, with its loss against tokens instead of logits.
     steps = {s.label: PlanRequest(small_decoder(), s.method, Planted().settings, dtype="float32") for s in settings}
     peak_bytes = {label: plan(step).peak_bytes for label, step in steps.items()}
 
@@ -57,12 +57,12 @@ def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None
         else:
             assert row["quality_low"] > REACHED, f"rank {rank} can hold an update of rank {PLANTED_RANK}"
     knee = figures["knees"]["trainable_params"]
-    assert (knee["knee"], knee["knee_share"]) == (f"r{PLANTED_RANK}", 1.0), "the sweep does not see what was planted"
+    assert (knee["knee"], knee["knee_share"]) == (f"r{PLANTED_RANK}", 1.0), "the sweep misses the planted rank"
 
 
 @pytest.mark.plans(steps=steps_of_short_sweep)
 def test_two_ranks_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
-    """The smallest of what follows: the machinery on the real model, in steps too few for anything but its form."""
+    """A smoke test of the sweep below on the real model, in too few steps for a result."""
     swept = short_text_sweep(["r2", "r16"])
 
     by_label = {result.label: result.trainable_params for result in swept.results}
@@ -72,7 +72,7 @@ def test_two_ranks_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -
 @pytest.mark.slow
 @pytest.mark.claim("rank-tradeoff")
 def test_rank_on_text(text_sweep: TextSweep, decide: Decide) -> None:
-    """Interrupted, it goes on where it stopped."""
+    """Resumes after an interruption."""
     ranks = [text_lora(rank) for rank in methods.RANKS]
 
     swept = text_sweep(lambda model: [FULL, *ranks], len(SEEDS), TEXT_LENGTHS)
@@ -94,7 +94,7 @@ def planted_lora(rank: int) -> Setting:
         "lora_dropout": 0.0,
         "target_modules": methods.ATTENTION_QV,
     }
-    # The searches of tests and of longer sweeps ended within one step of this rate.
+    # The searches in tests and longer sweeps ended within one step of this rate.
     return Setting(f"r{rank}", methods.LORA.differs(f"lora-qv-r{rank}", f"LoRA r={rank}", peft_config=config), 0.03)
 
 

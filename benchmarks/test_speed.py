@@ -1,10 +1,10 @@
-"""How long do forward, backward, the optimizer's update and a whole training step take, method by method?
+"""How long do forward, backward, the optimizer and a whole training step take, method by method?
 
-Measured in a process of the case's own, on CUDA by the device's events with the host's clock beside them. A round is
-one step, its phases timed at their ends, after warm-up until rounds no longer become faster; there are rounds until
-their noise is low, or has settled. Before every round a forward of the bare base model is timed as a control, so that
-each time also stands as a multiple of something that no method changes. Throttling, a shared card and a busy host are
-said beside the times.
+Measured in a separate process per case, on CUDA by the device's events and by the host's clock. A round is one step,
+with its phases timed at their ends, after a warm-up until rounds no longer get faster; rounds are adaptive: they stop
+when relative noise is low or stable. Before every round a forward of the bare base model is timed as a
+control, so that each time is also available as a multiple of a quantity that no method changes. Throttling, a shared
+GPU and a busy host are reported with the times.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def all_rounds(speeds: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def figures(speeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The median over processes of each one's median, everything that was sampled, and what speaks against it."""
+    """The median over processes of each one's median, all samples, and reasons to doubt them."""
     samples = [speed["samples"][name] for speed in speeds]
     control = [speed["control_seconds"] for speed in speeds]
     found: dict[str, Any] = {

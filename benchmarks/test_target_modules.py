@@ -1,11 +1,11 @@
-"""Which modules are to be adapted: at equal rank, and at an equal number of trainable parameters? And what does α do?
+"""Which modules should be adapted, at equal rank and at an equal number of trainable parameters? And what does α do?
 
 Target sets are those of teaching material: queries and values; all four attention projections; all linear layers. Each
-is asked first on a task of known truth, where an update of rank 4 is planted in q_proj and v_proj: a set that holds
-these two is enough at rank 4, and at the parameters of queries and values alone a wider set is left with too little
-rank. On a real model (two sets for a few steps; all of them ``-m slow``) what is found is recorded and not asserted.
+is first tested on a synthetic task with a known answer, an update of rank 4 planted in q_proj and v_proj: a set that
+includes these two is enough at rank 4, and with the parameter budget of queries and values alone a wider set has too
+little rank. On a real model (two sets for a few steps; all of them ``-m slow``) results are recorded and not asserted.
 
-The scaling α/r is varied on the planted task, from 0.25 to 8, at one learning rate for all and at a rate of its own for
+The scaling α/r is varied on the synthetic task, from 0.25 to 8, at one learning rate for all and at a separate rate for
 each.
 """
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 LENGTHS = Lengths(steps=100, search_steps=25)
 
 REACHED = 0.8
-"""Share of the base's error that must be learned away where it can be: the sets that are enough reached 0.89 to 0.99
-over eleven seeds (the more parameters, the longer the way), and those that are not at most 0.69 over three."""
+"""Share of the base's error that training must remove if it can: sufficient sets reached 0.89 to 0.99 over eleven seeds
+(more parameters converge more slowly), and the others at most 0.69 over three."""
 
 ENOUGH = {"q,v": methods.ATTENTION_QV, "q,k,v,o": methods.ATTENTION, "all-linear": methods.ALL_LINEAR}
 
@@ -66,7 +66,7 @@ def test_planted_targets(record: Callable[..., None]) -> None:
 
 @pytest.mark.slow
 def test_planted_elsewhere(record: Callable[..., None]) -> None:
-    """At the rank of the planted update, and with as many parameters, but in modules where nothing was planted."""
+    """At the rank of the planted update, and with as many parameters, but in modules without a planted update."""
     elsewhere = lora("k,o", ("k_proj", "o_proj"), PLANTED_RANK)
 
     results = sweep.sweep(lambda seed: Planted(seed, batches=LENGTHS.steps), [elsewhere], SEEDS, LENGTHS)
@@ -79,10 +79,10 @@ def test_planted_elsewhere(record: Callable[..., None]) -> None:
 @pytest.mark.slow
 @pytest.mark.claim("alpha-scales")
 def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
-    """Does α/r set the size of the update, or only, as a learning rate does, the way to it?
+    """Does α/r determine the size of the update, or only, like a learning rate, the way to it?
 
-    ``update_over_planted`` is the norm of what was learned over that of what was planted. At one learning rate for all
-    (that of α = 2r) it depends on α/r; at a rate of its own the same update is found again.
+    ``update_over_planted`` is the norm of the learned update over that of the planted one. At one learning rate for all
+    (that of α = 2r) it depends on α/r; at separate rates the same update is found again.
     """
     task = Planted(0, batches=LENGTHS.steps).prepared()
     at_one_rate: dict[float, Mapping[str, float]] = {}
@@ -120,8 +120,8 @@ def test_two_target_sets_on_text(short_text_sweep: Callable[[Sequence[str]], Swe
 @pytest.mark.slow
 @pytest.mark.claim("target-tradeoff")
 def test_targets_on_text(text_sweep: TextSweep, decide: Decide) -> None:
-    """The same sets on a real model, at rank 16 and at the parameters of queries and values; interrupted, it goes on
-    where it stopped."""
+    """The same sets on a real model, at rank 16 and at the parameter budget of queries and values; resumes after an
+    interruption."""
     at_equal_rank = [lora(name, targets, 16, start_rate=LORA_RATE) for name, targets in ENOUGH.items()]
 
     swept = text_sweep(
@@ -139,7 +139,7 @@ def test_targets_on_text(text_sweep: TextSweep, decide: Decide) -> None:
 def lora(
     name: str, targets: str | Sequence[str], rank: int, scaling: float = 2.0, *, start_rate: float = 0.03
 ) -> Setting:
-    """LoRA without dropout, which would be one more thing that differs from set to set."""
+    """LoRA without dropout, which would be a further difference between sets."""
     config = {"r": rank, "lora_alpha": scaling * rank, "lora_dropout": 0.0, "target_modules": targets}
     label = f"{name} r{rank}"
     method = methods.LORA.differs(f"lora {label}", f"LoRA r={rank} on {name}", peft_config=config)

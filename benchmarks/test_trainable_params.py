@@ -1,8 +1,8 @@
 """How many parameters does each method train, exactly, and what share of the model is that?
 
-The counts are taken from the library's own modules, built on ``meta``, and held against closed formulas that are
-written out here from the papers and know nothing of the code that counts. Then the same count is taken from the model
-that is really built, 4-bit weights included.
+The counts come from the library's own modules, built on ``meta``, and are compared with closed formulas from the
+papers, written here independently of the counting code. The same count is then taken from the model that is actually
+built, 4-bit weights included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("tinyllama", "llama-2-7b", "llama-2-13b", "llama-2-70b", "smollm2-135m")
 
-# The parameters of the base models as their publishers state them.
+# Parameter counts of the base models as published.
 PUBLISHED_PARAMS = {
     "tinyllama": 1_100_048_384,
     "llama-2-7b": 6_738_415_616,

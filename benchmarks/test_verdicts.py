@@ -1,12 +1,11 @@
 """How often is a verdict wrong?
 
-The same code is compared with itself a thousand times, and code that was made slower by a known share some hundred
-times, with the noise of a shared host: two speeds that alternate, drift, outliers, processes that differ
-(`benchmarks.simulation`, with sizes that were read from saved runs). What decides is what decides in earnest:
-`peft-gauge compare` by ``fixtures/rules.toml``, steps in turn in one and in several pairs of processes, and for
-comparison pytest-benchmark's ``--benchmark-compare-fail``. A bare run asks a few dozen times, ``-m slow`` as often as
-the question says, and of real processes too: on the host as it is, and beside two busy neighbours that this benchmark
-starts itself.
+The same code is compared with itself a thousand times, and code slowed by a known share some hundred times, under the
+noise of a shared host: two alternating speeds, drift, outliers, processes that differ (`benchmarks.simulation`, with
+sizes from saved runs). The verdicts come from the production code: `peft-gauge compare` by ``fixtures/rules.toml``,
+steps in turn in one and in several pairs of processes, and for comparison pytest-benchmark's
+``--benchmark-compare-fail``. A bare run compares a few dozen times; ``-m slow`` runs the full numbers, and real
+processes too: on the host as it is, and next to two busy processes that this benchmark starts itself.
 """
 
 from __future__ import annotations
@@ -58,27 +57,27 @@ if TYPE_CHECKING:
 SEED = 20_261_124
 ROUNDS = 5
 FALSE_ALARMS = 0.01
-"""The share of comparisons of the same code that may say "worse"."""
+"""The share of comparisons of the same code that may be judged "worse"."""
 
 DECIDED: Sequence[Verdict] = ("worse", "better")
 
 FAMILY_ERROR = PairRule.error
-"""Of both verdicts, *worse* and *better*, over all cases."""
+"""For both verdicts, *worse* and *better*, over all cases."""
 
 FOUND = {(1.03, 0.015): 0.80, (1.05, 0.03): 0.95, (1.10, 0.03): 0.99}
-"""(How much slower, minimum effect) -> the share of comparisons that have to find it. What is slower by the minimum
-effect itself half of them find at most: half of all estimates lie below it, and nothing below it is called worse."""
+"""(Slowdown, minimum effect) -> the share of comparisons that must detect it. A slowdown equal to the minimum effect is
+detected in at most half: half of all estimates lie below it, and an estimate below it is never judged worse."""
 
 STEP_SECONDS = 0.04
 BUDGET_SECONDS = 60.0
 MOST_PAIRS = 900
-"""More than are taken in `BUDGET_SECONDS`."""
+"""More than fit into `BUDGET_SECONDS`."""
 
 POOLS = (16, 96)
-"""Real pairs of processes to draw from. Of the smaller pool a comparison of 16 is all there is: it shows that all of it
-works, the greater one how often a verdict is wrong."""
+"""Number of real pairs of processes to draw from. A comparison uses all 16 of the smaller pool: it is a smoke test; the
+larger pool shows how often a verdict is wrong."""
 NEIGHBOURS = {"idle": 0, "busy": 2}
-"""The host -> the busy processes beside it."""
+"""The host -> the number of busy processes next to the measurement."""
 DRAWN = 1000
 
 TRIALS = 4
@@ -93,7 +92,7 @@ def times(few: int, many: int) -> pytest.MarkDecorator:
 
 
 def at_most(share: float, count: int) -> int:
-    """How many of ``count`` may be: of a thousand the share itself; of fewer, what it does not exceed in 99 of 100."""
+    """The allowed number out of ``count``: ``share`` of a thousand or more, otherwise the binomial's 99 % quantile."""
     from scipy.stats import binom
 
     return int(share * count) if count >= 1000 else int(binom.ppf(0.99, count, share))
@@ -120,7 +119,7 @@ def test_saved_runs_of_the_same_code(processes: int, comparisons: int, record: R
 @pytest.mark.parametrize("field", ["mean", "median"])
 @times(100, 1000)
 def test_fixed_threshold_of_5_percent(field: str, comparisons: int, record: Record) -> None:
-    """Not a verdict of ours: pytest-benchmark's ``--benchmark-compare-fail=mean:5%``, on the same times."""
+    """A baseline, not our verdict: pytest-benchmark's ``--benchmark-compare-fail=mean:5%`` on the same times."""
     from pytest_benchmark.utils import PercentageRegressionCheck
 
     check = PercentageRegressionCheck(field, 5)
@@ -133,7 +132,7 @@ def test_fixed_threshold_of_5_percent(field: str, comparisons: int, record: Reco
         alarms += failed > 0
 
     record(comparisons=comparisons, comparisons_with_worse=alarms, failed_per_comparison=failing / comparisons)
-    # What it is here for: that the noise is one on which a fixed threshold fails.
+    # The purpose of this case: under this noise a fixed threshold fails.
     assert alarms > at_most(FALSE_ALARMS, comparisons)
 
 
@@ -145,7 +144,7 @@ def runs(number: int, processes: int) -> tuple[Times, Times]:
 
 
 def rounds_of(run: Times) -> list[tuple[str, list[float]]]:
-    """All rounds of each time, whatever process they are of."""
+    """All rounds of each time, over all processes."""
     return [
         (f"{metric} {number}", rounds)
         for metric, of_cases in run.seconds.items()
@@ -158,7 +157,7 @@ def rounds_of(run: Times) -> list[tuple[str, list[float]]]:
 
 @times(20, 1000)
 def test_pairs_of_processes_of_the_same_code(comparisons: int, record: Record) -> None:
-    """A suite of seven cases, each by several pairs of processes, whose steps take turns."""
+    """A suite of seven cases, each by several pairs of processes, whose steps alternate."""
     verdicts = by_processes(comparisons * simulation.CASES, 1.0, PairRule(error=FAMILY_ERROR / simulation.CASES))
     alarms = suites_with(DECIDED, verdicts)
 
@@ -179,7 +178,7 @@ def test_pairs_of_processes_of_slower_code(
 
 @times(200, 1000)
 def test_pairs_of_processes_of_code_that_is_slower_by_the_minimum_effect(comparisons: int, record: Record) -> None:
-    """At the border the answer is open, or *worse* where the estimate lies above it; it is not *same*."""
+    """At the limit the result is open, or *worse* if the estimate exceeds it; it is not *same*."""
     rule = PairRule()
     verdicts = by_processes(comparisons, 1 + rule.minimum_effect, rule)
 
@@ -191,13 +190,13 @@ def test_pairs_of_processes_of_code_that_is_slower_by_the_minimum_effect(compari
 @pytest.mark.slow
 @pytest.mark.parametrize("comparisons", [1000])
 def test_one_order_for_all_pairs_is_a_bias(comparisons: int, record: Record) -> None:
-    """Not our rule: A is started first in every pair of processes. What that costs passes for a difference."""
+    """A counterexample, not our rule: A is always started first, and the cost of that looks like a change."""
     taken = steps_in_turn(0, [True] * (comparisons * PROCESS_PAIRS[-1]), 1.0, process_pair_steps())
     always = log_ratios_of(taken).mean()
     mean = log_ratios_of(in_order(comparisons, 1.0)).mean()
 
     record(comparisons=comparisons, log_ratio_always_a_first=float(always), log_ratio_in_turn=float(mean))
-    # What it is here for: that the simulated host has a bias to be removed.
+    # The purpose of this case: the simulated host has a bias that the order has to remove.
     assert always == pytest.approx(-simulation.FIRST_STARTED, abs=0.001)
     assert mean == pytest.approx(0, abs=0.001)
 
@@ -205,7 +204,7 @@ def test_one_order_for_all_pairs_is_a_bias(comparisons: int, record: Record) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("comparisons", [1000])
 def test_two_processes_do_not_show_how_processes_differ(comparisons: int, record: Record) -> None:
-    """The same code in two processes, judged by its pairs of steps; a *worse* or *better* has to be found twice."""
+    """The same code in two processes, judged by its pairs of steps; *worse* or *better* must be found twice."""
     rule = PairRule(error=FAMILY_ERROR / simulation.CASES)
     firsts, seconds = (
         [verdict(*pair, rule) for pair in each_of(attempt, comparisons * simulation.CASES)] for attempt in range(2)
@@ -216,7 +215,7 @@ def test_two_processes_do_not_show_how_processes_differ(comparisons: int, record
     alarms = suites_with(["worse"], verdicts)
 
     record(comparisons=comparisons, comparisons_with_worse=alarms, verdicts=dict(Counter(verdicts)))
-    # What it is here for: however many pairs of steps, two processes are a sample of one, and twice one is few.
+    # The purpose of this case: however many pairs of steps, two processes are a sample of one.
     assert alarms > at_most(FALSE_ALARMS, comparisons)
 
 
@@ -233,19 +232,19 @@ def steps_in_turn(attempt: int, a_first: Sequence[bool], slower: float, pairs: i
 
 
 def process_pair_steps() -> int:
-    """The pairs of steps of one pair of processes, the most of which share a comparison's `BUDGET_SECONDS`."""
+    """The number of pairs of steps in one pair of processes if the maximum of them share `BUDGET_SECONDS`."""
     blocks = BUDGET_SECONDS / PROCESS_PAIRS[-1] / (2 * STEP_SECONDS) / (2 * BLOCK_PAIRS)
     return 2 * BLOCK_PAIRS * max(1, round(blocks))
 
 
 def in_order(comparisons: int, slower: float) -> Pairs:
-    """The steps of as many pairs of processes as so many comparisons need, with A first as it is in earnest."""
+    """The steps of all pairs of processes for this number of comparisons, in the order of real comparisons."""
     a_first = [a_leads(number) for number in range(PROCESS_PAIRS[-1])] * comparisons
     return steps_in_turn(0, a_first, slower, process_pair_steps())
 
 
 def log_ratios_of(taken: Pairs) -> np.ndarray:
-    """Of each pair of processes, as `peft_gauge.environments.pairs.Paired.log_ratio`."""
+    """For each pair of processes, as `peft_gauge.environments.pairs.Paired.log_ratio`."""
     ratios = np.log(taken.seconds_b / taken.seconds_a)
     by_lead = [ratios[led].reshape(len(ratios), -1) for led in (taken.led, ~taken.led)]
     return np.mean([np.median(each, axis=1) for each in by_lead], axis=0)
@@ -258,7 +257,7 @@ def by_processes(comparisons: int, slower: float, rule: PairRule) -> list[Verdic
 
 
 def looked_at(log_ratios: list[float], rule: PairRule) -> tuple[Verdict, int]:
-    """As `peft-gauge ab` looks: at its numbers of pairs of processes, until one of them decides; and which did."""
+    """Evaluate as `peft-gauge ab` does, at its numbers of process pairs, until one decides; returns that number too."""
     for pairs in PROCESS_PAIRS:
         found = over_processes(log_ratios[:pairs], rule).verdict
         if found != "cannot tell":
@@ -272,12 +271,12 @@ def each_of(attempt: int, comparisons: int) -> Iterator[tuple[list[float], list[
 
 
 def verdict(seconds_a: Sequence[float], seconds_b: Sequence[float], rule: PairRule) -> Verdict:
-    """What pairs of these steps alone say."""
+    """The verdict on these pairs of steps alone."""
     ratios = [math.log(b / a) for a, b in zip(seconds_a, seconds_b, strict=True)]
     return judge(PairedRatios(ratios), rule.error, rule.minimum_effect).verdict
 
 
-# Steps in turn, in earnest
+# Steps in turn, in real processes
 
 
 def pools() -> pytest.MarkDecorator:
@@ -290,9 +289,9 @@ def pools() -> pytest.MarkDecorator:
 def test_real_processes_of_the_same_code(host: str, pool: int, record: Record) -> None:
     """A thousand comparisons whose pairs of processes are drawn from real ones: LoRA steps of `peft-gauge ab . .`.
 
-    Drawn are as many with A first as with B, in the order of a comparison, each with the sign that it had: a bias
-    stays one. Of twenty pools without a bias, one has a mean beyond two standard errors: then as many pairs again are
-    measured, and all of them together decide.
+    Half of the drawn pairs have A first, in the order of a comparison, each with its own sign, so that a bias stays a
+    bias. One in twenty unbiased pools has a mean beyond two standard errors: then as many pairs again are measured, and
+    all of them together decide.
     """
     measured = real_pairs(NEIGHBOURS[host], pool)
     found = resolution(measured.log_ratios, measured.a_first, PairRule())
@@ -325,8 +324,7 @@ def test_real_processes_of_the_same_code(host: str, pool: int, record: Record) -
 @pytest.mark.parametrize("host", NEIGHBOURS)
 @pools()
 def test_real_processes_of_slower_code(host: str, pool: int, record: Record) -> None:
-    """The same pairs of processes; a slowdown is planted by multiplying B's times, which is what a slower step would
-    have done to them."""
+    """The same pairs of processes, with a slowdown simulated by multiplying B's times, as a slower step would."""
     measured = real_pairs(NEIGHBOURS[host], pool)
     rules = {planted: PairRule(minimum_effect=planted[1], error=FAMILY_ERROR) for planted in FOUND}
     slowed = {planted: drawn_comparisons(measured, planted[0], rule, DRAWN) for planted, rule in rules.items()}
@@ -339,7 +337,7 @@ def test_real_processes_of_slower_code(host: str, pool: int, record: Record) -> 
         **told_pool(measured),
         comparisons=DRAWN,
         found={named(planted): number for planted, number in found.items()},
-        # Not asserted: how long a pair takes is the machine's.
+        # Not asserted: the time of a pair depends on the machine.
         found_within_budget={
             named(planted): sum(
                 verdict == "worse" and pairs * measured.pair_seconds <= BUDGET_SECONDS for verdict, pairs in each
@@ -350,14 +348,14 @@ def test_real_processes_of_slower_code(host: str, pool: int, record: Record) -> 
             named(planted): dict(Counter(str(pairs) for _, pairs in each)) for planted, each in slowed.items()
         },
     )
-    if host == "idle":  # a busy host may leave more of them open
+    if host == "idle":  # on a busy host more of them may be inconclusive
         assert all(DRAWN - found[planted] <= at_most(1 - share, DRAWN) for planted, share in FOUND.items())
 
 
 @dataclass(frozen=True)
 class RealPairs:
-    """Of pairs of new processes that take the same LoRA step in turn: the log ratios of B's seconds over A's, which of
-    them A led, how many found the host unsteady, and the seconds that one took, starting it included."""
+    """Pairs of new processes that take the same LoRA step in turn: log ratios of B's seconds over A's, which of them A
+    led, how many found the host unsteady, and the seconds per pair, starting it included."""
 
     log_ratios: tuple[float, ...]
     a_first: tuple[bool, ...]
@@ -376,7 +374,7 @@ class RealPairs:
 
 @cache
 def real_pairs(neighbours: int, count: int, *, again: bool = False) -> RealPairs:
-    """``again``: others than those that were measured without it."""
+    """Measure ``count`` pairs, once; ``again`` measures a second set."""
     installed = Environment(Side(()), None, {})
     cases = ab_options.cases_of(["lora"], "toy-llama", None, None, "cpu")
     with busy_neighbours(neighbours):
@@ -428,7 +426,7 @@ while os.getppid() == parent:  # an orphan ends
 
 @contextmanager
 def busy_neighbours(count: int) -> Iterator[None]:
-    """So many processes that use a core each, for as long as they get one."""
+    """Run ``count`` processes that each use a core, as far as they get one."""
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield
@@ -441,7 +439,7 @@ def busy_neighbours(count: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("extra", "expected"), [(0, "not worse"), (5, "worse")])
 def test_real_processes(extra: int, expected: str, record: Record) -> None:
-    """Products of matrices in real processes on whatever machine this is, 100 of them a step, and 105 in B's."""
+    """Matrix products in real processes on this machine, 100 of them per step, and 105 in B's."""
     found: Counter[Verdict] = Counter()
     ratios = []
     for _ in range(TRIALS):
@@ -459,7 +457,7 @@ def test_real_processes(extra: int, expected: str, record: Record) -> None:
 
 
 def real_log_ratio(number: int, work_a: int, work_b: int) -> float:
-    """Of B's seconds over A's, by the ``number``-th pair of new processes."""
+    """The log ratio of B's seconds over A's, by the ``number``-th pair of new processes."""
     a_first, works = a_leads(number), (work_a, work_b)
     rule = PairRule(budget_seconds=REAL_SECONDS)
     with ExitStack() as stack:
@@ -496,4 +494,4 @@ def worker(work: int) -> Iterator[Callable[[], float]]:
             return float(answer.readline())
 
         yield step
-        asked.close()  # the process reads the end, and ends
+        asked.close()  # the process reads the end of its input, and ends

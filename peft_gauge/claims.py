@@ -1,6 +1,6 @@
-"""The ledger of claims: sentences from teaching material with something in them that can be measured.
+"""The ledger of claims: measurable statements from teaching material.
 
-``fixtures/claims.toml`` holds each claim with the models it is asked of, how it is decided, and the recorded verdict.
+``fixtures/claims.toml`` lists each claim with its models, how it is decided, and the recorded verdict.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from peft_gauge.errors import GaugeError, unknown
 Verdict = Literal["holds", "refuted", "cannot tell"]
 VERDICTS = get_args(Verdict)
 
-# What a claim's entry says until some case has decided it.
+# The recorded verdict of a claim that no case has decided yet.
 NOT_MEASURED = "not measured yet"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a measurement says of a claim: the verdict, the figure it rests on, and under which conditions."""
+    """A measurement's result for a claim: the verdict, the figure behind it, and the conditions."""
 
     verdict: Verdict
     figure: str
@@ -31,7 +31,7 @@ class Finding:
 
     @classmethod
     def of(cls, holds: bool | None, figure: str, conditions: str) -> Finding:
-        """The finding whose verdict is ``holds``: True, False, or ``None`` for "cannot tell"."""
+        """The finding with verdict ``holds``: True, False, or ``None`` for "cannot tell"."""
         verdicts: dict[bool | None, Verdict] = {True: "holds", False: "refuted", None: "cannot tell"}
         return cls(verdicts[holds], figure, conditions)
 
@@ -40,8 +40,8 @@ class Finding:
 class Claim:
     """One claim of the ledger.
 
-    ``models`` are record names, or ``("any",)`` where the claim does not depend on one; ``bounds`` are the numbers in
-    the sentence, as its decider needs them; ``recorded`` is the verdict for each model, or "not measured yet";
+    ``models`` are record names, or ``("any",)`` for a claim independent of the model; ``bounds`` are the numbers in the
+    statement, as its decider needs them; ``recorded`` is the verdict for each model, or "not measured yet";
     ``benchmark`` is the module of ``benchmarks/`` that decides it.
     """
 
@@ -56,17 +56,17 @@ class Claim:
 
 @cache
 def ledger(path: Path | None = None) -> dict[str, Claim]:
-    """All claims by id, in the order of the file; raises `GaugeError` for an entry that is not complete."""
+    """All claims by id, in the order of the file; raises `GaugeError` for an incomplete entry."""
     source = path or paths.fixture("claims.toml")
     try:
         entries = tomllib.loads(source.read_text(encoding="utf-8"))["claim"]
     except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise GaugeError(f"{source} is no ledger of claims: {error}") from error
+        raise GaugeError(f"{source} is not a valid ledger of claims: {error}") from error
     claims: dict[str, Claim] = {}
     for entry in entries:
         claim = _claim(entry, source)
         if claim.id in claims:
-            raise GaugeError(f"{source}: the claim {claim.id} stands twice")
+            raise GaugeError(f"{source}: the claim {claim.id} is listed twice; remove one")
         claims[claim.id] = claim
     return claims
 

@@ -27,25 +27,26 @@ app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: in 80 columns the boxes cut option names off
     pretty_exceptions_enable=False,
 )
-app.command()(plan)
-app.command(context_settings=EXTRA)(bench)
-app.command()(ab)
-app.command()(bisect)
-app.command()(calibrate)
-app.command()(bundle)
-app.command()(ceilings)
-app.command()(claims)
-app.command()(compare)
-app.command()(memory_curve)
-app.command()(report)
-app.command()(trace)
+app.command(short_help="Predict the memory of a training step.")(plan)
+app.command(short_help="Run the benchmarks, from a checkout or an installed wheel.", context_settings=EXTRA)(bench)
+app.command(short_help="A/B-test a training step under two sets of package versions.")(ab)
+app.command(short_help="Find the release of a library that made a step worse.")(bisect)
+app.command(short_help="Measure a GPU's memory overheads and speed for plans.")(calibrate)
+app.command(short_help="Collect this project and its wheels for an offline node.")(bundle)
+app.command(short_help="Check or rewrite the memory ceilings.")(ceilings)
+app.command(short_help="Show each claim with its newest measured verdict.")(claims)
+app.command(short_help="Compare saved runs with a base run.")(compare)
+app.command(short_help="Plot planned memory against sequence length.")(memory_curve)
+app.command(short_help="Show saved runs as a page, plots or Markdown.")(report)
+app.command(short_help="Compare a recorded step's allocations with its plan.")(trace)
 
 
-def _print_versions(asked: bool) -> None:
-    """Print this package, Python, and the libraries that change a result; nothing is imported for it."""
-    if asked:
+def _print_versions(given: bool) -> None:
+    """Print this package, Python, and the libraries that change a result, without importing them."""
+    if given:
         from peft_gauge import __version__
         from peft_gauge.machine import LIBRARIES, installed_version
 
@@ -67,11 +68,11 @@ def common(
     """Measure, predict and compare parameter-efficient fine-tuning."""
 
 
-@app.command()
+@app.command(short_help="Check what this machine can run and what is missing.")
 def doctor(
-    results: Annotated[Path, typer.Option(help="Where runs are to be saved.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Folder to save runs to.")] = Path("results"),
 ) -> None:
-    """Print what this machine can run and what is missing, with how to get it."""
+    """Check what this machine can run; for each missing part, print how to install it."""
     from peft_gauge.commands.doctor import examine
 
     lines = list(examine(results))
@@ -81,11 +82,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Download pretrained weights.")
 def fetch(
-    name: Annotated[str, typer.Argument(help="Which weights: smollm2.")],
+    name: Annotated[str, typer.Argument(help="Weights to download: smollm2.")],
 ) -> None:
-    """Bring real weights into the user's cache, with a checksum, and dequantise them for the runs to come."""
+    """Download pretrained weights into the user's cache, verify their checksum and dequantize them for later runs."""
     from peft_gauge.training.fetch import fetch as fetch_weights
     from peft_gauge.training.fetch import prepare
 

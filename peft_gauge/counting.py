@@ -1,7 +1,7 @@
-"""Parameters and bytes of a model, right also for packed 4-bit weights, tied weights and buffers.
+"""Parameters and bytes of a model, correct for packed 4-bit weights, tied weights and buffers too.
 
 ``numel()`` of a bitsandbytes 4-bit weight counts packed bytes (two weights each), so a trainable percentage taken from
-it is about twice too high (peft#733, qlora#260); here a packed weight counts with the shape it stands for.
+it is about twice too high (peft#733, qlora#260); here a packed weight counts with its original shape.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from peft_gauge._internals.torch import buffers_of
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """What a model holds.
+    """Parameters and bytes of a model.
 
     ``trainable_params`` and ``total_params``: logical parameters, tied ones once; ``trainable_bytes``;
-    ``weight_bytes``: all parameters as stored, with their quantisation constants; ``buffer_bytes``: registered buffers.
+    ``weight_bytes``: all parameters as stored, with their quantization constants; ``buffer_bytes``: registered buffers.
     """
 
     trainable_params: int
@@ -41,14 +41,14 @@ class ParameterCount:
 
 
 def logical_numel(parameter: Tensor) -> int:
-    """How many weights ``parameter`` stands for (a packed 4-bit weight: the product of its original shape)."""
+    """Number of logical weights in ``parameter`` (a packed 4-bit weight: the product of its original shape)."""
     state = getattr(parameter, "quant_state", None)
     shape = getattr(parameter, "logical_shape", None) if state is None else state.shape
     return parameter.numel() if shape is None else math.prod(shape)
 
 
 def constant_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """The scales and zero points that quantised layers hold as buffers, which they name in ``quantisation_buffers``."""
+    """The scales and zero points that quantized layers keep as buffers, listed in ``quantisation_buffers``."""
     for module in model.modules():
         for name in getattr(module, "quantisation_buffers", ()):
             buffer = buffers_of(module).get(name)
@@ -57,20 +57,20 @@ def constant_buffers(model: nn.Module) -> Iterator[Tensor]:
 
 
 def quantisation_constants(parameter: Tensor) -> Iterator[Tensor]:
-    """The tensors beside a quantised weight that dequantisation needs: absmax, its second level, offset, codebooks."""
+    """The tensors needed to dequantize a weight: absmax, its second level, offset, codebooks."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         # Not every state has every part: bitsandbytes drops the second level when it repacks a weight for the CPU.
         parts = (getattr(state, name, None) for name in ("absmax", "offset", "code"))
         yield from (part for part in parts if isinstance(part, Tensor))
         state = getattr(state, "state2", None)
-    row_scales = getattr(parameter, "SCB", None)  # LLM.int8() keeps one scale a row
+    row_scales = getattr(parameter, "SCB", None)  # LLM.int8() keeps one scale per row
     if isinstance(row_scales, Tensor):
         yield row_scales
 
 
 def nbytes(tensor: Tensor) -> int:
-    """The bytes that ``tensor``'s elements take (a ``meta`` tensor: the bytes they would take)."""
+    """Bytes of ``tensor``'s elements (for a ``meta`` tensor: the bytes they would take)."""
     return tensor.numel() * tensor.element_size()
 
 

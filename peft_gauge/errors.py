@@ -1,4 +1,4 @@
-"""What a user can get wrong, said in one line."""
+"""User-facing errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class GaugeError(Exception):
-    """Bad input or a machine that cannot do what was asked; the message is one line: what is wrong, what to do."""
+    """Bad input or a missing capability; the message is one line: what is wrong and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -20,7 +20,7 @@ def one_line(text: object, limit: int = 400) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> GaugeError:
-    """The error for a ``name`` that is none of the ``known``, with the nearest names (or all of a short list)."""
+    """The error for a ``name`` that is not ``known``, with the nearest names (or all of a short list)."""
     choices = sorted(known)
     by_lower = {choice.lower(): choice for choice in choices}
     nearest = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]

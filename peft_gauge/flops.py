@@ -1,7 +1,7 @@
-"""FLOPs of one operator, from the shapes of its arguments: matrix products and attention, two for each multiply-add.
+"""FLOPs of one operator from its argument shapes: matrix products and attention, two per multiply-add.
 
-Most formulas are those of `torch.utils.flop_counter`. Attention has one of its own: the registered one refused
-grouped-query shapes (fewer key-value heads than query heads) before torch 2.13, and the CPU's kernel has none.
+Most formulas come from `torch.utils.flop_counter`. Attention has its own: before torch 2.13 the registered formula
+rejects grouped-query shapes (fewer key-value heads than query heads), and the CPU kernel has none.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Formula = Callable[[Sequence[Any], Mapping[str, Any], Any], int]
 
 
 def formula_of(func: Any) -> Formula | None:
-    """The formula for the operator overload ``func``; ``None`` where there is none.
+    """The formula for the operator overload ``func``; ``None`` if there is none.
 
-    An in-place product takes that of its out-of-place twin.
+    An in-place product uses the formula of its out-of-place twin.
     """
     name = schema(func).name
     own = _OWN.get(name)
@@ -44,7 +44,7 @@ def _attention(args: Sequence[Any]) -> int:
 
 
 def _attention_backward(args: Sequence[Any]) -> int:
-    """QKᵀ again, and for each of the two products one for either operand; the first argument is the gradient."""
+    """QKᵀ again, and two products for each of the two products of forward; the first argument is the gradient."""
     query, key, value = args[1:4]
     return 2 * _pairs(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
 

@@ -1,8 +1,8 @@
-"""The LoRA algebra, and how far rounding may pull its two sides apart.
+"""The LoRA identity, and bounds on the rounding error between its two sides.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) rests on one identity, W0 x + s B A x = (W0 + s B A) x. Each side is
-written down once here, and the same lines serve twice: with tensors they compute, with `Bounded` operands they
-derive how wrong that computation may be. So a tolerance is never a number that somebody chose.
+implemented once here and used twice: with tensors it is computed, with `Bounded` operands it yields a bound on
+the error of that computation. So no tolerance is chosen by hand.
 
 The bounds are a running error analysis in the standard model of floating-point arithmetic (Higham, Accuracy and
 Stability of Numerical Algorithms, 2nd edition, 2002: model 2.4, underflow 2.8, inner products 3.1, running
@@ -10,14 +10,14 @@ analysis 3.3), element by element, of unit roundoff × length of the sums × mag
 
 - The worst case. A sum of n products, in any order, with or without fused multiply-add, is off by at most
   gamma_n (|a| . |b|), gamma_n = n u / (1 - n u). It is certain, but grows like n where errors grow like sqrt(n).
-- The probable case. Rounding errors of random data have mean zero and do not know of each other, so they add in
+- The probable case. Rounding errors of random data have mean zero and are independent, so they add in
   quadrature, and an error beyond `CONFIDENCE` times their spread has probability 2 exp(-CONFIDENCE² / 2)
-  (Hoeffding's inequality, used so by Higham and Mary 2019, doi:10.1137/18M1226312). The n additions of a sum
+  (Hoeffding's inequality, as in Higham and Mary 2019, doi:10.1137/18M1226312). The n additions of a sum
   each round a partial sum; with the terms in random order its mean square is at most S² + |p|², S the whole
   sum and |p| the 2-norm of the products (the random data of Higham and Mary 2020, doi:10.1137/20M1314355), so
   the spread is u sqrt(n) sqrt(S² + |p|²).
-- No rounding at all, where every partial result is a multiple of one power of two and few enough digits long.
-  On such dyadic data the bound is zero, and a single unit in the last place fails at every size.
+- No rounding at all, if every partial result is a multiple of one power of two and has few enough digits.
+  For such dyadic data the bound is zero, and an error of a single unit in the last place fails at every size.
 
 The bound of an element is the smallest of the three. 16-bit operands are summed in float32 and rounded once.
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", torch.Tensor, "Bounded")
 
 CONFIDENCE = 8.0
-"""Spreads that an error may reach: one honest element in 4e13 goes beyond."""
+"""Limit of the probable error, in spreads: one element in 4e13 exceeds it by chance."""
 
 
 # The algebra: for tensors, and for their bounds.
@@ -64,7 +64,7 @@ def scaling(rank: int, alpha: float, *, rank_stabilised: bool = False) -> float:
 
 
 def decomposed(x: Number, weight: Number, adapters: Sequence[Adapter[Number]]) -> Number:
-    """W0 x + s B A x, one term after the other, as an unmerged layer computes it; (..., k) to (..., d)."""
+    """W0 x + s B A x, one term after the other, as computed by an unmerged layer; (..., k) to (..., d)."""
     y = x @ weight.T
     for adapter in adapters:
         y = y + (x.to(adapter.down.dtype) @ adapter.down.T @ adapter.up.T) * adapter.scaling
@@ -77,14 +77,14 @@ def delta(adapter: Adapter[Number]) -> Number:
 
 
 def merge(weight: Number, deltas: Sequence[Number]) -> Number:
-    """W0 with every delta added, each sum rounded to the weight's dtype, as merging in place does."""
+    """W0 with every delta added, each sum rounded to the weight's dtype, as in merging in place."""
     for one in deltas:
         weight = (weight + one).to(weight.dtype)
     return weight
 
 
 def unmerge(weight: Number, deltas: Sequence[Number]) -> Number:
-    """A merged weight with the same deltas taken off again, the last one first."""
+    """A merged weight with the same deltas subtracted, the last one first."""
     for one in reversed(deltas):
         weight = weight - one.to(weight.dtype)
     return weight
@@ -99,12 +99,12 @@ def merged(x: Number, weight: Number, adapters: Sequence[Adapter[Number]]) -> Nu
 
 
 class Precision(NamedTuple):
-    """What the error analysis has to know of a floating-point format."""
+    """The properties of a floating-point format that the error analysis uses."""
 
     unit: float
     """u, the unit roundoff: half the distance from 1 to the next number."""
     underflow: float
-    """The most that one operation loses near zero, a power of two."""
+    """Largest loss of one operation near zero, a power of two."""
     largest: float
     """The largest finite number."""
 
@@ -122,7 +122,7 @@ def precision(dtype: torch.dtype) -> Precision:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in: float32 for the 16-bit formats, else the dtype itself."""
+    """The dtype of accumulated sums: float32 for the 16-bit formats, otherwise the dtype itself."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -135,41 +135,41 @@ def gamma(terms: int, unit: float) -> float:
 
 @dataclass(frozen=True)
 class Bounded:
-    """A tensor on its way through a computation: what it would be exactly, and how wrong it may have become.
+    """A tensor within a computation: its exact value, and bounds on its error.
 
     The tensors are float64 and of one shape. For operands of float32 and below, their own rounding is under 1e-8
-    of the bounds. For float64 operands `value` is no better than the computation that it stands for: there, hold
-    two computed tensors against each other, and use `value` for magnitudes only.
+    of the bounds. For float64 operands `value` is no more accurate than the computation itself: compare two
+    computed tensors instead, and use `value` for magnitudes only.
     """
 
     value: torch.Tensor
-    """What exact arithmetic gives."""
+    """The result in exact arithmetic."""
     worst: torch.Tensor
     """Elementwise bound on |computed - exact|, whatever the data."""
     spread: torch.Tensor
     """Elementwise spread of computed - exact for random data (its sub-Gaussian parameter)."""
     grid: float
-    """A power of two of which every element, exact or computed, is a multiple; infinite for zeros."""
+    """A power of two that divides every element, exact or computed; infinite for zeros."""
     dtype: torch.dtype
-    """What the computed tensor is stored in."""
+    """The dtype in which the computed tensor is stored."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Bounded:
-        """A tensor that is given, hence exact."""
+        """An input tensor, hence exact."""
         value = tensor.detach().double()
         nothing = torch.zeros_like(value)
         return cls(value, nothing, nothing, _grid(value), tensor.dtype)
 
     @property
     def bound(self) -> torch.Tensor:
-        """Elementwise bound on |computed - exact|: the worst case, or the probable one where that is smaller."""
+        """Elementwise bound on |computed - exact|: the smaller of the worst and the probable case."""
         return torch.minimum(self.worst, CONFIDENCE * self.spread)
 
     @property
     def size(self) -> torch.Tensor:
         """Elementwise bound on the magnitude of the value, exact or computed.
 
-        The error counts twice because `value` itself was computed, in float64.
+        The error counts twice because `value` itself is computed, in float64.
         """
         return self.value.abs() + 2 * self.worst
 
@@ -213,7 +213,7 @@ class Bounded:
         return self + Bounded(-other.value, other.worst, other.spread, other.grid, other.dtype)
 
     def __mul__(self, factor: float) -> Bounded:
-        """Times a Python number, which the kernels take in the accumulator's dtype: that is the exact factor."""
+        """Times a Python number, which kernels convert to the accumulator's dtype: that is the exact factor."""
         taken = torch.tensor(factor, dtype=accumulator(self.dtype)).double()
         scaled = Bounded(
             self.value * taken,
@@ -234,21 +234,21 @@ class Bounded:
         target = precision(dtype)
         largest = float(self.size.max()) if self.size.numel() else 0.0
         if largest > target.largest:
-            raise GaugeError(f"values may reach {largest:.3g}, which {dtype} does not hold; scale the case down")
+            raise GaugeError(f"values may reach {largest:.3g}, which overflows {dtype}; scale the case down")
         rounding = ~_is_exact(self.size, self.grid, target) * (target.unit * self.size + target.underflow)
         return Bounded(self.value, self.worst + rounding, self.spread.hypot(rounding), self.grid, self.dtype)
 
 
 def bounded(adapters: Sequence[Adapter[torch.Tensor]]) -> list[Adapter[Bounded]]:
-    """Adapters whose projections are given, hence exact."""
+    """Adapters whose projections are inputs, hence exact."""
     return [Adapter(Bounded.of(one.down), Bounded.of(one.up), one.scaling) for one in adapters]
 
 
 def _is_exact(magnitudes: torch.Tensor, grid: float, target: Precision) -> torch.Tensor:
-    """Where sums of multiples of `grid`, in magnitude no larger than this in total, fit the significand."""
-    if not grid >= target.underflow:  # also when a grid has become not a number
+    """Where sums of multiples of `grid`, with total magnitude at most this, fit the significand."""
+    if not grid >= target.underflow:  # also true for a grid that is NaN
         return torch.zeros_like(magnitudes, dtype=torch.bool)
-    # Strictly: a magnitude that itself was rounded, in float64, may have come down to the very limit.
+    # Strictly less: a magnitude that was rounded, in float64, may have come down to the limit.
     return magnitudes * target.unit < grid
 
 
@@ -264,7 +264,7 @@ def _grid(value: torch.Tensor) -> float:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiply float32 in float32: no TF32 on a GPU, no bfloat16 on a CPU, whatever was allowed before."""
+    """Multiply float32 in float32: no TF32 on a GPU, no bfloat16 on a CPU, whatever the settings outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -278,7 +278,7 @@ def full_precision() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class IdentityCheck:
-    """Two tensors that should be one and the same, held against the rounding-error bound."""
+    """Two tensors that should be equal, compared within the bound on the rounding error."""
 
     max_error: float
     """Largest absolute difference."""
@@ -295,22 +295,22 @@ class IdentityCheck:
 def share_of_bound(error: torch.Tensor, bound: torch.Tensor) -> float:
     """The largest error / bound.
 
-    No error takes no share, not even of a zero bound. An error beyond a zero bound is infinite, and so is one
-    that is not a number.
+    Zero error has share 0, even of a zero bound. A nonzero error with a zero bound has infinite share, and so
+    has NaN.
     """
     if error.shape != bound.shape:
-        raise GaugeError(f"errors of shape {tuple(error.shape)} have no bounds of shape {tuple(bound.shape)}")
+        raise GaugeError(f"errors of shape {tuple(error.shape)} do not match bounds of shape {tuple(bound.shape)}")
     ratio = torch.where(error == 0, 0.0, error / bound).nan_to_num(nan=math.inf, posinf=math.inf)
     return float(ratio.max()) if ratio.numel() else 0.0
 
 
 def check(computed: torch.Tensor, expected: torch.Tensor, *bounds: Bounded) -> IdentityCheck:
-    """Hold |computed - expected| against the sum of the bounds, element by element.
+    """Compare |computed - expected| with the sum of the bounds, element by element.
 
-    Pass one bound where `expected` is exact, and two where both tensors are computed. All shapes must agree.
+    Pass one bound if `expected` is exact, and two if both tensors are computed. All shapes must agree.
     """
     if computed.shape != expected.shape:
-        raise GaugeError(f"shapes {tuple(computed.shape)} and {tuple(expected.shape)} are not of one tensor")
+        raise GaugeError(f"shapes {tuple(computed.shape)} and {tuple(expected.shape)} differ")
     error = (computed.detach().double() - expected.detach().double()).abs()
     bound = torch.stack([one.bound for one in bounds]).sum(dim=0)
     share = share_of_bound(error, bound)
@@ -347,7 +347,7 @@ class LoraCase:
         return merged(Bounded.of(self.x), Bounded.of(self.weight), bounded(self.adapters))
 
     def check(self) -> IdentityCheck:
-        """The identity itself: both sides computed, and their difference held against both bounds."""
+        """The identity itself: both sides are computed, and their difference is compared with both bounds."""
         return check(self.decomposed(), self.merged(), self.decomposed_bound(), self.merged_bound())
 
 
@@ -363,7 +363,7 @@ def random_case(
     input_size: float = 1.0,
     seed: int = 0,
 ) -> LoraCase:
-    """Normally distributed numbers, B among them: inputs of size `input_size`, matrices of 1/sqrt(their columns)."""
+    """Normally distributed values, also in B: inputs of size `input_size`, matrices of 1/sqrt(their columns)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, size: float, to: torch.dtype) -> torch.Tensor:
@@ -392,7 +392,7 @@ def dyadic_case(
     batch_shape: Sequence[int] = (4,),
     seed: int = 0,
 ) -> LoraCase:
-    """Numbers so few and so small that no partial result has more digits than `dtype`.
+    """Values so few and so small that no partial result has more digits than `dtype`.
 
     The base weight has integers as wide as that allows. The rest are signs, at most eight in a row of the input
     and two in a row of an up-projection. With up to two adapters, scaled by powers of two from 1/4 to 4, both
@@ -419,7 +419,7 @@ def dyadic_case(
 
 
 def textbook_case(seed: int = 0) -> IdentityCheck:
-    """The identity as textbooks show it: a 512 x 512 layer in float32, r = 8, alpha = 16; a batch of 4."""
+    """The identity as in textbooks: a 512 x 512 layer in float32, r = 8, alpha = 16; a batch of 4."""
     case = random_case(
         out_features=512,
         in_features=512,

@@ -1,4 +1,4 @@
-"""What this machine is, as far as it changes a result: versions, processor, memory, accelerator; no live clocks."""
+"""This machine, as far as it affects a result: versions, processor, memory, accelerator; no current clock rates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "dat
 
 @cache
 def machine_info() -> dict[str, Any]:
-    """The record of this machine that is stored with every run; what cannot be read is ``None``, never 0."""
+    """The record of this machine that is saved with every run; unavailable values are ``None``, never 0."""
     import psutil
 
     cpu = _cpu()
@@ -49,29 +49,29 @@ def machine_info() -> dict[str, Any]:
 
 
 def machine_name(cpu: str | None, cpus: int | None, accelerator: str | None) -> str:
-    """The folder name of a machine's results: processor, number of cores, accelerator (``cpu`` where there is none).
+    """The folder name of a machine's results: processor, number of cores, accelerator (``cpu`` without one).
 
-    Not the host's name: CI hosts have a new one every night, and results from equal machines belong together.
+    It omits the host name: CI hosts get a new one every night, and results of equal machines belong together.
     """
     words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*$|\d+-core", " ", (cpu or "unknown").lower())
     parts = [words, f"{cpus or 'x'}c", (accelerator or "cpu").lower()]
     return "-".join(slug(part) for part in parts)
 
 
-# What there is under /dev where a card is: of Linux, of WSL2.
+# Device files of a GPU under /dev, on Linux and WSL2.
 _DEVICE_FILES = ("nvidia[0-9]*", "nvidiactl", "dxg")
 
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's driver, as NVML tells of it; ``None`` for what it does not tell.
+    """NVIDIA's driver, as reported by NVML; ``None`` for unavailable values.
 
     Fields:
         version: as in ``550.54.14``.
-        cuda: the latest CUDA that it runs, as (12, 4).
-        cards: how many it shows to this process, whatever ``CUDA_VISIBLE_DEVICES`` says; ``uuids``: theirs.
-        error: NVML's own words where it does not answer at all.
-        absent: whether nothing else points to a card either, so that torch need not be asked.
+        cuda: the latest CUDA version it supports, as (12, 4).
+        cards: number of GPUs visible to this process, whatever ``CUDA_VISIBLE_DEVICES`` is; ``uuids``: their UUIDs.
+        error: NVML's message if it does not respond.
+        absent: whether nothing else indicates a GPU either, so that torch need not be imported.
     """
 
     version: str | None = None
@@ -84,7 +84,7 @@ class Driver:
 
 @cache
 def nvidia_driver() -> Driver:
-    """The driver of this machine, asked once a process."""
+    """The driver of this machine, queried once per process."""
     import pynvml
 
     try:
@@ -108,7 +108,7 @@ def nvidia_driver() -> Driver:
 
 
 def _told(ask: Callable[[], Any]) -> Any:
-    """What NVML answers; ``None`` where it refuses, for whatever reason."""
+    """The result of ``ask``; ``None`` if NVML returns an error."""
     import pynvml
 
     try:
@@ -122,26 +122,26 @@ def _has_device_files(folder: Path = Path("/dev")) -> bool:
 
 
 def _cuda_version(number: int) -> tuple[int, int]:
-    """CUDA writes version 12.4 as 12040."""
+    """CUDA encodes version 12.4 as 12040."""
     return number // 1000, number % 1000 // 10
 
 
 @cache
 def why_no_cuda() -> str | None:
-    """Why nothing can run on CUDA here, in one line; ``None`` where it can.
+    """Why CUDA is unavailable here, in one line; ``None`` if it is available.
 
-    torch decides. It is asked unless NVML and the device files agree that there is no card, so that a machine without
-    one need not import it; an NVML that refuses is no reason, since CUDA may work all the same (a container without
-    that permission): then the driver's figures are absent.
+    torch decides. It is not imported if both NVML and the device files indicate a machine without GPU. A failing NVML
+    alone does not count, since CUDA may still work (in a container without permission for NVML); only the driver's
+    figures are then unavailable.
     """
     driver = nvidia_driver()
     if driver.absent:
-        return f"no CUDA device: no NVIDIA driver answers (NVML: {driver.error})"
+        return f"no CUDA device: no NVIDIA driver responds (NVML: {driver.error})"
     import torch
 
     if torch.version.cuda is None:
         return f"no CUDA device: this torch ({torch.__version__}) was built without CUDA; install a CUDA build"
-    # torch says what is wrong as a warning, once a process; under pytest it would be an error.
+    # torch explains the failure in a warning, once per process; under pytest it would be an error.
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
@@ -157,17 +157,17 @@ def why_no_cuda() -> str | None:
 
 
 def why_hidden(visible: str | None, driver: Driver) -> str | None:
-    """What is wrong with ``visible``, the value of ``CUDA_VISIBLE_DEVICES`` (``None``: unset), in one line.
+    """The error in ``visible``, the value of ``CUDA_VISIBLE_DEVICES`` (``None``: unset), in one line.
 
-    CUDA stops at the first entry that it does not know, and hides that card and all after it. ``None`` where nothing
-    is wrong or, for a MIG instance and where NVML does not list the cards, cannot be told.
+    CUDA stops at the first invalid entry and hides that GPU and all after it. ``None`` if the value is valid or, for a
+    MIG instance or an NVML that does not list the GPUs, cannot be checked.
     """
     if visible is None:
         return None
     shown = f"CUDA_VISIBLE_DEVICES={visible!r}"
     entries = [entry.strip() for entry in visible.split(",")]
     if not entries[0].isdecimal() and not entries[0].startswith(("GPU-", "MIG-")):
-        return f"{shown} hides every card; unset it, or name one"
+        return f"{shown} hides every GPU; unset it, or name one"
     for entry in entries:
         if driver.cards is None:
             continue
@@ -175,31 +175,31 @@ def why_hidden(visible: str | None, driver: Driver) -> str | None:
         listed = [uuid.lower().startswith(entry.lower()) for uuid in driver.uuids]
         named = entry.startswith("GPU-") and len(listed) == driver.cards and not any(listed)
         if numbered or named:
-            there = "is 1 card" if driver.cards == 1 else f"are {driver.cards} cards"
-            return f"{shown} names card {entry}, and there {there} here, numbered from 0; nvidia-smi -L lists them"
+            there = "is 1 GPU" if driver.cards == 1 else f"are {driver.cards} GPUs"
+            return f"{shown} names GPU {entry}, but there {there} here, numbered from 0; nvidia-smi -L lists them"
     return None
 
 
 def _why_too_old(driver: Driver, built_for: str, words: str) -> str | None:
-    """``words``: torch's warning, if it was the first in this process to ask; ``built_for``: its CUDA."""
+    """``words``: torch's warning, empty if an earlier check consumed it; ``built_for``: torch's CUDA version."""
     found = re.search(r"driver on your system is too old \(found version (\d+)\)", words)
     runs = _cuda_version(int(found[1])) if found else driver.cuda
-    # Within one major version of CUDA a driver runs also what was built for a later one.
+    # A driver also runs code built for a later minor version of its major CUDA version.
     if runs is None or (not found and runs[0] >= int(built_for.split(".")[0])):
         return None
     upto = f"{runs[0]}.{runs[1]}"
     return (
-        f"the NVIDIA driver{_version_of(driver)} is too old: it runs CUDA up to {upto}, and this torch was built for "
-        f"CUDA {built_for}; update the driver, or install a torch built for CUDA {upto} or before"
+        f"the NVIDIA driver{_version_of(driver)} is too old: it supports CUDA up to {upto}, and this torch was built "
+        f"for CUDA {built_for}; update the driver, or install a torch built for CUDA {upto} or older"
     )
 
 
 def _why_otherwise(driver: Driver, words: str) -> str:
     if driver.cards == 0:
-        return f"the NVIDIA driver{_version_of(driver)} shows no card here; in a container, pass the GPUs in"
+        return f"the NVIDIA driver{_version_of(driver)} shows no GPU here; in a container, pass the GPUs in"
     told = one_line(words.partition("(Triggered internally")[0], 240)
-    nvml = f"NVML says: {driver.error}" if driver.error else f"the NVIDIA driver{_version_of(driver)} does answer"
-    return f"{told or 'it does not say why'} ({nvml}); nvidia-smi may tell more"
+    nvml = f"NVML: {driver.error}" if driver.error else f"the NVIDIA driver{_version_of(driver)} does respond"
+    return f"{told or 'torch gives no reason'} ({nvml}); run nvidia-smi for details"
 
 
 def _version_of(driver: Driver) -> str:
@@ -207,7 +207,7 @@ def _version_of(driver: Driver) -> str:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The installed version of ``distribution``; ``None`` where it is not installed."""
+    """The installed version of ``distribution``; ``None`` if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -246,7 +246,7 @@ def _threads() -> int:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A CUDA device as torch sees it; ``uuid`` names it whatever ``CUDA_VISIBLE_DEVICES`` says, with NVML's prefix."""
+    """A CUDA device as torch sees it; ``uuid``, with NVML's prefix, is independent of ``CUDA_VISIBLE_DEVICES``."""
 
     name: str
     memory_bytes: int
@@ -264,17 +264,17 @@ print(json.dumps([[each.name, each.total_memory, each.major, each.minor, str(get
 
 @cache
 def accelerators() -> tuple[Accelerator, ...]:
-    """The CUDA devices that torch can use here, in its order; none where `why_no_cuda` has a reason.
+    """The CUDA devices that torch can use here, in its order; none if `why_no_cuda` gives a reason.
 
-    A process of its own asks: this one has to stay without a CUDA context, which would take memory on the very card
-    that is measured, and count there as another process. Raises `GaugeError` where torch fails at it.
+    Queried in a separate process: a CUDA context in this one would use memory on the measured GPU and count there as
+    another process. Raises `GaugeError` if torch fails.
     """
     if why_no_cuda() is not None:
         return ()
     done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise GaugeError(f"torch cannot read the CUDA devices here: {one_line(last[0])}; nvidia-smi may tell more")
+        raise GaugeError(f"torch cannot read the CUDA devices here: {one_line(last[0])}; run nvidia-smi for details")
     return tuple(
         Accelerator(name, memory_bytes, (major, minor), _with_prefix(uuid) if uuid else None)
         for name, memory_bytes, major, minor, uuid in json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Where the project's data files and the user's folders are."""
+"""Locations of the project's data files and the user's folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import platformdirs
 PACKAGE = Path(__file__).resolve().parent
 PROJECT = PACKAGE.parent
 COMMIT = PROJECT / ".bundled-commit.json"
-"""In a checkout that `peft-gauge bundle` brought to a node, where there is no git history: which commit it is."""
+"""The commit of a checkout that `peft-gauge bundle` copied to a node, where there is no git history."""
 
 
 def is_installed() -> bool:
@@ -30,13 +30,13 @@ def fixture(name: str) -> Path:
 
 
 def calibrations() -> Path:
-    """The user's folder of measured overheads, a file a GPU (`peft-gauge calibrate`); ``PEFT_GAUGE_CALIBRATIONS`` moves
-    it."""
+    """The user's folder of calibrations, one file per GPU (`peft-gauge calibrate`); ``PEFT_GAUGE_CALIBRATIONS``
+    overrides it."""
     override = os.environ.get("PEFT_GAUGE_CALIBRATIONS")
     return Path(override) if override else platformdirs.user_data_path("peft-gauge") / "calibrations"
 
 
 def cache() -> Path:
-    """The user's cache folder for fetched weights; ``PEFT_GAUGE_CACHE`` moves it."""
+    """The user's cache folder for downloaded weights; ``PEFT_GAUGE_CACHE`` overrides it."""
     override = os.environ.get("PEFT_GAUGE_CACHE")
     return Path(override) if override else platformdirs.user_cache_path("peft-gauge")

@@ -189,13 +189,13 @@ def test_a_clock_that_stands_still_is_refused() -> None:
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.inf, math.nan])
 def test_a_budget_is_a_positive_number(budget: float) -> None:
-    with pytest.raises(GaugeError, match="a budget of"):
+    with pytest.raises(GaugeError, match="--budget must be positive"):
         PairRule(budget)
 
 
 @pytest.mark.parametrize("effect", [0.0, 1.0, -0.1, math.nan])
 def test_a_minimum_effect_is_a_share(effect: float) -> None:
-    with pytest.raises(GaugeError, match="minimum effect"):
+    with pytest.raises(GaugeError, match="--minimum-effect"):
         PairRule(minimum_effect=effect)
 
 
@@ -533,7 +533,7 @@ def test_a_side_that_breaks_is_worse_or_impossible(ab: Callable[..., Any]) -> No
     assert "bitsandbytes is too old" in " ".join(printed.split())
     code, _, complaint = ab(Sides(1.0, a={"build": "bitsandbytes is too old"}))
     assert code == 2
-    assert complaint == "peft-gauge: nothing ran with A (gaugeprobe==1): bitsandbytes is too old\n"
+    assert complaint == "peft-gauge: no case ran with A (gaugeprobe==1): bitsandbytes is too old\n"
 
 
 def test_interrupted_work_goes_on(ab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -550,10 +550,7 @@ def test_interrupted_work_goes_on(ab: Callable[..., Any], monkeypatch: pytest.Mo
     code, _, complaint = ab(Sides(1.0), *arguments)
     (state,) = (tmp_path / "cache" / "ab").iterdir()
     assert code == 130
-    assert complaint == (
-        f"peft-gauge: interrupted; what was measured of 2 parts is kept in {state}, "
-        "and the same command goes on from there\n"
-    )
+    assert complaint == (f"peft-gauge: interrupted; 2 parts saved in {state}; run the same command again to continue\n")
     monkeypatch.setattr(Kept, "put", real)
     setting = Sides(1.0)
     code, printed, _ = ab(setting, *arguments)
@@ -589,7 +586,7 @@ def test_what_another_version_kept_is_told_in_one_line(
         other = state.with_name("0123456789abcdef.json")
         assert code == 0
         assert complaint == (
-            f"peft-gauge: {other} was kept by another version of peft-gauge and cannot be used; remove it\n"
+            f"peft-gauge: {other} was saved by another version of peft-gauge and cannot be used; remove it\n"
         )
         assert "lora-toy-llama-cpu" in printed
         assert other.exists()
@@ -602,7 +599,7 @@ def test_what_another_version_kept_is_told_in_one_line(
     }[change]
     state.write_text(json.dumps(content))
     code, _, complaint = ab(Sides(1.0))
-    assert (code, complaint) == (2, f"peft-gauge: {state} holds no finished work; remove it to begin anew\n")
+    assert (code, complaint) == (2, f"peft-gauge: {state} contains no finished work; remove it to start over\n")
 
 
 def test_a_file_of_this_question_in_another_form_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,12 +617,12 @@ def test_a_file_of_this_question_in_another_form_is_begun_anew(tmp_path: Path, m
         assert str(kept.path) in told
     kept.path.with_name("another.json").write_text("{}")
     assert kept.unused() == (
-        f"2 files in {tmp_path / 'ab'} were kept by another version of peft-gauge and cannot be used; remove them"
+        f"2 files in {tmp_path / 'ab'} were saved by another version of peft-gauge and cannot be used; remove them"
     )
     kept.put("lora", [1])
     assert Kept("ab", {"question": 1}).get("lora") == [1]
     kept.path.write_text("[]")
-    with pytest.raises(GaugeError, match="holds no finished work"):
+    with pytest.raises(GaugeError, match="contains no finished work"):
         Kept("ab", {"question": 1})
 
 
@@ -641,13 +638,15 @@ def test_the_self_check_tells_what_the_host_can_resolve(ab: Callable[..., Any], 
     assert lines[0] == "lora-toy-llama-cpu: 8 pairs of processes, the same code on both sides"
     assert re.fullmatch(r"  B against A: [+-]0\.\d\d %, standard error 0\.\d\d %: .*", lines[1])
     assert re.fullmatch(r"  pairs of processes scatter by 0\.\d\d %", lines[2])
-    costs = re.fullmatch(
-        r"  to be started first costs (\S+) %, to step first (\S+) %; the order takes both out", lines[3]
-    )
+    costs = re.fullmatch(r"  cost of being started first (\S+) %, of stepping first (\S+) %; .*", lines[3])
     assert costs is not None
     assert [float(cost) for cost in costs.groups()] == pytest.approx([1.0, 0.0], abs=0.4)
     assert lines[4].startswith("  the host was ")
-    assert [line.split(" pairs: known to")[0].strip() for line in lines if "known to" in line] == ["4", "8", "16"]
+    assert [line.split(" pairs: interval")[0].strip() for line in lines if " pairs: interval" in line] == [
+        "4",
+        "8",
+        "16",
+    ]
     assert lines[-1] == "  verdict on these pairs: same"
     assert not (tmp_path / "r").exists(), "a self-check is no run"
     assert not list((tmp_path / "cache" / "ab").iterdir())
@@ -666,7 +665,7 @@ def test_a_self_check_that_calls_the_same_code_worse_says_so(ab: Callable[..., A
     code, printed, _ = ab(Wrong(1.0), ".", ".", "--self-check", "--pairs", "8")
     assert code == 1
     assert "%: a bias, more than 2 standard errors" in printed
-    assert printed.splitlines()[-1] == "  verdict on these pairs: worse: WRONG, for both sides are the same"
+    assert printed.splitlines()[-1] == "  verdict on these pairs: worse: WRONG, both sides are the same"
 
 
 def test_an_interrupted_self_check_goes_on(ab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,7 +702,7 @@ def test_what_a_host_can_resolve_by_hand() -> None:
     assert eight.half_width == pytest.approx(4.944470 * deviation / math.sqrt(8))  # t, 7 degrees, 1 - 0.01/12
     assert eight.smallest == pytest.approx(math.expm1(math.log(1.03) + 0.896030 * deviation / math.sqrt(8)))
     assert found.looks[2].half_width < eight.half_width < found.looks[0].half_width
-    with pytest.raises(GaugeError, match="needs 4 pairs"):
+    with pytest.raises(GaugeError, match="needs at least 4 pairs"):
         resolution(ratios[:3], a_first[:3], PairRule())
 
 
@@ -724,21 +723,21 @@ def test_the_smallest_difference_is_found_as_often_as_is_said() -> None:
     [
         ((), "give both sides, such as"),
         ((".",), "give both sides, such as"),
-        ((".", "peft==0.20.0", "--self-check"), "--self-check takes the same code on both sides"),
-        (("--self-check", "--pairs", "3"), "--pairs must be at least 4, not 3"),
-        (("peft=0.2", "."), "'peft=0.2' is no requirement"),
-        ((".", "torch==1.0"), "torch==1.0 is another torch than the installed"),
+        ((".", "peft==0.20.0", "--self-check"), "--self-check runs the same packages on both sides"),
+        (("--self-check", "--pairs", "3"), "--pairs must be at least 4, got 3"),
+        (("peft=0.2", "."), "'peft=0.2' is not a valid requirement"),
+        ((".", "torch==1.0"), "torch==1.0 differs from the installed torch"),
         ((".", ".", "--method", "loar"), "unknown method 'loar'; did you mean lora"),
         ((".", ".", "--method", "lora,lora"), "--method lora is given twice"),
         ((".", ".", "--model", "toy-lama"), "unknown model 'toy-lama'; did you mean toy-llama"),
         ((".", ".", "--device", "gpu"), "unknown device 'gpu'"),
         ((".", ".", "--dtype", "bf16"), "unknown dtype 'bf16'"),
-        ((".", ".", "--threads", "0"), "--threads must be at least 1, not 0"),
-        ((".", ".", "--batch", "0"), "--batch must be at least 1, not 0"),
-        ((".", ".", "--seq", "1"), "--seq must be at least 2, not 1"),
+        ((".", ".", "--threads", "0"), "--threads must be at least 1, got 0"),
+        ((".", ".", "--batch", "0"), "--batch must be at least 1, got 0"),
+        ((".", ".", "--seq", "1"), "--seq must be at least 2, got 1"),
         ((".", ".", "--seq", "999999"), "a sequence of 999999 tokens is beyond toy-llama's limit"),
-        ((".", ".", "--budget", "0"), "a budget of 0 s is none"),
-        ((".", ".", "--minimum-effect", "3"), "the minimum effect must lie between 0 and 1"),
+        ((".", ".", "--budget", "0"), "--budget must be positive, got 0"),
+        ((".", ".", "--minimum-effect", "3"), "--minimum-effect must be between 0 and 1"),
         ((".", ".", "--rules", "none.toml"), "none.toml"),
     ],
 )

@@ -52,7 +52,7 @@ def adapter(folder: Path, **values: object) -> str:
         (["--method", "lorra"], "unknown method 'lorra'; did you mean"),
         (["--dtype", "float64"], "unknown dtype 'float64'; did you mean float16 or bfloat16 or float32"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--device", "cuda"], "--device cuda cannot be had: no CUDA device"),
+        (["--device", "cuda"], "no CUDA device"),
         (["--weights", "imaginary"], "unknown kind of weights 'imaginary'"),
         (["--weights", "random-gpu", "--device", "cpu"], "--weights=random-gpu has the GPU draw them, and this run"),
         (["--attention", "flash"], "unknown attention 'flash'; known: eager, flash"),

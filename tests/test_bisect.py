@@ -143,8 +143,8 @@ def test_metrics(text: str, metric: Metric) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lora", "'lora' is no metric; write METHOD:FIGURE"),
-        ("lora:a:b:c", "is no metric"),
+        ("lora", "'lora' is not a valid metric; write METHOD:METRIC"),
+        ("lora:a:b:c", "is not a valid metric"),
         ("loar:step_seconds", "unknown method 'loar'; did you mean lora"),
         ("lora:step_second", "unknown figure 'step_second'; did you mean step_seconds?"),
         ("lora:fingerprint:flop", "unknown part of a fingerprint 'flop'; did you mean flops?"),
@@ -287,7 +287,7 @@ Bisecting = Callable[..., tuple[World, Callable[[], tuple[int, str, str]]]]
             TIME,
             [SAME, {"install": "needs another torch"}, {"build": "no NF4"}, WORSE],
             1,
-            "gaugeprobe 4.0 is worse and 1.0 is not; it may have begun earlier, with 2.0, 3.0, which could not be ",
+            "gaugeprobe 4.0 is worse and 1.0 is not; the change may have come earlier, with 2.0, 3.0",
         ),
         (TIME, [{"install": "no wheel"}, SAME, WORSE, {"build": "x"}], 1, "gaugeprobe 3.0 is the first that is worse"),
     ],
@@ -313,14 +313,14 @@ def test_the_command_finds_it(
         (
             TIME,
             [{"install": "no wheel"}] * 2,
-            "no release of gaugeprobe in this range runs; the last of them: no wheel",
+            "no release of gaugeprobe in this range runs; the last one failed with: no wheel",
         ),
-        (SHAPE, [SAME, {"build": "x"}], "of gaugeprobe only 1.0 runs, and there is nothing to compare it with"),
+        (SHAPE, [SAME, {"build": "x"}], "only gaugeprobe 1.0 runs in this range; nothing to compare it with"),
         (
             TIME,
             [SAME, SAME, {"verdicts": ["cannot tell"]}],
             "cannot tell whether gaugeprobe 3.0 is worse compared with 1.0 (cannot tell: +0.0 % [-1.0 %, +1.0 %], "
-            "66 pairs); give it more --budget",
+            "66 pairs); raise --budget",
         ),
     ],
 )
@@ -342,7 +342,7 @@ def test_an_undecided_release_gets_more_once(bisecting: Bisecting) -> None:
     code, printed, _ = run()
     assert code == 1
     assert world.timed == [("3.0", 5.0), ("2.0", 5.0), ("2.0", 15.0)]
-    assert "it may have begun earlier, with 2.0, which could not be judged" in printed
+    assert "the change may have come earlier, with 2.0, which could not be judged" in printed
 
 
 def test_interrupted_work_goes_on(bisecting: Bisecting, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_interrupted_work_goes_on(bisecting: Bisecting, tmp_path: Path) -> None:
     code, _, complaint = run()
     (state,) = (tmp_path / "bisect").iterdir()
     assert code == 130
-    assert f"interrupted; what was measured of 3 parts is kept in {state}" in complaint
+    assert f"interrupted; 3 parts saved in {state}" in complaint
     assert world.shaped == ["1.0", "5.0", "3.0"]
     world.stop_at = None
     code, printed, _ = run()
@@ -373,12 +373,12 @@ def test_what_another_version_kept_is_told_in_one_line(bisecting: Bisecting, tmp
     for name, part in (("3.0", {"answer": "perhaps", "why": ""}), ("3.0", {"judged": 1}), ("reference 1.0", [])):
         state.write_text(json.dumps({**kept, "parts": {**kept["parts"], name: part}}))
         code, _, complaint = run()
-        assert (code, complaint) == (2, f"peft-gauge: {state} holds no finished work; remove it to begin anew\n")
+        assert (code, complaint) == (2, f"peft-gauge: {state} contains no finished work; remove it to start over\n")
     state.write_text(json.dumps(kept["parts"]))
     code, _, complaint = run()
     assert code == 1
     assert complaint == (
-        f"peft-gauge: {state} was kept by another version of peft-gauge and cannot be used; remove it\n"
+        f"peft-gauge: {state} was saved by another version of peft-gauge and cannot be used; remove it\n"
     )
     assert world.shaped.count("1.0") == 2, "all is asked anew"
 
@@ -394,20 +394,20 @@ def test_a_reference_that_no_longer_runs_is_an_error(bisecting: Bisecting, monke
 
     monkeypatch.setattr(probe, "compare_case", broken)
     code, _, complaint = run()
-    assert (code, complaint) == (2, "peft-gauge: the reference crashed, which had run before: killed by SIGKILL\n")
+    assert (code, complaint) == (2, "peft-gauge: the reference ran before but now crashed: killed by SIGKILL\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("gaugeprobe", "1.0..2.0", "--metric", "lora"), "is no metric"),
-        (("gaugeprobe", "1.0", "--metric", SHAPE), "'1.0' is no range of releases"),
+        (("gaugeprobe", "1.0..2.0", "--metric", "lora"), "is not a valid metric"),
+        (("gaugeprobe", "1.0", "--metric", SHAPE), "'1.0' is not a valid range"),
         (("gaugeprobe", "2.0..1.0", "--metric", SHAPE), "2.0..1.0: the first release must be older than the last"),
-        (("gaugeprobe", "7.0..9.0", "--metric", SHAPE), "7.0..9.0 holds 0 releases of gaugeprobe for this Python, and"),
+        (("gaugeprobe", "7.0..9.0", "--metric", SHAPE), "7.0..9.0 matches 0 releases of gaugeprobe for this Python"),
         (("gaugeprobe==1", "1.0..2.0", "--metric", SHAPE), "give the library's name alone"),
-        (("gaugeprobe", "1.0..2.0", "--metric", SHAPE, "--with", "peft=1"), "'peft=1' is no requirement"),
+        (("gaugeprobe", "1.0..2.0", "--metric", SHAPE, "--with", "peft=1"), "'peft=1' is not a valid requirement"),
         (("gaugeprobe", "1.0..2.0", "--metric", SHAPE, "--model", "gtp2"), "unknown model 'gtp2'"),
-        (("gaugeprobe", "1.0..2.0", "--metric", TIME, "--budget", "-1"), "a budget of -1 s is none"),
+        (("gaugeprobe", "1.0..2.0", "--metric", TIME, "--budget", "-1"), "--budget must be positive, got -1"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(
@@ -435,5 +435,5 @@ def test_with_pip_and_children_and_all(run_command: Command, tmp_path: Path, mon
     assert (code, complaint) == (1, "")
     lines = printed.splitlines()
     assert any("2.0" in line and "left out" in line and "gaugemissing" in line for line in lines)
-    assert lines[-1].startswith("gaugeprobe 3.0 is worse and 1.0 is not; it may have begun earlier, with 2.0,")
+    assert lines[-1].startswith("gaugeprobe 3.0 is worse and 1.0 is not; the change may have come earlier, with 2.0,")
     assert "4 pairs of processes" in lines[-1]

@@ -168,7 +168,7 @@ def test_a_folder_named_like_a_run(tmp_path: Path, saved: Saved, run_command: Co
 
     code, _, err = run_command("compare", str(good), str(folder))
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds no saved run" in err
+    assert "contains no saved runs" in err
     assert runs_in(tmp_path, "m") == [good]  # and it is not taken for the newest
 
 

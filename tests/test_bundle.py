@@ -348,7 +348,7 @@ def test_a_named_package_that_no_index_has_costs_the_others_nothing(tmp_path: Pa
     made = named(tmp_path, "torch==2.11.0", "ours==1.0,gaugebase")
     assert not wheels(made).keys() & {"gaugebase", "gaugeunder"}
     (note,) = made.notes
-    assert note.startswith("what ours==1.0 needs could not be found out, and is taken to be lacking")
+    assert note.startswith("the dependencies of ours==1.0 could not be resolved")
 
 
 @pytest.mark.usefixtures("quick")
@@ -373,7 +373,7 @@ def test_cuda_is_never_fetched(tmp_path: Path, toy: Callable[..., None], index: 
     toy("torch>=2.6", "gaugecuda")
     made = bundle(tmp_path)
     assert wheels(made) == {"gaugecuda": "1.0"}
-    assert made.notes == ("gaugecuda needs nvidia-cublas-cu13, which is never fetched: it has to be on the node",)
+    assert made.notes == ("gaugecuda needs nvidia-cublas-cu13, which is never downloaded; install it on the node",)
 
 
 def test_a_mirror_can_be_named(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run) -> None:
@@ -419,7 +419,7 @@ def test_what_is_left_out_is_named_with_size_and_loss(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_limit_below_what_is_needed_names_the_smallest_that_works(tmp_path: Path) -> None:
-    with pytest.raises(GaugeError, match="do not fit into 0.001 MB; the smallest limit that holds them is") as caught:
+    with pytest.raises(GaugeError, match="do not fit into 0.001 MB; raise the limit to at least") as caught:
         bundle(tmp_path, most_megabytes=0.001)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["node.txt"]
     (named,) = re.findall(r"--most-megabytes ([\d.]+)", str(caught.value))
@@ -457,24 +457,24 @@ HAVE = ["--have", "torch==2.11.0,packaging==26.4"]
         (["--python", "py3", *HAVE], "--python 'py3' is not a valid Python version"),
         ([*FOR, *HAVE, "--platform", "win_amd64"], "unknown platform 'win_amd64'; "),
         ([*FOR, *HAVE, "--platform", "manylinux_2_28_ppc64"], "unknown platform 'manylinux_2_28_ppc64'"),
-        ([*FOR, *HAVE, "--platform", "manylinux_2_5_aarch64"], "no wheel is built for glibc 2.5 on aarch64"),
-        ([*FOR], "torch has to be on the node, since a bundle never holds it"),
-        ([*FOR, "--have", "packaging"], "torch has to be on the node"),
+        ([*FOR, *HAVE, "--platform", "manylinux_2_5_aarch64"], "no wheels for glibc 2.5 on aarch64"),
+        ([*FOR], "a bundle never includes torch"),
+        ([*FOR, "--have", "packaging"], "a bundle never includes torch"),
         ([*FOR, "--have", "torch>=2.6"], "--have 'torch>=2.6' is neither NAME nor NAME==VERSION"),
         ([*FOR, "--have", "torch=="], "--have 'torch==' is neither NAME nor NAME==VERSION"),
         ([*FOR, "--have", "torch==new"], "--have 'torch==new': 'new' is not a valid version"),
         ([*FOR, "--have", "torch,-peft"], "--have '-peft' is neither NAME nor NAME==VERSION"),
-        ([*FOR, "--have", ","], "--have ',' names nothing"),
+        ([*FOR, "--have", ","], "--have ',' names no package"),
         ([*FOR, *HAVE, "--have", "torch==2.10"], "--have gives torch two versions, 2.11.0 and 2.10"),
         ([*FOR, "--have", "@nowhere.txt"], "--have nowhere.txt cannot be read: No such file"),
-        ([*FOR, "--have", "torch==2.5.1"], "the node has torch 2.5.1, and peft-gauge needs torch>=2.6"),
-        ([*FOR, *HAVE, "--have", "gaugeone==0.9"], "gaugeone 0.9, and peft-gauge needs gaugeone>=1"),
+        ([*FOR, "--have", "torch==2.5.1"], "the node has torch 2.5.1, but peft-gauge needs torch>=2.6"),
+        ([*FOR, *HAVE, "--have", "gaugeone==0.9"], "gaugeone 0.9, but peft-gauge needs gaugeone>=1"),
         ([*FOR, *HAVE, "--most-megabytes", "0"], "--most-megabytes must be positive, got 0"),
         ([*FOR, *HAVE, "--most-megabytes", "nan"], "--most-megabytes must be positive, got nan"),
         ([*FOR, *HAVE, "--no-checkout", "--out", "/proc/bundle"], "cannot write /proc/bundle: "),
-        ([*FOR, *HAVE, "--out", "file"], "file is a file; name a folder for the bundle with --out"),
+        ([*FOR, *HAVE, "--out", "file"], "file is a file; give a folder with --out"),
         ([*FOR, *HAVE, "--no-checkout", "--out", "file/bundle"], "cannot write "),
-        ([*FOR, *HAVE, "--out", "full"], "holds notes, which is not of a bundle"),
+        ([*FOR, *HAVE, "--out", "full"], "contains notes, not part of a bundle"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -502,9 +502,12 @@ def last_line(text: str) -> str:
     [
         (
             "Package Version\n------- -------\ntorch 2.11.0\n",
-            "line 1: 'Package Version' is not what python -m pip list",
+            "line 1: 'Package Version' is not a line of python -m pip list",
         ),
-        ("torch==2.11\nnumpy=1.2=py312\n", "line 2: 'numpy=1.2=py312' is not what python -m pip list --format=freeze"),
+        (
+            "torch==2.11\nnumpy=1.2=py312\n",
+            "line 2: 'numpy=1.2=py312' is not a line of python -m pip list --format=freeze",
+        ),
         ("# nothing\n\n", "names no package; write it with: python -m pip list --format=freeze > FILE"),
     ],
 )
@@ -529,7 +532,7 @@ def test_without_a_network_it_says_so(run_command: Run, tmp_path: Path, monkeypa
     options = ["--python", "3.12", "--have", f"@{tmp_path / 'node.txt'}", "--no-checkout", "--out", str(tmp_path / "b")]
     code, out, err = run_command("bundle", *options, "--index-url", "http://127.0.0.1:9/simple")
     assert (code, out) == (2, "")
-    assert "no answer from the package index; bundle where there is a network" in last_line(err)
+    assert "the package index does not respond; bundle where there is a network" in last_line(err)
     assert [path.name for path in tmp_path.iterdir()] == ["node.txt"]
 
 
@@ -571,7 +574,7 @@ def test_an_older_bundle_is_replaced_and_nothing_else_is(tmp_path: Path, toy: Ca
     assert older.folder == newer.folder
     for foreign in ("notes.txt", "wheels/notes.txt"):
         (newer.folder / foreign).write_text("mine")
-        with pytest.raises(GaugeError, match=f"holds {foreign}, which is not of a bundle"):
+        with pytest.raises(GaugeError, match=f"contains {foreign}, not part of a bundle"):
             bundle(tmp_path)
         (newer.folder / foreign).unlink()
     before = {path: path.read_bytes() for path in newer.folder.rglob("*") if path.is_file()}
@@ -636,7 +639,7 @@ def test_a_checkout_is_what_git_tracks_as_it_is_on_the_disk(repository: Path, tm
 def test_without_a_checkout_it_says_what_to_do(tmp_path: Path, repository: Path) -> None:
     with pytest.raises(GaugeError, match="is not a git checkout .* or use --no-checkout"):
         find_checkout(tmp_path)
-    with pytest.raises(GaugeError, match="is not a checkout of its own but a part of"):
+    with pytest.raises(GaugeError, match="is a part of the checkout"):
         find_checkout(repository / "benchmarks")
 
 
@@ -769,7 +772,7 @@ def test_what_the_node_has_is_left_as_it_is_and_comes_first(node: Path, tmp_path
     done = run_on(node, "--", "python", "-P", "-c", script, str(own), PYTHONPATH=str(own))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "7.0 2.0 0\n"
-    assert done.stderr == "run.sh: on this node already, and left as it is: gaugeunder 7.0\n"
+    assert done.stderr == "run.sh: already on this node and left unchanged: gaugeunder 7.0\n"
     assert not (installed(node) / "site" / "gaugeunder").exists()
 
 
@@ -778,7 +781,7 @@ def test_another_version_than_is_needed_is_told(node: Path, tmp_path: Path) -> N
         archive.extractall(tmp_path / "own")
     done = run_on(node, "--", "true", PYTHONPATH=str(tmp_path / "own"))
     assert done.returncode == 0
-    assert "run.sh: gaugeone needs gaugebase>=2; here is gaugebase 1.0\n" in done.stderr
+    assert "run.sh: gaugeone needs gaugebase>=2; the node has gaugebase 1.0\n" in done.stderr
 
 
 def test_nodes_that_lack_other_packages_can_share_a_place(node: Path, tmp_path: Path) -> None:
@@ -854,7 +857,7 @@ def test_the_python_on_the_path_is_the_nodes(node: Path, tmp_path: Path) -> None
     for name in ("sh", "readlink", "dirname", "true"):
         (programs / name).symlink_to(str(shutil.which(name)))
     done = run_on(node, "--", "true", PEFT_GAUGE_PYTHON="", PATH=str(programs))
-    refused(done, "there is no python3 here; load or activate one, or name it with --python")
+    refused(done, "no python3 found; load or activate one, or give it with --python")
     for name, code in (("python", f'exec {sys.executable} "$@"'), ("python3", "exit 1")):
         (programs / name).write_text(f"#!/bin/sh\n{code}\n")
         (programs / name).chmod(0o755)
@@ -869,7 +872,7 @@ def test_a_damaged_file_is_told_and_nothing_is_installed(node: Path, name: str) 
     content = bytearray((node / name).read_bytes())
     content[len(content) // 2] ^= 1
     (node / name).write_bytes(content)
-    refused(run_on(node), f"{name} is damaged (its sha256 is not the manifest's); copy the bundle anew")
+    refused(run_on(node), f"{name} is damaged (its sha256 differs from the manifest's); copy the bundle again")
     assert list(node.with_name("bundle-installed").iterdir()) == []
     (node / name).unlink()
     refused(run_on(node), f"{name} is missing from the bundle")
@@ -877,7 +880,7 @@ def test_a_damaged_file_is_told_and_nothing_is_installed(node: Path, name: str) 
 
 def test_a_broken_manifest_is_told(node: Path) -> None:
     (node / "manifest.json").write_text("{")
-    refused(run_on(node), "manifest.json is missing or broken; copy the bundle anew")
+    refused(run_on(node), "manifest.json is missing or broken; copy the bundle again")
     (node / "manifest.json").unlink()
     refused(run_on(node), "manifest.json is missing or broken")
 

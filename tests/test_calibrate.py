@@ -80,9 +80,9 @@ def test_a_gpu_that_is_as_plans_assume(run_command: Run, monkeypatch: pytest.Mon
     code, out, _ = run_command("calibrate")
     assert code == 0
     assert out.count(" same ") == 10
-    assert "plans assume" not in out.replace("what plans assume", "")
-    assert "bfloat16 product: 650.0 TFLOP/s; copy: 2,900 GB/s read and written" in out
-    assert f"kept as {own_folder / 'h100-80gb.json'}; plans for this GPU use it from now on" in out
+    assert "plans assume" not in out.replace("overhead assumed by plans", "")
+    assert "bfloat16 matrix product: 650.0 TFLOP/s; copy: 2,900 GB/s read and written" in out
+    assert f"saved {own_folder / 'h100-80gb.json'}; plans for this GPU use it from now on" in out
     assert max(map(len, out.splitlines()[:14])) <= 80
 
 
@@ -93,13 +93,13 @@ def test_what_differs_is_told_with_both_figures(run_command: Run, monkeypatch: p
     assert code == 0
     words = " ".join(out.split())
     assert (
-        f"CUDA context: plans assume {CONTEXT_HOPPER_BYTES:,} bytes (measured on an H200, torch 2.11, CUDA 13.0), "
-        "this GPU has 500,000,000"
+        f"CUDA context: plans assume {CONTEXT_HOPPER_BYTES:,} bytes (measured on an H200, torch 2.11, CUDA 13.0); "
+        "this GPU uses 500,000,000"
     ) in words
     assert "cuBLASLt workspace: plans assume 1,048,576 bytes" in words
     assert "allocator: large segment: plans assume 20,971,520 bytes" in words
     assert out.count("differs") == 3
-    assert "kept" not in out
+    assert "saved" not in out
 
 
 def test_a_context_may_be_a_few_percent_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +171,8 @@ def test_json_is_what_is_kept(run_command: Run, monkeypatch: pytest.MonkeyPatch)
     [
         (
             Outcome("out-of-memory", None, "OutOfMemoryError: CUDA out of memory", {}, 1.0, 1.0),
-            "the GPU is too full to calibrate (OutOfMemoryError: CUDA out of memory); "
-            "wait for its other processes to end",
+            "not enough free GPU memory to calibrate (OutOfMemoryError: CUDA out of memory); "
+            "wait for other processes to end",
         ),
         (
             Outcome("refused", None, "the CUDA context cannot be measured: no NVML", {}, 1.0, 1.0),

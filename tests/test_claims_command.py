@@ -153,7 +153,7 @@ def test_markdown_has_a_row_for_each_with_what_is_shared_left_empty(results: Pat
     assert len([row for row in rows if row[0].startswith(" **")]) == len(ledger())
     assert lines[0] == (
         f"{len(ledger())} claims, each on one or more models: {ROWS - 3} not measured yet, 2 holds, 1 cannot tell; "
-        "1 otherwise than recorded. An empty cell is as above."
+        "differing from the recorded verdict: 1. An empty cell repeats the one above."
     )
     memory = ledger()["lora-memory"].statement
     verdict = "cannot tell (recorded: refuted)"
@@ -189,7 +189,7 @@ def test_the_terminal_shows_verdicts_figures_dates_and_machines(results: Path, r
     assert re.search(r"many-adapters +│ smollm2-135m +│ holds +│ 7 MB \| \[b\] <b> +│ 2026-02-01 │ cpu-box", printed)
     assert re.search(r"rank-tradeoff +│ smollm2-135m +│ not measured yet +│ – +│ – +│ –", printed)
     assert re.search(r"lora-memory +│ llama-2-7b +│ cannot tell \(recorded: refuted\) +│ 17 GB", printed)
-    assert "; 1 otherwise than recorded" in printed
+    assert "differing from the recorded verdict: 1" in " ".join(printed.split())
 
 
 # A file that holds the table
@@ -239,10 +239,13 @@ def test_every_change_by_hand_is_seen(change: str, results: Path, page: Path, ru
     text = page.read_text()
     row = next(line for line in text.splitlines() if "**identity**" in line)
     changed, said = {
-        "a row too many": (text.replace(row, f"{row}\n{row}"), "not in the row of a claim"),
+        "a row too many": (text.replace(row, f"{row}\n{row}"), "lines outside the claims' rows differ"),
         "a row too few": (text.replace(f"{row}\n", ""), "identity on any differs"),
         "a verdict": (text.replace(row, row.replace("holds", "refuted")), "identity on any differs"),
-        "the words around it": (text.replace(" claims, each on", " claims on"), "not in the row of a claim"),
+        "the words around it": (
+            text.replace(" claims, each on", " claims on"),
+            "lines outside the claims' rows differ",
+        ),
     }[change]
     assert changed != text
     page.write_text(changed)
@@ -283,13 +286,13 @@ def own_runs() -> list[str]:
     [
         (None, "No such file or directory"),
         ("folder", "Is a directory"),
-        (b"\xff\xfe", "is no text in UTF-8"),
-        ("", "must hold once the line"),
-        (PAGE.replace(START, ""), "must hold once the line"),
-        (PAGE.replace(END, ""), "must hold once the line"),
-        (PAGE + f"\n{START}", "must hold once the line"),
-        (f"{END}\n{START}\n", "must hold once the line"),
-        (f"said in passing: {START} {END}", "must hold once the line"),
+        (b"\xff\xfe", "is not valid UTF-8"),
+        ("", "must contain the line"),
+        (PAGE.replace(START, ""), "must contain the line"),
+        (PAGE.replace(END, ""), "must contain the line"),
+        (PAGE + f"\n{START}", "must contain the line"),
+        (f"{END}\n{START}\n", "must contain the line"),
+        (f"said in passing: {START} {END}", "must contain the line"),
     ],
     ids=["missing", "folder", "binary", "empty", "no start", "no end", "two starts", "end first", "in passing"],
 )

@@ -36,12 +36,12 @@ def entry(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "is no ledger of claims"),
-        ("[[claim]", "is no ledger of claims"),
+        ("", "is not a valid ledger of claims"),
+        ("[[claim]", "is not a valid ledger of claims"),
         (entry(), "the claim x lacks recorded"),
         (entry() + '\nrecorded = { tinyllama = "true" }', "unknown verdict of x 'true'"),
         (entry() + '\nrecorded = { tinyllama-2 = "holds" }', "unknown model in the verdicts of x"),
-        ((entry() + "\nrecorded = {}\n") * 2, "the claim x stands twice"),
+        ((entry() + "\nrecorded = {}\n") * 2, "the claim x is listed twice"),
     ],
 )
 def test_a_broken_ledger_is_one_line(text: str, said: str, tmp_path: Path) -> None:

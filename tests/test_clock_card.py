@@ -138,7 +138,7 @@ def test_sizes_fit_in_free_memory(device: str, itemsize: int, free_bytes: int, s
 
 
 def test_too_little_memory_is_one_line() -> None:
-    with pytest.raises(GaugeError, match="1,000,000 bytes free on cuda are too few"):
+    with pytest.raises(GaugeError, match="1,000,000 bytes are free on cuda"):
         card._sizes("cuda", 2, 1_000_000)
 
 
@@ -171,14 +171,13 @@ def test_a_share_up_to_one_can_be(share: float) -> None:
 @pytest.mark.parametrize(("share", "shown"), [(1.0001, "1.0001"), (140.0, "140"), (float("nan"), "nan")])
 def test_a_share_above_one_is_refused(share: float, shown: str) -> None:
     line = card.impossible(share, "FLOPs of a step")
-    assert line == (
-        f"FLOPs of a step: {shown} times what this device was measured to do; this figure or the clock is wrong"
-    )
+    assert line is not None
+    assert line.startswith(f"FLOPs of a step: {shown} times this device's measured peak")
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_no_speed_without_time(seconds: float) -> None:
-    with pytest.raises(GaugeError, match="no speed can be had"):
+    with pytest.raises(GaugeError, match="cannot compute throughput"):
         card.share_of_product(1.0, seconds, SPEED)
-    with pytest.raises(GaugeError, match="no speed can be had"):
+    with pytest.raises(GaugeError, match="cannot compute throughput"):
         card.share_of_copy(1.0, seconds, SPEED)

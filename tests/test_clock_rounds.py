@@ -160,7 +160,7 @@ def test_an_unknown_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GaugeError, match="unknown device 'cuda:1'; did you mean cuda"):
         Stopwatch("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(GaugeError, match="torch sees no CUDA device to time on"):
+    with pytest.raises(GaugeError, match="torch finds no CUDA device to time on"):
         Stopwatch("cuda")
 
 
@@ -286,7 +286,7 @@ def test_a_fixed_number_asks_neither_noise_nor_time() -> None:
     ids=str,
 )
 def test_a_rule_that_cannot_be_met_is_refused(limits: dict[str, Any]) -> None:
-    with pytest.raises(GaugeError, match="rounds must be 1|make no stopping rule"):
+    with pytest.raises(GaugeError, match="rounds must satisfy 1|invalid stopping rule"):
         StoppingRule(**limits)
 
 

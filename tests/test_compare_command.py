@@ -204,17 +204,17 @@ def test_own_rules(base: str, tmp_path: Path, run_command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "compare needs a saved run, or BASE and at least one NEW, or --last N"),
-        (["{base}"], "no run before it in its folder has cases in common with it; name BASE, too"),
+        ([], "give a saved run, or BASE and at least one NEW, or --last N"),
+        (["{base}"], "no run before it in its folder has cases in common with it; give BASE, too"),
         (["{folder}/apart/m/0002_x.json"], "none of the 1 runs before it in its folder has cases in common with it"),
         (["--last", "2", "--machine", "m", "--results", "{folder}/apart"], "no 2 of the 2 runs in "),
         (["{base}", "{folder}/none.json"], "none.json does not exist"),
         (["{base}", "{folder}/broken.json"], "broken.json is truncated"),
         (["{base}", "{folder}/newer.json"], "was written by a newer peft-gauge"),
-        (["{base}", "{folder}/empty"], "empty holds no saved run"),
-        (["{base}", "{folder}/two"], "holds runs of several machines; name one: "),
-        (["--last", "1"], "--last 1: a comparison needs at least 2 runs"),
-        (["--last", "2", "{base}", "{base}"], "name runs or give --last, not both"),
+        (["{base}", "{folder}/empty"], "empty contains no saved runs"),
+        (["{base}", "{folder}/two"], "contains runs of several machines; name one: "),
+        (["--last", "1"], "--last must be at least 2, got 1"),
+        (["--last", "2", "{base}", "{base}"], "give runs or --last, not both"),
         (["--last", "2", "--machine", "m", "--results", "{folder}/two"], "two/m has 1 saved runs"),
         (["--last", "2", "--machine", "m", "--results", "{folder}/none"], "none is no folder of saved runs"),
         (["{base}", "{folder}/other.json"], "the machines differ (machine: a-2c-cpu → b; threads: 2 → 4)"),
@@ -402,7 +402,7 @@ def test_times_that_cannot_be_told_apart_are_one_line(many: tuple[str, str], run
     assert verdicts == ["worse: CRASH", "MISSING", "cannot tell", "NEW"]
     assert "9 times of 9 cases" in printed
     assert "step_seconds (9): +2.0 % to +2.0 %" in printed
-    assert "more processes a side would decide the clearest; --all" in " ".join(printed.split())
+    assert "more processes per side would decide the clearest; --all" in " ".join(printed.split())
     assert "4 cases: test_verdicts.py (4)" in printed
     assert "5 cases: test_verdicts.py (5)" in printed
     assert "BASE did not ask this question" in printed

@@ -88,12 +88,12 @@ def test_requirements_are_read_as_pip_reads_them(text: str, requirements: tuple[
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("peft=0.20", "'peft=0.20' is no requirement; write it as for pip, such as 'peft==0.20.0'"),
-        ("==0.20", "'==0.20' is no requirement"),
-        ("peft==", "'peft==' is no requirement"),
+        ("peft=0.20", "'peft=0.20' is not a valid requirement; write it as for pip: 'peft==0.20.0'"),
+        ("==0.20", "'==0.20' is not a valid requirement"),
+        ("peft==", "'peft==' is not a valid requirement"),
         ("peft==0.20 PEFT<1", "names PEFT twice"),
-        ("peft; python_version<'4'", "a condition after ';' is not understood here"),
-        ("peft-gauge==0.1", "peft-gauge measures both sides and is itself on neither"),
+        ("peft; python_version<'4'", "markers after ';' are not supported"),
+        ("peft-gauge==0.1", "peft-gauge measures both sides and cannot be compared itself"),
     ],
 )
 def test_what_is_no_requirement_is_one_line(text: str, said: str) -> None:
@@ -114,7 +114,7 @@ def test_ranges() -> None:
     low, high = parse_range("0.46.0..0.50.2")
     assert (str(low), str(high)) == ("0.46.0", "0.50.2")
     for text in ("0.46.0", "a..b", "0.46.0..", "0.46.0...0.50"):
-        with pytest.raises(GaugeError, match="is no range of releases"):
+        with pytest.raises(GaugeError, match="is not a valid range"):
             parse_range(text)
     with pytest.raises(GaugeError, match="must be older"):
         parse_range("2..1")
@@ -123,7 +123,7 @@ def test_ranges() -> None:
 def test_a_library_is_a_name_alone() -> None:
     assert parse_library("Nvidia_ML.py") == "nvidia-ml-py"
     for text in ("peft==1", "a b", "peft[x]", ""):
-        with pytest.raises(GaugeError, match="library's name"):
+        with pytest.raises(GaugeError, match="library name|library's name"):
             parse_library(text)
 
 
@@ -186,7 +186,7 @@ def test_installed_libraries_stay_where_they_fit(wheels: Path, monkeypatch: pyte
     [
         ("gaugeprobe==9.0", NoEnvironment, "gaugeprobe==9.0 cannot be resolved: No matching distribution found"),
         ("gaugeprobe==3.0", NoEnvironment, "gaugemissing"),
-        ("torch==1.0", GaugeError, "torch==1.0 is another torch than the installed"),
+        ("torch==1.0", GaugeError, "torch==1.0 differs from the installed torch"),
         ("gaugetorch==1.0", NoEnvironment, "gaugetorch==1.0 cannot be resolved: "),
     ],
 )
@@ -212,7 +212,7 @@ def test_without_a_network_the_releases_are_not_to_blame(monkeypatch: pytest.Mon
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     monkeypatch.setattr(build, "_RETRIES", "1")
-    with pytest.raises(GaugeError, match="no answer from the package index; is there a network?") as caught:
+    with pytest.raises(GaugeError, match="the package index does not respond; check the network") as caught:
         build.releases("peft")
     assert not isinstance(caught.value, NoEnvironment)
 
@@ -256,9 +256,9 @@ def test_a_child_imports_what_its_side_asks_for(built: dict[str, Environment]) -
 def test_a_version_that_is_not_the_one_asked_for_is_an_error(built: dict[str, Environment]) -> None:
     one = built["1.0"]
     for side, packages, said in (
-        ("gaugeprobe==2.0", {}, "gaugeprobe==2.0 was asked for, but gaugeprobe 1.0 is found"),
-        ("gaugeprobe==1.0", {"gaugeprobe": "2.0"}, "gaugeprobe 2.0 was installed, but 1.0 is found before it"),
-        ("gaugeabsent", {}, "gaugeabsent was asked for, but gaugeabsent is missing is found"),
+        ("gaugeprobe==2.0", {}, "gaugeprobe==2.0 is required, but gaugeprobe 1.0 is found"),
+        ("gaugeprobe==1.0", {"gaugeprobe": "2.0"}, "installed gaugeprobe 2.0, but 1.0 comes first on the path"),
+        ("gaugeabsent", {}, "gaugeabsent is required, but gaugeabsent is missing is found"),
     ):
         with (
             Worker(Environment(parse_side(side), one.folder, packages), program=CHILD) as child,
@@ -288,7 +288,7 @@ def test_modules_must_come_from_where_their_metadata_is(
     [
         ("build", "failed", "this release cannot build the case"),
         ("step", "crashed", "ValueError: no such kernel"),
-        ("die", "crashed", "ended with exit code 7; last words: last words"),
+        ("die", "crashed", "ended with exit code 7; last output: last words"),
         ("hang", "timed-out", "did not step within 0.5 s"),
     ],
 )
@@ -312,7 +312,7 @@ def build_and_step(child: Worker) -> None:
 def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
     with (
         Worker(INSTALLED, program="tests.nosuchprogram") as child,
-        pytest.raises(NoEnvironment, match="as installed: ended with exit code 1; last words: .*nosuchprogram"),
+        pytest.raises(NoEnvironment, match="as installed: ended with exit code 1; last output: .*nosuchprogram"),
     ):
         child.start()
 
@@ -406,5 +406,5 @@ def test_a_broken_state_file_is_named(text: str, tmp_path: Path, monkeypatch: py
     kept = Kept("ab", 1)
     kept.put("x", 1)
     kept.path.write_text(text)
-    with pytest.raises(GaugeError, match="remove it to begin anew"):
+    with pytest.raises(GaugeError, match="remove it to start over"):
         Kept("ab", 1)

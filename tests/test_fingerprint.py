@@ -488,7 +488,7 @@ def test_a_job_that_has_taken_a_step_is_refused() -> None:
     job = PlainJob(Tower())
     job.optimizer = torch.optim.AdamW(job.model.parameters())
     fingerprint(job)
-    with pytest.raises(GaugeError, match="fresh weights"):
+    with pytest.raises(GaugeError, match="initial weights"):
         fingerprint(job)
 
 

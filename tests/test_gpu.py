@@ -284,7 +284,7 @@ def test_the_driver_sees_what_was_allocated(record_property: RecordProperty) -> 
 def test_the_last_card_is_found_under_cuda_visible_devices(named_by: str) -> None:
     driver = machine.nvidia_driver()
     if driver.error is not None:
-        pytest.skip(f"NVML does not answer: {driver.error}")
+        pytest.skip(f"NVML does not respond: {driver.error}")
     last = machine.accelerators()[-1]
     if named_by == "uuid":
         if last.uuid is None:

@@ -139,7 +139,7 @@ def test_the_stand_in_has_the_signatures_of_the_real_modules() -> None:
     [
         (
             {"broken": fake_pynvml.NVMLError_LibraryNotFound, "device_files": False},
-            "no CUDA device: no NVIDIA driver answers (NVML: NVML Shared Library Not Found)",
+            "no CUDA device: no NVIDIA driver responds (NVML: NVML Shared Library Not Found)",
         ),
         (
             {"built_for": None, "available": False},
@@ -147,53 +147,56 @@ def test_the_stand_in_has_the_signatures_of_the_real_modules() -> None:
         ),
         (
             {"available": False, "says": TOO_OLD, "cuda": 11040},
-            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it runs CUDA up to 11.4, and "
-            "this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or before",
+            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 11.4, "
+            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or "
+            "older",
         ),
         (  # bitsandbytes asked torch before, which warns only once
             {"available": False, "cuda": 12040, "built_for": "13.0"},
-            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it runs CUDA up to 12.4, and "
-            "this torch was built for CUDA 13.0; update the driver, or install a torch built for CUDA 12.4 or before",
+            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 12.4, "
+            "and this torch was built for CUDA 13.0; update the driver, or install a torch built for CUDA 12.4 or "
+            "older",
         ),
         (
             {"available": False, "says": TOO_OLD, "broken": fake_pynvml.NVMLError_NoPermission},
-            "no CUDA device that torch can use: the NVIDIA driver is too old: it runs CUDA up to 11.4, and "
-            "this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or before",
+            "no CUDA device that torch can use: the NVIDIA driver is too old: it supports CUDA up to 11.4, "
+            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or "
+            "older",
         ),
         (
             {"available": False, "visible": ""},
-            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every card; unset it, or name one",
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every GPU; unset it, or name one",
         ),
         (
             {"available": False, "visible": "-1"},
-            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='-1' hides every card; unset it, or name one",
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='-1' hides every GPU; unset it, or name one",
         ),
         (
             {"available": False, "visible": "2"},
-            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='2' names card 2, and there are 2 cards here, "
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='2' names GPU 2, but there are 2 GPUs here, "
             "numbered from 0; nvidia-smi -L lists them",
         ),
         (
             {"available": False, "visible": "GPU-cccc", "cards": CARDS[:1]},
-            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='GPU-cccc' names card GPU-cccc, and there is "
-            "1 card here, numbered from 0; nvidia-smi -L lists them",
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='GPU-cccc' names GPU GPU-cccc, but there is "
+            "1 GPU here, numbered from 0; nvidia-smi -L lists them",
         ),
         (
             {"available": False, "cards": []},
-            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 shows no card here; in a container, pass "
+            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 shows no GPU here; in a container, pass "
             "the GPUs in",
         ),
         (
             {"available": False, "says": UNKNOWN},
             "no CUDA device that torch can use: CUDA initialization: CUDA unknown error - this may be due to an "
             "incorrectly set up environment, e.g. changing env variable CUDA_VISIBLE_DEVICES after program start. "
-            "Setting the available devices to be zero. (the NVIDIA driver 550.54.14 does answer); nvidia-smi may tell "
-            "more",
+            "Setting the available devices to be zero. (the NVIDIA driver 550.54.14 does respond); run nvidia-smi for "
+            "details",
         ),
         (
             {"available": False, "broken": fake_pynvml.NVMLError_LibraryNotFound},
-            "no CUDA device that torch can use: it does not say why (NVML says: NVML Shared Library Not Found); "
-            "nvidia-smi may tell more",
+            "no CUDA device that torch can use: torch gives no reason (NVML: NVML Shared Library Not Found); "
+            "run nvidia-smi for details",
         ),
     ],
     ids=[
@@ -236,8 +239,8 @@ def test_a_driver_that_tells_nothing_else_still_counts_its_cards(invent: Invent)
     invent(cards=[card], cuda=None, available=False, visible="GPU-cccc")
     assert machine.nvidia_driver() == Driver(version="550.54.14", cards=1)
     assert machine.why_no_cuda() == (  # which of the cards it names cannot be told
-        "no CUDA device that torch can use: it does not say why (the NVIDIA driver 550.54.14 does answer); "
-        "nvidia-smi may tell more"
+        "no CUDA device that torch can use: torch gives no reason (the NVIDIA driver 550.54.14 does respond); "
+        "run nvidia-smi for details"
     )
     assert fake_pynvml.machine.initialised == 0
 
@@ -251,7 +254,7 @@ def test_torch_is_not_imported_where_there_is_no_card(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     reason, imported = done.stdout.splitlines()
-    assert reason.startswith("no CUDA device: no NVIDIA driver answers")
+    assert reason.startswith("no CUDA device: no NVIDIA driver responds")
     assert imported == "False"
 
 
@@ -296,7 +299,7 @@ def test_gpu_cases_are_skipped_with_what_is_wrong_with_the_driver(tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     skips = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     assert len(skips) > 5
-    said = "the NVIDIA driver 550.54.14 is too old: it runs CUDA up to 11.4, and this torch was built for CUDA 12.8"
+    said = "the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 11.4, and this torch was built for CUDA 12.8"
     assert all(said in line for line in skips)
     assert re.search(r"^\d+ skipped", done.stdout.splitlines()[-1])
     assert "Warning" not in done.stdout + done.stderr
@@ -309,10 +312,8 @@ def test_cuda_asked_for_and_hidden_cannot_be_had(invent: Invent) -> None:
     config: Any = SimpleNamespace(getoption={"--device": "cuda"}.get)
     with pytest.raises(GaugeError) as caught:
         selected_device(config)
-    assert str(caught.value) == (
-        "--device cuda cannot be had: no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every card; "
-        "unset it, or name one"
-    )
+    assert "--device cuda" in str(caught.value)
+    assert "CUDA_VISIBLE_DEVICES='' hides every GPU" in str(caught.value)
 
 
 def test_a_card_that_is_too_small_is_said_with_plan_and_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,8 +377,8 @@ def test_the_doctor_shows_card_driver_and_bitsandbytes(
             "ok",
             "NVIDIA H100 80GB HBM3, 85.0 GB, compute capability 9.0, driver 550.54.14, torch built for CUDA 12.8",
         ),
-        ("nvml", "ok", "driver 550.54.14, runs CUDA up to 12.4, 2 card(s)"),
-        ("bitsandbytes CUDA", "ok", "its CUDA library is loaded"),
+        ("nvml", "ok", "driver 550.54.14, runs CUDA up to 12.4, 2 GPU(s)"),
+        ("bitsandbytes CUDA", "ok", "CUDA library loaded"),
     ]
 
 
@@ -387,17 +388,17 @@ def test_the_doctor_says_that_nvml_is_not_readable(
     monkeypatch.setattr(native, "lib", CudaLibrary())
     invent(broken=fake_pynvml.NVMLError_NoPermission)
     gpu, nvml, _ = lines()
-    assert gpu[2].endswith("compute capability 9.0, driver not told, torch built for CUDA 12.8")
+    assert gpu[2].endswith("compute capability 9.0, driver unknown, torch built for CUDA 12.8")
     assert nvml == (
         "nvml",
         "note",
-        "NVML does not answer: Insufficient Permissions; figures of the whole device, its clocks and throttling will "
-        "be absent",
+        "NVML does not respond: Insufficient Permissions; whole-device memory, clocks and throttling will be "
+        "unavailable",
     )
     refusing = Card("GPU-aaaa-1111", refuses={"nvmlDeviceGetMemoryInfo": fake_pynvml.NVMLError_NoPermission})
     invent(cards=[refusing])
     assert lines()[1][:2] == ("nvml", "note")
-    assert lines()[1][2].startswith("the driver does not tell this device's memory (no permission")
+    assert lines()[1][2].startswith("the driver does not report this device's memory (no permission")
 
 
 def test_the_doctor_says_why_there_is_no_card(invent: Invent, with_h100: None) -> None:
@@ -406,16 +407,16 @@ def test_the_doctor_says_why_there_is_no_card(invent: Invent, with_h100: None) -
         (
             "gpu",
             "note",
-            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every card; unset it, or name one; GPU "
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every GPU; unset it, or name one; GPU "
             "cases will be skipped",
         ),
-        ("nvml", "ok", "driver 550.54.14, runs CUDA up to 12.4, 2 card(s)"),
+        ("nvml", "ok", "driver 550.54.14, runs CUDA up to 12.4, 2 GPU(s)"),
     ]
     invent(available=False, broken=fake_pynvml.NVMLError_NoPermission)
     assert lines()[1][1:] == (
         "note",
-        "NVML does not answer: Insufficient Permissions; figures of the whole device, its clocks and throttling will "
-        "be absent",
+        "NVML does not respond: Insufficient Permissions; whole-device memory, clocks and throttling will be "
+        "unavailable",
     )
     invent(broken=fake_pynvml.NVMLError_LibraryNotFound, device_files=False)
     assert [subject for subject, _, _ in lines()] == ["gpu"]
@@ -429,8 +430,8 @@ def test_the_doctor_sees_a_card_that_is_named_in_vain(
     assert (
         "gpu",
         "note",
-        "CUDA_VISIBLE_DEVICES='0,7' names card 7, and there are 2 cards here, numbered from 0; nvidia-smi -L lists "
-        "them; it and what is named after it are hidden",
+        "CUDA_VISIBLE_DEVICES='0,7' names GPU 7, but there are 2 GPUs here, numbered from 0; nvidia-smi -L lists "
+        "them; it and every device listed after it are hidden",
     ) in lines()
 
 
@@ -444,7 +445,7 @@ def test_the_doctor_lives_through_a_torch_that_fails_at_the_card(
     assert (found["gpu"].status, found["gpu"].text) == (
         "missing",
         "torch cannot read the CUDA devices here: RuntimeError: CUDA error: all devices are busy or unavailable; "
-        "nvidia-smi may tell more",
+        "run nvidia-smi for details",
     )
     assert found["cpu"].status == found["nvml"].status == "ok"
     assert "results" in found
@@ -476,7 +477,7 @@ def test_qlora_is_refused_in_one_line_where_bitsandbytes_has_no_binary(
     assert str(caught.value) == said
     assert [type(module) for module in base.modules()] == before, "refused, and changed all the same"
     load_bitsandbytes()  # a CPU has kernels of its own
-    assert lines()[-1] == ("bitsandbytes CUDA", "missing", f"{said[:159]}…; without it no QLoRA case can run")
+    assert lines()[-1] == ("bitsandbytes CUDA", "missing", f"{said[:159]}…; QLoRA on the GPU needs it")
 
 
 def test_weights_without_data_need_no_binary(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,11 +202,11 @@ def test_what_the_driver_does_not_tell_is_absent(
 
 def test_a_figure_that_cannot_be_read_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = Planted("cuda allocator", {meters.WHOLE_STEP: [{"allocated_peak_bytes": 700, "ooms": None}]})
-    found = planted_memory(monkeypatch, allocator, nvml({}, {}, reason="NVML does not answer: no permission"))
+    found = planted_memory(monkeypatch, allocator, nvml({}, {}, reason="NVML does not respond: no permission"))
     assert found["allocated_peak_bytes"] == 700
     absent = {"reserved_peak_bytes", "fragmented_peak_bytes", "device_peak_bytes", "rss_peak_bytes", "ooms"}
     assert not absent & found.keys()
-    assert found["unavailable"] == {"nvml": "NVML does not answer: no permission"}
+    assert found["unavailable"] == {"nvml": "NVML does not respond: no permission"}
     assert "nvml" not in found["meters"]
 
 
@@ -399,21 +399,21 @@ def test_every_reason_for_doubt_is_collected(monkeypatch: pytest.MonkeyPatch) ->
         "throttled at the end: HwThermalSlowdown",
         "SM clock fell from 1980 to 1410 MHz",
         "2 other processes compute on this GPU",
-        "still becoming faster after 2 rounds of warm-up",
+        "still getting faster after 2 warm-up rounds",
     ]
 
 
 def test_a_card_that_does_not_tell_its_state_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = timed_on_a_card(monkeypatch, reason="NVML does not answer: Driver Not Loaded")
-    assert found["states_unavailable"] == "NVML does not answer: Driver Not Loaded"
+    found = timed_on_a_card(monkeypatch, reason="NVML does not respond: Driver Not Loaded")
+    assert found["states_unavailable"] == "NVML does not respond: Driver Not Loaded"
     assert "states" not in found
     assert found["unsteady"] == []
     assert found["samples"]["step_seconds"] == [7, 7, 7]
 
 
 def test_a_card_that_is_lost_on_the_way_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = timed_on_a_card(monkeypatch, FAST, GaugeError("NVML does not answer: GPU is lost"), others=3)
-    assert found["states_unavailable"] == "NVML does not answer: GPU is lost"
+    found = timed_on_a_card(monkeypatch, FAST, GaugeError("NVML does not respond: GPU is lost"), others=3)
+    assert found["states_unavailable"] == "NVML does not respond: GPU is lost"
     assert "states" not in found
 
 

@@ -122,7 +122,7 @@ def test_colours_and_shapes_are_different_for_every_method(altair: Any) -> None:
     for channel in ("color", "shape"):
         assert encoding[channel]["scale"]["domain"] == [str(i) for i in range(len(LOOKS))]
         assert len(set(encoding[channel]["scale"]["range"])) == len(LOOKS)
-    with pytest.raises(GaugeError, match="8 methods are more than the 7 lines"):
+    with pytest.raises(GaugeError, match="cannot plot 8 methods: only 7 lines"):
         memory_picture.draw([*many, replace(POINT, title="one more")], [])
 
 
@@ -197,9 +197,9 @@ def test_the_command_draws_what_the_planner_says(altair: Any, run: Run, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--out", "x.pdf"), "no .svg or .png file"),
+        (("--out", "x.pdf"), "end it with .svg or .png"),
         (("--out", "nowhere/x.svg"), "no folder nowhere"),
-        (("--out", "x.svg", "--seqs", "16,many"), "whole numbers with commas"),
+        (("--out", "x.svg", "--seqs", "16,many"), "comma-separated whole numbers"),
         (("--out", "x.svg", "--seqs", "16"), "at least two lengths"),
         (("--out", "x.svg", "--seqs", "16,1"), "at least 2 tokens"),
         (("--out", "x.svg", "--seqs", "16,129"), "limit of 128"),

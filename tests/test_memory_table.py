@@ -59,8 +59,8 @@ def cells(shown: str, label: str) -> list[str]:
 
 
 def headings(shown: str) -> list[str]:
-    (row,) = [line for line in shown.splitlines() if line.startswith("┃")]
-    return [cell.strip() for cell in row.strip("┃").split("┃")]
+    rows = [line.strip("┃").split("┃") for line in shown.splitlines() if line.startswith("┃")]
+    return [" ".join(filter(None, map(str.strip, lines))) for lines in zip(*rows, strict=True)]
 
 
 def test_a_card_has_every_meter_beside_plan_and_ceiling() -> None:
@@ -75,11 +75,11 @@ def test_a_card_has_every_meter_beside_plan_and_ceiling() -> None:
         "of plan": "103.0 %",  # 5.15 of 5.00
         "ceiling": "5.26 GB",
         "resident": "2.21 GB",
-        "saved/token": "81.92 kB",
+        "activations per token": "81.92 kB",
         "host": "1.51 GB",
         "peak in": "backward",
     }
-    assert "of plan: allocated over the planned peak, with library workspaces\n" in "\n".join(
+    assert "of plan: allocated peak / planned peak, including library workspaces\n" in "\n".join(
         map(str.rstrip, shown.splitlines())
     )
 
@@ -89,7 +89,7 @@ def test_a_cpu_has_the_tensors_and_no_ceiling() -> None:
     row = dict(zip(headings(shown), cells(shown, "lora"), strict=True))
     assert "allocated" not in row
     assert (row["tensors"], row["of plan"], row["ceiling"]) == ("5.10 GB", "104.1 %", "–")
-    assert "of plan: tensors over the planned peak, which is of CUDA’s kernels" in " ".join(shown.split())
+    assert "of plan: tensors peak / planned peak (planned for CUDA’s kernels)" in " ".join(shown.split())
 
 
 def test_what_was_not_read_is_a_dash_never_0() -> None:
@@ -108,8 +108,8 @@ def test_a_run_that_kept_no_plan_of_the_allocator_is_held_against_that_of_the_te
 def test_what_measuring_costs_stands_below() -> None:
     shown = memory_table.summary([passed()], 80)
     assert (
-        "measuring costs cuda allocator 42.40 µs a phase, nvml 2.10 ms a phase, tensors 2.3 times a step, "
-        "a step of its own"
+        "cost of measuring: cuda allocator 42.40 µs per phase, nvml 2.10 ms per phase, tensors 2.3 × a step, "
+        "in a separate step"
     ) in " ".join(shown.split())
 
 

@@ -146,7 +146,7 @@ def test_ending_another_phase_than_the_innermost_is_an_error() -> None:
     phases = OpenPhases()
     phases.start("outer", {})
     phases.start("inner", {})
-    with pytest.raises(ValueError, match="'outer' is to end, but the innermost open one is 'inner'"):
+    with pytest.raises(ValueError, match="cannot end phase 'outer': the innermost open phase is 'inner'"):
         phases.end("outer", {})
     phases.end("inner", {})
     phases.end("outer", {})
@@ -422,10 +422,10 @@ def test_the_drivers_own_pool_tells_no_fragmentation(monkeypatch: pytest.MonkeyP
 
 def test_cuda_meter_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in str(CudaMeter().why_unavailable())
+    assert "CUDA device" in str(CudaMeter().why_unavailable())
     Allocator(monkeypatch)
     assert CudaMeter(0).why_unavailable() is None
-    assert CudaMeter(1).why_unavailable() == "CUDA device 1 is not there; torch sees 1"
+    assert CudaMeter(1).why_unavailable() == "there is no CUDA device 1; torch finds 1"
 
 
 # NVML, invented
@@ -486,9 +486,9 @@ def test_stand_in_has_the_fields_of_the_real_structs(nvml: Machine) -> None:
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (fake_pynvml.NVMLError_LibraryNotFound, "NVML does not answer: NVML Shared Library Not Found"),
-        (fake_pynvml.NVMLError_DriverNotLoaded, "NVML does not answer: Driver Not Loaded"),
-        (fake_pynvml.NVMLError_NoPermission, "NVML does not answer: Insufficient Permissions"),
+        (fake_pynvml.NVMLError_LibraryNotFound, "NVML does not respond: NVML Shared Library Not Found"),
+        (fake_pynvml.NVMLError_DriverNotLoaded, "NVML does not respond: Driver Not Loaded"),
+        (fake_pynvml.NVMLError_NoPermission, "NVML does not respond: Insufficient Permissions"),
     ],
 )
 def test_no_driver(nvml: Machine, error: type[fake_pynvml.NVMLError], text: str) -> None:
@@ -496,18 +496,18 @@ def test_no_driver(nvml: Machine, error: type[fake_pynvml.NVMLError], text: str)
     meter = NvmlMeter()
     assert meter.why_unavailable() == text
     assert Phases([meter]).unavailable == {"nvml": text}
-    with pytest.raises(GaugeError, match="NVML does not answer"):
+    with pytest.raises(GaugeError, match="NVML does not respond"):
         meter.state()
 
 
 def test_no_device(nvml: Machine) -> None:
     nvml.cards.clear()
-    assert "NVML sees 0" in str(NvmlMeter().why_unavailable())
+    assert "NVML finds 0" in str(NvmlMeter().why_unavailable())
 
 
 def test_a_driver_too_old_for_the_second_struct_is_not_read_by_the_first(nvml: Machine) -> None:
     nvml.cards[0].refuses["nvmlDeviceGetMemoryInfo"] = fake_pynvml.NVMLError_FunctionNotFound
-    assert "does not tell this device's memory" in str(NvmlMeter().why_unavailable())
+    assert "does not report this device's memory" in str(NvmlMeter().why_unavailable())
 
 
 @pytest.mark.parametrize(
@@ -533,9 +533,9 @@ def test_the_visible_device_is_found(nvml: Machine, visible: str | None, index: 
         ("-1", "makes 0 device"),
         ("-1,0", "makes 0 device"),
         ("nonsense", "makes 0 device"),
-        ("7", "device 7 is asked for, but NVML sees 2"),
-        ("GPU-cccc", "no device whose UUID begins with GPU-cccc"),
-        ("GPU-", "2 devices whose UUID begins"),
+        ("7", "there is no device 7: NVML finds 2"),
+        ("GPU-cccc", "no device with a UUID that starts with GPU-cccc"),
+        ("GPU-", "2 devices with a UUID that starts"),
         ("MIG-9", "no MIG instance MIG-9"),
     ],
 )

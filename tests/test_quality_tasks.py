@@ -108,7 +108,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_and_says_so() -> None:
 
 def test_an_example_longer_than_the_model_takes_is_refused() -> None:
     encoded({"prompt": "ab", "response": "c"}, most_tokens=4)
-    with pytest.raises(GaugeError, match="4 tokens long and the model takes 3"):
+    with pytest.raises(GaugeError, match="4 tokens, but the model takes at most 3"):
         encoded({"prompt": "ab", "response": "c"}, most_tokens=3)
 
 
@@ -273,7 +273,7 @@ def test_one_wrong_token_spoils_a_row_and_only_answers_count() -> None:
 
 
 def test_nothing_to_score_is_refused() -> None:
-    with pytest.raises(GaugeError, match="no answer"):
+    with pytest.raises(GaugeError, match="no response"):
         score(Oracle(0.5), [collate([Encoded((3, 4), 2)], pad=0)])
 
 
@@ -312,7 +312,7 @@ def test_a_model_learns_the_answers_and_is_scored_on_others(prepared: PreparedTe
     assert after["quality"] == after["answer_probability"] > before["answer_probability"]
     assert after["held_out_loss"] < before["held_out_loss"]
     assert curve.divergence is None
-    assert prepared.notes == ("the tokenizer has no padding token; its end of text pads",)
+    assert prepared.notes == ("the tokenizer has no padding token; its end-of-text token is used",)
 
 
 def test_forgetting_is_by_how_much_the_loss_on_known_text_rises(prepared: PreparedText) -> None:

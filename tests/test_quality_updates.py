@@ -248,7 +248,7 @@ def test_a_random_update_has_the_ranks_of_chance() -> None:
 @pytest.mark.parametrize("rank", [-1, 9])
 def test_a_rank_that_was_not_kept_is_refused(rank: int, base: Pair) -> None:
     updates = Updates(base, moved(base), ranks=(2, 8))
-    with pytest.raises(GaugeError, match=f"from 0 to 8, not to {rank}"), updates.truncated(rank):
+    with pytest.raises(GaugeError, match=f"from 0 to 8, got {rank}"), updates.truncated(rank):
         pass
 
 

@@ -309,7 +309,7 @@ def test_every_panel_is_saved_as_a_picture(
     saved = sorted(out.iterdir())
     panels = [title for kind in page_data.PLOTTED for title in plots.panels(report.rows(kind))]
     assert (code, complaint) == (0, "")
-    assert printed == f"wrote {len(panels)} pictures to {out}\n"
+    assert printed == f"wrote {len(panels)} plots to {out}\n"
     assert len(saved) == len(panels) == 9
     assert all(path.read_bytes().startswith(magic) and path.suffix == f".{form}" for path in saved)
 
@@ -351,7 +351,7 @@ def test_markdown_tells_the_newest_run(results: Path, run_command: Command) -> N
 def test_markdown_says_that_a_ceiling_was_passed(results: Path, run_command: Command) -> None:
     _, printed, _ = run_command("report", "--markdown", str(results / "card-box"))
     assert "- accelerator: NVIDIA H100, 85.00 GB\n" in printed
-    assert "| 2.00 GB | 1.20 GB | 166.7 % | 1.90 GB, PASSED BY 100.00 MB |" in printed
+    assert "| 2.00 GB | 1.20 GB | 166.7 % | 1.90 GB, EXCEEDED BY 100.00 MB |" in printed
     assert "| 2.50 GB | 2.40 GB | 104.2 % | 3.00 GB |" in printed
     assert "| qlora | big | 1×64 tokens, float32 | 4.00 GB | 5.00 GB | – | – | backward |" in printed
 
@@ -361,7 +361,7 @@ def test_markdown_tells_what_settings_of_a_sweep_reached(results: Path, run_comm
     assert "### test\\_rank\\[toy\\]: toy\n\n| setting | step | quality | over seeds | diverged |" in printed
     assert "| r=16 | 2.00 s | 0.7500 | 0.7000 to 0.8000 | 0 of 3 |" in printed
     assert "| r=256 | 500.00 ms | – | – | 1 of 3 |" in printed
-    assert "\n\nquality: mean over seeds, more is better; peak: planned.\n" in printed
+    assert "\n\nquality: mean over seeds, higher is better; peak: planned.\n" in printed
 
 
 def test_markdown_takes_one_file_and_names_every_machine_of_a_folder(results: Path, run_command: Command) -> None:
@@ -452,7 +452,7 @@ def test_without_the_extra_one_line_says_how_to_install_it(
 
 def test_nothing_left_names_the_first_of_many() -> None:
     assert page_data.nothing_left(["a is empty", "b is empty"]) == "a is empty (and 1 more that could not be used)"
-    with pytest.raises(GaugeError, match="no saved run was named"):
+    with pytest.raises(GaugeError, match="no saved run was given"):
         gather([], RULES)
 
 

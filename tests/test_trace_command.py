@@ -38,7 +38,7 @@ def test_a_recorded_trace_needs_no_options(run_command: Run, planned: list[PlanR
     code, out, err = run_command("trace", LORA)
     assert (code, err) == (0, "")
     assert planned == [trace_request("lora")]
-    assert "lora on tinyllama, 4×768 tokens, bfloat16, adamw: a recorded step beside its plan" in out
+    assert "lora on tinyllama, 4×768 tokens, bfloat16, adamw: a recorded step compared with its plan" in out
     assert "cuBLAS workspace" in out
     assert "+67,108,864" in out
     assert "first difference: " in out
@@ -74,9 +74,9 @@ def test_json_has_everything_and_adds_up(run_command: Run, planned: list[PlanReq
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("lora-autocast", "the recorded step ran under autocast (bf16), which is not planned"),
-        ("lora-trainer", "it was taken by another training loop (trainer), which is not planned"),
-        ("lora-sft", "it was taken by another training loop (sft), which is not planned"),
+        ("lora-autocast", "the recorded step ran under autocast (bf16), which plans do not model"),
+        ("lora-trainer", "it was taken by another training loop (trainer), which plans do not model"),
+        ("lora-sft", "it was taken by another training loop (sft), which plans do not model"),
     ],
 )
 def test_what_the_plan_does_not_follow_is_said(
@@ -90,8 +90,8 @@ def test_what_the_plan_does_not_follow_is_said(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "does not say what was trained; add --model, --method, --batch, --seq"),
-        (("--model", "toy-llama", "--batch", "1"), "does not say what was trained; add --method, --seq"),
+        ((), "does not record its settings; add --model, --method, --batch, --seq"),
+        (("--model", "toy-llama", "--batch", "1"), "does not record its settings; add --method, --seq"),
         (("--model", "no-such", "--method", "lora", "--batch", "1", "--seq", "8"), "unknown model 'no-such'"),
         (("--model", "toy-llama", "--method", "lorra", "--batch", "1", "--seq", "8"), "did you mean lora"),
         (("--device", "4"), "has no device 4; it was recorded with 1 device"),
@@ -138,10 +138,10 @@ def test_a_snapshot_is_compared_with_the_plan_that_the_options_make(run_command:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"method": "my-adapter"}, "was recorded with an adapter config, my-adapter; name it with --adapter"),
+        ({"method": "my-adapter"}, "was recorded with an adapter config, my-adapter; give it with --adapter"),
         (
             {"model": "my-folder"},
-            "was recorded with the model my-folder, which is not found here; name it with --model",
+            "was recorded with the model my-folder, which is not found here; give it with --model",
         ),
     ],
 )

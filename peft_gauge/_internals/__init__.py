@@ -1,7 +1,7 @@
-"""Everything private in the libraries that the project leans on, one module a library; callers import it from here.
+"""All private parts of libraries that the project uses, one module per library; callers import them from here.
 
-Each entry says what it is for and what holds it. `tests/test_internals.py` asks every entry in seconds; a release that
-moves one fails there, under the entry's own name.
+Each entry states its purpose and its guard. `tests/test_internals.py` checks every entry in seconds; if a release moves
+one, the test with the entry's name fails.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from packaging.version import Version
 
 
 def released(library: str, since: str) -> bool:
-    """Whether the installed ``library`` is of the release ``since`` or a later one."""
+    """Whether the installed ``library`` is the release ``since`` or a later one."""
     return Version(version(library)) >= Version(since)
 
 
 def moved(library: str, piece: str) -> str:
-    """The warning of a plan that should have replaced ``piece``, and finds that this release has it no more."""
+    """The warning of a plan that cannot replace ``piece`` because this release does not have it."""
     return (
-        f"{library} {version(library)} has no {piece}, which a plan replaces by what a GPU does: figures may be wrong, "
-        f"too small above all; plan with an older release of {library}."
+        f"{library} {version(library)} has no {piece}, which plans replace by the GPU's behaviour: figures may be "
+        f"wrong, usually too small; plan with an older release of {library}."
     )

@@ -1,10 +1,10 @@
-"""What is private in pytest, and used by the suite's own options (no module of the package itself imports pytest)."""
+"""Private parts of pytest, used by the suite's options (no module of the package itself imports pytest)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from _pytest.mark.expression import Expression as Expression  # the compiler of -m and -k; refusals are pytest's to say
+from _pytest.mark.expression import Expression as Expression  # the compiler of -m and -k; pytest reports its errors
 
 
 def width_of(terminal: Any) -> int:

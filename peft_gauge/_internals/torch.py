@@ -1,4 +1,4 @@
-"""What is private in torch, and used."""
+"""Private parts of torch."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from torch.utils import _python_dispatch, flop_counter
 # --- fake tensors -------------------------------------------------------------------------------------------
 
 FakeTensor = fake_tensor.FakeTensor
-"""A tensor with a shape and no data; a plan is made of them. Unguarded: without it there is no plan."""
+"""A tensor with a shape and no data; plans consist of them. Unguarded: without it there is no plan."""
 
 FakeTensorMode = fake_tensor.FakeTensorMode
-"""The mode under which operators make fake tensors. Unguarded, likewise."""
+"""The mode under which operators create fake tensors. Unguarded, too."""
 
 is_fake = fake_tensor.is_fake
-"""Whether a tensor is fake, or wraps such a one. Unguarded."""
+"""Whether a tensor is fake, or wraps a fake one. Unguarded."""
 
 unset_fake_temporarily = fake_tensor.unset_fake_temporarily
-"""Leaves the fake mode for a block that needs real values, a library's tables for instance. Unguarded."""
+"""Leaves the fake mode for a block that needs real values, such as a library's tables. Unguarded."""
 
 NEEDS_VALUES = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
     fake_tensor.UnsupportedOperatorException,
 )
-"""What a fake tensor raises where an operator asks for values; they become `CannotPlan`. Unguarded."""
+"""Exceptions of a fake tensor where an operator needs values; they become `CannotPlan`. Unguarded."""
 
 
 def shape_rules() -> dict[Any, Callable[..., Any]]:
-    """The table of fake implementations by operator overload; a plan lends it answers. What is put in is taken out."""
+    """The table of fake implementations by operator overload; a plan adds entries and removes them afterwards."""
     return fake_impls.op_implementations_dict
 
 
 # --- dispatch -----------------------------------------------------------------------------------------------
 
 TorchDispatchMode = _python_dispatch.TorchDispatchMode
-"""Sees every operator that is dispatched. Unguarded: torch documents it, and keeps it in a private module."""
+"""Sees every dispatched operator. Unguarded: torch documents it, although in a private module."""
 
 without_modes = _python_dispatch._disable_current_modes
-"""Leaves all dispatch modes for a block: the tracker's probe of reference counts sees real tensors. Unguarded."""
+"""Leaves all dispatch modes for a block: the tracker's probe of reference counts needs real tensors. Unguarded."""
 
 
 class DispatchMode(TorchDispatchMode):
     """A dispatch mode without the guard against a compiler (none runs here), which would double the cost of each call.
 
-    A torch without that guard never asks.
+    A torch without that guard never calls this.
     """
 
     @classmethod
@@ -70,17 +70,17 @@ def packet(func: Any) -> Any:
 
 
 def composite(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """The operator's own decomposition, as if no route were laid over it. Unguarded."""
+    """The operator's own decomposition, bypassing any registered override. Unguarded."""
     return operator._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
 def below_autograd() -> Any:
-    """A block in which operators are called past autograd, as from within a backend's kernel. Unguarded."""
+    """A context in which operators are called below autograd, as from a backend's kernel. Unguarded."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 def end_library(library: torch.library.Library) -> None:
-    """Takes a library's kernels back at once, not when the collector comes by. Unguarded."""
+    """Removes a library's kernels at once instead of at garbage collection. Unguarded."""
     library._destroy()
 
 
@@ -94,66 +94,66 @@ def flop_formulas() -> dict[Any, Callable[..., Any]]:
 
 
 def flash_attention(*args: Any, **kwargs: Any) -> Any:
-    """CUDA's flash attention, whose shape rule any build of torch has; the CPU's attention is routed to it."""
+    """CUDA's flash attention, whose shape rule every build of torch has; the CPU's attention is routed to it."""
     return torch.ops.aten._scaled_dot_product_flash_attention(*args, **kwargs)
 
 
 def efficient_attention(*args: Any, **kwargs: Any) -> Any:
-    """CUDA's memory-efficient attention, likewise."""
+    """CUDA's memory-efficient attention; used in the same way."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(*args, **kwargs)
 
 
 @cache
 def flash_broadcasts_one_head() -> bool:
-    """Whether this torch's filters let one key head pass to flash attention without ``enable_gqa``, as its own header
-    has them; a torch without the header does not."""
+    """Whether this torch passes a single key head to flash attention without ``enable_gqa``, according to its own
+    header; False for a torch without the header."""
     header = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
     return header.is_file() and "supports_mqa" in header.read_text(encoding="utf-8", errors="replace")
 
 
 def safe_softmax(*args: Any, **kwargs: Any) -> Any:
-    """The softmax of attention's math path, with zeros for a row that is masked whole. Unguarded."""
+    """The softmax of attention's math path, with zeros for a fully masked row. Unguarded."""
     return torch.ops.aten._safe_softmax(*args, **kwargs)
 
 
 def sparse_coo(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """A sparse tensor out of its parts without a look at values, that is with ``is_coalesced`` as said. Unguarded."""
+    """A sparse tensor from its parts, without reading values to check ``is_coalesced``. Unguarded."""
     made: torch.Tensor = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default(*args, **kwargs)
     return made
 
 
 def sparse_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and values of a sparse tensor, coalesced or not (the public names refuse the latter). Unguarded."""
+    """Indices and values of a sparse tensor, coalesced or not (the public names reject the latter). Unguarded."""
     return tensor._indices(), tensor._values()
 
 
 # --- autograd -----------------------------------------------------------------------------------------------
 
 ACCUMULATE_GRAD = "torch::autograd::AccumulateGrad"
-"""The name of the node that writes a gradient: what passes through it is called one. Held by a contract test."""
+"""The name of the node that writes a gradient; a tensor that passes through it is a gradient. Guarded by a test."""
 
 
 def current_node() -> Any:
-    """The autograd node that runs now in this thread; `None` outside of a backward pass. Unguarded."""
+    """The autograd node that runs now in this thread; `None` outside a backward pass. Unguarded."""
     return torch._C._current_autograd_node()
 
 
 def next_sequence_number() -> int:
-    """The number that the next autograd node of this thread gets: forward's modules are found by it in backward."""
+    """The number of this thread's next autograd node: it identifies forward's modules in backward."""
     return torch._C._autograd._get_sequence_nr()
 
 
 def sequence_number(node: Any) -> int:
-    """The number that an autograd node got. Unguarded."""
+    """The number of an autograd node. Unguarded."""
     return int(node._sequence_nr())
 
 
 def called_by_engine(frame: Any) -> bool:
-    """Whether no Python code stands between the engine and a mode's dispatch (device threads have no frames at all).
+    """Whether no Python code runs between the engine and a mode's dispatch (device threads have no frames at all).
 
-    By names of torch's own Python functions; without them gradients are not summed in place (contract test).
+    Based on names of torch's own Python functions; without them gradients are not summed in place (contract test).
     """
-    frame = frame.f_back  # from the mode's dispatch to what dispatched; nothing on a device's thread
+    frame = frame.f_back  # from the mode's dispatch to its caller; None on a device's thread
     while frame is not None and frame.f_code.co_filename.endswith("eval_frame.py"):
         frame = frame.f_back
     return frame is None or frame.f_code.co_name == "_engine_run_backward"
@@ -169,12 +169,12 @@ def hooks_of(tensor: torch.Tensor) -> tuple[list[Any], list[Any]]:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """The address of what a storage stands for: the same for every view, and for fakes, which have no data pointer."""
+    """The address of a storage's implementation: the same for every view, and valid for fakes without data pointer."""
     return storage._cdata
 
 
 def holders(tensor: torch.Tensor) -> tuple[int, int]:
-    """Reference counts of a tensor and of its storage. Guarded by a probe: only comparisons with its counts matter."""
+    """Reference counts of a tensor and of its storage. Guarded by a probe: only differences from its counts matter."""
     count = tensor._use_count()  # type: ignore[attr-defined]
     return count, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
@@ -183,17 +183,17 @@ def holders(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own parameters by name, to be replaced past `setattr`, which would check and reorder. Unguarded."""
+    """A module's own parameters by name, to replace without `setattr`, which would check and reorder. Unguarded."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own buffers by name, likewise."""
+    """A module's own buffers by name; used in the same way."""
     return module._buffers
 
 
 def modules_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own children by name, likewise."""
+    """A module's own children by name; used in the same way."""
     return module._modules
 
 
@@ -201,9 +201,9 @@ def modules_of(module: nn.Module) -> dict[str, Any]:
 
 
 def memory_history(on: bool, most_events: int) -> None:
-    """Turns the record of allocations and frees on, with the stack of each allocation, or off (which forgets it).
+    """Turns the record of allocations and frees on, with the stack of each allocation, or off (which clears it).
 
-    A step's trace is made of it. Held by a contract test of its arguments; torch names it in its documentation.
+    Used for the trace of a step. Guarded by a contract test of its arguments; torch's documentation names it.
     """
     if on:
         torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=most_events)
@@ -212,7 +212,7 @@ def memory_history(on: bool, most_events: int) -> None:
 
 
 def memory_snapshot() -> dict[str, Any]:
-    """The recorded history and the blocks in use, as plain values. Held by a contract test, likewise."""
+    """The recorded history and the blocks in use, as plain values. Guarded by a contract test."""
     found: dict[str, Any] = torch.cuda.memory._snapshot()
     return found
 
@@ -221,9 +221,9 @@ def memory_snapshot() -> dict[str, Any]:
 
 
 def in_bad_fork() -> bool:
-    """Whether this process was forked from one that had asked for CUDA, which then works no more in it.
+    """Whether this process was forked from a process that had initialized CUDA, which then cannot be used here.
 
-    Where torch does not say, the answer is yes: a process is spawned that could have been forked.
+    True if torch does not have the check: a process is then spawned that could have been forked.
     """
     ask = getattr(torch.cuda, "_is_in_bad_fork", None)
     return True if ask is None else bool(ask())

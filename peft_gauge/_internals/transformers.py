@@ -1,4 +1,4 @@
-"""What is private in transformers, and used. Nothing is imported until it is asked for."""
+"""Private parts of transformers. Nothing is imported before it is used."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 # --- attention ----------------------------------------------------------------------------------------------
 
 PACKING = "find_packed_sequence_indices"
-"""In masking_utils: tells by the values of `position_ids` whether a row of a batch is several sequences."""
+"""In masking_utils: decides from the values of `position_ids` whether a row of a batch is several sequences."""
 
 
 def has_packing() -> bool:
-    """Whether `without_packing` finds what it replaces; a plan says in its warnings where it does not."""
+    """Whether the function that `without_packing` replaces exists; a plan warns if it does not."""
     from transformers import masking_utils
 
     return hasattr(masking_utils, PACKING)
@@ -25,7 +25,7 @@ def has_packing() -> bool:
 
 @contextmanager
 def without_packing() -> Iterator[None]:
-    """While active, no row of a batch is taken for several sequences. Guarded by `has_packing`."""
+    """While active, no row of a batch is treated as several sequences. Guarded by `has_packing`."""
     from transformers import masking_utils
 
     with ExitStack() as stack:
@@ -34,7 +34,7 @@ def without_packing() -> Iterator[None]:
         yield
 
 
-# What transformers keeps of the functions that it has looked up, by release: forgotten for a block, and back after.
+# Functions that transformers caches after looking them up, by release; cleared for a block and restored afterwards.
 _LOOKED_UP = (
     "_loaded_implementation",
     "_flash_fn",
@@ -48,9 +48,9 @@ _LOOKED_UP = (
 
 @contextmanager
 def flash_on_fakes(rows_of: Callable[..., Any]) -> Iterator[None]:
-    """While active, transformers' flash attention asks no tensor for values, and no package for a GPU.
+    """While active, transformers' flash attention reads no tensor's values and requires no GPU.
 
-    ``rows_of`` stands in for `_upad_input`. What is missing raises `AttributeError`, but for what releases differ in.
+    ``rows_of`` replaces `_upad_input`. A missing name raises `AttributeError`, unless releases differ in it.
     """
     from transformers import modeling_flash_attention_utils as utils
     from transformers import modeling_utils
@@ -60,7 +60,7 @@ def flash_on_fakes(rows_of: Callable[..., Any]) -> Iterator[None]:
         enter = stack.enter_context
         for looked_up in (name for name in _LOOKED_UP if hasattr(utils, name)):
             enter(patch.object(utils, looked_up, None))
-        enter(patch.object(utils, "_is_packed_sequence", lambda *args, **kwargs: False))  # asks for values
+        enter(patch.object(utils, "_is_packed_sequence", lambda *args, **kwargs: False))  # reads values
         enter(patch.object(utils, "_upad_input", rows_of))
         for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # transformers 5, transformers 4
             if hasattr(base, check):
@@ -69,7 +69,7 @@ def flash_on_fakes(rows_of: Callable[..., Any]) -> Iterator[None]:
 
 
 def missing_flash(file: ModuleType) -> Mapping[str, Any]:
-    """The function that a modelling file imports only where flash-attn was there when it was imported (Falcon's)."""
+    """The function that a modelling file imports only if flash-attn was installed at its import (Falcon's)."""
     from transformers import modeling_flash_attention_utils as utils
 
     asks = ("is_flash_attn_available", "is_flash_attn_2_available")
@@ -80,7 +80,7 @@ def missing_flash(file: ModuleType) -> Mapping[str, Any]:
 
 
 def attention_of(config: Any) -> Any:
-    """The attention that a model was built with; `None` for a config that has none."""
+    """The attention implementation that a model was built with; `None` for a config without one."""
     return getattr(config, "_attn_implementation", None)
 
 
@@ -90,27 +90,27 @@ def has_sdpa(kind: Any) -> bool:
 
 
 def flash_attentions(kind: Any, asked: str) -> list[str]:
-    """The flash attentions that a model class takes, ``asked`` where it names none; empty where it takes none."""
+    """The flash attentions that a model class supports, ``asked`` if it names none; empty if it supports none."""
     if not getattr(kind, "_supports_flash_attn", getattr(kind, "_supports_flash_attn_2", False)):
         return []
     return list(getattr(kind, "_compatible_flash_implementations", None) or [asked])
 
 
-# --- quantised models, and where a model came from ----------------------------------------------------------
+# --- quantized models, and where a model came from ----------------------------------------------------------
 
 
 def replace_layers(quantizer: Any, model: Any) -> None:
-    """Puts a quantiser's own layers into a model without weights, as `from_pretrained` does. Unguarded."""
+    """Puts a quantizer's own layers into a model without weights, as `from_pretrained` does. Unguarded."""
     quantizer._process_model_before_weight_loading(model)
 
 
 def mark_quantised(config: Any, dtype: Any) -> None:
-    """Flash attention asks a quantised model's config, not its (packed) weights, for the dtype to compute in:
-    transformers 5 looks for the first of these, transformers 4 for the second."""
+    """Flash attention reads the compute dtype from a quantized model's config, not from its (packed) weights:
+    transformers 5 from the first of these attributes, transformers 4 from the second."""
     config._is_quantized = True
     config._pre_quantization_dtype = dtype
 
 
 def forget_origin(config: Any) -> None:
-    """Takes a config's name away: with one, saving an adapter would look its base up on the hub."""
+    """Removes a config's name: with it, saving an adapter would look its base up on the Hub."""
     config._name_or_path = ""

@@ -1,7 +1,7 @@
-"""What a node without a network lacks: its wheels, and a script that installs them there beside what it has.
+"""Bundles for a node without network: the wheels it lacks, and a script that installs them next to its own packages.
 
-`target` is the node's Python and platform, `having` what it has, `needs` what this project needs, `resolving` asks pip
-which wheels those are, `choosing` walks from the needs to the wheels that the node lacks and keeps to a limit,
-`checkout` packs the project's files, and `collecting` puts the bundle together. `run.sh` and `on_node.py` go into the
-bundle as they are and run on the node; they import nothing of this package.
+`target` is the node's Python and platform, `installed` lists its packages, and `requirements` lists the project's.
+`resolution` lets pip resolve the wheels, `selection` reduces them to those that the node lacks and to a size limit,
+`checkout` packs the project's files, and `collection` writes the bundle. `run.sh` and `on_node.py` are copied into the
+bundle and run on the node; they import nothing from this package.
 """

@@ -1,4 +1,4 @@
-"""The project's own files, as an archive: what git tracks, as it is on the disk."""
+"""The project's own files as an archive: the files that git tracks, as they are on disk."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ INSTEAD = "run this from a clone of the project, or use --no-checkout and a chec
 
 @dataclass(frozen=True)
 class Checkout:
-    """A checkout at ``root``; ``commit`` is as pytest-benchmark saves it with a run, ``files`` are relative paths."""
+    """A checkout at ``root``; ``commit`` has pytest-benchmark's format, ``files`` are relative paths."""
 
     root: Path
     commit: dict[str, Any]
     files: tuple[str, ...]
 
     def archive(self, target: Path) -> None:
-        """Write the files to ``target``, a .tar.gz, with the commit in a file of its own: the node has no git history.
+        """Write the files to ``target``, a .tar.gz, with the commit in a separate file: the node has no git history.
 
-        Changes that are not committed are in it, files that git does not track are not. Nobody's name or number is.
+        Uncommitted changes are included, untracked files are not. Owner names and ids are removed.
         """
         with tarfile.open(target, "w:gz") as archive:
             for file in self.files:
@@ -45,10 +45,10 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def find_checkout(root: Path = paths.PROJECT) -> Checkout:
-    """The checkout at ``root``; raises `GaugeError` where git does not know it as one."""
+    """The checkout at ``root``; raises `GaugeError` unless ``root`` is the top folder of a git checkout."""
     top = _git(root, "rev-parse", "--show-toplevel").strip()
     if Path(top).resolve() != root.resolve():
-        raise GaugeError(f"{root} is not a checkout of its own but a part of {top}; {INSTEAD}")
+        raise GaugeError(f"{root} is a part of the checkout {top}, not a checkout of its own; {INSTEAD}")
     tracked = [name for name in _git(root, "ls-files", "-z").split("\0") if name]
     files = tuple(sorted(name for name in tracked if (root / name).is_symlink() or (root / name).is_file()))
     branch = _git(root, "rev-parse", "--abbrev-ref", "HEAD").strip()
@@ -68,7 +68,7 @@ def _git(root: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=False)
     except OSError as error:
-        raise GaugeError(f"git, which lists the project's files, cannot be run: {error.strerror}; {INSTEAD}") from error
+        raise GaugeError(f"cannot run git to list the project's files: {error.strerror}; {INSTEAD}") from error
     if done.returncode != 0:
         raise GaugeError(f"{root} is not a git checkout ({one_line(done.stderr, 160)}); {INSTEAD}")
     return done.stdout

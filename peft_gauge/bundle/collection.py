@@ -36,9 +36,9 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What ``peft-gauge bundle`` was asked for, in its own words.
+    """The options of ``peft-gauge bundle``, as given.
 
-    ``most_megabytes``: the most that the bundle may take, in 10⁶ bytes; ``None`` for no limit.
+    ``most_megabytes``: size limit of the bundle in 10⁶ bytes; ``None`` for no limit.
     """
 
     python: str
@@ -52,7 +52,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle in ``folder`` of ``size`` bytes; ``manifest`` is as it is saved there, ``notes`` are for its maker."""
+    """A bundle of ``size`` bytes in ``folder``; ``manifest`` is its saved manifest, ``notes`` are for its maker."""
 
     folder: Path
     size: int
@@ -61,10 +61,10 @@ class Bundle:
 
 
 def collect(wanted: Wanted, *, say: Say = lambda text: None) -> Bundle:
-    """Make the bundle; ``say`` is told what takes time.
+    """Make the bundle; ``say`` receives progress messages.
 
-    ``wanted.out`` is then a whole bundle, or what it was before: an older bundle there is replaced, anything else is
-    refused. Raises `GaugeError`.
+    ``wanted.out`` is either replaced by a complete bundle or left unchanged. Raises `GaugeError`, for example where
+    ``wanted.out`` is neither empty nor an older bundle.
     """
     project = read_project()
     target = parse_target(wanted.python, wanted.platform, project.requires_python)
@@ -78,10 +78,10 @@ def collect(wanted: Wanted, *, say: Say = lambda text: None) -> Bundle:
     with _beside(out) as part:
         pip = Pip(target, wanted.index_options)
         if having.named:
-            say(f"asking pip what the {len(having.named)} named packages need, which the node has, too")
+            say(f"resolving the dependencies of the {len(having.named)} named packages")
         brought = selection.brought_by(pip, having, _torch_needs())
         having = having.together_with(brought.names)
-        say(f"asking pip what a node with {target} lacks")
+        say(f"resolving the wheels that a node with {target} lacks")
         answer = selection.ask(pip, project, having)
         names = sorted({*answer.lacking.needed}.union(*(each.needed for each in answer.optional.values())))
         say(f"fetching {len(names)} wheels")
@@ -99,7 +99,7 @@ def collect(wanted: Wanted, *, say: Say = lambda text: None) -> Bundle:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of the bundle; ``name`` is its path in it. ``release``: of a wheel."""
+    """A file of the bundle; ``name`` is its path in the bundle. ``release`` is set for a wheel."""
 
     name: str
     size: int
@@ -113,14 +113,14 @@ class _File:
         return cls(path.relative_to(bundle).as_posix(), path.stat().st_size, digest, release)
 
     def entry(self, **more: Any) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The file's entry in the manifest."""
         release = {} if self.release is None else {"name": self.release.name, "version": self.release.version}
         return {"file": self.name, **release, "bytes": self.size, "sha256": self.sha256, **more}
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """Everything that can be in the bundle. ``files``: wheels by canonical name; ``own``: the checkout and scripts."""
+    """All possible contents of the bundle. ``files``: wheels by canonical name; ``own``: the checkout and scripts."""
 
     project: Project
     target: Target
@@ -131,7 +131,7 @@ class _Contents:
     own: Mapping[str, _File]
 
     def fitting(self, limit: float) -> list[str]:
-        """The extras that stay in a bundle of at most ``limit`` bytes."""
+        """The extras that fit a bundle of at most ``limit`` bytes."""
         own = sum(file.size for file in self.own.values())
         return selection.fit(
             self.answer.lacking.needed,
@@ -142,7 +142,7 @@ class _Contents:
         )
 
     def write(self, part: Path, extras: Sequence[str]) -> int:
-        """Make ``part`` the bundle with ``extras``; returns its size in bytes."""
+        """Turn ``part`` into the bundle with ``extras``; returns its size in bytes."""
         manifest = self.manifest(extras)
         stay = {wheel["file"] for wheel in manifest["wheels"]}
         for file in self.files.values():
@@ -152,7 +152,7 @@ class _Contents:
         return sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
 
     def manifest(self, extras: Sequence[str]) -> dict[str, Any]:
-        """What the node, and a reader, has to know of the bundle with ``extras``."""
+        """The manifest of the bundle with ``extras``."""
         answer = self.answer
         needed = _merged([answer.lacking.needed, *(answer.optional[name].needed for name in extras)])
         return {
@@ -174,7 +174,7 @@ class _Contents:
         }
 
     def _requirements(self, extras: Sequence[str]) -> list[tuple[str, str]]:
-        """(requirement, the extra that asks for it): the node looks whether they are met, by its own environment."""
+        """Pairs (requirement, extra that needs it); the node checks them against its own environment."""
         environment = self.target.markers()
         optional = self.project.optional(environment)
         core = [(str(each), "") for each in self.project.core(environment)]
@@ -191,7 +191,7 @@ def _left_out(extra: str, why: str, size: int | None, wheels: list[str]) -> dict
 
 
 def _add_own_files(part: Path, checkout: Checkout | None) -> dict[str, _File]:
-    """Put the scripts and the checkout into ``part``."""
+    """Write the scripts and the checkout to ``part``."""
     for script in SCRIPTS:
         shutil.copyfile(Path(__file__).with_name(script), part / script)
     (part / SCRIPTS[0]).chmod(0o755)
@@ -201,29 +201,29 @@ def _add_own_files(part: Path, checkout: Checkout | None) -> dict[str, _File]:
 
 
 def _fetch(pip: Pip, releases: Sequence[Release], part: Path) -> dict[str, _File]:
-    """The wheels of ``releases``, by canonical name, under ``part``."""
+    """Download the wheels of ``releases`` to ``part``; returns them by canonical name."""
     folder = part / WHEELS
     folder.mkdir()
     paths = pip.download(releases, folder)
     files = {each.name: _File.of(paths[each.name], part, each) for each in releases}
     for each in releases:
         if each.sha256 not in (None, files[each.name].sha256):
-            raise GaugeError(f"the wheel of {each} is not the index's (its sha256 differs); bundle again")
+            raise GaugeError(f"the wheel of {each} is corrupt (its sha256 differs from the index's); bundle again")
     return files
 
 
 def _too_large(size: int, limit: float, manifest: Mapping[str, Any]) -> GaugeError:
     largest = sorted(manifest["wheels"], key=lambda each: -each["bytes"])[:3]
     told = ", ".join(f"{each['name']} {each['bytes'] / MB:.1f} MB" for each in largest)
-    what = "the wheels that are needed" + ("" if manifest["checkout"] is None else " and the checkout")
+    what = "the required wheels" + ("" if manifest["checkout"] is None else " and the checkout")
     return GaugeError(
-        f"{what} do not fit into {limit / MB:g} MB; the smallest limit that holds them is --most-megabytes "
-        f"{math.ceil(size / MB * 10) / 10:g}" + (f" (the largest are {told})" if told else "")
+        f"{what} do not fit into {limit / MB:g} MB; raise the limit to at least --most-megabytes "
+        f"{math.ceil(size / MB * 10) / 10:g}" + (f" (largest: {told})" if told else "")
     )
 
 
 def _checked_limit(most_megabytes: float | None) -> float:
-    """In bytes."""
+    """The limit in bytes."""
     if most_megabytes is None:
         return math.inf
     if not most_megabytes > 0:
@@ -232,19 +232,19 @@ def _checked_limit(most_megabytes: float | None) -> float:
 
 
 def _with_torchs_version(having: Having) -> tuple[Having, list[str]]:
-    """torch is never asked for, so a version has to be there, which other packages are to fit: else the one here."""
+    """``having`` with a version of torch, which other packages have to fit; by default the one installed here."""
     if having.versions[TORCH] is not None:
         return having, []
     try:
         version = Version(Version(metadata.version(TORCH)).public)
     except metadata.PackageNotFoundError as error:
-        raise GaugeError("which torch is on the node? Give its version, as in --have torch==2.11.0") from error
-    note = f"the node's torch is taken to be {version}, as here; --have torch==VERSION says which it is"
+        raise GaugeError("the node's version of torch is unknown; give it, as in --have torch==2.11.0") from error
+    note = f"assuming the node's torch is {version}, as here; otherwise give --have torch==VERSION"
     return Having({**having.versions, TORCH: version}, having.named), [note]
 
 
 def _torch_needs() -> list[Requirement]:
-    """What torch needs, by the one that is installed here: near enough to tell what came to the node with its own."""
+    """The requirements of the installed torch, as an estimate of the packages that came to the node with its torch."""
     try:
         return list(map(Requirement, metadata.requires(TORCH) or ()))
     except metadata.PackageNotFoundError:
@@ -252,7 +252,7 @@ def _torch_needs() -> list[Requirement]:
 
 
 def _never(name: str, by: Iterable[str]) -> str:
-    return f"{', '.join(sorted(by))} needs {name}, which is never fetched: it has to be on the node"
+    return f"{', '.join(sorted(by))} needs {name}, which is never downloaded; install it on the node"
 
 
 def _merged(parts: Iterable[Mapping[str, set[str]]]) -> dict[str, set[str]]:
@@ -271,17 +271,17 @@ def _as_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _check_out(out: Path) -> None:
-    """Raise `GaugeError` unless ``out`` is absent, an empty folder, or a bundle and nothing but one."""
+    """Raise `GaugeError` unless ``out`` is absent, an empty folder, or a bundle without foreign files."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise GaugeError(f"{out} is a file; name a folder for the bundle with --out")
+        raise GaugeError(f"{out} is a file; give a folder with --out")
     try:
         foreign = sorted(_foreign(out))
     except OSError as error:
         raise GaugeError(f"{out} cannot be read: {error.strerror or error}") from error
     if foreign:
-        raise GaugeError(f"{out} holds {foreign[0]}, which is not of a bundle; name an empty or new folder with --out")
+        raise GaugeError(f"{out} contains {foreign[0]}, not part of a bundle; give an empty or new folder with --out")
 
 
 def _foreign(out: Path) -> Iterator[str]:
@@ -303,29 +303,29 @@ def _is_manifest(path: Path) -> bool:
 
 @contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that is gone afterwards; what the operating system refuses is an error of ours."""
+    """A temporary folder next to ``out``; an operating system error becomes a `GaugeError`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():
-            tempfile.TemporaryFile(dir=out).close()  # before minutes are spent
+            tempfile.TemporaryFile(dir=out).close()  # fail early, before minutes of downloads
         part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     except OSError as error:
-        raise GaugeError(f"cannot write {out}: {error.strerror or error}; --out moves it") from error
+        raise GaugeError(f"cannot write {out}: {error.strerror or error}; give another folder with --out") from error
     try:
         part.chmod(0o755)
         yield part
     except OSError as error:
-        raise GaugeError(f"cannot write {out}: {error.strerror or error}; --out moves it") from error
+        raise GaugeError(f"cannot write {out}: {error.strerror or error}; give another folder with --out") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _replace(part: Path, out: Path) -> None:
-    """Put ``part`` in the place of ``out``; should that fail, ``out`` is what it was."""
+    """Move ``part`` to ``out``; if that fails, restore the old ``out``."""
     if not out.exists():
         part.rename(out)
         return
-    _check_out(out)  # minutes have passed
+    _check_out(out)  # again: minutes have passed since the first check
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-")) / "old"
     try:
         out.rename(old)

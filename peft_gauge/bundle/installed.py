@@ -1,4 +1,4 @@
-"""What the node has: names with or without versions, or what ``pip freeze`` or ``pip list`` printed there."""
+"""Packages on the node: names with or without versions, or the node's output of ``pip freeze`` or ``pip list``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _HOW = "python -m pip list --format=freeze"
 
 
 def comes_with_torch(name: str) -> bool:
-    """Whether ``name``, canonical, is torch or a part of CUDA: gigabytes, chosen for the node's driver."""
-    return name != "nvidia-ml-py" and _GPU_BUILDS.fullmatch(name) is not None  # that one is the bindings of NVML, 50 kB
+    """Whether ``name`` (canonical) is torch or part of CUDA: gigabytes that have to match the node's driver."""
+    return name != "nvidia-ml-py" and _GPU_BUILDS.fullmatch(name) is not None  # nvidia-ml-py: NVML's bindings, 50 kB
 
 
 @dataclass(frozen=True)
 class Having:
-    """``versions``: canonical name -> version, ``None`` where it is not known.
+    """``versions``: canonical name -> version, ``None`` if unknown.
 
-    ``named``: those that were named one by one. What these need is on the node too; a file is all that the node has.
+    ``named``: packages named individually; their dependencies are on the node too. A file lists all packages.
     """
 
     versions: Mapping[str, Version | None]
@@ -37,18 +37,18 @@ class Having:
         return name in self.versions
 
     def known(self) -> dict[str, Version]:
-        """Those with a version."""
+        """The packages with a known version."""
         return {name: version for name, version in self.versions.items() if version is not None}
 
     def together_with(self, names: Iterable[str]) -> Having:
-        """This and ``names``, whose versions are not known."""
+        """This and ``names``, in unknown versions."""
         return Having({**dict.fromkeys(names), **self.versions}, self.named)
 
 
 def parse_having(entries: Sequence[str]) -> Having:
-    """What the values of ``--have`` say: ``NAME[==VERSION],…``, ``@FILE``, or the path of a file.
+    """The packages in the values of ``--have``: ``NAME[==VERSION],…``, ``@FILE``, or a file's path.
 
-    Raises `GaugeError` for what is none of these, a file that cannot be read, and two versions of one package.
+    Raises `GaugeError` for an invalid value, an unreadable file, and two versions of one package.
     """
     versions: dict[str, Version | None] = {}
     named: set[str] = set()
@@ -60,7 +60,7 @@ def parse_having(entries: Sequence[str]) -> Having:
             versions[name] = version or versions.get(name)
             if path is None:
                 named.add(name)
-    versions.pop("peft-gauge", None)  # the bundle brings its own
+    versions.pop("peft-gauge", None)  # the bundle has its own
     return Having(versions, frozenset(named & versions.keys()))
 
 
@@ -68,18 +68,18 @@ def _file(entry: str) -> Path | None:
     if entry.startswith("@"):
         return Path(entry[1:])
     path = Path(entry)
-    return path if re.search(r"[./]", entry) and path.is_file() else None  # not a file that is called like a package
+    return path if re.search(r"[./]", entry) and path.is_file() else None  # a file called like a package is ignored
 
 
 def _named(entry: str) -> Iterator[tuple[str, Version | None]]:
     tokens = [token.strip() for token in entry.split(",")]
     if not any(tokens):
-        raise GaugeError(f"--have {entry!r} names nothing; write NAME or NAME==VERSION, with commas between them")
+        raise GaugeError(f"--have {entry!r} names no package; write NAME or NAME==VERSION, separated by commas")
     for token in filter(None, tokens):
         name, equals, text = token.partition("==")
         if _NAME.fullmatch(name.strip()) is None or (equals and not text.strip()):
             raise GaugeError(
-                f"--have {token!r} is neither NAME nor NAME==VERSION; for a file of what the node has write @FILE"
+                f"--have {token!r} is neither NAME nor NAME==VERSION; for a file with the node's packages write @FILE"
             )
         try:
             yield canonicalize_name(name.strip()), Version(text) if equals else None
@@ -101,7 +101,7 @@ def _listed(path: Path) -> Iterator[tuple[str, Version | None]]:
         try:
             yield _frozen(line)
         except ValueError as error:
-            raise GaugeError(f"--have {path}, line {number}: {line[:80]!r} is not what {_HOW} prints") from error
+            raise GaugeError(f"--have {path}, line {number}: {line[:80]!r} is not a line of {_HOW}") from error
         found += 1
     if not found:
         raise GaugeError(f"--have {path} names no package; write it with: {_HOW} > FILE")
@@ -111,7 +111,7 @@ def _frozen(line: str) -> tuple[str, Version | None]:
     """A line of ``pip freeze``: ``NAME==VERSION``, ``NAME @ URL`` (from conda, in containers), ``-e URL#egg=NAME``,
     or a ``NAME`` alone.
 
-    Raises `ValueError` for any other. A version that PEP 440 does not know is no version.
+    Raises `ValueError` for any other line. A version that is invalid under PEP 440 counts as unknown.
     """
     if line.startswith("-"):
         name, text = line.partition("#egg=")[2].partition("&")[0], ""

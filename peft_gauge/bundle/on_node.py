@@ -1,8 +1,8 @@
-"""Install a bundle beside a node's own packages: ``python on_node.py BUNDLE [FOLDER]``, which `run.sh` calls.
+"""Install a bundle next to a node's own packages: ``python on_node.py BUNDLE [FOLDER]``, called by `run.sh`.
 
-Goes into the bundle as it is and runs on the node, by Python 3.11 or newer, out of the standard library (and, once
-installed, `packaging`). Prints the folder that holds ``site`` (packages), ``checkout`` and ``bin``. What is wrong is
-one line on standard error and exit code 2, and then nothing is left behind.
+This file is copied into the bundle and runs on the node with Python 3.11 or newer and the standard library (and
+`packaging`, once installed). It prints the folder that contains ``site`` (packages), ``checkout`` and ``bin``. An error
+is one line on standard error and exit code 2; it leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Distributions = Mapping[str, metadata.Distribution]
 
 
 class Refusal(Exception):
-    """What stands against installing the bundle here, in one line."""
+    """The reason, in one line, why the bundle cannot be installed here."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def install(bundle: Path, wanted: Path | None) -> Path:
-    """The folder with what ``bundle`` holds and this node lacks, under ``wanted`` or the first place there is.
+    """Install the parts of ``bundle`` that this node lacks, under ``wanted`` or a default place; returns the folder.
 
-    It is named after the bundle, this Python and what it lacks, so that nodes with other packages can share a place. It
-    is there whole or not at all; where it is there, nothing is done.
+    The folder is named after the bundle, this Python and the missing wheels, so that nodes with other packages can
+    share a place. It is complete or absent; an existing one is reused.
     """
     text = (bundle / "manifest.json").read_bytes()
     manifest = json.loads(text)
@@ -79,26 +79,26 @@ def install(bundle: Path, wanted: Path | None) -> Path:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn the operating system's refusals into one of ours."""
+    """Turn an operating system error into a `Refusal`."""
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        raise Refusal(f"the bundle {what}: {error.strerror or error}{where}; name another folder with --to") from error
+        raise Refusal(f"the bundle {what}: {error.strerror or error}{where}; give another folder with --to") from error
 
 
 def canonical(name: str) -> str:
-    """A distribution's name as PEP 503 compares it."""
+    """A distribution's name, normalized by PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def present() -> dict[str, metadata.Distribution]:
-    """This node's own distributions; those that a bundle installed are not, though they may be on PYTHONPATH."""
+    """This node's own distributions; packages that a bundle installed do not count, even if they are on PYTHONPATH."""
     return _distributions([entry for entry in sys.path if not (Path(entry).parent / MARK).is_file()])
 
 
 def _distributions(path: list[str]) -> dict[str, metadata.Distribution]:
-    """By canonical name; of two of a name the one that is imported."""
+    """Distributions by canonical name; of duplicates, the imported one."""
     found: dict[str, metadata.Distribution] = {}
     for distribution in metadata.distributions(path=path):
         name = distribution.metadata["Name"]
@@ -108,7 +108,7 @@ def _distributions(path: list[str]) -> dict[str, metadata.Distribution]:
 
 
 def _place(bundle: Path, wanted: Path | None) -> Path:
-    """A folder that can be written; a wanted one is made, or it is an error."""
+    """A writable folder: ``wanted``, created if necessary, or a default."""
     if wanted is not None:
         place = wanted.resolve()
         place.mkdir(parents=True, exist_ok=True)
@@ -116,35 +116,35 @@ def _place(bundle: Path, wanted: Path | None) -> Path:
     beside = bundle.parent / f"{bundle.name}-installed"
     try:
         beside.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=beside).close()  # root may write where the file system may not
+        tempfile.TemporaryFile(dir=beside).close()  # a test by permissions is not enough: root on a read-only system
         return beside
     except OSError:
         own = Path(tempfile.gettempdir()) / f"peft-gauge-{os.getuid()}"
         own.mkdir(mode=0o700, exist_ok=True)
         if own.stat().st_uid != os.getuid():
-            raise Refusal(f"{own} is another user's; name a folder with --to") from None
+            raise Refusal(f"{own} belongs to another user; give a folder with --to") from None
         return own
 
 
 def verify(bundle: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise `Refusal` where a file of the bundle is not the one that was bundled."""
+    """Raise `Refusal` for a file of the bundle that is missing or has another checksum."""
     files = list(manifest["wheels"])
     if manifest["checkout"] is not None:
         files.append(manifest["checkout"])
     for each in files:
         path = bundle / each["file"]
         if not path.is_file():
-            raise Refusal(f"{each['file']} is missing from the bundle; copy it anew")
+            raise Refusal(f"{each['file']} is missing from the bundle; copy the bundle again")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != each["sha256"]:
-            raise Refusal(f"{each['file']} is damaged (its sha256 is not the manifest's); copy the bundle anew")
+            raise Refusal(f"{each['file']} is damaged (its sha256 differs from the manifest's); copy the bundle again")
 
 
 def _fill(
     part: Path, bundle: Path, manifest: Mapping[str, Any], lacking: Sequence[Mapping[str, Any]], node: Distributions
 ) -> None:
-    """Make the whole installation in the folder ``part``."""
+    """Write the whole installation to the folder ``part``."""
     site = part / "site"
     site.mkdir()
     if lacking:
@@ -152,7 +152,7 @@ def _fill(
     _check(manifest, node, _distributions([str(site)]), site)
     if manifest["checkout"] is not None:
         with tarfile.open(bundle / manifest["checkout"]["file"]) as archive:
-            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # since 3.11.4; the default since 3.14
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # since 3.11.4; default since 3.14
             archive.extractall(part / "checkout")
     (part / "bin").mkdir()
     for name, arguments in COMMANDS.items():
@@ -164,15 +164,15 @@ def _fill(
     (part / MARK).write_text(json.dumps(mark, indent=2), encoding="utf-8")
     if kept:
         there = ", ".join(f"{name} {node[name].version}" for name in kept)
-        print(f"run.sh: on this node already, and left as it is: {there}", file=sys.stderr)
+        print(f"run.sh: already on this node and left unchanged: {there}", file=sys.stderr)
 
 
 def _install(wheels: Sequence[Path], site: Path) -> None:
     if importlib.util.find_spec("pip") is None:
-        raise Refusal(f"{sys.executable} has no pip, which installs the wheels; name a Python that has with --python")
-    scratch = site.parent / "scratch"  # pip unpacks there first, and a node's /tmp may be small
+        raise Refusal(f"{sys.executable} has no pip, which installs the wheels; give a Python with pip with --python")
+    scratch = site.parent / "scratch"  # pip unpacks here first: a node's /tmp may be small
     scratch.mkdir()
-    # --isolated and no file of settings: a user's or a site's --user, --index-url and others are not for this.
+    # --isolated, no configuration file: settings such as --user or --index-url must not apply here.
     settings = {"PIP_CONFIG_FILE": os.devnull, "TMPDIR": str(scratch)}
     quiet = ["--isolated", "--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check"]
     done = subprocess.run(
@@ -191,15 +191,15 @@ def _install(wheels: Sequence[Path], site: Path) -> None:
 
 
 def _check(manifest: Mapping[str, Any], node: Distributions, site: Distributions, folder: Path) -> None:
-    """Look whether everything is there that the project and the installed wheels need; markers are this node's.
+    """Check that every requirement of the project and of the installed wheels is installed, by this node's markers.
 
-    What is missing is a refusal; another version than is asked for is told, since much runs all the same.
+    A missing package is a refusal; a wrong version is only printed, since it often works.
     """
     sys.path.append(str(folder))
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        raise Refusal("the node lacks packaging, and so does the bundle; make it anew without it in --have") from None
+        raise Refusal("node and bundle lack packaging; make the bundle again without packaging in --have") from None
 
     def active(requirement: Requirement, extra: str) -> bool:
         return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
@@ -216,18 +216,18 @@ def _check(manifest: Mapping[str, Any], node: Distributions, site: Distributions
             missing.setdefault(name, set()).add(by)
             continue
         if requirement.specifier and not requirement.specifier.contains(found.version, prereleases=True):
-            print(f"run.sh: {by} needs {requirement}; here is {name} {found.version}", file=sys.stderr)
+            print(f"run.sh: {by} needs {requirement}; the node has {name} {found.version}", file=sys.stderr)
         ours = name not in node
         for extra in [*([""] if ours else []), *sorted(requirement.extras)]:
             if (name, extra) in seen:
                 continue
             seen.add((name, extra))
             needs = [each for each in map(Requirement, found.requires or ()) if active(each, extra)]
-            # What a package of the node needs is the node's affair, but for an extra that something here asks of it.
+            # The node's packages are not checked, except for an extra that something installed here needs.
             todo += [(each, name) for each in needs if ours or not active(each, "")]
     if missing:
         raise Refusal(
-            f"this node lacks {_told(missing)}; bundle again with --have @FILE, FILE being what {FREEZE} prints here"
+            f"this node lacks {_told(missing)}; bundle again with --have @FILE, the output of {FREEZE} on this node"
         )
 
 

@@ -1,4 +1,4 @@
-"""What this project needs, by its own metadata, on a node that may have another Python than this machine."""
+"""The project's requirements, from its own metadata, on a node that may have another Python than this machine."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ OPTIONAL = {
     "test": "pytest -n (cases on several GPUs at once) and the tests of it",
     "report": "peft-gauge report as a page or as pictures, and peft-gauge memory-curve",
 }
-"""Extras that tests and benchmarks can use -> what does not work without them. `dev` is for the project's makers."""
+"""Extras used by tests and benchmarks -> the features that need them. `dev` is for the project's developers."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """``requirements``: all of the metadata's, those of extras with a marker that says so."""
+    """``requirements``: all from the metadata; those of an extra have a marker with its name."""
 
     version: str
     requires_python: SpecifierSet
     requirements: tuple[Requirement, ...]
 
     def core(self, environment: Mapping[str, str]) -> tuple[Requirement, ...]:
-        """What a plain install needs where ``environment`` (PEP 508) holds."""
+        """The requirements of a plain install in ``environment`` (PEP 508)."""
         return tuple(each for each in self.requirements if is_active(each, environment))
 
     def extra(self, name: str, environment: Mapping[str, str]) -> tuple[Requirement, ...]:
-        """What the extra ``name`` needs besides, extras of this project that it names included."""
+        """The additional requirements of the extra ``name``, including other extras of this project that it names."""
         found: list[Requirement] = []
         for each in self.requirements:
             if is_active(each, environment) or not is_active(each, environment, name):
@@ -49,20 +49,20 @@ class Project:
         return tuple(found)
 
     def optional(self, environment: Mapping[str, str]) -> dict[str, tuple[Requirement, ...]]:
-        """The extras of `OPTIONAL` that this project has, in the order of their worth."""
+        """The extras of `OPTIONAL` that this project has, most important first."""
         extras = {name: self.extra(name, environment) for name in OPTIONAL}
         return {name: needed for name, needed in extras.items() if needed}
 
 
 def is_active(requirement: Requirement, environment: Mapping[str, str], extra: str = "") -> bool:
-    """Whether ``requirement`` holds in ``environment``, which says everything: nothing is asked of this interpreter."""
+    """Whether ``requirement`` applies in ``environment``, which is complete: no value comes from this interpreter."""
     return requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra})
 
 
 def read_project() -> Project:
-    """This project by the pyproject.toml of the checkout, or by the metadata of the installed package.
+    """This project, from the checkout's pyproject.toml or from the installed package's metadata.
 
-    The checkout comes first: an editable install keeps the metadata of the day it was made.
+    The checkout comes first: an editable install keeps the metadata from the day it was made.
     """
     file = paths.PROJECT / "pyproject.toml"
     if file.is_file():
@@ -71,7 +71,7 @@ def read_project() -> Project:
         found = metadata.metadata(NAME)
         requirements = tuple(map(Requirement, metadata.requires(NAME) or ()))
     except metadata.PackageNotFoundError as error:
-        raise GaugeError(f"what {NAME} needs is not known here: it is neither a checkout nor installed") from error
+        raise GaugeError(f"the requirements of {NAME} are unknown: it is neither a checkout nor installed") from error
     return Project(found["Version"], SpecifierSet(found["Requires-Python"] or ""), requirements)
 
 
@@ -84,7 +84,7 @@ def _from_pyproject(file: Path) -> Project:
 
 
 def _of_extra(requirement: Requirement, extra: str) -> Requirement:
-    """``requirement`` as a built package's metadata has it."""
+    """``requirement`` with the marker that a built package's metadata has."""
     condition = f"extra == '{extra}'"
     marker = condition if requirement.marker is None else f"({requirement.marker}) and {condition}"
     requirement.marker = Marker(marker)

@@ -1,7 +1,7 @@
-"""pip is asked which wheels a node needs: its resolver for the node's Python and platform, beside what the node has.
+"""pip's resolver, run for the node's Python and platform, taking the node's packages into account.
 
-A package that the node has in a known version is given to pip as a wheel with nothing in it but a name and that
-version. So pip chooses what fits it, downloads nothing for it, and never asks for what it needs.
+pip receives each package that the node has in a known version as an empty wheel with its name and version. pip then
+chooses versions that fit it, and neither downloads it nor its dependencies.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 class Unresolvable(GaugeError):
-    """No set of wheels is what was asked for: no such release for the node, or requirements that contradict."""
+    """No set of wheels meets the request: no release for the node, or conflicting requirements."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """One distribution that pip chose: canonical name, version, its requirements with their markers.
+    """One distribution chosen by pip: canonical name, version, requirements with their markers.
 
-    ``sha256`` is the index's, ``None`` where it gives none.
+    ``sha256`` is the index's, ``None`` if it gives none.
     """
 
     name: str
@@ -50,23 +50,23 @@ class Release:
 
 @dataclass(frozen=True)
 class Pip:
-    """pip for ``target``; ``index_options`` say where wheels come from, by default where pip's configuration says."""
+    """pip for ``target``; ``index_options`` select the index (default: pip's configuration)."""
 
     target: Target
     index_options: tuple[str, ...] = ()
     _known: dict[str, tuple[Requirement, ...]] = field(default_factory=dict)
 
     def resolve(self, requirements: Sequence[Requirement], known: Mapping[str, Version]) -> dict[str, Release]:
-        """The releases that ``requirements`` need beside those that are ``known``, which are not among them.
+        """The releases that ``requirements`` need in addition to the ``known`` packages, which are not returned.
 
-        ``requirements`` are taken without their markers. Raises `Unresolvable`, and `GaugeError` where an index does
-        not answer or pip cannot do this at all.
+        Markers of ``requirements`` are ignored. Raises `Unresolvable`, and `GaugeError` where an index does not
+        respond or this pip cannot do it.
         """
         with _stand_ins(known) as wheels:
             return self._resolve([*wheels, *map(_without_marker, requirements)])
 
     def requires(self, name: str, version: Version | None) -> tuple[Requirement, ...]:
-        """What a release of ``name`` needs: of this version where an index has it, else of the newest."""
+        """The requirements of a release of ``name``: of this version if an index has it, otherwise of the newest."""
         wanted = name if version is None else f"{name}=={version.public}"
         if wanted not in self._known:
             try:
@@ -76,7 +76,7 @@ class Pip:
         return self._known[wanted]
 
     def download(self, releases: Sequence[Release], folder: Path) -> dict[str, Path]:
-        """The wheels of ``releases`` in ``folder``, by canonical name; raises as `resolve` does."""
+        """Download the wheels of ``releases`` to ``folder``, by canonical name; raises as `resolve` does."""
         if not releases:
             return {}
         pinned = [f"{each.name}=={each.version}" for each in releases]
@@ -84,13 +84,13 @@ class Pip:
         found = {_name_of(path): path for path in sorted(folder.glob("*.whl"))}
         lacking = [str(each) for each in releases if each.name not in found]
         if lacking:
-            raise GaugeError(f"pip brought no wheel of {', '.join(lacking)}")
+            raise GaugeError(f"pip downloaded no wheel of {', '.join(lacking)}")
         return found
 
     def _resolve(self, arguments: Sequence[str]) -> dict[str, Release]:
         with tempfile.TemporaryDirectory(prefix="peft-gauge-") as name:
             report = Path(name) / "report.json"
-            # Nothing is installed in a dry run; older releases of pip want --target for another platform all the same.
+            # A dry run installs nothing, but older releases of pip require --target for another platform.
             dry = ["--dry-run", "--ignore-installed", "--target", str(Path(name) / "nothing")]
             self._run("install", *dry, "--report", str(report), *arguments)
             found = json.loads(report.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ class Pip:
         if from_pip.is_missing(done.stderr):
             raise GaugeError("this Python has no pip, which collects the wheels; run: python -m ensurepip")
         if from_pip.no_answer(done.stderr):
-            raise GaugeError("no answer from the package index; bundle where there is a network, or name --index-url")
+            raise GaugeError("the package index does not respond; bundle where there is a network, or give --index-url")
         said = one_line(_contradiction(from_pip.causes(done.stdout)) or from_pip.last_error(done.stderr), 300)
         raise Unresolvable(f"pip finds no set of wheels for {self.target}: {said}")
 
@@ -128,7 +128,7 @@ def _release(entry: Mapping[str, Any]) -> Release:
 
 
 def _contradiction(causes: Sequence[str]) -> str:
-    """pip's causes of a conflict in the words of the node: what it has was a file to pip, what is needed a request."""
+    """pip's causes of a conflict, reworded: to pip, the node's packages are files and our requirements the user's."""
     told = [re.sub(r"^The user requested (\S+ \S+) \(from .+\)$", r"the node has \1", cause) for cause in causes]
     return "; ".join(dict.fromkeys(re.sub("^The user requested ", "peft-gauge needs ", cause) for cause in told))
 
@@ -142,18 +142,18 @@ def _name_of(wheel: Path) -> str:
     try:
         return parse_wheel_filename(wheel.name)[0]
     except InvalidWheelFilename as error:
-        raise GaugeError(f"pip brought {wheel.name}, which is not a valid wheel's name") from error
+        raise GaugeError(f"pip downloaded {wheel.name}, which is not a valid wheel name") from error
 
 
 @contextmanager
 def _stand_ins(known: Mapping[str, Version]) -> Iterator[list[str]]:
-    """A wheel for each of ``known``, in a folder that is gone afterwards."""
+    """An empty wheel for each of ``known``, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="peft-gauge-") as folder:
         yield [str(_stand_in(Path(folder), name, version)) for name, version in sorted(known.items())]
 
 
 def _stand_in(folder: Path, name: str, version: Version) -> Path:
-    """A wheel (PyPA specification "binary distribution format") that holds its own description and nothing else."""
+    """A wheel (PyPA specification "binary distribution format") that contains only its own metadata."""
     stem = f"{name.replace('-', '_')}-{version}"
     info = f"{stem}.dist-info"
     files = {

@@ -1,15 +1,15 @@
 #!/bin/sh
-# Install this bundle beside what this node has, and run a command with it. The node's own packages are not touched.
+# Install this bundle next to the packages of this node, and run a command with it. The node's packages stay unchanged.
 set -u
 
 usage() {
   cat << END
 usage: ${0##*/} [--to FOLDER] [--python PYTHON] [-- COMMAND...]
 
-Installs what the bundle holds and this node lacks into a folder of its own, once, and runs COMMAND with it, in the
-bundled checkout. Without COMMAND: says how to go on, and runs peft-gauge doctor.
+Installs the bundled packages that this node lacks into a separate folder, once, and runs COMMAND with them in the
+bundled checkout. Without COMMAND: prints what to do next, and runs peft-gauge doctor.
 
-  --to FOLDER      where to install (PEFT_GAUGE_TO); default: beside the bundle, else under \$TMPDIR
+  --to FOLDER      where to install (PEFT_GAUGE_TO); default: next to the bundle, else under \$TMPDIR
   --python PYTHON  the node's Python (PEFT_GAUGE_PYTHON); default: python3, else python
 END
 }
@@ -42,22 +42,22 @@ if [ -z "$python" ]; then
   for python in python3 python ''; do
     command -v "$python" > /dev/null 2>&1 && break
   done
-  [ -n "$python" ] || fail "there is no python3 here; load or activate one, or name it with --python"
+  [ -n "$python" ] || fail "no python3 found; load or activate one, or give it with --python"
 fi
-command -v "$python" > /dev/null 2>&1 || fail "$python is not a program; name the node's Python with --python"
+command -v "$python" > /dev/null 2>&1 || fail "$python is not a program; give the node's Python with --python"
 
-# This much has to be understood by any Python, however old.
+# Any Python has to understand this part, however old it is.
 problem=$("$python" -c '
 import json, os, platform, sys
 try:
     with open(sys.argv[1]) as file:
         wanted = json.load(file)["target"]
 except (IOError, ValueError, KeyError):
-    print("manifest.json is missing or broken; copy the bundle anew")
+    print("manifest.json is missing or broken; copy the bundle again")
     sys.exit()
 found = "%d.%d" % sys.version_info[:2]
 name = "%s (%s)" % (sys.argv[2], sys.executable)
-other = "activate an environment that has it, or name it with --python"
+other = "activate an environment that has it, or give it with --python"
 try:
     libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
 except (AttributeError, ValueError, OSError):
@@ -79,7 +79,7 @@ elif not libc.startswith("glibc") or [int(digit) for digit in digits[:2]] < [2, 
 
 ready=$("$python" "$here/on_node.py" "$here" "$to") || exit 2
 
-# What the user has on PYTHONPATH is a part of the node, and comes first.
+# The user's PYTHONPATH is part of the node and comes first.
 PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$ready/site
 if [ -d "$ready/checkout" ]; then
   PYTHONPATH=$PYTHONPATH:$ready/checkout
@@ -90,14 +90,14 @@ fi
 PATH=$ready/bin:$ready/site/bin:$PATH
 export PATH PYTHONPATH
 "$ready/bin/python" -c 'import peft_gauge' 2> /dev/null ||
-  fail "this bundle holds no checkout; run it in the folder of a checkout of peft-gauge"
+  fail "this bundle has no checkout; run it in a checkout of peft-gauge"
 
 [ $# -eq 0 ] || exec "$@"
 
 cat << END
 The bundle is installed in $ready.
-Run something with it:   sh $here/${0##*/} -- pytest -m gpu
-Files that it saves are under $PWD; paths on its command line are relative to that.
+Run a command with it:   sh $here/${0##*/} -- pytest -m gpu
+It saves files under $PWD; paths on its command line are relative to that folder.
 
 END
 exec peft-gauge doctor

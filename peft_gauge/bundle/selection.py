@@ -24,9 +24,10 @@ Extras = Mapping[tuple[str, str], tuple[Requirement, ...]]
 
 @dataclass
 class Lacking:
-    """What the node lacks. ``needed``: canonical name -> who needs it; ``never``: the same, of what is never fetched.
+    """Wheels that the node lacks. ``needed``: canonical name -> packages that need it; ``never``: the same for packages
+    that are never downloaded.
 
-    ``unknown_extras``: (package, extra) of packages that the node has, where something needs that extra of them.
+    ``unknown_extras``: pairs (package, extra) where the node has the package and something needs that extra.
     """
 
     needed: dict[str, set[str]] = field(default_factory=dict)
@@ -42,10 +43,10 @@ def lacking(
     environment: Mapping[str, str],
     extras: Extras,
 ) -> Lacking:
-    """Walk from the project's needs along those of what is to be fetched; what the node has ends a path.
+    """Follow requirements from the project through the wheels to download; a package on the node ends a path.
 
-    ``optional``: by extra of the project. ``releases`` are those that pip chose; ``extras``: what an extra of a package
-    on the node needs.
+    ``optional``: by the project's extra. ``releases``: chosen by pip. ``extras``: the requirements of an extra of a
+    package on the node.
     """
     found = Lacking()
     todo = [(each, NAME) for each in core]
@@ -67,7 +68,7 @@ def lacking(
             found.never.setdefault(name, set()).add(by)
             continue
         if name not in releases:
-            raise GaugeError(f"pip's answer has no {requirement}, which {by} needs on the node")
+            raise GaugeError(f"pip returned no {requirement}, which {by} needs on the node")
         found.needed.setdefault(name, set()).add(by)
         for extra in ["", *wanted]:
             if (name, extra) not in seen:
@@ -78,9 +79,9 @@ def lacking(
 
 @dataclass(frozen=True)
 class Answer:
-    """``lacking`` of the project alone and ``optional`` with each extra besides, out of the same ``releases``.
+    """``lacking`` for the project alone and ``optional`` with each extra added, from the same ``releases``.
 
-    ``unusable``: the extras that cannot be had, with the reason.
+    ``unusable``: unavailable extras, each with the reason.
     """
 
     releases: Mapping[str, Release]
@@ -90,7 +91,7 @@ class Answer:
 
 
 def ask(pip: Pip, project: Project, having: Having) -> Answer:
-    """What pip says the node lacks. Raises as `Pip.resolve` does; an extra that cannot be had costs nothing else."""
+    """The wheels that the node lacks. Raises as `Pip.resolve` does; an unavailable extra leaves the others intact."""
     environment = pip.target.markers()
     core, optional = project.core(environment), project.optional(environment)
     unusable = {name: reason for name, needs in optional.items() if (reason := _too_old(needs, having)) is not None}
@@ -127,7 +128,7 @@ def _ask(
         whole = lacking(core, optional, having, releases, environment, extras)
         if not whole.unknown_extras:
             break
-        # The node has the package and perhaps not what this extra of it needs.
+        # The node has the package, but perhaps not the requirements of this extra.
         for name, extra in whole.unknown_extras:
             needs = pip.requires(name, having.versions[name])
             extras[name, extra] = tuple(
@@ -142,45 +143,45 @@ def _ask(
 
 
 def _is_there(requirement: Requirement, having: Having) -> bool:
-    """Whether pip need not be asked for it: it is on the node, or never fetched. An extra of it is asked for apart."""
+    """Whether pip need not resolve it: it is on the node or never downloaded. Its extras are resolved separately."""
     name = canonicalize_name(requirement.name)
     return name in having or comes_with_torch(name)
 
 
 def check(project: Project, having: Having, target: Target) -> None:
-    """Raise `GaugeError` for a node without torch, and for what is there and too old (or too new) for the project."""
+    """Raise `GaugeError` for a node without torch, or with a package in a version that the project does not support."""
     if TORCH not in having:
         raise GaugeError(
-            "torch has to be on the node, since a bundle never holds it: name it in --have, as in --have torch==2.11.0"
+            "a bundle never includes torch, so the node needs it: give its version, as in --have torch==2.11.0"
         )
     reason = _too_old(project.core(target.markers()), having)
     if reason is not None:
-        raise GaugeError(f"{reason}; install another one there first")
+        raise GaugeError(f"{reason}; install another version there first")
 
 
 def _too_old(requirements: Iterable[Requirement], having: Having) -> str | None:
-    """Why what the node has does not do; ``None`` where it does."""
+    """The first package on the node in an unsupported version, as a message; ``None`` if all are supported."""
     known = having.known()
     for each in requirements:
         version = known.get(canonicalize_name(each.name))
         if version is not None and not each.specifier.contains(version, prereleases=True):
-            return f"the node has {each.name} {version}, and peft-gauge needs {each.name}{each.specifier}"
+            return f"the node has {each.name} {version}, but peft-gauge needs {each.name}{each.specifier}"
     return None
 
 
 @dataclass(frozen=True)
 class Brought:
-    """``names``: what the named packages need in turn. ``notes``: where that could not be found out."""
+    """``names``: dependencies of the named packages. ``notes``: packages whose dependencies could not be resolved."""
 
     names: frozenset[str]
     notes: tuple[str, ...] = ()
 
 
 def brought_by(pip: Pip, having: Having, torch_needs: Iterable[Requirement]) -> Brought:
-    """What is on the node because the packages that were named one by one need it.
+    """Packages that are on the node as dependencies of the packages named individually.
 
-    pip resolves these in their versions; where that cannot be, each for itself. ``torch_needs``: what torch needs,
-    which pip is not asked, since that is gigabytes where an index gives no metadata.
+    pip resolves the named versions together or, if they conflict, one by one. ``torch_needs``: torch's requirements;
+    pip does not resolve torch, since an index without metadata would make it download gigabytes.
     """
     environment = pip.target.markers()
     of_torch = [each for each in torch_needs if TORCH in having.named and is_active(each, environment)]
@@ -210,8 +211,8 @@ def _brought_by_each(
                 reason = str(error)
         else:
             notes.append(
-                f"what {', '.join(map(str, asked))} needs could not be found out, and is taken to be lacking "
-                f"({reason}); --have @FILE says all that the node has"
+                f"the dependencies of {', '.join(map(str, asked))} could not be resolved and count as missing "
+                f"({reason}); list all of the node's packages with --have @FILE"
             )
     return Brought(frozenset(names - having.versions.keys()), tuple(notes))
 
@@ -228,10 +229,10 @@ def fit(
     most_bytes: float,
     other_bytes: Callable[[Sequence[str]], int],
 ) -> list[str]:
-    """The extras that stay: the one that would save most is left out, again and again, until the rest fits.
+    """The extras to keep: the extra that saves most is dropped, repeatedly, until the rest fits.
 
-    ``core`` and ``optional`` are names of wheels with ``sizes`` in bytes; ``other_bytes`` is what else is in the bundle
-    when these extras stay. The core stays in any case: the caller looks whether that fits.
+    ``core`` and ``optional`` name wheels with ``sizes`` in bytes; ``other_bytes`` returns the size of everything else
+    for the kept extras. The core is always kept; the caller checks whether it fits.
     """
     kept = list(optional)
     core = set(core)

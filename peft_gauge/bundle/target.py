@@ -1,4 +1,4 @@
-"""The node that a bundle is for: its Python and its platform, as pip's tags and as environment markers."""
+"""The Python and platform of the node that a bundle is for, as pip's tags and as environment markers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 OLDEST_GLIBC = {"x86_64": 5, "aarch64": 17}
 """Machine -> minor version of the oldest glibc 2.x that manylinux has a tag for (PEP 513, PEP 599)."""
 LEGACY_TAGS = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # PEP 600, "Legacy manylinux tags"
-DEFAULT_GLIBC = 28  # RHEL 8's, the oldest that current torch, pyarrow and others have wheels for
+DEFAULT_GLIBC = 28  # RHEL 8; the oldest with wheels of current torch, pyarrow and others
 DEFAULT_PLATFORM = f"manylinux_2_{DEFAULT_GLIBC}_x86_64"
 
 
@@ -28,12 +28,12 @@ class Target:
 
     @property
     def series(self) -> str:
-        """ "3.12": what wheels and environment markers go by."""
+        """Such as "3.12", the version in wheel tags and environment markers."""
         return f"{self.python[0]}.{self.python[1]}"
 
     @property
     def full_version(self) -> str:
-        """With the patch, where it is unknown the first, as pip takes it: then backports are there rather than not."""
+        """With the patch, or 0 if unknown, as in pip: backports are then included rather than missing."""
         return f"{self.series}.{self.python[2] or 0}"
 
     @property
@@ -44,7 +44,7 @@ class Target:
         return f"Python {self.series} on {self.platform}"
 
     def markers(self) -> dict[str, str]:
-        """The environment of PEP 508 on the node. What cannot be known (the kernel's release) is empty."""
+        """The node's PEP 508 environment. Unknown values (the kernel's release) are empty."""
         return {
             "implementation_name": "cpython",
             "implementation_version": self.full_version,
@@ -60,7 +60,7 @@ class Target:
         }
 
     def platform_tags(self) -> list[str]:
-        """Tags of wheels that run there, the newest glibc first. pip itself does not go from one to the older ones."""
+        """Tags of wheels that run there, newest glibc first. pip does not add the older ones itself."""
         tags = []
         for minor in range(self.glibc, OLDEST_GLIBC[self.machine] - 1, -1):
             tags.append(f"manylinux_2_{minor}_{self.machine}")
@@ -69,7 +69,7 @@ class Target:
         return [*tags, f"linux_{self.machine}"]
 
     def pip_options(self) -> list[str]:
-        """Options of ``pip install`` and ``pip download`` that choose wheels for the node, and nothing but wheels."""
+        """Options of ``pip install`` and ``pip download`` that select wheels, and only wheels, for the node."""
         python = ["--python-version", self.full_version, "--implementation", "cp"]
         abi = ["--abi", f"cp{self.python[0]}{self.python[1]}"]  # pip adds abi3 and none
         platforms = [word for tag in self.platform_tags() for word in ("--platform", tag)]
@@ -77,8 +77,8 @@ class Target:
 
 
 def parse_target(python: str, platform: str, supported: SpecifierSet) -> Target:
-    """The node of ``--python`` and ``--platform``; raises `GaugeError` for what is malformed, unknown, or a Python that
-    ``supported`` does not hold.
+    """The node described by ``--python`` and ``--platform``; raises `GaugeError` for an invalid value, or for a Python
+    that ``supported`` does not include.
     """
     version = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?", python.strip())
     if version is None:
@@ -100,5 +100,5 @@ def _parse_platform(text: str) -> tuple[int, str]:
     machine = found[3]
     glibc = int(found[1]) if found[1] else legacy.get(found[2], DEFAULT_GLIBC)
     if glibc < OLDEST_GLIBC[machine]:
-        raise GaugeError(f"--platform {text}: no wheel is built for glibc 2.{glibc} on {machine}; name the node's own")
+        raise GaugeError(f"--platform {text}: there are no wheels for glibc 2.{glibc} on {machine}; give the node's")
     return glibc, machine

@@ -1,4 +1,4 @@
-"""Clocks that are right on every device, and what their readings say."""
+"""Clocks that are correct on every device, and statistics of their readings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Clock = Callable[[], float]
 
 
 def synchronised_clock() -> float:
-    """Seconds on the host's monotonic clock, read after the current CUDA device has finished all that was launched.
+    """Seconds on the host's monotonic clock, read after the current CUDA device has finished all launched work.
 
-    CUDA launches return before the work is done, so a bare host clock times the launch. Where CUDA was never used in
-    this process there is nothing to wait for, and torch is not imported for it.
+    CUDA launches return before the work is done, so a bare host clock times only the launch. If CUDA was never used in
+    this process there is nothing to wait for, and torch is not imported.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -23,7 +23,7 @@ def synchronised_clock() -> float:
 
 
 def timed(work: Callable[[], object], clock: Clock = synchronised_clock) -> float:
-    """The seconds that one call of ``work`` takes by ``clock``."""
+    """Duration of one call of ``work`` by ``clock``, in seconds."""
     start = clock()
     work()
     return clock() - start
@@ -32,8 +32,8 @@ def timed(work: Callable[[], object], clock: Clock = synchronised_clock) -> floa
 def median_ratio(seconds: Sequence[float], control_seconds: Sequence[float]) -> float:
     """The median over rounds of ``seconds`` / ``control_seconds``, paired round by round.
 
-    Each round is divided by a control that ran beside it, so a machine that changes speed between cases changes the
-    ratio little. Raises `ValueError` for unequal numbers of rounds.
+    Each round is divided by a control timed right next to it, so that a change of the machine's speed hardly affects
+    the ratio. Raises `ValueError` for unequal numbers of rounds.
     """
     return statistics.median(a / b for a, b in zip(seconds, control_seconds, strict=True))
 

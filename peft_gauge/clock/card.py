@@ -1,6 +1,6 @@
-"""What a card, or a CPU, can do at most, as one matrix product and one copy show, and the shares of it that work takes.
+"""Peak throughput of a GPU or CPU, measured by a matrix product and a copy, and the utilization that work reaches.
 
-A time is hard to doubt by itself; that it would need more than the card can do is a sure sign of a wrong one.
+A time on its own is hard to check, but a time that implies more than the peak throughput is certainly wrong.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _GIB = 2**30
-# The side of the square matrices and the bytes of the copy: large enough that launching them is nothing.
+# Side of the square matrices and bytes of the copy: large enough to make launch overhead negligible.
 _SIZES = {"cuda": (8192, _GIB), "cpu": (1024, _GIB // 4)}
 _LEAST_SIDE = 256
 _LEAST_ROUNDS = 2
 
 
 class TimesWork(Protocol):
-    """What is asked of a stopwatch."""
+    """The part of a stopwatch that is used here."""
 
     def time(self, work: Callable[[], object]) -> Round: ...
 
 
 @dataclass(frozen=True)
 class CardSpeed:
-    """The fastest product and the fastest copy that were seen.
+    """The fastest product and the fastest copy that were measured.
 
     Attributes:
         device: "cuda" or "cpu".
         dtype: of the matrices.
         product_flops_per_second: 2·m·k·n over the seconds of the product of m×k and k×n.
-        copy_bytes_per_second: bytes read and bytes written, over the seconds of the copy.
+        copy_bytes_per_second: bytes read plus bytes written, over the seconds of the copy.
         product_shape: m, k, n.
-        copy_bytes: the bytes that were copied: as many were read, and as many written.
-        float32_matmul_precision: torch's setting while it was measured; "highest" means full float32.
-        allow_tf32: whether cuBLAS might multiply float32 as TF32; ``None`` on the CPU.
-        threads: those of torch on the CPU; ``None`` on a card.
+        copy_bytes: the bytes that were copied: each is read once and written once.
+        float32_matmul_precision: torch's setting during the measurement; "highest" means full float32.
+        allow_tf32: whether cuBLAS may multiply float32 as TF32; ``None`` on the CPU.
+        threads: torch's CPU threads; ``None`` on a GPU.
     """
 
     device: str
@@ -57,23 +57,23 @@ class CardSpeed:
     threads: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by their names, as JSON has them."""
+        """The fields by name, as JSON."""
         return asdict(self) | {"product_shape": list(self.product_shape)}
 
 
 def measure_card(device: str, dtype: str, *, stopwatch: TimesWork | None = None, seconds: float = 0.7) -> CardSpeed:
-    """Measure torch's current ``device`` ("cuda" or "cpu") with matrices of ``dtype``, under the settings in force.
+    """Measure torch's current ``device`` ("cuda" or "cpu") with matrices of ``dtype``, under the present settings.
 
-    The fastest round counts, as this is to be a ceiling. The product is of 8192² matrices on a card and of 1024² on the
-    CPU, the copy of 1 GiB and of 256 MiB; both are halved until all of it fits in free memory. Product and copy take
-    ``seconds`` each, or two rounds where these are longer (of float16 on a CPU without instructions for it).
+    The fastest round counts, since the result is an upper limit. The product has 8192² matrices on a GPU and 1024² on
+    the CPU, the copy 1 GiB and 256 MiB; both are halved until they fit in free memory. Product and copy take
+    ``seconds`` each, or two rounds if these take longer (such as float16 on a CPU without instructions for it).
 
-    It uses the caching allocator, and empties its cache afterwards: run it before, not between, measurements of memory.
+    Uses the caching allocator and empties its cache afterwards: run it before, not between, measurements of memory.
 
     Args:
         stopwatch: by default, a `Stopwatch` of the device.
 
-    Raises `GaugeError` for an unknown device or dtype, a device that is not there or too full, and a clock too coarse.
+    Raises `GaugeError` for an unknown device or dtype, a device that is missing or too full, and a clock too coarse.
     """
     import torch
 
@@ -102,13 +102,13 @@ def measure_card(device: str, dtype: str, *, stopwatch: TimesWork | None = None,
 
 
 def _sizes(device: str, itemsize: int, free_bytes: int) -> tuple[int, int]:
-    """The side of the matrices, and the bytes of the copy, that fit in ``free_bytes`` together."""
+    """The side of the matrices and the bytes of the copy that fit in ``free_bytes`` together."""
     side, copy_bytes = _SIZES[device]
     # The allocator may still hold the product's three matrices when the copy needs its two buffers.
     while 3 * side**2 * itemsize + 2 * copy_bytes > free_bytes:
         side, copy_bytes = side // 2, copy_bytes // 2
         if side < _LEAST_SIDE:
-            raise GaugeError(f"{free_bytes:,} bytes free on {device} are too few to measure its speed; free some")
+            raise GaugeError(f"only {free_bytes:,} bytes are free on {device}, too few to measure its speed; free more")
     return side, copy_bytes
 
 
@@ -126,7 +126,7 @@ def _free_bytes(device: str) -> int:
 def _product(device: str, dtype: torch.dtype, side: int) -> Callable[[], object]:
     import torch
 
-    # Random values: a card that multiplies zeros needs less power, and runs at a clock that real work never sees.
+    # Random values: multiplying zeros needs less power, and a GPU would run at a clock that real work never reaches.
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     out = torch.empty_like(left)
@@ -136,13 +136,13 @@ def _product(device: str, dtype: torch.dtype, side: int) -> Callable[[], object]
 def _copy(device: str, copy_bytes: int) -> Callable[[], object]:
     import torch
 
-    # Not zeros, which on the CPU can be one page mapped over and over; a written target needs no page faults.
+    # Not zeros, which on the CPU can be one page mapped repeatedly; a target written before needs no page faults.
     source, target = (torch.ones(copy_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def _fastest(work: Callable[[], object], watch: TimesWork, seconds: float) -> float:
-    """The seconds of the fastest of the rounds that fit in ``seconds``, two at least."""
+    """Seconds of the fastest of the rounds that fit in ``seconds``, at least two."""
     rounds: list[Round] = []
     while len(rounds) < _LEAST_ROUNDS or sum(each.seconds for each in rounds) < seconds:
         rounds.append(watch.time(work))
@@ -152,27 +152,27 @@ def _fastest(work: Callable[[], object], watch: TimesWork, seconds: float) -> fl
 
 
 def share_of_product(flops: float, seconds: float, card: CardSpeed) -> float:
-    """``flops`` / ``seconds`` over what the card's product does. Raises `GaugeError` for a time that is not above 0."""
+    """``flops`` / ``seconds`` over the device's product speed. Raises `GaugeError` unless ``seconds`` is positive."""
     return _per_second(flops, seconds) / card.product_flops_per_second
 
 
 def share_of_copy(nbytes: float, seconds: float, card: CardSpeed) -> float:
-    """``nbytes``, read and written, / ``seconds`` over what the card's copy does. Raises as `share_of_product`."""
+    """``nbytes``, read and written, / ``seconds`` over the device's copy speed. Raises as `share_of_product`."""
     return _per_second(nbytes, seconds) / card.copy_bytes_per_second
 
 
 def _per_second(amount: float, seconds: float) -> float:
     if not seconds > 0:
-        raise GaugeError(f"no speed can be had of a time of {seconds:g} s; time more work at once")
+        raise GaugeError(f"cannot compute throughput: the measured time is {seconds:g} s; time more work at once")
     return amount / seconds
 
 
 def impossible(share: float, what: str) -> str | None:
-    """A line that ``what`` or the clock is wrong, if ``share`` is above 1 or no number; ``None`` if it can be.
+    """A message that ``what`` or the clock is wrong, if ``share`` is above 1 or NaN; otherwise ``None``.
 
-    The ceiling was measured: work whose data stay in a cache can truly pass that of the copy, and a hot card that was
-    measured when cold, or the reverse, can be off by some percent.
+    The limit is measured: work on data in a cache can exceed the copy speed, and a GPU that was cold when measured and
+    is hot now, or the reverse, can be off by a few percent.
     """
     if share <= 1:
         return None
-    return f"{what}: {share:g} times what this device was measured to do; this figure or the clock is wrong"
+    return f"{what}: {share:g} times this device's measured peak; this figure or the clock is wrong"

@@ -1,4 +1,4 @@
-"""Rounds of work under a device clock and a host clock side by side: when to begin counting and when to stop."""
+"""Timed rounds of work by a device clock and a host clock: when warm-up is over and when to stop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peft_gauge.clock import Clock, median_ratio
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.medians import median_interval
 
-# Whether noise has settled is asked from this many rounds on, when each half has an interval worth comparing, and only
-# at multiples of the second number: every further look is a further chance to take luck for an end.
+# Whether noise has settled is checked from this many rounds on, when each half has a meaningful interval, and only at
+# multiples of the second number: every further check is a further chance to stop by luck.
 _SETTLED_FROM_ROUNDS = 20
 _SETTLED_EVERY_ROUNDS = 4
 
@@ -22,8 +22,8 @@ _SETTLED_EVERY_ROUNDS = 4
 class Round:
     """One call of the work, in seconds; ``device_seconds`` is by CUDA events, and ``None`` on the CPU.
 
-    ``laps`` are the parts of work that was given in parts, in order: on the device they add up to the whole. A lap's
-    host seconds on CUDA are those of launching it, for nothing waits for the device between two laps.
+    ``laps`` are the parts of work that has several, in order: on the device they add up to the whole. On CUDA a lap's
+    host seconds are those of launching it, since nothing waits for the device between two laps.
     """
 
     host_seconds: float
@@ -32,23 +32,23 @@ class Round:
 
     @property
     def seconds(self) -> float:
-        """By the device's clock where there is one, else by the host's."""
+        """By the device's clock if there is one, otherwise by the host's."""
         return self.host_seconds if self.device_seconds is None else self.device_seconds
 
 
 class Stopwatch:
     """Times one call at a time by the host's clock and, for CUDA, by the device's as well.
 
-    The device's seconds run from when the current stream reached the work to when it was through with it; pauses in
-    which the stream waited for the host to launch more are in them. The host's seconds hold the wait for all streams,
-    and so are the longer. Far longer ones point to work on other streams, or on the host after the last launch.
+    The device's seconds run from when the current stream reaches the work to when it finishes it, including pauses in
+    which the stream waits for the host to launch more. The host's seconds include waiting for all streams and are
+    longer. Far longer ones indicate work on other streams, or on the host after the last launch.
 
     Args:
         device: "cuda", which is torch's current device, or "cpu".
         clock: the host's clock, in seconds.
-        torch_cuda: what stands in for `torch.cuda` (its ``Event`` and ``synchronize`` are used).
+        torch_cuda: replacement for `torch.cuda` (its ``Event`` and ``synchronize`` are used).
 
-    Raises `GaugeError` for another device, or for "cuda" where torch sees none.
+    Raises `GaugeError` for another device, or for "cuda" if torch finds none.
     """
 
     def __init__(self, device: str, clock: Clock = time.perf_counter, torch_cuda: Any = None) -> None:
@@ -60,9 +60,9 @@ class Stopwatch:
             self._cuda = torch_cuda or _torch_cuda()
 
     def time(self, *parts: Callable[[], object]) -> Round:
-        """The seconds of calling ``parts`` in turn, begun on an idle device and ended when the device has finished.
+        """Time a call of ``parts`` in turn, from an idle device until the device has finished.
 
-        More than one part: each is a lap of the round.
+        With more than one part, each is a lap of the round.
         """
         host = [0.0] * (len(parts) + 1)
         if self._cuda is None:
@@ -72,7 +72,7 @@ class Stopwatch:
                 host[number] = self.clock()
             return _round(host, None)
         events = [self._cuda.Event(enable_timing=True) for _ in host]
-        self._cuda.synchronize()  # what was launched before is no part of this round
+        self._cuda.synchronize()  # work launched before is not part of this round
         events[0].record()
         host[0] = self.clock()
         for number, part in enumerate(parts, start=1):
@@ -86,10 +86,10 @@ class Stopwatch:
 
 
 def _round(host: Sequence[float], events: Sequence[Any] | None) -> Round:
-    """The round between the first and the last reading; with more than two, a lap between each two."""
+    """The round between the first and the last reading; with more than two, a lap between consecutive ones."""
 
     def between(first: int, last: int) -> Round:
-        # CUDA's events count milliseconds.
+        # CUDA events count milliseconds.
         device = None if events is None else events[first].elapsed_time(events[last]) / 1000
         return Round(host[last] - host[first], device)
 
@@ -102,7 +102,7 @@ def _torch_cuda() -> Any:
     import torch
 
     if not torch.cuda.is_available():
-        raise GaugeError("torch sees no CUDA device to time on; choose the device cpu")
+        raise GaugeError("torch finds no CUDA device to time on; use the device cpu")
     return torch.cuda
 
 
@@ -110,7 +110,7 @@ def relative_noise(seconds: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of the median, over the median; ``None`` below 6 rounds or at median 0.
 
     The interval is exact for independent rounds whose number was fixed beforehand. Rounds in one process are
-    correlated, and a rule that looks at the noise chooses when to stop: take it as how far the rounds agree.
+    correlated, and a rule that looks at the noise decides when to stop: treat it as a measure of agreement of rounds.
     """
     interval = median_interval(seconds)
     median = statistics.median(seconds) if seconds else 0.0
@@ -122,18 +122,18 @@ def relative_noise(seconds: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """When there are rounds enough. The first that applies, once there are ``min_rounds``:
+    """When to stop: by the first criterion that applies, once there are ``min_rounds``.
 
     - the noise (`relative_noise`) is at most ``relative_noise``;
-    - the noise has settled: from the first half of the rounds on, with each further round looked at, it was never lower
-      than 1 - ``settled`` times what the first half had. Independent rounds would have brought it down to about 0.7, so
-      these, which fall into two speeds or drift, gain nothing by more of their kind. It is asked at every fourth round
-      from the 20th on;
+    - the noise has settled: from the first half of the rounds on, with each further round, it was never lower than
+      1 - ``settled`` times its value after the first half. Independent rounds would have reduced it to about 0.7, so
+      these, which have two speeds or drift, gain nothing from more of their kind. Checked at every fourth round from
+      the 20th on;
     - there are ``max_rounds``, or ``budget_seconds`` are spent, preparation and control included.
 
-    The first two are after the "stdrel" criterion of NVIDIA's nvbench (nvbench/detail/stdrel_criterion.cxx), which
-    follows the standard deviation over the mean, and takes it for settled when its own history varies by less than 5 %.
-    With ``min_rounds`` equal to ``max_rounds`` the number is fixed, and neither noise nor time is asked.
+    The first two follow the "stdrel" criterion of NVIDIA's nvbench (nvbench/detail/stdrel_criterion.cxx), which uses
+    the standard deviation over the mean, settled once its own history varies by less than 5 %. With ``min_rounds``
+    equal to ``max_rounds`` the number is fixed, and neither noise nor time matters.
 
     Raises `GaugeError` for limits that no rounds can meet.
     """
@@ -146,15 +146,15 @@ class StoppingRule:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_rounds <= self.max_rounds:
-            raise GaugeError(f"rounds must be 1 ≤ min ≤ max, not {self.min_rounds} to {self.max_rounds}")
+            raise GaugeError(f"rounds must satisfy 1 ≤ min ≤ max, got {self.min_rounds} to {self.max_rounds}")
         if not (self.budget_seconds > 0 and self.relative_noise >= 0 and 0 <= self.settled < 1):
             raise GaugeError(
-                f"a budget of {self.budget_seconds:g} s, noise {self.relative_noise:g} and settled {self.settled:g} "
-                "make no stopping rule; they must be above 0, at least 0, and at least 0 but below 1"
+                "invalid stopping rule: the budget must be positive, noise at least 0, settled at least 0 and below 1; "
+                f"got {self.budget_seconds:g} s, {self.relative_noise:g} and {self.settled:g}"
             )
 
     def why_stop(self, seconds: Sequence[float], spent_seconds: float) -> str | None:
-        """Why to stop after the rounds of these ``seconds``, in words for a reader; ``None`` to go on."""
+        """Why to stop after the rounds of these ``seconds``, as text for a reader; ``None`` to continue."""
         count = len(seconds)
         if count < self.min_rounds:
             return None
@@ -181,12 +181,12 @@ class StoppingRule:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """When to begin counting: as soon as rounds no longer become faster.
+    """When warm-up is over: as soon as rounds no longer get faster.
 
-    They have stopped to when the median of the last ``window`` rounds is not below 1 - ``tolerance`` times the median
-    of the ``window`` rounds before. There are at least ``least`` rounds, whatever they cost: the first may compile.
-    After these, ``most`` rounds in all or a further ``budget_seconds`` end a warm-up that is not seen to be over.
-    ``least`` equal to ``most`` fixes the number.
+    They no longer do when the median of the last ``window`` rounds is at least 1 - ``tolerance`` times the median of
+    the ``window`` rounds before. At least ``least`` rounds run, whatever they cost: the first may compile. Afterwards,
+    ``most`` rounds in total or a further ``budget_seconds`` end a warm-up that is not over yet. ``least`` equal to
+    ``most`` fixes the number.
 
     Raises `GaugeError` for limits that no rounds can meet.
     """
@@ -199,15 +199,15 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:
-            raise GaugeError(f"warm-up rounds must be 1 ≤ least ≤ most, not {self.least} to {self.most}")
+            raise GaugeError(f"warm-up rounds must satisfy 1 ≤ least ≤ most, got {self.least} to {self.most}")
         if not (self.window >= 1 and 0 <= self.tolerance < 1 and self.budget_seconds > 0):
             raise GaugeError(
-                f"window {self.window}, tolerance {self.tolerance:g} and {self.budget_seconds:g} s make no warm-up; "
-                "they must be at least 1, at least 0 but below 1, and above 0"
+                "invalid warm-up: window must be at least 1, tolerance at least 0 and below 1, the budget positive; "
+                f"got {self.window}, {self.tolerance:g} and {self.budget_seconds:g} s"
             )
 
     def is_over(self, seconds: Sequence[float]) -> bool:
-        """Whether the rounds of these ``seconds`` show no trend downwards; not to be told below 2·``window`` rounds."""
+        """Whether rounds of these ``seconds`` have no downward trend; False below 2·``window`` rounds."""
         if len(seconds) < max(self.least, 2 * self.window):
             return False
         before = statistics.median(seconds[-2 * self.window : -self.window])
@@ -219,14 +219,14 @@ DEFAULT_WARM_UP = WarmUp()
 
 @dataclass(frozen=True)
 class Rounds:
-    """What `measure` saw.
+    """The result of `measure`.
 
     Attributes:
-        rounds: those that count, in order.
-        control_seconds: the control's seconds beside each of them, by the same clock; empty without a control.
-        warm_up_rounds: how many were run before and do not count.
-        warmed_up: whether the rounds were seen to have stopped becoming faster before the first that counts.
-        stopped: why there are no more of them (`StoppingRule`).
+        rounds: the rounds that count, in order.
+        control_seconds: the control's seconds before each of them, by the same clock; empty without a control.
+        warm_up_rounds: number of rounds before them that do not count.
+        warmed_up: whether rounds no longer got faster before the first that counts.
+        stopped: why there are no more rounds (`StoppingRule`).
         relative_noise: of ``seconds``; ``None`` below 6 rounds.
     """
 
@@ -239,12 +239,12 @@ class Rounds:
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """Each round by the device's clock where there is one, else by the host's."""
+        """Each round by the device's clock if there is one, otherwise by the host's."""
         return tuple(each.seconds for each in self.rounds)
 
     @property
     def over_control(self) -> float | None:
-        """The median over rounds of round by control; ``None`` without a control."""
+        """The median over rounds of round / control; ``None`` without a control."""
         if not self.control_seconds:
             return None
         return median_ratio(self.seconds, self.control_seconds)
@@ -259,11 +259,11 @@ def measure(
     control: Callable[[], object] | None = None,
     warm_up: WarmUp = DEFAULT_WARM_UP,
 ) -> Rounds:
-    """Time rounds of ``work`` until ``rule`` ends them, after as many as ``warm_up`` asks for.
+    """Time rounds of ``work`` until ``rule`` ends them, after a warm-up by ``warm_up``.
 
-    A round is: ``control``, timed for comparison; ``prepare``, not timed; ``work``, timed. Those of the warm-up are the
-    same, so that control and preparation are warm as well. ``work`` in several parts gives each round a lap for each.
-    What ``work`` raises is not caught.
+    A round is: ``control``, timed for comparison; ``prepare``, not timed; ``work``, timed. Warm-up rounds are the same,
+    so that control and preparation are warm as well. If ``work`` has several parts, each is a lap of the round.
+    Exceptions of ``work`` are not caught.
     """
     parts = (work,) if callable(work) else tuple(work)
 
@@ -288,7 +288,7 @@ def measure(
 
 
 def _warm_up(one_round: Callable[[], float], clock: Clock, warm_up: WarmUp) -> tuple[int, bool]:
-    """How many rounds were run, and whether they were seen to have stopped becoming faster."""
+    """Number of warm-up rounds, and whether rounds no longer got faster at the end."""
     seconds: list[float] = []
     deadline = None
     while len(seconds) < warm_up.most:

@@ -1,6 +1,6 @@
-"""Was the machine steady while it was timed? Two readings, before and after, give reasons for doubt or none.
+"""Was the machine steady during a measurement? Two readings, before and after, give the reasons for doubt.
 
-Only the ends are looked at: what came and went in between is not seen, but in CPU time, which is cumulative.
+Only the ends are read: an event in between is visible only in CPU time, which is cumulative.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     import psutil
 
 MOST_CLOCK_FALL = 0.05
-"""The part of the SM clock that may be lost between start and end."""
+"""Largest relative drop of the SM clock between start and end."""
 
 MOST_OTHER_CPU = 0.10
-"""The part of all cores' time that other processes may take."""
+"""Largest share of all cores' time that other processes may use."""
 
 MOST_STEAL = 0.02
-"""The part of all cores' time that the hypervisor may keep back."""
+"""Largest share of all cores' time that the hypervisor may withhold."""
 
-# The counters of CPU time move in ticks of 10 ms; over a shorter while than this a few ticks would pass for a load.
+# Counters of CPU time have ticks of 10 ms; over a shorter time than this a few ticks would look like a load.
 _LEAST_WALL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class DeviceState:
-    """What sets the speed of a GPU at one moment; ``None`` for what its driver does not report.
+    """The state that sets a GPU's speed at one moment; ``None`` for values that its driver does not report.
 
-    ``slowdowns`` are NVML's names of the reasons for which the clock is held down; empty if there is none.
+    ``slowdowns``: NVML's names of the reasons for a reduced clock; empty if there are none.
     """
 
     sm_clock_mhz: int | None
@@ -39,13 +39,13 @@ class DeviceState:
 
 
 def device_unsteady(before: DeviceState, after: DeviceState, *, other_processes: int | None = None) -> tuple[str, ...]:
-    """Why the card was not steady between two readings, one line a reason; empty if there is none.
+    """Why the GPU was not steady between two readings, one line per reason; empty if it was.
 
     Args:
-        before, after: taken while the card was at work or just had been, as an idle one lowers its clock.
-        other_processes: how many processes besides this one compute on the card; ``None`` if not known.
+        before, after: taken while the GPU was at work or just had been, since an idle one lowers its clock.
+        other_processes: number of other processes that compute on the GPU; ``None`` if unknown.
 
-    What is ``None`` in a reading gives no reason: it is not known, which is not the same as steady.
+    A ``None`` in a reading gives no reason: unknown is not the same as steady.
     """
     reasons = []
     for state, moment in ((before, "start"), (after, "end")):
@@ -62,14 +62,14 @@ def device_unsteady(before: DeviceState, after: DeviceState, *, other_processes:
 
 @dataclass(frozen=True)
 class HostState:
-    """The host's cumulative seconds at one moment; ``None`` for what it does not tell.
+    """The host's cumulative seconds at one moment; ``None`` for values that it does not report.
 
     Attributes:
         wall_seconds: a monotonic clock, of use as a difference only.
         cores: logical processors.
         busy_seconds: CPU time of all processes and of the kernel, summed over cores.
-        process_seconds: CPU time of this process, of its living descendants, and of children that it waited for.
-        stolen_seconds: time in which the hypervisor let others run, summed over cores; Linux only.
+        process_seconds: CPU time of this process, its living descendants, and children that it waited for.
+        stolen_seconds: time in which the hypervisor ran other guests, summed over cores; Linux only.
     """
 
     wall_seconds: float
@@ -80,12 +80,12 @@ class HostState:
 
 
 def host_state() -> HostState:
-    """The host now, as psutil reads it. In a container, too, busy and stolen seconds are those of the whole machine."""
+    """The host's state now, by psutil. In a container, busy and stolen seconds are those of the whole machine."""
     import psutil
 
     try:
         times = psutil.cpu_times()
-    except (psutil.Error, OSError):  # a sandbox can withhold /proc/stat
+    except (psutil.Error, OSError):  # a sandbox can hide /proc/stat
         times = None
     return HostState(
         wall_seconds=time.monotonic(),
@@ -97,7 +97,7 @@ def host_state() -> HostState:
 
 
 def _busy(times: object) -> float:
-    # Only "user" and "system" exist on every system. Guests are within "user"; waiting for a disk is idle time.
+    # Only "user" and "system" exist on every system. "user" includes guests; waiting for a disk is idle time.
     return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
 
 
@@ -112,7 +112,7 @@ def _process_seconds(process: psutil.Process) -> float | None:
     for each in descendants:
         try:
             total += _cpu_seconds(each)
-        except psutil.NoSuchProcess:  # it ended since; its parent counts it once it has waited for it
+        except psutil.NoSuchProcess:  # it has ended; its parent counts it after waiting for it
             continue
         except (psutil.Error, OSError):
             return None
@@ -125,9 +125,9 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def host_unsteady(before: HostState, after: HostState) -> tuple[str, ...]:
-    """Why the host was not steady between two readings, one line a reason; empty if there is none.
+    """Why the host was not steady between two readings, one line per reason; empty if it was.
 
-    Readings less than half a second apart are too coarse for a reason, and what is ``None`` gives none either.
+    Readings less than half a second apart are too coarse to give a reason, and ``None`` gives none either.
     """
     wall_seconds = after.wall_seconds - before.wall_seconds
     if after.cores is None or wall_seconds < _LEAST_WALL_SECONDS:

@@ -1,1 +1,1 @@
-"""The verbs of the ``peft-gauge`` command that need more than a few lines: one a file."""
+"""The subcommands of ``peft-gauge``, one per module."""

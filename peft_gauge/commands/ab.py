@@ -1,6 +1,6 @@
-"""``peft-gauge ab``: the same training step under two sets of library versions, in turn, until it is clear.
+"""``peft-gauge ab``: A/B-test one training step under two sets of package versions.
 
-With ``--self-check`` under one and the same set: then what it sees is the host.
+With ``--self-check`` both sides have the same versions, so that any difference comes from the host.
 """
 
 from __future__ import annotations
@@ -28,34 +28,49 @@ if TYPE_CHECKING:
 
 def ab(
     a: Annotated[
-        str | None, typer.Argument(help="Requirements of A, such as 'peft==0.20.0'; . is what is installed.")
+        str | None,
+        typer.Argument(help="Requirements of side A, such as 'peft==0.20.0'; . stands for the installed packages."),
     ] = None,
-    b: Annotated[str | None, typer.Argument(help="Requirements of B.")] = None,
+    b: Annotated[str | None, typer.Argument(help="Requirements of side B.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A method; repeatable, or with commas. Default: lora.")
+        list[str] | None, typer.Option(help="Method; repeatable or comma-separated (default: lora).")
     ] = None,
-    model: Annotated[str, typer.Option(help="A record's name, a folder, a GGUF file or a hub id.")] = "toy-llama",
-    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base. Default: float32 on cpu, bfloat16 on cuda.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds of steps after which a method stays undecided.")] = 60.0,
+    model: Annotated[str, typer.Option(help="Name of a model record, folder, GGUF file or Hub id.")] = "toy-llama",
+    batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 1 on cpu, 4 on cuda).")] = None,
+    seq: Annotated[
+        int | None, typer.Option(help="Sequence length in tokens (default: 64 on cpu, 768 on cuda).")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if available).")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Give up as inconclusive after this many seconds of steps per method.")
+    ] = 60.0,
     minimum_effect: Annotated[
-        float, typer.Option(help="Smallest relative change to call worse or better (0.03 = 3 %).")
+        float, typer.Option(help="Smallest relative change to report as worse or better (0.03 = 3 %).")
     ] = 0.03,
-    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
-    rules: Annotated[Path | None, typer.Option(help="How figures without noise are judged.")] = None,
-    results: Annotated[Path, typer.Option(help="Where both runs are saved.")] = Path("results/ab"),
-    everything: Annotated[bool, typer.Option("--all", help="Show also what stayed the same.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads per side.")] = 1,
+    rules: Annotated[
+        Path | None, typer.Option(help="Rules for deterministic metrics (default: fixtures/rules.toml).")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder to save both runs to.")] = Path("results/ab"),
+    everything: Annotated[bool, typer.Option("--all", help="Show unchanged metrics too.")] = False,
     self_check: Annotated[
-        bool, typer.Option("--self-check", help="A on both sides: what can this host resolve? Saves no runs.")
+        bool,
+        typer.Option(
+            "--self-check", help="Run A on both sides to find the smallest change this host can resolve; save no runs."
+        ),
     ] = False,
-    pairs: Annotated[int, typer.Option(help="Pairs of processes of --self-check.")] = 16,
+    pairs: Annotated[int, typer.Option(help="Number of process pairs for --self-check.")] = 16,
 ) -> None:
-    """Is B slower than A, does it need more, does it do anything else? Both run at once and step in turn.
+    """A/B-test one training step under two sets of package versions.
 
-    Exit code 0: nothing is worse, or it cannot be told; 1: something is; 2: the question cannot be put. Of
-    --self-check 0, or 1 where the same code was called worse or better.
+    The two sides are separate processes that take steps in turn.
+
+    Exit code 0: no regression found; 1: regression; 2: invalid input, or nothing could be measured. With --self-check,
+    1 means that identical code was judged worse or better.
     """
     from peft_gauge.commands import ab_options
     from peft_gauge.environments import decision
@@ -101,29 +116,29 @@ def ab(
     if any(each.folder for each in environments):
         print(f"environments are kept in {overlays()}")
     if all(each.records[0].outcome != "passed" for each in findings):
-        raise GaugeError(f"nothing ran with A ({sides[0].name}): {findings[0].records[0].reason}")
+        raise GaugeError(f"no case ran with A ({sides[0].name}): {findings[0].records[0].reason}")
     raise typer.Exit(comparison.exit_code())
 
 
 def _asked_sides(a: str | None, b: str | None, *, self_check: bool, pairs: int) -> tuple[str, str]:
-    """Both sides as texts; raises `GaugeError` where there are not as many as the question needs."""
+    """Both sides as texts; raises `GaugeError` for a missing side, or for two different ones with ``--self-check``."""
     from peft_gauge.environments.self_check import LEAST_PAIRS
 
     if self_check:
         if b not in (None, a):
-            raise GaugeError("--self-check takes the same code on both sides; give one side, or none for the installed")
+            raise GaugeError("--self-check runs the same packages on both sides; give one side or none")
         if pairs < LEAST_PAIRS:
-            raise GaugeError(f"--pairs must be at least {LEAST_PAIRS}, not {pairs}")
+            raise GaugeError(f"--pairs must be at least {LEAST_PAIRS}, got {pairs}")
         return (a or ".",) * 2
     if a is None or b is None:
-        raise GaugeError("give both sides, such as: peft-gauge ab 'peft==0.20.0' . (. is what is installed)")
+        raise GaugeError("give both sides, such as: peft-gauge ab 'peft==0.20.0' . (. is the installed packages)")
     return a, b
 
 
 def _work(
     environments: tuple[Environment, Environment], cases: Sequence[CaseSpec], rule: PairRule, threads: int
 ) -> dict[str, Any]:
-    """All that changes what comes out."""
+    """Everything that can change the result: an interrupted run is resumed only if all of it is equal."""
     from dataclasses import asdict
 
     from peft_gauge.environments.build import installed
@@ -146,7 +161,7 @@ def _findings(
     kept: Kept,
     display: Display,
 ) -> list[Finding]:
-    """What each case shows; pairs of processes that were measured before an interruption count."""
+    """One finding per case; process pairs that were measured before an interruption are reused."""
     from peft_gauge.environments.measurement import compare_cases
 
     known, keep = _kept_pairs(kept, cases)
@@ -158,7 +173,7 @@ def _findings(
 
 
 def _kept_pairs(kept: Kept, cases: Sequence[CaseSpec]) -> tuple[dict[str, list[ProcessPair]], Keep]:
-    """The pairs of processes that are ``kept`` of each case, and what keeps further ones."""
+    """The process pairs saved for each case, and a function that saves more."""
     from peft_gauge.environments.measurement import ProcessPair
 
     def read(pairs: Any) -> list[ProcessPair]:
@@ -179,7 +194,7 @@ def _self_checks(
     kept: Kept,
     display: Display,
 ) -> tuple[list[str], bool]:
-    """What each case shows of this host, in lines, and whether the same code was called worse or better."""
+    """The lines of the report on this host, and whether identical code was judged worse or better."""
     from peft_gauge.environments.measurement import measure_pairs, why_unsteady
     from peft_gauge.environments.self_check import resolution, told
 

@@ -1,4 +1,4 @@
-"""What `peft-gauge ab` and `peft-gauge bisect` have in common: cases out of options, and how they end early."""
+"""Options that `peft-gauge ab` and `peft-gauge bisect` share, and their behaviour on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from peft_gauge.training import methods, models
 if TYPE_CHECKING:
     from peft_gauge.environments.state import Kept
 
-# (batch, seq) of a step, as a bare run of the benchmarks takes it.
+# (batch, seq) of a step; the benchmarks use the same defaults.
 SHAPE = {"cpu": (1, 64), "cuda": (4, 768)}
-INTERRUPTED = 130  # what shells make of Ctrl-C; 1 would say that something is worse
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C; 1 would mean a regression
 
 
 def cases_of(
@@ -28,9 +28,9 @@ def cases_of(
     device: str | None,
     dtype: str | None = None,
 ) -> list[CaseSpec]:
-    """A case for each method of ``names``, which may hold several with commas; raises `GaugeError` for what is none.
+    """One case per method in ``names`` (each entry may list several, comma-separated).
 
-    ``device`` and ``dtype`` of the base are those of a bare run of the benchmarks where they are ``None``.
+    ``None`` for ``device`` or ``dtype`` means the default of the benchmarks. Raises `GaugeError` for an invalid option.
     """
     chosen = [methods.get(name.strip()).name for entry in names for name in entry.split(",")]
     twice = sorted({name for name in chosen if chosen.count(name) > 1})
@@ -43,7 +43,7 @@ def cases_of(
     tokens = min(tokens, record.max_positions or tokens) if seq is None else seq
     for option, value, least in (("--batch", rows, 1), ("--seq", tokens, 2)):
         if value < least:
-            raise GaugeError(f"{option} must be at least {least}, not {value}")
+            raise GaugeError(f"{option} must be at least {least}, got {value}")
     record.check_sequence(tokens)
     dtype = models.default_dtype(device) if dtype is None else dtype
     models.check_dtype(dtype)
@@ -57,19 +57,19 @@ def _checked_device(device: str | None) -> str:
         raise unknown("device", device, SHAPE)
     reason = machine.why_no_cuda() if device == "cuda" else None
     if reason is not None:
-        raise GaugeError(f"--device cuda cannot be had: {reason}")
+        raise GaugeError(f"--device cuda is unavailable: {reason}")
     return device
 
 
 def setting_of(threads: int, device: str) -> Setting:
-    """How both sides run; on the CPU they share cores, since only one of them steps at a time."""
+    """Threads and cores for both sides; on the CPU they share cores, since only one of them steps at a time."""
     if threads < 1:
-        raise GaugeError(f"--threads must be at least 1, not {threads}")
+        raise GaugeError(f"--threads must be at least 1, got {threads}")
     return Setting(threads, quietest_cores(threads) if device == "cpu" else None)
 
 
 def tell_interrupted(kept: Kept) -> None:
-    """Say on standard error where the finished work is."""
+    """Print on standard error which work was saved."""
     parts = f"{len(kept)} part{'s' * (len(kept) != 1)}"
-    what = f"what was measured of {parts} is kept in {kept.path}, and" if len(kept) else "nothing was measured;"
-    print(f"peft-gauge: interrupted; {what} the same command goes on from there", file=sys.stderr)
+    saved = f"{parts} saved in {kept.path}" if len(kept) else "nothing was measured"
+    print(f"peft-gauge: interrupted; {saved}; run the same command again to continue", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``peft-gauge bisect``: the first release of a library that made a step slower, or made it do something else."""
+"""``peft-gauge bisect``: find the first release of a library that made a step slower or changed what it computes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,41 @@ if TYPE_CHECKING:
 
 NOT_WORSE, FOUND = 0, 1
 CHANGE = {True: "worse", False: "different"}
-"""Whether the metric is a time -> what a bad release is, compared with the first."""
+"""Whether the metric is a time -> the word for a release that fails the test against the first one."""
 
 
 def bisect(
-    library: Annotated[str, typer.Argument(help="Whose releases, such as bitsandbytes.")],
-    releases: Annotated[str, typer.Argument(metavar="FIRST..LAST", help="Such as 0.46.0..0.50.2.")],
+    library: Annotated[str, typer.Argument(help="Library to bisect, such as bitsandbytes.")],
+    releases: Annotated[str, typer.Argument(metavar="FIRST..LAST", help="Range of releases, such as 0.46.0..0.50.2.")],
     metric: Annotated[
-        str, typer.Option(help="METHOD:FIGURE, such as qlora:step_seconds, lora:fingerprint or lora:fingerprint:flops.")
+        str,
+        typer.Option(help="METHOD:METRIC, such as qlora:step_seconds, lora:fingerprint or lora:fingerprint:flops."),
     ],
     beside: Annotated[
-        str, typer.Option("--with", help="Requirements that hold for every release, such as 'transformers<5'.")
+        str, typer.Option("--with", help="Requirements to install with every release, such as 'transformers<5'.")
     ] = "",
-    model: Annotated[str, typer.Option(help="A record's name, a folder, a GGUF file or a hub id.")] = "toy-llama",
-    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the base. Default: float32 on cpu, bfloat16 on cuda.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds of steps a release; then once more three times that.")] = 60.0,
-    minimum_effect: Annotated[float, typer.Option(help="Smallest relative change to call worse (0.03 = 3 %).")] = 0.03,
-    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    model: Annotated[str, typer.Option(help="Name of a model record, folder, GGUF file or Hub id.")] = "toy-llama",
+    batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 1 on cpu, 4 on cuda).")] = None,
+    seq: Annotated[
+        int | None, typer.Option(help="Sequence length in tokens (default: 64 on cpu, 768 on cuda).")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if available).")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
+    ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(help="Seconds of steps per release; an inconclusive release is retried with three times that."),
+    ] = 60.0,
+    minimum_effect: Annotated[
+        float, typer.Option(help="Smallest relative change to report as worse (0.03 = 3 %).")
+    ] = 0.03,
+    threads: Annotated[int, typer.Option(help="CPU threads per side.")] = 1,
 ) -> None:
-    """Find the first release that is worse than FIRST; of a figure without noise, the first that differs from it.
+    """Find the first release that is worse than FIRST or, for a deterministic metric, differs from it.
 
-    Exit code 0: LAST is not worse; 1: the release was found; 2: it cannot be said, or the question cannot be put.
+    Exit code 0: LAST is not worse; 1: found the release; 2: inconclusive, or invalid input.
     """
     from peft_gauge.commands import ab_options
     from peft_gauge.environments import bisection, probe
@@ -76,7 +87,7 @@ def bisect(
 
 
 def _releases(library: str, limits: str) -> list[str]:
-    """The releases within ``limits``, the oldest first; raises `GaugeError` for fewer than two."""
+    """The releases within ``limits``, oldest first; raises `GaugeError` for fewer than two."""
     from peft_gauge.environments.build import releases
     from peft_gauge.environments.requirements import parse_range
 
@@ -85,14 +96,14 @@ def _releases(library: str, limits: str) -> list[str]:
     found = [str(version) for version in listed if low <= version <= high]
     if len(found) < 2:
         raise GaugeError(
-            f"{limits} holds {len(found)} releases of {library} for this Python, and two are needed; "
-            f"there are {', '.join(map(str, listed[-12:]))}"
+            f"{limits} matches {len(found)} releases of {library} for this Python; give a range with at least two of: "
+            f"{', '.join(map(str, listed[-12:]))}"
         )
     return found
 
 
 def _telling(question: Callable[[str], Probe], change: str, display: Display) -> Callable[[str], Probe]:
-    """``question``, whose answers are printed as they come."""
+    """``question``, with each result printed as it arrives."""
     words = {"good": f"not {change}", "bad": change.upper(), "unusable": "left out", "cannot tell": "cannot tell"}
 
     def ask(release: str) -> Probe:
@@ -105,22 +116,24 @@ def _telling(question: Callable[[str], Probe], change: str, display: Display) ->
 
 
 def conclusion(library: str, change: str, outcome: Outcome) -> tuple[int, str]:
-    """Exit code and last line; raises `GaugeError` where nothing can be said."""
+    """Exit code and last line; raises `GaugeError` where the result is inconclusive."""
     if outcome.reference is None:
-        raise GaugeError(f"no release of {library} in this range runs; the last of them: {outcome.probes[-1].why}")
+        raise GaugeError(
+            f"no release of {library} in this range runs; the last one failed with: {outcome.probes[-1].why}"
+        )
     if outcome.end is None:
-        raise GaugeError(f"of {library} only {outcome.reference} runs, and there is nothing to compare it with")
+        raise GaugeError(f"only {library} {outcome.reference} runs in this range; nothing to compare it with")
     if outcome.end.answer == "cannot tell":
         raise GaugeError(
             f"cannot tell whether {library} {outcome.end.release} is {change} compared with {outcome.reference} "
-            f"({outcome.end.why}); give it more --budget"
+            f"({outcome.end.why}); raise --budget"
         )
     if outcome.first_bad is None:
         return NOT_WORSE, f"{library} {outcome.end.release} is not {change}, compared with {outcome.reference}"
     bad = outcome.first_bad
     if outcome.between:
         return FOUND, (
-            f"{library} {bad.release} is {change} and {outcome.last_good} is not; it may have begun earlier, with "
-            f"{', '.join(outcome.between)}, which could not be judged: {bad.why}"
+            f"{library} {bad.release} is {change} and {outcome.last_good} is not; the change may have come "
+            f"earlier, with {', '.join(outcome.between)}, which could not be judged: {bad.why}"
         )
     return FOUND, f"{library} {bad.release} is the first that is {change}; {outcome.last_good} is not: {bad.why}"

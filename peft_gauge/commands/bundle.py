@@ -1,4 +1,4 @@
-"""``peft-gauge bundle``: everything that a node without network lacks, in a folder to copy there."""
+"""``peft-gauge bundle``: collect everything that a node without network needs in a folder to copy there."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ if TYPE_CHECKING:
 
 
 def bundle(
-    python: Annotated[str, typer.Option(help="The node's Python, such as 3.12.")],
+    python: Annotated[str, typer.Option(help="Python version of the node, such as 3.12.")],
     have: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[==VERSION],…|@FILE",
-            help="What the node has; repeatable. Names stand for themselves and for what they need. "
-            "@FILE: all that the node has, as `python -m pip list --format=freeze` printed it there.",
+            help="Packages installed on the node; repeatable. A name includes its dependencies. "
+            "@FILE: the node's output of `python -m pip list --format=freeze`.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's folder; an older bundle is replaced.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; an older bundle is replaced.")] = Path(
         "bundle"
     ),
     platform: Annotated[
-        str, typer.Option(help="manylinux_2_GLIBC_MACHINE, with the glibc of the node or an older one, or a machine.")
+        str, typer.Option(help="manylinux_2_GLIBC_MACHINE with the node's glibc version or an older one, or MACHINE.")
     ] = DEFAULT_PLATFORM,
     most_megabytes: Annotated[
         float | None,
-        typer.Option(help="The most that the bundle may take, in 10⁶ bytes; extras that are too much are left out."),
+        typer.Option(help="Size limit of the bundle in MB (10⁶ bytes); extras that exceed it are left out."),
     ] = None,
     checkout: Annotated[
         bool,
         typer.Option(
             "--checkout/--no-checkout",
-            help="Bring the project too: the files of this checkout that git tracks, with changes not yet committed. "
-            "Without: wheels alone, for a checkout that is on the node.",
+            help="Include this checkout: the files that git tracks, with uncommitted changes. "
+            "--no-checkout: wheels only, for a node that has a checkout.",
         ),
     ] = True,
-    index_url: Annotated[str | None, typer.Option(help="A package index in place of pip's own, as for pip.")] = None,
+    index_url: Annotated[str | None, typer.Option(help="Package index to use, as for pip.")] = None,
     find_links: Annotated[
-        list[str] | None, typer.Option(help="A folder or page with more wheels, as for pip; repeatable.")
+        list[str] | None, typer.Option(help="Folder or page with more wheels, as for pip; repeatable.")
     ] = None,
 ) -> None:
-    """Collect the wheels that a node without network lacks, this project, and a run.sh that installs them there.
+    """Collect this project, the wheels that a node without network lacks, and a run.sh that installs them.
 
-    run.sh installs into a folder of its own; the node's packages stay as they are. torch and CUDA are never collected.
+    run.sh installs into its own folder and leaves the node's packages unchanged. torch and CUDA are never included.
 
-    Exit code 2 where no bundle can be made; then nothing is written.
+    Exit code 2: no bundle can be made; nothing is written.
     """
     from peft_gauge.bundle.collection import Wanted, collect
 
@@ -71,13 +71,13 @@ def _show(made: Bundle) -> None:
         print(f"{_megabytes(wheel['bytes']):>10}  {wheel['name']} {wheel['version']} (for {by})")
     if manifest["checkout"] is not None:
         commit = manifest["project"]["commit"]
-        dirty = " and changes not yet committed" if commit["dirty"] else ""
+        dirty = " and uncommitted changes" if commit["dirty"] else ""
         print(f"{_megabytes(manifest['checkout']['bytes']):>10}  the checkout: commit {commit['id'][:12]}{dirty}")
     for each in manifest["left_out"]:
         print(_left_out(each))
     for note in made.notes:
         print(f"note: {note}")
-    print(f"copy {made.folder} to the node and run there: sh {made.folder.name}/run.sh")
+    print(f"copy {made.folder} to the node and run: sh {made.folder.name}/run.sh")
 
 
 def _left_out(each: dict[str, Any]) -> str:
@@ -86,7 +86,7 @@ def _left_out(each: dict[str, Any]) -> str:
         what += f", {_megabytes(each['bytes'])} ({', '.join(each['wheels'])})"
     else:
         what += f" ({each['why']})"
-    return f"{what}; will not work without it: {each['without']}"
+    return f"{what}; unavailable without it: {each['without']}"
 
 
 def _megabytes(number: int) -> str:

@@ -1,4 +1,4 @@
-"""``peft-gauge calibrate``: what plans assume of a GPU, measured on the GPU itself and kept for plans to come."""
+"""``peft-gauge calibrate``: measure the GPU overheads that plans assume, and keep them for later plans."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 def calibrate(
     folder: Annotated[
-        Path | None, typer.Option(help="Where to keep it. Default: the user's folder, which plans read by themselves.")
+        Path | None, typer.Option(help="Folder for the calibration (default: the user's, which plans read).")
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Write the file, or only show what was found.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as it is kept.")] = False,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Save the calibration, or only show it.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
 ) -> None:
-    """Measure a GPU's CUDA context, library workspaces, allocator sizes and speed; plans for it then use them.
+    """Measure a GPU's CUDA context, library workspaces, allocator sizes and speed; plans for this GPU then use them.
 
-    Takes some 15 seconds and needs a GPU that no other process starts or ends on meanwhile. The first visible device is
-    measured: CUDA_VISIBLE_DEVICES chooses. Exit code 2 where it cannot be measured.
+    Takes about 15 seconds. No other process may start or end on the GPU meanwhile. Measures the first visible device;
+    select it with CUDA_VISIBLE_DEVICES. Exit code 2: the GPU cannot be measured.
     """
     from peft_gauge import paths
     from peft_gauge.measure.calibration import assumptions
@@ -52,23 +52,23 @@ def calibrate(
         used = (
             "plans for this GPU use it from now on" if folder is None else f"plans use it with --calibration {folder}"
         )
-        print(f"kept as {file}; {used}")
+        print(f"saved {file}; {used}")
 
 
 def _measured() -> dict[str, Any]:
-    """`peft_gauge.measure.calibration.calibrate` of the first visible GPU, in a process of its own."""
+    """The result of `peft_gauge.measure.calibration.calibrate` for the first visible GPU, run in its own process."""
     from peft_gauge import isolation, machine
 
     reason = machine.why_no_cuda()
     if reason is not None:
         raise GaugeError(f"there is no GPU to calibrate: {reason}")
-    # The allocator's sizes are to be torch's own, whatever the caller set for it.
+    # Measure torch's own allocator sizes, whatever the caller configured.
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
     outcome = isolation.run(
         "peft_gauge.measure.calibration:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings
     )
     if outcome.ended == "out-of-memory":
-        raise GaugeError(f"the GPU is too full to calibrate ({outcome.reason}); wait for its other processes to end")
+        raise GaugeError(f"not enough free GPU memory to calibrate ({outcome.reason}); wait for other processes to end")
     if outcome.ended != "done":
         raise GaugeError(f"this GPU cannot be calibrated: {outcome.reason}")
     return dict(outcome.value)
@@ -79,7 +79,7 @@ def _show(name: str, found: dict[str, Any], rows: list[Assumption]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{name}, torch {found['torch_version']}", title_justify="left")
-    table.add_column("what plans assume")
+    table.add_column("overhead assumed by plans")
     table.add_column("assumed", justify="right", no_wrap=True)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -88,15 +88,15 @@ def _show(name: str, found: dict[str, Any], rows: list[Assumption]) -> None:
     Console(highlight=False).print(table)
     for row in rows:
         if not row.holds:
-            print(f"{row.name}: plans assume {row.planned:,} bytes ({row.origin}), this GPU has {row.measured:,}")
+            print(f"{row.name}: plans assume {row.planned:,} bytes ({row.origin}); this GPU uses {row.measured:,}")
     speed = found["speed"]
     print(
-        f"{speed['dtype']} product: {speed['product_flops_per_second'] / 1e12:,.1f} TFLOP/s; "
+        f"{speed['dtype']} matrix product: {speed['product_flops_per_second'] / 1e12:,.1f} TFLOP/s; "
         f"copy: {speed['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
     )
     shown = found["nvml"]["shows_this_process"]
-    print(f"NVML {'shows' if shown else 'does not show'} this process; the context is {_told_by(shown)}")
+    print(f"NVML {'lists' if shown else 'does not list'} this process; CUDA context = {_told_by(shown)}")
 
 
 def _told_by(shown: bool) -> str:
-    return "what it shows, less the allocator's" if shown else "what the whole device grew by, less the allocator's"
+    return "its memory minus the allocator's" if shown else "growth of the whole device's memory minus the allocator's"

@@ -1,4 +1,4 @@
-"""``peft-gauge ceilings``: are the memory ceilings what the planner says today, and, with ``--write``, make them so."""
+"""``peft-gauge ceilings``: check the memory ceilings against today's plans, or rewrite them with ``--write``."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "tinyllama": ((2, 384), (2, 768), (4, 384), (4, 768)),
     "llama-2-7b": ((1, 512), (4, 768)),
 }
-"""The (batch, seq) of each model's ceilings. Of TinyLlama: the measured step's, and the grid of which the growth by row
-and by token is read. Of 7B: a single row of the usual length, and the measured step's shape."""
+"""The (batch, seq) of each model's ceilings. TinyLlama: the measured step and a grid that gives the growth per row and
+per token. 7B: one row of the usual length, and the measured step."""
 
 
 def ceilings(
-    write: Annotated[bool, typer.Option("--write/--check", help="Write the file, or say what would change.")] = False,
+    write: Annotated[bool, typer.Option("--write/--check", help="Write the file, or only list the changes.")] = False,
     model: Annotated[
-        list[str] | None, typer.Option(help=f"{' or '.join(SHAPES)}; repeatable. Default: all. The rest is kept.")
+        list[str] | None,
+        typer.Option(help=f"{' or '.join(SHAPES)}; repeatable (default: all). Ceilings of other models are kept."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Where the ceilings are. Default: fixtures/ceilings.toml.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File of ceilings (default: fixtures/ceilings.toml).")] = None,
 ) -> None:
-    """Plan every case that has a ceiling; takes some minutes.
+    """Plan every case that has a memory ceiling; takes a few minutes.
 
-    Exit code 1 where the file is out of date and is not written.
+    Exit code 1: the file is out of date and --write is not given.
     """
     for name in model or []:
         if name not in SHAPES:
@@ -48,7 +49,7 @@ def ceilings(
     old = _standing(path, replaced=write and model is None)
     rest = {key: ceiling for key, ceiling in old.ceilings.items() if key.model not in chosen} if model else {}
     if write and rest and (old.versions, old.margins) != (versions, Margins()):
-        raise GaugeError(f"{path} was planned with other versions or margins; write all of it: leave out --model")
+        raise GaugeError(f"{path} was planned with other versions or margins; rewrite all of it: leave out --model")
     new = CeilingTable(rest | planned(chosen), Margins(), versions)
     lines = table_file.changes(old.ceilings, new.ceilings)
     for line in [*lines, *_notes(old, new, bool(lines))]:
@@ -57,14 +58,14 @@ def ceilings(
         table_file.write(path, new)
         print(f"wrote {path}: {len(new.ceilings)} ceilings")
     elif lines or old.margins != new.margins:
-        print(f"{path} is out of date; if this is meant, run: peft-gauge ceilings --write")
+        print(f"{path} is out of date; if the change is intended, run: peft-gauge ceilings --write")
         raise typer.Exit(1)
     else:
         print(f"{path} is up to date: {len(new.ceilings)} ceilings")
 
 
 def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
-    """The ceilings of the seven methods on each of ``models``, planned now in one process of its own."""
+    """Ceilings of the default methods on each of ``models``, planned now in a separate process."""
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.training import methods
@@ -87,12 +88,12 @@ def _key(request: PlanRequest) -> CeilingKey:
 
 
 def public_version(library: str) -> str:
-    """The installed version without its build's label: a plan is the same with a CPU and a CUDA build of torch."""
+    """The installed version without its build label: CPU and CUDA builds of torch give the same plan."""
     return version(library).partition("+")[0]
 
 
 def _standing(path: Path, *, replaced: bool) -> CeilingTable:
-    """The table there is; an empty one where there is none, or where an unusable one is about to be ``replaced``."""
+    """The existing table; empty if the file does not exist, or if it is invalid and is being ``replaced``."""
     try:
         if path.exists():
             return table_file.read(path)
@@ -104,7 +105,7 @@ def _standing(path: Path, *, replaced: bool) -> CeilingTable:
 
 
 def _notes(old: CeilingTable, new: CeilingTable, changed: bool) -> list[str]:
-    """What explains a change, or does not cause one."""
+    """Changed versions and margins, whether or not they changed a ceiling."""
     notes = []
     for name, now in new.versions.items():
         before = old.versions.get(name, now)

@@ -1,4 +1,4 @@
-"""``peft-gauge claims``: the ledger of claims with the newest measured verdicts, as a table that a file can hold."""
+"""``peft-gauge claims``: every claim with its newest measured verdict, as a table for the terminal or a file."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 DEFAULT_RUNS = Path("results")
 START, END = "<!-- claims: made by peft-gauge claims --write README.md -->", "<!-- end of claims -->"
-"""The lines of a file between which the table stands. Of the first, what follows the colon may read otherwise."""
+"""The marker lines around the table in a file. The text after the first marker's colon is free."""
 
 HEADINGS = ("claim", "model", "verdict", "figure", "conditions", "date", "machine")
 BEFORE_ROWS = 5
-"""Lines between the first marker and the first claim's row: an empty one on both sides of the count, and the head."""
+"""Lines between the first marker and the first claim's row: an empty line, the counts, an empty line, the heading."""
 MOST_NAMED = 3
 
 
 def claims(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUNS...", help="Folders of runs, or runs. Default: results.")
+        list[Path] | None, typer.Argument(metavar="RUNS...", help="Run files or folders of runs (default: results).")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, with conditions.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table with conditions.")] = False,
     check: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Say whether the table in this file is current.")
+        Path | None, typer.Option(metavar="FILE", help="Check whether the table in this file is up to date.")
     ] = None,
     write: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Put the table into this file, between its two marker lines.")
+        Path | None, typer.Option(metavar="FILE", help="Write the table into this file, between its two marker lines.")
     ] = None,
 ) -> None:
-    """Show every claim with its newest verdict over all saved runs, and what differs from the recorded one.
+    """Show each claim with its newest verdict over all saved runs; mark verdicts that differ from the recorded one.
 
-    What cannot be read is named on standard error and left out. Exit code 1 where the table in a file that is to be
-    checked is out of date, 2 where no run or no marker line is found.
+    Unreadable runs are listed on standard error and left out. Exit code 1: the table checked by --check is out of
+    date; 2: no run or no marker line found.
     """
     if sum((markdown, check is not None, write is not None)) > 1:
         raise GaugeError("--markdown, --check and --write exclude each other; give one")
@@ -69,7 +69,7 @@ def _standings(paths: list[Path]) -> list[Standing]:
     files, left_out = page_data.find(paths)
     newest = NewestVerdicts()
     was_read = False
-    for file in files:  # one after the other and let go, since a history can have a thousand of them
+    for file in files:  # read one at a time and released: a history can have a thousand runs
         try:
             newest.add(read_run(file))
             was_read = True
@@ -86,16 +86,16 @@ def _standings(paths: list[Path]) -> list[Standing]:
 
 
 def as_markdown(standings: Sequence[Standing]) -> list[str]:
-    """The lines of the table for GitHub: the count before it, the runs that it is taken from after it.
+    """Lines of the table for GitHub: the counts before it, the runs it comes from after it.
 
-    What a row shares with the row above, of the same claim, is an empty cell: GitHub makes these columns narrow, and
-    each sentence, condition or name that is said again costs three to six lines of height.
+    A cell that repeats the row above of the same claim is empty: GitHub makes these columns narrow, and each repeated
+    sentence, condition or name costs three to six lines of height.
     """
     from peft_gauge.report import markdown
 
     rule = ["---"] * len(HEADINGS)
     return [
-        f"{markdown.escape(_counted(standings))}. An empty cell is as above.",
+        f"{markdown.escape(_counted(standings))}. An empty cell repeats the one above.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in (HEADINGS, rule, *_markdown_rows(standings))),
         "",
@@ -147,7 +147,7 @@ def _counted(standings: Sequence[Standing]) -> str:
     claims = len({one.id for one in standings})
     differing = sum(one.differs for one in standings)
     told = f"{claims} claims, each on one or more models: {counted(one.verdict for one in standings)}"
-    return f"{told}; {differing} otherwise than recorded" if differing else told
+    return f"{told}; differing from the recorded verdict: {differing}" if differing else told
 
 
 def _verdict(standing: Standing) -> str:
@@ -169,7 +169,7 @@ def _machine(standing: Standing) -> str:
 
 
 def _sources(standings: Iterable[Standing]) -> list[Source]:
-    """The runs that any verdict is from, the newest first."""
+    """The runs that the verdicts come from, newest first."""
     found = {one.source for one in standings if one.source is not None}
     return sorted(found, key=lambda source: (source.ended, source.machine, source.run), reverse=True)
 
@@ -193,31 +193,31 @@ def _read(file: Path) -> list[str]:
     except OSError as error:
         raise GaugeError(f"cannot read {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise GaugeError(f"{file} is no text in UTF-8") from error
+        raise GaugeError(f"{file} is not valid UTF-8") from error
 
 
 def _between_markers(file: Path, lines: Sequence[str]) -> slice:
-    """Where the table stands among ``lines``; raises `GaugeError` unless each marker line is there once, in order."""
+    """The table's place among ``lines``; raises `GaugeError` unless both marker lines occur once, in order."""
     kind = START.partition(":")[0]
     starts = [place for place, line in enumerate(lines) if line.startswith(f"{kind}:")]
     ends = [place for place, line in enumerate(lines) if line.rstrip() == END]
     if len(starts) != 1 or len(ends) != 1 or starts > ends:
-        raise GaugeError(f"{file} must hold once the line '{START}' and after it the line '{END}'; add them")
+        raise GaugeError(f"{file} must contain the line '{START}' once and, after it, the line '{END}'; add them")
     return slice(starts[0] + 1, ends[0])
 
 
 def _check(file: Path, standing: list[str], block: list[str], standings: Sequence[Standing], runs: list[Path]) -> None:
-    """Print whether what stands in ``file`` is the ``block``; raises `typer.Exit` with code 1 where it is not."""
+    """Print whether the table in ``file`` equals ``block``; raises `typer.Exit` with code 1 if it does not."""
     if standing == block:
         print(f"{file} is up to date: {len(standings)} verdicts")
         return
     command = shlex.join(["peft-gauge", "claims", *map(str, runs), "--write", str(file)])
-    print(f"{file} is out of date: {_difference(standing, block, standings)}; to make it current, run: {command}")
+    print(f"{file} is out of date: {_difference(standing, block, standings)}; to update it, run: {command}")
     raise typer.Exit(1)
 
 
 def _difference(old: list[str], new: list[str], standings: Sequence[Standing]) -> str:
-    """Which claims have other rows in ``new`` than in ``old``, in a few words."""
+    """The claims whose rows changed from ``old`` to ``new``, the first few by name."""
     changed = [
         place - BEFORE_ROWS
         for kind, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
@@ -225,7 +225,7 @@ def _difference(old: list[str], new: list[str], standings: Sequence[Standing]) -
         if kind != "equal" and 0 <= place - BEFORE_ROWS < len(standings)
     ]
     if not changed:
-        return "not in the row of a claim, but in other lines"
+        return "lines outside the claims' rows differ"
     names = [f"{standings[row].id} on {standings[row].model}" for row in changed[:MOST_NAMED]]
     more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
     return f"{', '.join([*names, *more])} {'differ' if len(changed) > 1 else 'differs'}"

@@ -1,4 +1,4 @@
-"""``peft-gauge compare``: saved runs against a base, figure by figure, with an exit code."""
+"""``peft-gauge compare``: compare saved runs with a base run, metric by metric, with an exit code."""
 
 from __future__ import annotations
 
@@ -20,33 +20,32 @@ def compare(
         list[Path] | None,
         typer.Argument(
             metavar="RUN",
-            help="Saved runs: BASE, then one or more NEW. A folder is the newest run in it that has cases in common "
-            "with the others. A single run is NEW, and BASE the newest before it that has cases in common with it.",
+            help="Saved runs: BASE, then one or more NEW. For a folder, its newest run that has cases in common "
+            "with the others. A single run is NEW; BASE is then the newest earlier run with cases in common.",
         ),
     ] = None,
     last: Annotated[
         int | None,
-        typer.Option(
-            help="Take the newest N runs of a machine that have cases in common instead; the oldest of them is BASE."
-        ),
+        typer.Option(help="Compare a machine's newest N runs that have cases in common; the oldest of them is BASE."),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Where --last looks.")] = Path("results"),
-    machine: Annotated[str | None, typer.Option(help="Whose runs --last takes. Default: this machine's.")] = None,
-    rules: Annotated[Path | None, typer.Option(help="How figures are judged. Default: fixtures/rules.toml.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of runs for --last.")] = Path("results"),
+    machine: Annotated[str | None, typer.Option(help="Machine for --last (default: this one).")] = None,
+    rules: Annotated[Path | None, typer.Option(help="Rules for metrics (default: fixtures/rules.toml).")] = None,
     across_machines: Annotated[
-        bool, typer.Option("--across-machines", help="Let machines differ; compare only what carries no noise.")
+        bool,
+        typer.Option("--across-machines", help="Compare runs from different hardware, by deterministic metrics only."),
     ] = False,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Exit code 1 also for what is missing, not asked, skipped or not comparable."),
+        typer.Option("--strict", help="Exit with code 1 also for missing, unmeasured, skipped or incomparable cases."),
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Show each figure, and also what stayed the same.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, such as for a job's summary.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every metric, unchanged ones included.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for example for a CI summary.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the full comparison to this file.")] = None,
 ) -> None:
     """Compare each NEW with BASE: same, better, worse or cannot tell, with interval and likely cause.
 
-    Exit code 0 where nothing got worse, 1 where something did, 2 where runs are not comparable or cannot be read.
+    Exit code 0: no regression found; 1: regression; 2: runs not comparable or not readable.
     """
     from peft_gauge.history import comparison
     from peft_gauge.history.rules import read_rules
@@ -66,20 +65,20 @@ def compare(
 
 
 def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | None) -> Chosen:
-    """The runs to compare, BASE first; raises `GaugeError` where there are not two."""
+    """The runs to compare, BASE first; raises `GaugeError` for fewer than two."""
     from peft_gauge.history import selection
     from peft_gauge.history.reader import runs_in
 
     if last is None:
         if not runs:
-            raise GaugeError("compare needs a saved run, or BASE and at least one NEW, or --last N")
+            raise GaugeError("give a saved run, or BASE and at least one NEW, or --last N")
         if len(runs) > 1:
             return selection.of_each(list(map(_candidates, runs)))
         return selection.newest_in_common(_candidates(runs[0]), 2) if runs[0].is_dir() else _with_base(runs[0])
     if runs:
-        raise GaugeError("name runs or give --last, not both")
+        raise GaugeError("give runs or --last, not both")
     if last < 2:
-        raise GaugeError(f"--last {last}: a comparison needs at least 2 runs")
+        raise GaugeError(f"--last must be at least 2, got {last}")
     owner = machine or _this_machine()
     found = runs_in(results, owner)
     if len(found) < last:
@@ -88,7 +87,7 @@ def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | No
 
 
 def _with_base(path: Path) -> Chosen:
-    """The run in ``path`` and, as BASE, the newest before it in its folder that has cases in common with it."""
+    """The run in ``path`` and, as BASE, the newest earlier run in its folder that has cases in common with it."""
     from peft_gauge.history import selection
     from peft_gauge.history.reader import read_run, runs_in
 
@@ -99,22 +98,22 @@ def _with_base(path: Path) -> Chosen:
     found = selection.newest_base(before, new.cases)
     if not found.runs:
         number = f"none of the {len(before)} runs" if before else "no run"
-        raise GaugeError(f"{path}: {number} before it in its folder has cases in common with it; name BASE, too")
+        raise GaugeError(f"{path}: {number} before it in its folder has cases in common with it; give BASE, too")
     return replace(found, runs=(*found.runs, new))
 
 
 def _candidates(path: Path) -> list[Path]:
-    """``path``, or the runs in it if it is a folder, the oldest first."""
+    """``path``, or the runs in it if it is a folder, oldest first."""
     from peft_gauge.history.reader import runs_in
 
     if not path.is_dir():
         return [path]
     found = runs_in(path)
     if not found:
-        raise GaugeError(f"{path} holds no saved run")
+        raise GaugeError(f"{path} contains no saved runs")
     folders = {run.parent for run in found}
     if len(folders) > 1:
-        raise GaugeError(f"{path} holds runs of several machines; name one: {', '.join(sorted(map(str, folders)))}")
+        raise GaugeError(f"{path} contains runs of several machines; name one: {', '.join(sorted(map(str, folders)))}")
     return found
 
 
@@ -147,6 +146,6 @@ def _print(comparisons: list[Comparison], markdown: bool, everything: bool) -> N
 
 
 def _not_comparable(comparison: Comparison, across_machines: bool) -> str:
-    hint = "" if across_machines or "machines" not in str(comparison.incomparable) else "; --across-machines compares"
-    hint += " what carries no noise" if hint else ""
+    hint = "" if across_machines or "machines" not in str(comparison.incomparable) else "; add --across-machines to"
+    hint += " compare deterministic metrics only" if hint else ""
     return f"{comparison.new} and {comparison.base} are not comparable: {comparison.incomparable}{hint}"

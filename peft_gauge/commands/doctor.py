@@ -1,4 +1,4 @@
-"""What this machine can run and what is missing, line by line, with how to get it."""
+"""``peft-gauge doctor``: check this machine and print how to install missing parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_gauge import machine, paths
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.training import models
 
-# The oldest releases that the suite is written for; pyproject.toml has the same, and a test compares the two.
+# The oldest supported releases; a test holds them against pyproject.toml.
 MINIMUM = {
     "torch": "2.6",
     "transformers": "4.57",
@@ -28,7 +28,7 @@ Status = Literal["ok", "missing", "note"]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the doctor's report: what was looked at, how it stands, and what to do where something is missing."""
+    """One line of the report: the part that was checked, its status, and how to fix it if it is missing."""
 
     subject: str
     status: Status
@@ -36,14 +36,14 @@ class Line:
 
 
 def examine(results: Path) -> Iterator[Line]:
-    """Look at libraries, CPU, GPU, quantisation, weights and disk; ``results`` is where runs are to be saved.
+    """Check libraries, CPU, GPU, quantization, weights and disk; ``results`` is the folder to save runs to.
 
-    "missing" stops something that the suite does by default on this kind of machine; "note" stops an extra only.
+    "missing" prevents something that the suite does by default on this kind of machine; "note" prevents an extra only.
     """
     yield from (_library(name, minimum) for name, minimum in MINIMUM.items())
     yield _cpu()
     yield from _gpus()
-    yield _tried("NF4 training", _train_nf4, "bitsandbytes quantises and trains here", "upgrade bitsandbytes")
+    yield _tried("NF4 training", _train_nf4, "bitsandbytes quantizes and trains here", "upgrade bitsandbytes")
     yield _weights()
     yield _disk(results)
 
@@ -60,7 +60,7 @@ def _library(name: str, minimum: str) -> Line:
 
 
 def _cpu() -> Line:
-    # Not `machine.machine_info()`, which fails where torch fails at the card: that is a line of its own here.
+    # Not `machine.machine_info()`: it fails where torch cannot use the GPU, which is a line of its own here.
     import cpuinfo
     import psutil
 
@@ -82,19 +82,17 @@ def _gpus() -> Iterator[Line]:
     driver = machine.nvidia_driver()
     hidden = machine.why_hidden(os.environ.get("CUDA_VISIBLE_DEVICES"), driver) if cards else None
     if hidden is not None:
-        yield Line("gpu", "note", f"{hidden}; it and what is named after it are hidden")
+        yield Line("gpu", "note", f"{hidden}; it and every device listed after it are hidden")
     if not driver.absent:
         yield _nvml(driver, cards)
     if cards:
-        yield _tried(
-            "bitsandbytes CUDA", _load_cuda_kernels, "its CUDA library is loaded", "without it no QLoRA case can run"
-        )
+        yield _tried("bitsandbytes CUDA", _load_cuda_kernels, "CUDA library loaded", "QLoRA on the GPU needs it")
 
 
 def _gpu(number: int, card: machine.Accelerator) -> Line:
     import torch
 
-    driver = machine.nvidia_driver().version or "not told"
+    driver = machine.nvidia_driver().version or "unknown"
     capability = ".".join(map(str, card.compute_capability))
     text = f"{card.name}, {card.memory_bytes / 1e9:.1f} GB, compute capability {capability}, driver {driver}, "
     return Line(f"gpu {number}", "ok", f"{text}torch built for CUDA {torch.version.cuda}")
@@ -103,13 +101,13 @@ def _gpu(number: int, card: machine.Accelerator) -> Line:
 def _nvml(driver: machine.Driver, cards: Sequence[machine.Accelerator]) -> Line:
     from peft_gauge.meters.nvml import NvmlMeter
 
-    reason = None if driver.error is None else f"NVML does not answer: {driver.error}"
+    reason = None if driver.error is None else f"NVML does not respond: {driver.error}"
     for number, card in enumerate(cards):
         reason = reason or NvmlMeter(number, uuid=card.uuid).why_unavailable()
     if reason is not None:
-        return Line("nvml", "note", f"{reason}; figures of the whole device, its clocks and throttling will be absent")
+        return Line("nvml", "note", f"{reason}; whole-device memory, clocks and throttling will be unavailable")
     runs = "" if driver.cuda is None else f", runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
-    return Line("nvml", "ok", f"driver {driver.version or 'not told'}{runs}, {driver.cards} card(s)")
+    return Line("nvml", "ok", f"driver {driver.version or 'unknown'}{runs}, {driver.cards} GPU(s)")
 
 
 def _load_cuda_kernels() -> None:
@@ -121,7 +119,7 @@ def _load_cuda_kernels() -> None:
 def _tried(subject: str, attempt: Callable[[], None], good: str, remedy: str) -> Line:
     try:
         attempt()
-    except Exception as error:  # whatever stops it is what the reader wants to know
+    except Exception as error:  # any failure becomes a line of the report
         return Line(subject, "missing", f"{one_line(error, 160)}; {remedy}")
     return Line(subject, "ok", good)
 
@@ -136,7 +134,7 @@ def _train_nf4() -> None:
     job = build_job(case)
     job.warm_up()
     if not job.learned():
-        raise GaugeError("a QLoRA step ran and nothing moved")
+        raise GaugeError("a QLoRA step ran but changed no trainable weight")
 
 
 def _weights() -> Line:
@@ -150,8 +148,8 @@ def _weights() -> Line:
 def _disk(results: Path) -> Line:
     folder = next(parent for parent in (results.resolve(), *results.resolve().parents) if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Line("results", "missing", f"{folder} cannot be written; use --results or mend its permissions")
+        return Line("results", "missing", f"{folder} is not writable; use --results or fix its permissions")
     free = shutil.disk_usage(folder).free
     if free < 1e9:
-        return Line("results", "missing", f"only {free / 1e6:.0f} MB free at {folder}; free some or use --results")
+        return Line("results", "missing", f"only {free / 1e6:.0f} MB free at {folder}; free space or use --results")
     return Line("results", "ok", f"{folder}, {free / 1e9:.0f} GB free; cache {paths.cache()}")

@@ -1,4 +1,4 @@
-"""``peft-gauge memory-curve``: a picture of planned memory against sequence length, method by method."""
+"""``peft-gauge memory-curve``: plot planned memory against sequence length, method by method."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ CARDS = ("RTX 4090", "H100 80GB")
 
 
 def memory_curve(
-    model: Annotated[str, typer.Option(help="A record's name, a folder or file with a config, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The picture, .svg or .png; its figures come beside it as .csv.")],
-    seqs: Annotated[str, typer.Option(help="Tokens of a row, with commas.")] = "128,256,512,1024,2048",
-    batch: Annotated[int, typer.Option(help="Rows of a step.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of base weights and arithmetic.")] = "bfloat16",
-    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: the seven.")] = None,
+    model: Annotated[str, typer.Option(help="Name of a model record, folder or file with a config, or Hub id.")],
+    out: Annotated[Path, typer.Option(help="Plot to write, .svg or .png; its data is written next to it as .csv.")],
+    seqs: Annotated[str, typer.Option(help="Sequence lengths in tokens, comma-separated.")] = "128,256,512,1024,2048",
+    batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Data type of base weights and compute.")] = "bfloat16",
+    method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option(help=f"A card to draw as a line; repeatable. Default: {', '.join(CARDS)}.")
+        list[str] | None, typer.Option(help=f"GPU to draw as a line; repeatable (default: {', '.join(CARDS)}).")
     ] = None,
 ) -> None:
-    """Plan each method at each length and draw the peak memory of a step."""
+    """Plan each method at each sequence length and plot the peak memory of a training step."""
     from peft_gauge.report.charts import memory_picture
 
     memory_picture.check_destination(out)
     cards = [card(name) for name in gpu or CARDS]
     points = planned_points(model, parse_seqs(seqs), batch, dtype, method or [])
     figures = memory_picture.save(points, cards, out)
-    print(f"wrote {out} and, with its figures, {figures}")
+    print(f"wrote {out} and its data, {figures}")
 
 
 def parse_seqs(text: str) -> tuple[int, ...]:
-    """``"128,256"`` as (128, 256), sorted; raises `GaugeError` for anything but two or more lengths from 2 up."""
+    """``"128,256"`` as (128, 256), sorted; raises `GaugeError` unless there are at least two lengths, all ≥ 2."""
     try:
         seqs = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise GaugeError(f"--seqs takes whole numbers with commas, such as 128,256,512, not {text!r}") from error
+        raise GaugeError(f"--seqs must be comma-separated whole numbers, such as 128,256,512, got {text!r}") from error
     if len(seqs) < 2 or seqs[0] < 2:
-        raise GaugeError(f"--seqs {text}: a curve needs at least two lengths, of at least 2 tokens each")
+        raise GaugeError(f"--seqs must list at least two lengths of at least 2 tokens, got {text}")
     return tuple(seqs)
 
 
 def card(name: str) -> Card:
-    """The card called ``name``, or of this size, with what it offers; raises `GaugeError` for an unknown one."""
+    """The GPU called ``name``, or of this size, with its usable memory; raises `GaugeError` for an unknown one."""
     from peft_gauge.memory.gpus import lookup
     from peft_gauge.report.charts.memory_picture import Card
 
     gpu = lookup(name)
-    # The box's figure is what readers know a card by; some names carry it already.
+    # Readers know a GPU by its marketed memory; some names include it already.
     memory = gpu.marketing_memory
     if memory is None or memory.replace(" ", "") in gpu.name:
         return Card(gpu.name, gpu.usable_bytes)
@@ -61,7 +61,7 @@ def card(name: str) -> Card:
 
 
 def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, method_names: list[str]) -> list[Point]:
-    """The seven methods, or those named, on ``model`` at each length, planned in one process of its own."""
+    """The default methods, or those named, on ``model`` at each length, planned in a separate process."""
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.report.charts.memory_picture import Point

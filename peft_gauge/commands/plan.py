@@ -1,4 +1,4 @@
-"""``peft-gauge plan``: what a training step will need, for any model and method, without a GPU."""
+"""``peft-gauge plan``: predict the memory of a training step for any model and method, without a GPU."""
 
 from __future__ import annotations
 
@@ -22,47 +22,53 @@ FINDABLE = ("batch", "seq", "rank")
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="A record's name, a folder or file with a config, or a hub id.")],
-    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: the seven.")] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(help="adapter_config.json or its folder; repeatable.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Store the base in nf4, fp4 or int8.")] = None,
-    double_quant: Annotated[bool | None, typer.Option(help="Quantise the 4-bit base's constants too.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of base weights and arithmetic.")] = "bfloat16",
-    batch: Annotated[int, typer.Option(help="Rows of a micro-batch.")] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens of a row.")] = 768,
+    model: Annotated[str, typer.Option(help="Name of a model record, folder or file with a config, or Hub id.")],
+    method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="Quantize the base model to nf4, fp4 or int8.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option(help="Quantize the quantization constants of a 4-bit base too.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Data type of base weights and compute.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 4,
+    seq: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 768,
     optimizer: Annotated[
         str, typer.Option(help="adamw, adamw-fused, adamw-foreach-off, adamw8bit, paged-adamw8bit or sgd.")
     ] = "adamw",
     grad_checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = False,
-    checkpoint_reentrant: Annotated[bool, typer.Option(help="The reentrant kind of checkpointing.")] = False,
-    grad_accumulation: Annotated[int, typer.Option(help="Micro-batches an update.")] = 1,
-    clip_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradients' norm to this.")] = None,
+    checkpoint_reentrant: Annotated[bool, typer.Option(help="Use reentrant gradient checkpointing.")] = False,
+    grad_accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
+    clip_grad_norm: Annotated[float | None, typer.Option(help="Maximum gradient norm.")] = None,
     autocast_adapter_dtype: Annotated[bool | None, typer.Option(help="Keep 16-bit adapters in float32.")] = None,
-    prepare_kbit: Annotated[bool | None, typer.Option(help="Cast what is not quantised to float32.")] = None,
+    prepare_kbit: Annotated[
+        bool | None, typer.Option(help="Cast unquantized parameters to float32, as prepare_model_for_kbit_training.")
+    ] = None,
     loss: Annotated[str, typer.Option(help="full, or chunked along the sequence.")] = "full",
     attention: Annotated[
         str | None,
-        typer.Option(help="sdpa, eager or flash_attention_2. Default: sdpa where the architecture has it, else eager."),
+        typer.Option(help="sdpa, eager or flash_attention_2 (default: sdpa if the model supports it, else eager)."),
     ] = None,
-    padded: Annotated[bool, typer.Option("--padded/--unpadded", help="Give the batch an attention mask.")] = False,
+    padded: Annotated[bool, typer.Option("--padded/--unpadded", help="Pass an attention mask with the batch.")] = False,
     use_cache: Annotated[bool, typer.Option(help="Let the model return its key-value cache.")] = False,
-    hold_outputs: Annotated[bool, typer.Option(help="Keep the model's outputs alive until the step's end.")] = False,
+    hold_outputs: Annotated[bool, typer.Option(help="Keep the model outputs alive until the step ends.")] = False,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help="A GPU's name or its memory; repeatable. 24GB is a card sold with 24 GB (25.25·10⁹ bytes usable); "
+            help="GPU name or memory size; repeatable. 24GB is a GPU sold with 24 GB (25.25·10⁹ bytes usable); "
             "24GiB, 25300MB and plain bytes are exact."
         ),
     ] = None,
-    find: Annotated[str | None, typer.Option(help="The largest batch, seq or rank that fits --gpu.")] = None,
+    find: Annotated[str | None, typer.Option(help="Find the largest batch, seq or rank that fits --gpu.")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="A folder of calibrations. Default: the user's (peft-gauge calibrate).")
+        Path | None, typer.Option(help="Folder of calibrations (default: the user's, see peft-gauge calibrate).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list, one object a case.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per case.")] = False,
 ) -> None:
-    """Plan a training step: peak, resident and device memory by category.
+    """Predict the memory of a training step: peak, resident and device bytes by category.
 
-    Exit code 1 where a step does not fit a --gpu, 2 where a case cannot be planned.
+    Exit code 1: a step does not fit a --gpu; 2: a case cannot be planned.
     """
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
@@ -104,14 +110,13 @@ def plan(
     requests = [request(each) for each in (chosen if chosen or unusable else methods.SEVEN)]
     if find is not None:
         for each in requests:
-            each.with_value(find, 2)  # refused now, not after minutes
+            each.with_value(find, 2)  # refused now, not after minutes of planning
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
     _show([*outcomes, *unusable], as_json)
 
 
 def _adapters(paths: Sequence[Path], model: str) -> tuple[list[Method], list[PlanFailure]]:
-    """The methods of the adapter configs at ``paths``, and a failure for each that cannot be used: it costs the others
-    nothing."""
+    """The methods of the adapter configs at ``paths``, and a failure for each invalid one; the others are planned."""
     from peft_gauge.plan.record import PlanFailure
     from peft_gauge.training import methods
 
@@ -132,9 +137,9 @@ def adjusted(
     autocast_adapter_dtype: bool | None,
     prepare_kbit: bool | None,
 ) -> Method:
-    """``method`` with what the options say; ``None`` leaves its own setting.
+    """``method`` with the given options applied; ``None`` leaves its own setting.
 
-    A base that ``quantize`` quantises is prepared for k-bit training, as QLoRA's is, unless told otherwise.
+    A base that ``quantize`` quantizes is prepared for k-bit training, as for QLoRA, unless ``prepare_kbit`` is False.
     """
     from peft_gauge.training.methods import Quantization
     from peft_gauge.training.quantization import LAYER_FORMATS
@@ -143,7 +148,7 @@ def adjusted(
     quantization = method.quantization
     if quantize is not None:
         if quantize not in LAYER_FORMATS:
-            raise unknown("quantised layer format", quantize, LAYER_FORMATS)
+            raise unknown("quantized layer format", quantize, LAYER_FORMATS)
         if quantization is None:
             changes["prepare_kbit"] = True
         quantization = replace(quantization or Quantization(), quant_format=quantize)  # type: ignore[arg-type]
@@ -163,7 +168,7 @@ def _checked_gpus(names: Sequence[str], find: str | None) -> tuple[str, ...]:
     if find is not None and find not in FINDABLE:
         raise unknown("quantity to find", find, FINDABLE)
     if find is not None and not names:
-        raise GaugeError(f"--find {find} needs to know for what; add --gpu with a name or a size")
+        raise GaugeError(f"--find {find} requires --gpu with a name or a size")
     for name in names:
         gpus.lookup(name)
     return tuple(names)
@@ -171,13 +176,13 @@ def _checked_gpus(names: Sequence[str], find: str | None) -> tuple[str, ...]:
 
 def _checked_seq(seq: int) -> int:
     if seq < 2:
-        raise GaugeError(f"a sequence of {seq} tokens has no next token to predict; use --seq 2 or more")
+        raise GaugeError(f"--seq must be at least 2 to have a next token to predict, got {seq}")
     return seq
 
 
 def _checked_norm(norm: float | None) -> float | None:
     if norm is not None and not norm > 0:
-        raise GaugeError(f"--clip-grad-norm must be above 0, not {norm}")
+        raise GaugeError(f"--clip-grad-norm must be positive, got {norm}")
     return norm
 
 

@@ -1,4 +1,4 @@
-"""``peft-gauge report``: saved runs as one page, as pictures, or as a Markdown summary."""
+"""``peft-gauge report``: saved runs as an HTML page, as plots, or as a Markdown summary."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ DEFAULT_PAGE, DEFAULT_FOLDER = Path("report.html"), Path("report")
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUNS...", help="Folders of runs, or runs, the oldest first. Default: results."),
+        typer.Argument(metavar="RUNS...", help="Run files or folders of runs, oldest first (default: results)."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="The page, or the folder of pictures. Default: report.html, report/."),
+        typer.Option("-o", "--out", help="HTML file, or folder of plots (default: report.html or report/)."),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="html: one page; png or svg: a folder with a picture of each plot.")
+        str, typer.Option("--format", help="html: one page; png or svg: a folder with one file per plot.")
     ] = "html",
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print each machine's newest answers instead, as for a job's summary.")
+        bool, typer.Option("--markdown", help="Print each machine's newest results as Markdown, as for a CI summary.")
     ] = False,
-    rules: Annotated[Path | None, typer.Option(help="How figures are judged. Default: fixtures/rules.toml.")] = None,
+    rules: Annotated[Path | None, typer.Option(help="Rules for metrics (default: fixtures/rules.toml).")] = None,
 ) -> None:
-    """Show saved runs: tables, plots and history, with what changed. Of each case, the newest run counts that ran it.
+    """Show saved runs as tables, plots and a history of changes; each case is shown from the newest run that has it.
 
-    What cannot be read is named on standard error and left out. Exit code 2 where nothing is left.
+    Unreadable runs are listed on standard error and left out. Exit code 2: no run could be read.
     """
     paths = runs or [Path("results")]
     if form not in ("html", "png", "svg"):
         raise unknown("format", form, ("html", "png", "svg"))
     if markdown:
         if out is not None or form != "html":
-            raise GaugeError("--markdown prints; it goes with neither -o nor --format")
+            raise GaugeError("--markdown prints to standard output; leave out -o and --format")
         _print_markdown(paths)
     elif form == "html":
         _write_page(paths, out or DEFAULT_PAGE, rules)
@@ -53,9 +53,9 @@ def _write_page(paths: list[Path], out: Path, rules: Path | None) -> None:
     from peft_gauge.report.charts import plots
     from peft_gauge.report.html import page, page_data
 
-    plots.altair()  # before a long history is read
+    plots.altair()  # fails early where altair is missing, before a long history is read
     if out.is_dir():
-        raise GaugeError(f"{out} is a folder; name the page to write, such as {out / DEFAULT_PAGE}")
+        raise GaugeError(f"{out} is a folder; give a file name, such as {out / DEFAULT_PAGE}")
     found = page_data.gather(paths, read_rules(rules))
     _warn(found.left_out)
     text = page.render(found)
@@ -73,13 +73,13 @@ def _draw(paths: list[Path], folder: Path, form: str, rules: Path | None) -> Non
 
     plots.altair()
     if folder.exists() and not folder.is_dir():
-        raise GaugeError(f"{folder} is a file; --format {form} needs a folder for its pictures")
+        raise GaugeError(f"{folder} is a file; --format {form} needs a folder")
     found = page_data.gather(paths, read_rules(rules))
     _warn(found.left_out)
     saved = pictures.save_pictures(found, folder, form)
     if not saved:
-        raise GaugeError("the runs hold no memory, no times and no sweep: there is nothing to draw")
-    print(f"wrote {len(saved)} pictures to {folder}")
+        raise GaugeError("nothing to plot: the runs contain no memory, no times and no sweep")
+    print(f"wrote {len(saved)} plots to {folder}")
 
 
 def _print_markdown(paths: list[Path]) -> None:

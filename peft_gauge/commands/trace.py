@@ -1,4 +1,4 @@
-"""``peft-gauge trace``: a recorded step beside its plan; where, and by how much, the plan is wrong."""
+"""``peft-gauge trace``: compare a recorded step with its plan: where, and by how much, the plan is wrong."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 REQUIRED = ("model", "method", "batch", "seq")
 
-# What a trace's own header may call a setting -> the option's name.
+# A setting's name in a trace's own header -> the option's name.
 OTHER_NAMES = {"ckpt": "grad_checkpointing", "accum": "grad_accumulation", "clip": "clip_grad_norm"}
 
-# Settings of a header that a plan does not follow, and what a reader has to know of it.
+# Settings in a header that plans do not model, and the note for each.
 NOT_PLANNED = {
     "mixed": "the recorded step ran under autocast ({value})",
     "convert": "its outputs were converted to float32",
@@ -33,13 +33,15 @@ PLAIN = {"loop": "plain", "convert": False, "packing": False, "mixed": None}
 def trace(
     file: Annotated[
         Path,
-        typer.Argument(help="A snapshot of torch.cuda.memory._dump_snapshot, or a trace recorded by the suite."),
+        typer.Argument(help="Snapshot of torch.cuda.memory._dump_snapshot, or trace recorded by the suite."),
     ],
-    model: Annotated[str | None, typer.Option(help="The model, as for plan. Default: the trace's own record.")] = None,
-    method: Annotated[str | None, typer.Option(help="The method. Default: the trace's own record.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter_config.json, instead of --method.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="The base is stored in nf4, fp4 or int8.")] = None,
-    double_quant: Annotated[bool | None, typer.Option(help="The 4-bit base's constants are quantised too.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model, as for plan (default: from the trace).")] = None,
+    method: Annotated[str | None, typer.Option(help="Method (default: from the trace).")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter_config.json to use in place of --method.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Format of the quantized base: nf4, fp4 or int8.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option(help="The quantization constants of the 4-bit base are quantized too.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16).")
     ] = None,
@@ -53,16 +55,16 @@ def trace(
     autocast_adapter_dtype: Annotated[
         bool | None, typer.Option(help="Adapters of a 16-bit base are kept in float32.")
     ] = None,
-    prepare_kbit: Annotated[bool | None, typer.Option(help="What is not quantised is cast to float32.")] = None,
+    prepare_kbit: Annotated[bool | None, typer.Option(help="Unquantized parameters are cast to float32.")] = None,
     attention: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
     padded: Annotated[bool | None, typer.Option("--padded/--unpadded", help="The batch has an attention mask.")] = None,
     hold_outputs: Annotated[bool | None, typer.Option(help="The loop keeps the model's outputs.")] = None,
     device: Annotated[int | None, typer.Option(help="CUDA device index (default: the only one recorded).")] = None,
     step: Annotated[int | None, typer.Option(help="Step of the trace, from 1 (default: the last).")] = None,
     top: Annotated[int, typer.Option(help="Number of differences to show in each table.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
 ) -> None:
-    """Compare a recorded step's allocations with the planned ones: where is a plan wrong?
+    """Compare a recorded step's allocations with the planned ones.
 
     Allocations are paired in order, phase by phase. The output names the first difference and breaks down the
     difference between the two peaks by category, operator and module; the rows add up to it, to the byte.
@@ -73,7 +75,7 @@ def trace(
     from peft_gauge.traces import reader
 
     if top < 1:
-        raise GaugeError(f"--top must be at least 1, not {top}")
+        raise GaugeError(f"--top must be at least 1, got {top}")
     recording = reader.read(file, device)
     given = {
         "model": model,
@@ -131,30 +133,30 @@ def trace(
 
 
 def _settings(file: Path, told: Mapping[str, Any], given: Mapping[str, Any], adapter: Path | None) -> dict[str, Any]:
-    """The trace's own settings, and over them what the options say; raises `GaugeError` where something is missing."""
+    """The trace's own settings, overridden by the options; raises `GaugeError` for a missing one."""
     settings = renamed(told)
     settings |= {name: value for name, value in given.items() if value is not None}
     missing = [name for name in REQUIRED if settings.get(name) is None and not (name == "method" and adapter)]
     if missing:
         options = ", ".join(f"--{name}" for name in missing)
         raise GaugeError(
-            f"{file} does not say what was trained; add {options}, and what else differs from peft-gauge plan"
+            f"{file} does not record its settings; add {options}, and any other option of peft-gauge plan that applies"
         )
     return settings
 
 
 def _check_recorded(file: Path, settings: Mapping[str, Any], given: Mapping[str, Any], adapter: Path | None) -> None:
-    """Raise `GaugeError` for a method or model that the trace names and that has no meaning here: one from a file."""
+    """Raise `GaugeError` for a method or model that the trace names and that exists only as a file elsewhere."""
     from peft_gauge.training import methods, models
 
     if given["method"] is None and adapter is None and str(settings["method"]).lower() not in methods.METHODS:
-        raise GaugeError(f"{file} was recorded with an adapter config, {settings['method']}; name it with --adapter")
+        raise GaugeError(f"{file} was recorded with an adapter config, {settings['method']}; give it with --adapter")
     if given["model"] is None:
         try:
             models.resolve(str(settings["model"]), weights="random")
         except GaugeError as error:
             raise GaugeError(
-                f"{file} was recorded with the model {settings['model']}, which is not found here; name it with --model"
+                f"{file} was recorded with the model {settings['model']}, which is not found here; give it with --model"
             ) from error
 
 
@@ -164,9 +166,9 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> PlanRequest:
-    """The plan of ``settings``, under the names of the options of ``peft-gauge plan``; what is absent is its default.
+    """The plan request for ``settings``, named as the options of ``peft-gauge plan``; absent ones take their defaults.
 
-    Raises `GaugeError` for settings that make no plan.
+    Raises `GaugeError` for invalid settings.
     """
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.training import methods, models
@@ -179,7 +181,7 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
         raise unknown("attention", str(attention), models.ATTENTIONS)
     for name in ("batch", "seq"):
         if not isinstance(settings[name], int):
-            raise GaugeError(f"{name} must be a whole number, not {settings[name]!r}")
+            raise GaugeError(f"{name} must be a whole number, got {settings[name]!r}")
     try:
         step = StepSettings(
             batch=settings["batch"],
@@ -190,7 +192,7 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
             clip_grad_norm=settings.get("clip_grad_norm"),
         )
     except TypeError as error:
-        raise GaugeError(f"the trace's settings make no step: {error}") from error
+        raise GaugeError(f"invalid settings in the trace: {error}") from error
     chosen = methods.from_adapter_config(adapter) if adapter is not None else methods.get(str(settings["method"]))
     return PlanRequest(
         models.resolve(str(settings["model"]), weights="random"),
@@ -211,23 +213,23 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
 
 
 def not_planned(settings: Mapping[str, Any]) -> list[str]:
-    """What the trace says of its step that the plan does not follow, a sentence each."""
+    """Settings of the recorded step that the plan does not model, one sentence each."""
     return [
-        f"{sentence.format(value=settings[name])}, which is not planned: the difference shows it"
+        f"{sentence.format(value=settings[name])}, which plans do not model: the difference shows it"
         for name, sentence in NOT_PLANNED.items()
         if settings.get(name, PLAIN[name]) != PLAIN[name]
     ]
 
 
 def _shown_peak(about: Mapping[str, Any], peak_bytes: int) -> list[str]:
-    """What torch's own counter showed in the steps without a log, where the trace says so."""
+    """The peak of torch's own counter in the steps without a log, if the trace has it."""
     shown = about.get("allocated_peak_bytes")
     if not isinstance(shown, int):
         return []
     beyond = shown - peak_bytes
     return [
         f"max_memory_allocated showed {shown:,} B, {beyond:+,} B from this peak of requests: "
-        "blocks that were not split hold more than was asked for"
+        "unsplit blocks are larger than the request"
     ]
 
 

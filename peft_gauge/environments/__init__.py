@@ -1,6 +1,7 @@
-"""The same cases under other library versions: A against B, and the first release that is worse.
+"""The same cases under other library versions: A/B tests, and bisection of a library's releases.
 
-`requirements` reads what a side asks for, `build` makes an environment of it, `worker` runs in one, `pairs` judges two
-clocks that tick in turn, `measuring` puts these together for one case, `bisecting` searches the releases of a library,
-and `state` keeps what is finished.
+`requirements` parses one side, `build` makes its environment, `worker` is a process in it, `pairs` compares steps that
+alternate between two processes, `measurement` measures cases on two sides, `decision` saves and compares them,
+`self_check` measures what the host can resolve, `bisection` and `probe` search releases, and `state` saves finished
+work.
 """

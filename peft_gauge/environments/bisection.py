@@ -1,10 +1,9 @@
-"""The first release that is worse: bisection over releases of which some cannot be judged.
+"""Find the first release that is worse, by bisection; some releases may be impossible to judge.
 
-A release is *good* (not worse than the first), *bad* (worse), or neither: it does not install, does not run, or cannot
-be told. Bisection keeps a good release below a bad one and asks the middle of what lies between; where that is neither,
-its nearest neighbours. What is neither is never taken for either: if such releases are all that is left between the
-last good and the first bad one, the answer names them. As with any bisection, what is found is a change from good to
-bad; were there several, it is one of them.
+A release is *good* (not worse than the first), *bad* (worse), or neither: it does not install, does not run, or the
+result is inconclusive. Bisection keeps a good release below a bad one and probes the middle between them; if that is
+neither, its nearest neighbours. If only such releases remain between the last good and the first bad one, the result
+lists them. As with any bisection, the result is one change from good to bad; there may be others.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Answer = Literal["good", "bad", "unusable", "cannot tell"]
 
 @dataclass(frozen=True)
 class Probe:
-    """What asking a release gave, and one line on why."""
+    """The result for one release, with a one-line reason."""
 
     release: str
     answer: Answer
@@ -28,11 +27,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a bisection ended.
+    """The result of a bisection.
 
-    ``reference``: the release that all were compared with, ``None`` where none ran; ``first_bad``: the first release
-    found bad, ``None`` where none is; ``last_good``: the last good one below it; ``between``: those between the two,
-    none of which could be judged; ``end``: what the last usable release gave; ``probes``: all, in the order asked.
+    ``reference``: the release that all others are compared with, ``None`` if none ran; ``first_bad``: the first bad
+    release, ``None`` if there is none; ``last_good``: the last good one below it; ``between``: the releases between the
+    two, which could not be judged; ``end``: the result for the last usable release; ``probes``: all, in order.
     """
 
     reference: str | None
@@ -44,9 +43,9 @@ class Outcome:
 
 
 def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Callable[[str], Probe]) -> Outcome:
-    """Bisect ``releases``, the oldest first.
+    """Bisect ``releases``, oldest first.
 
-    ``is_usable`` is asked of releases from the lower end until one is good: the reference. ``probe`` judges a release
+    ``is_usable`` is called for releases from the lower end until one is good: the reference. ``probe`` judges a release
     against the reference, which the caller knows from the last good ``is_usable``.
     """
     asked: list[Probe] = []
@@ -83,5 +82,5 @@ def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Ca
 
 
 def expected_probes(releases: int) -> int:
-    """How many probes a bisection takes where all releases can be judged: both ends, and the rest halved each time."""
+    """Number of probes if all releases can be judged: one for each end, then halving."""
     return 2 + math.ceil(math.log2(max(1, releases - 1)))

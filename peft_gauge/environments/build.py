@@ -1,8 +1,8 @@
-"""An environment for one side: the installed one, with a folder before it that holds what differs.
+"""Environments for one side: the installed packages, behind an overlay folder with the packages that differ.
 
-The folder is an overlay, filled by ``pip install --target`` and put first on a child's path. So everything that does
-not differ is shared, torch above all, which is never changed. pip's own resolver says what has to differ: it is given
-the side's requirements beside the libraries that are installed, and keeps those wherever they still fit.
+The overlay is filled by ``pip install --target`` and comes first on a child's path. Everything else is shared,
+including torch, which an overlay never changes. pip's resolver decides which packages differ: it receives the side's
+requirements together with the installed libraries, and keeps those that still fit.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from peft_gauge.environments.requirements import Side
 
 FIXED = "torch"
-"""The library that an overlay never changes: gigabytes, and its compiled parts are what all others were built for."""
+"""Never part of an overlay: torch is gigabytes large, and other libraries are compiled against the installed one."""
 MEASURED = ("accelerate", "bitsandbytes", "datasets", "peft", "transformers")
-"""What a case imports: resolved together with every side, so that all of it fits together."""
+"""Libraries that a case imports; they are resolved together with each side, so that they fit each other."""
 
 _MANIFEST = "peft-gauge.json"
 _RETRIES = "2"  # pip's default of 5 makes a machine without a network wait for half a minute
 
 
 class NoEnvironment(GaugeError):
-    """A side that cannot be had: no such release, one that does not install, one that contradicts the rest."""
+    """The environment of a side is unavailable: no such release, failed installation, or conflicting requirements."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One distribution of an overlay; ``source`` is what pip is to install it from: ``name==version``, or a URL."""
+    """One distribution of an overlay; ``source`` is pip's argument to install it: ``name==version``, or a URL."""
 
     name: str
     version: str
@@ -55,9 +55,9 @@ class Package:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a side's libraries are. ``folder``: the overlay, ``None`` where what is installed will do.
+    """The libraries of a side. ``folder``: the overlay, ``None`` if the installed packages meet the requirements.
 
-    ``packages``: the distributions in the overlay by name, with their versions.
+    ``packages``: the overlay's distributions, name -> version.
     """
 
     side: Side
@@ -65,9 +65,9 @@ class Environment:
     packages: Mapping[str, str]
 
     def path(self) -> str:
-        """The child's PYTHONPATH: the overlay, then this package, then what the user has there.
+        """The child's PYTHONPATH: the overlay, this package, then the user's entries.
 
-        An installed package stays off, since its folder holds all other libraries; it is found there last, as ever.
+        If this package is installed it is not listed: its folder holds all other libraries, which must come last.
         """
         ours = Path(__file__).resolve().parents[2]
         package = None if ours.name in ("site-packages", "dist-packages") else str(ours)
@@ -76,12 +76,12 @@ class Environment:
 
 
 def overlays() -> Path:
-    """The folder in the user's cache that holds the overlays; removing it costs no more than building them again."""
+    """The folder of overlays in the user's cache; removing it only means rebuilding them."""
     return paths.cache() / "environments"
 
 
 def installed() -> dict[str, str]:
-    """The distributions of this interpreter by canonical name, with their versions, of two of a name the first."""
+    """This interpreter's distributions, canonical name -> version; of duplicates, the first."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
@@ -92,10 +92,9 @@ def installed() -> dict[str, str]:
 
 
 def prepare(side: Side, *, say: Callable[[str], object] = lambda text: None) -> Environment:
-    """The environment of ``side``, built or, where it was built before, found; ``say`` is told what takes time.
+    """The environment of ``side``, built or reused; ``say`` receives progress messages.
 
-    Raises `GaugeError` for another torch than the installed one, and `NoEnvironment` with pip's reason where pip
-    cannot do it.
+    Raises `GaugeError` for a torch other than the installed one, and `NoEnvironment` with pip's reason if pip fails.
     """
     base = installed()
     _check_torch(side, base)
@@ -108,7 +107,7 @@ def prepare(side: Side, *, say: Callable[[str], object] = lambda text: None) -> 
     say(f"resolving {side.name}")
     packages = _resolve(side, base)
     wanted = {each.name: each.version for each in packages}
-    # A range, or a branch, means other releases one day: then the folder is filled anew.
+    # A range or a branch may resolve to other releases later; then the folder is rebuilt.
     if known is None or known != wanted or any("://" in each.source for each in packages):
         say(f"installing {', '.join(f'{each.name} {each.version}' for each in packages)}")
         _install(packages, folder)
@@ -119,8 +118,8 @@ def _check_torch(side: Side, base: Mapping[str, str]) -> None:
     for requirement in side.parsed:
         if canonicalize_name(requirement.name) == FIXED and not _satisfies(requirement, base.get(FIXED)):
             raise GaugeError(
-                f"{requirement} is another torch than the installed {base.get(FIXED)}, which both sides share here; "
-                "make an environment of its own for it (nox does) and compare two saved runs with peft-gauge compare"
+                f"{requirement} differs from the installed torch {base.get(FIXED)}, which both sides share; "
+                "make a separate environment for it (as nox does) and compare two saved runs with peft-gauge compare"
             )
 
 
@@ -133,17 +132,17 @@ def _satisfies(requirement: Any, version: str | None) -> bool:
 
 
 def _key(side: Side, base: Mapping[str, str]) -> str:
-    """A folder's name: for other requirements, another Python or another base, another one."""
+    """A folder name, unique to the requirements, the Python and the installed packages."""
     text = json.dumps([side.requirements, sys.version, sys.prefix, sorted(base.items())])
     words = re.sub(r"[^A-Za-z0-9.]+", "-", side.name).strip("-")[:60]
     return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _manifest(folder: Path) -> dict[str, str] | None:
-    """What a finished overlay holds; ``None`` where there is none."""
+    """The packages of a finished overlay; ``None`` if there is none."""
     try:
         packages = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or not ours: it is built anew
+    except (OSError, ValueError):  # absent or invalid: it is rebuilt
         return None
     return packages if isinstance(packages, dict) else None
 
@@ -152,7 +151,7 @@ def _manifest(folder: Path) -> dict[str, str] | None:
 
 
 def _resolve(side: Side, base: Mapping[str, str]) -> list[Package]:
-    """What has to be installed beside ``base``, so that ``side`` and all that a case imports fit together."""
+    """The packages to install over ``base`` so that ``side`` and all imports of a case fit together."""
     asked = {canonicalize_name(each.name) for each in side.parsed}
     kept = [name for name in MEASURED if name in base and name not in asked]
     with tempfile.TemporaryDirectory(prefix="peft-gauge-") as name:
@@ -164,7 +163,7 @@ def _resolve(side: Side, base: Mapping[str, str]) -> list[Package]:
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     packages = [_package(each) for each in found]
     if any(each.name == FIXED for each in packages):  # the constraint forbids it
-        raise NoEnvironment(f"{side.name} would change {FIXED}, which both sides share here")
+        raise NoEnvironment(f"{side.name} would change {FIXED}, which both sides share")
     return packages
 
 
@@ -181,7 +180,7 @@ def _package(entry: Mapping[str, Any]) -> Package:
 
 
 def _install(packages: list[Package], folder: Path) -> None:
-    """Fill ``folder``: it is there whole or not at all."""
+    """Fill ``folder``; it ends up complete or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
@@ -199,12 +198,12 @@ def _install(packages: list[Package], folder: Path) -> None:
 
 
 def releases(library: str) -> list[Version]:
-    """The releases of ``library`` for this Python, the oldest first; pip leaves out pre-releases and yanked ones.
+    """The releases of ``library`` for this Python, oldest first, without pre-releases and yanked ones.
 
-    Raises `NoEnvironment` where pip knows none.
+    Raises `NoEnvironment` if pip lists none.
     """
     done = _pip("index", "versions", library)
-    if done.returncode != 0 or from_pip.no_answer(done.stderr):  # pip carries on with what another index has
+    if done.returncode != 0 or from_pip.no_answer(done.stderr):  # pip goes on with another index's releases
         raise _refusal(f"the releases of {library} cannot be listed", done.stderr)
     listed = re.search(r"^Available versions: (.+)$", done.stdout, re.MULTILINE)
     if listed is None:
@@ -218,10 +217,10 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _refusal(what: str, complaint: str) -> GaugeError:
-    """The error for ``what`` pip could not do, with its last error; `NoEnvironment` where the side is to blame."""
+    """The error for a failed pip call, with pip's last error; `NoEnvironment` if the requirements are the cause."""
     if from_pip.is_missing(complaint):
         return GaugeError(f"{what}: this Python has no pip; run: python -m ensurepip")
     said = one_line(from_pip.last_error(complaint), 250)
     if from_pip.no_answer(complaint):
-        return GaugeError(f"{what}: no answer from the package index; is there a network? ({said})")
+        return GaugeError(f"{what}: the package index does not respond; check the network ({said})")
     return NoEnvironment(f"{what}: {said}")

@@ -1,4 +1,4 @@
-"""A and B as two saved runs, and the comparison of these two with the verdict that pairs gave."""
+"""Save A and B as two runs and compare these, with the verdicts of the paired measurement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft_gauge.history.rules import Rules
 
 CHANGED = "CHANGED"
-"""Label of a fingerprint that differs: between two releases that is news, and no verdict."""
+"""Label of a changed fingerprint: between two releases this is information, not a verdict."""
 NO_OPERATOR = "no operator changed: machine or kernel"
 METRIC = "step_seconds"
 
@@ -30,7 +30,7 @@ METRIC = "step_seconds"
 def save(
     findings: Sequence[Finding], sides: tuple[Side, Side], options: Mapping[str, Any], results: Path
 ) -> tuple[Path, Path]:
-    """Both sides as saved runs, A's first, under ``results``; raises `GaugeError` as `write_run` does."""
+    """Save both sides as runs under ``results``, A's first; raises `GaugeError` as `write_run` does."""
     from pytest_benchmark import __version__
 
     paths = []
@@ -50,10 +50,10 @@ def save(
 
 
 def compared(findings: Sequence[Finding], paths: tuple[Path, Path], rules: Rules) -> Comparison:
-    """The comparison of both saved runs, in which the pairs of ``findings`` decide about times.
+    """The comparison of both saved runs, with the verdicts of ``findings`` on times.
 
-    Settings are read back from what a side built; where they differ, the releases made them differ, and they are told
-    instead of forbidding the comparison. A changed fingerprint is told and is no verdict.
+    A setting that differs was changed by the releases; it is reported and does not make the runs incomparable. A
+    changed fingerprint is reported without a verdict.
     """
     runs = []
     for number, path in enumerate(paths):
@@ -70,7 +70,7 @@ def compared(findings: Sequence[Finding], paths: tuple[Path, Path], rules: Rules
 
 
 def _comparable(record: schema.CaseRecord) -> schema.CaseRecord:
-    """Without its settings; and with a time's median for all its rounds, since it is not these that are judged."""
+    """``record`` without settings, and with one median time in place of its rounds: the pairs give the verdict."""
     figures = {name: value for name, value in record.figures.items() if name not in (SETTINGS, schema.SAMPLES)}
     samples = record.figures.get(schema.SAMPLES)
     if samples is not None:
@@ -86,9 +86,9 @@ def _decided(row: Row, finding: Finding, shape: str | None) -> Row:
     judged = finding.judged
     same = judged.verdict == "same"
     cause = None if same else shape or NO_OPERATOR
-    # The ratio of both sides' medians is not free of who came first, nor of how processes differ.
+    # The ratio of both sides' medians depends on which side came first and on differences between processes.
     row = replace(row, verdict=judged.verdict, ratio=judged.ratio, judged=judged, cause=cause, note=finding.note)
-    return replace(row, label="same") if same else row  # with a label it is shown: it answers what was asked
+    return replace(row, label="same") if same else row  # a label makes an unchanged time visible: it is the result
 
 
 def _settings(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
@@ -100,7 +100,7 @@ def _settings(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
 
 
 def told_differences(finding: Finding, limit: int = 20) -> list[str]:
-    """What the step does differently on B, a line each, after a line on which case; empty where nothing differs."""
+    """Lines on how B's step differs, after a line with the case's id; empty if nothing differs."""
     before, after = (record.figures.get(FINGERPRINT) for record in finding.records)
     if before is None or after is None:
         return []
@@ -108,4 +108,4 @@ def told_differences(finding: Finding, limit: int = 20) -> list[str]:
     if not texts:
         return []
     rest = [f"  and {len(texts) - limit} more"] if len(texts) > limit else []
-    return [f"{finding.records[0].id}: what a step does differently", *(f"  {text}" for text in texts[:limit]), *rest]
+    return [f"{finding.records[0].id}: changes in the step", *(f"  {text}" for text in texts[:limit]), *rest]

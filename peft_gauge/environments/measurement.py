@@ -1,8 +1,8 @@
-"""One case on two sides: its figures without noise from each, and the verdict on its step's time.
+"""Measure a case on two sides: deterministic metrics from each, and a verdict on the step time.
 
-How a process lies in memory makes its steps faster or slower for as long as it lives: two processes that ran the same
-code were seen up to 2.5 % apart, beyond what pairs of steps within them could tell. So several pairs of fresh processes
-are measured, and it is their ratios that are judged.
+The memory layout of a process makes its steps faster or slower for its whole life: two processes with the same code
+differed by up to 2.5 %, which pairs of steps within them cannot detect. Therefore several pairs of fresh processes are
+measured, and the verdict is based on their ratios.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Keep = Callable[[str, Sequence["ProcessPair"]], object]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a case showed on both sides.
+    """The result of a case on both sides.
 
-    ``records``: A's and B's, for a saved run each; ``machines``: what either side's process said of itself;
-    ``judged``: the verdict on B / A, with ``note`` on how it came about; ``None`` where a side did not run.
+    ``records``: A's and B's, each for a saved run; ``machines``: the `machine_info` of either side's process;
+    ``judged``: the verdict on B / A, with ``note`` on how it was reached; ``None`` if a side did not run.
     """
 
     records: tuple[CaseRecord, CaseRecord]
@@ -47,12 +47,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class ProcessPair:
-    """What one pair of processes showed of a case.
+    """The result of a case in one pair of processes.
 
-    ``records`` and ``machines``: as of a `Finding`; ``log_ratio``: of a step of B to one of A, ``None`` where a side
-    did not run; ``lead``: by how much the first step of a pair took longer, as the logarithm of a factor; ``a_first``:
-    whether A was started first; ``unsteady``: what was wrong with the host meanwhile
-    (`peft_gauge.clock.steadiness.host_unsteady`); ``note``: what else to know.
+    ``records`` and ``machines``: as in `Finding`; ``log_ratio``: logarithm of B's step time over A's, ``None`` if a
+    side did not run; ``lead``: log factor by which the first step of a pair is slower; ``a_first``: whether A was
+    started first; ``unsteady``: disturbances of the host meanwhile (`peft_gauge.clock.steadiness.host_unsteady`);
+    ``note``: any further remark.
     """
 
     records: tuple[CaseRecord, CaseRecord]
@@ -68,18 +68,18 @@ class ProcessPair:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> ProcessPair:
-        """Raises `KeyError`, `TypeError` or `ValueError` for what `as_json` did not make."""
+        """The inverse of `as_json`. Raises `KeyError`, `TypeError` or `ValueError` for an invalid value."""
         old, new = (CaseRecord(**record) for record in value["records"])
         machine_a, machine_b = value["machines"]
         if not isinstance(value["log_ratio"], float | None):
-            raise TypeError("a ratio that is no number")
+            raise TypeError("the ratio is not a number")
         told = {**value, "records": (old, new), "machines": (machine_a, machine_b)}
         return ProcessPair(**{**told, "unsteady": tuple(value["unsteady"])})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How both sides run: ``threads`` each, on ``cores`` that they share, in children that are ``program``."""
+    """How both sides run: ``threads`` each, on ``cores`` that they share, in children that run ``program``."""
 
     threads: int = 1
     cores: frozenset[int] | None = None
@@ -111,14 +111,14 @@ def compare_cases(
     known: Mapping[str, Sequence[ProcessPair]] | None = None,
     keep: Keep = lambda case_id, found: None,
 ) -> Iterator[Finding]:
-    """Each of ``cases`` on both sides, as soon as its verdict is clear or its pairs of processes are used up.
+    """Measure each of ``cases`` on both sides; yields each as soon as its verdict is clear or all pairs are used up.
 
-    A pair of processes measures all cases that are still undecided, one after the other: to start one takes several
-    times as long as the steps of a case. ``say`` is told how far it is; what each pair of processes showed of a case
-    is given to ``keep``, and what was kept before an interruption is ``known``.
+    A pair of processes measures all undecided cases in turn, since starting it takes several times as long as the
+    steps of a case. ``say`` receives progress messages; ``keep`` receives a case's pairs after each new one; ``known``
+    are pairs kept before an interruption.
 
-    Raises `NoEnvironment` where a side's process does not find the versions asked for. A side that cannot build a
-    case, or breaks in a step, is an outcome.
+    Raises `NoEnvironment` if a side's process does not find the requested versions. A side that cannot build a case or
+    fails in a step is an outcome.
     """
 
     def decided(found: Sequence[ProcessPair]) -> Finding | None:
@@ -138,9 +138,9 @@ def measure_pairs(
     known: Mapping[str, Sequence[ProcessPair]] | None = None,
     keep: Keep = lambda case_id, found: None,
 ) -> Iterator[tuple[ProcessPair, ...]]:
-    """What ``count`` pairs of processes show of each of ``cases``, as `compare_cases` measures them; nothing decides.
+    """``count`` pairs of processes for each of ``cases``, measured as by `compare_cases` but without a verdict.
 
-    Those of a case that does not run end with the pair that showed it.
+    If a case does not run, its pairs end with the failed pair.
     """
 
     def complete(found: Sequence[ProcessPair]) -> tuple[ProcessPair, ...] | None:
@@ -161,7 +161,7 @@ def _measured(
     known: Mapping[str, Sequence[ProcessPair]],
     keep: Keep,
 ) -> Iterator[Answer]:
-    """What ``answer`` makes of each case's pairs of processes, of which there are ``most``, as soon as it answers."""
+    """Yield ``answer`` of each case's pairs of processes as soon as it is not ``None``; at most ``most`` pairs."""
     found = {case.id: list(known.get(case.id, ())) for case in cases}
     left = []
     for case in cases:
@@ -172,7 +172,7 @@ def _measured(
             yield answered
     while left:
         number = min(len(found[case.id]) for case in left)
-        # Behind an interruption some cases can be one pair ahead, and wait: who comes first goes by the number.
+        # After an interruption some cases can be one pair ahead; they wait, since the pair's number sets the order.
         turn = [case for case in left if len(found[case.id]) == number]
         told = _numbered(say, number + 1, most)
         for case, each in _by_new_processes(environments, turn, number, rule, setting, told):
@@ -189,10 +189,10 @@ def _numbered(say: Say, number: int, most: int) -> Say:
 
 
 def _decided(found: Sequence[ProcessPair], rule: PairRule) -> Finding | None:
-    """What pairs of processes showed of a case together, or ``None`` where more are to be asked."""
+    """The finding over all pairs of processes, or ``None`` if more are needed."""
     if not found:
         return None
-    if found[-1].log_ratio is None:  # what does not run, or ran once and not again, is no sound case
+    if found[-1].log_ratio is None:  # a case that fails once is not valid, even if it ran before
         return Finding(found[-1].records, found[-1].machines, None, None)
     if len(found) not in PROCESS_PAIRS:
         return None
@@ -210,8 +210,8 @@ def _by_new_processes(
     setting: Setting,
     say: Say,
 ) -> Iterator[tuple[CaseSpec, ProcessPair]]:
-    """Each case by the ``number``-th pair of processes, counted from 0, or by yet another one behind a case that broke;
-    by the first pair also the figures without noise."""
+    """Measure each case in the ``number``-th pair of processes (from 0), or in a new one after a failed case; the first
+    pair also measures the deterministic metrics."""
     differing = {name for each in environments for name in each.packages}
     a_first = a_leads(number)
     left = list(cases)
@@ -236,7 +236,7 @@ def _of_case(say: Say, case: CaseSpec) -> Say:
 
 
 def _together(found: Sequence[ProcessPair], judged: Judgement) -> Finding:
-    """One finding out of what all pairs of processes showed."""
+    """One finding from all pairs of processes."""
     records = [
         replace(
             found[0].records[side],
@@ -256,7 +256,7 @@ def _together(found: Sequence[ProcessPair], judged: Judgement) -> Finding:
 
 
 def why_unsteady(found: Sequence[ProcessPair]) -> str | None:
-    """What was wrong with the host while pairs of processes were measured, with what the last of them told."""
+    """The host's disturbances while pairs of processes were measured, with details of the last; ``None`` if none."""
     unsteady = [each.unsteady for each in found if each.unsteady]
     if not unsteady:
         return None
@@ -272,7 +272,7 @@ def _once(
     rule: PairRule,
     say: Say,
 ) -> ProcessPair:
-    """``case`` by one pair of processes, with its figures without noise where it is to be ``described``."""
+    """``case`` in one pair of processes, with its deterministic metrics if ``described``."""
     a, b = sides
     records = _both(lambda worker: _built(worker, case, described), a, b, a_first)
     if any(record.outcome != "passed" for record in records):
@@ -295,8 +295,10 @@ def _once(
 
 
 def _both(ask: Callable[[Worker], Answer], a: Worker, b: Worker, a_first: bool = True) -> tuple[Answer, Answer]:
-    """What A and B answer, asked in this order or the other; they work on it at the same time. An interruption does
-    not wait for either."""
+    """Call ``ask`` for A and B at the same time, in this order or the reverse; returns A's result first.
+
+    An interruption does not wait for either.
+    """
     first, second = (a, b) if a_first else (b, a)
     with ThreadPoolExecutor(1) as pool:
         of_first = pool.submit(ask, first)
@@ -304,13 +306,13 @@ def _both(ask: Callable[[Worker], Answer], a: Worker, b: Worker, a_first: bool =
             of_second = ask(second)
             answers = of_first.result(), of_second
         except BaseException:
-            first.close()  # or the pool would wait for its answer
+            first.close()  # otherwise the pool would wait for its result
             raise
     return answers if a_first else answers[::-1]
 
 
 def shape_of(environment: Environment, case: CaseSpec, setting: Setting) -> tuple[CaseRecord, Mapping[str, Any]]:
-    """The figures without noise of ``case`` in ``environment``, and the machine; raises as `compare_case` does."""
+    """The deterministic metrics of ``case`` in ``environment``, and the machine; raises as `compare_case` does."""
     with setting.worker(environment) as worker:
         machine = worker.start()
         return _built(worker, case, described=True), machine
@@ -333,9 +335,9 @@ def _step(side: int, worker: Worker) -> Callable[[], float]:
 
 
 def _built(worker: Worker, case: CaseSpec, described: bool) -> CaseRecord:
-    """``case``, ready to step in ``worker``; its figures where it is ``described``."""
+    """Build ``case``, ready to step in ``worker``; with its metrics if ``described``."""
     try:
-        # A fingerprint leaves its job some steps old and its optimizer watched, so what is timed is built after it.
+        # A fingerprint takes steps and instruments the optimizer, so the timed job is built after it.
         figures = worker.describe(case) if described else {}
         worker.build(case)
     except WorkerFailed as failure:

@@ -1,6 +1,6 @@
-"""What a release of a library is asked in a bisection: one figure of one case, against the same figure of a reference.
+"""One probe of a bisection: a metric of one case with a release, against the same metric with a reference release.
 
-A time is judged in pairs of steps. A figure without noise is different or not; of a fingerprint, any part of it.
+A time is judged in pairs of steps. A deterministic metric is equal or not; of a fingerprint, any part can be selected.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     },
     "flops": ("flops", "product_flops", "flops_unknown"),
 }
-"""What can be asked of a fingerprint -> `Difference.what` that belongs to it."""
+"""Selectable part of a fingerprint -> the `Difference.what` values that belong to it."""
 
 SECOND_BUDGET = 3
-"""How many times the budget a release gets that could not be told with it."""
+"""Factor on the budget for a second try of an inconclusive release."""
 TOLD = 2
 
 
@@ -58,24 +58,24 @@ class Metric:
 
 
 def parse_metric(text: str) -> Metric:
-    """``method:figure``, or ``method:fingerprint:part``; raises `GaugeError`, with the nearest names where it can."""
+    """Parse ``method:figure`` or ``method:fingerprint:part``; raises `GaugeError`, with the nearest valid names."""
     method, *rest = (part.strip().replace(" ", "_") for part in text.split(":"))
     if not 1 <= len(rest) <= 2:
-        raise GaugeError(f"{text!r} is no metric; write METHOD:FIGURE, such as qlora:step_seconds or lora:fingerprint")
+        raise GaugeError(f"{text!r} is not a valid metric; write METHOD:METRIC, as in qlora:step_seconds")
     methods.get(method)
     if rest[0] not in FIGURES:
         raise unknown("figure", rest[0], FIGURES)
     if len(rest) == 1:
         return Metric(method, rest[0])
     if rest[0] != FINGERPRINT:
-        raise GaugeError(f"{text!r}: only a fingerprint has parts; write {method}:{rest[0]}")
+        raise GaugeError(f"{text!r} is not a valid metric: only a fingerprint has parts; write {method}:{rest[0]}")
     if rest[1] not in PARTS:
         raise unknown("part of a fingerprint", rest[1], PARTS)
     return Metric(method, FINGERPRINT, rest[1])
 
 
 def difference(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """How a figure without noise differs between two cases' figures, in words; ``None`` where it does not."""
+    """How a deterministic metric differs between two cases, as text; ``None`` if it is equal."""
     if metric.figure != FINGERPRINT:
         old, new = before.get(metric.figure), after.get(metric.figure)
         return None if old == new else f"{metric.figure}: {_told(old)} → {_told(new)}"
@@ -94,15 +94,15 @@ def _told(value: object) -> str:
 
 
 def rule_for(releases: int, rule: PairRule) -> PairRule:
-    """``rule`` with its error shared out over all the verdicts that bisecting ``releases`` needs, each asked twice."""
+    """``rule`` with its error divided among all verdicts that bisecting ``releases`` needs, two per release."""
     return replace(rule, error=rule.error / (2 * (expected_probes(releases) - 1)))
 
 
 @dataclass
 class Prober:
-    """Asks releases of ``library`` for ``metric``; what is answered is ``kept``, and not asked again.
+    """Probes releases of ``library`` for ``metric``; results are ``kept`` and reused.
 
-    ``beside``: what else both sides ask for; ``say`` is told how far it is, ``build`` makes an environment.
+    ``beside``: further requirements of both sides; ``say`` receives progress messages; ``build`` makes an environment.
     """
 
     library: str
@@ -117,7 +117,7 @@ class Prober:
     _reference: tuple[str, CaseRecord] | None = None
 
     def is_usable(self, release: str) -> Probe:
-        """Whether ``release`` installs and runs the case: good, and from then on the reference, or unusable."""
+        """Whether ``release`` installs and runs the case: good, and then the reference, or unusable."""
         known = self.kept.get(f"reference {release}", _known_shape)
         if known is None:
             known = self._shape(release)
@@ -131,7 +131,7 @@ class Prober:
         return Probe(release, "good", "the reference")
 
     def probe(self, release: str) -> Probe:
-        """``release`` against the reference."""
+        """Judge ``release`` against the reference."""
         known = self.kept.get(release, _known_answer)
         if known is None:
             known = self._timed(release) if self.metric.is_time else self._shaped(release)
@@ -143,7 +143,7 @@ class Prober:
         return self.build(self.beside.with_requirement(f"{self.library}=={release}"))
 
     def _shape(self, release: str) -> tuple[CaseRecord | None, str]:
-        """The case's record, or ``None`` and why there is none."""
+        """The case's record, or ``None`` and the reason."""
         self.say(f"{self.library} {release}")
         try:
             record, _ = shape_of(self._environment(release), self.case, self.setting)
@@ -175,7 +175,7 @@ class Prober:
                 return "unusable", str(error)
             old, new = finding.records
             if old.outcome != "passed":
-                raise GaugeError(f"the reference {old.outcome}, which had run before: {old.reason}")
+                raise GaugeError(f"the reference ran before but now {old.outcome}: {old.reason}")
             if finding.judged is None:
                 return "unusable", f"{new.outcome}: {new.reason}"
             answer, why = _answer(finding.judged), _words(finding.judged, finding.note)
@@ -198,14 +198,14 @@ def _known_shape(kept: Mapping[str, Any]) -> tuple[CaseRecord | None, str]:
 
 def _known_answer(kept: Mapping[str, Any]) -> tuple[Answer, str]:
     if kept["answer"] not in get_args(Answer):
-        raise ValueError(f"no answer: {kept['answer']!r}")
+        raise ValueError(f"not a valid result: {kept['answer']!r}")
     return kept["answer"], kept["why"]
 
 
 def prober(
     library: str, beside: Side, case: CaseSpec, metric: Metric, rule: PairRule, setting: Setting, releases: list[str]
 ) -> Prober:
-    """A `Prober` that remembers what was answered to the same question before."""
+    """A `Prober` that reuses earlier results of the same bisection."""
     work = {
         "library": library,
         "releases": releases,

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal's standard error, elsewhere nothing."""
+"""A progress bar on a terminal's standard error; elsewhere nothing is shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Display:
-    """One bar: `say` tells what is going on, `advance` counts parts as done, `print` leaves a line above the bar."""
+    """One bar: `say` sets its text, `advance` counts finished parts, `print` writes a line above the bar."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -23,7 +23,7 @@ class Display:
         self._progress.advance(self._task, parts)
 
     def print(self, text: str) -> None:
-        """A result, to standard output; a bar is taken away for it and drawn again below."""
+        """Print a result to standard output; the bar is removed and drawn again below it."""
         self._progress.stop()
         print(text, flush=True)
         self._progress.start()
@@ -31,7 +31,7 @@ class Display:
 
 @contextmanager
 def bar(parts: int) -> Iterator[Display]:
-    """A bar of ``parts``, with the time that is left if the rest takes as long as what is done."""
+    """A bar of ``parts``, with the estimated time left."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""What one side of a comparison asks for: requirements as pip writes them, several in one text."""
+"""The requirements of one side of a comparison: pip requirements, several in one text."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SEPARATOR = re.compile(r"[\s,]+(?![^\[]*\])")  # not within the brackets of ext
 
 @dataclass(frozen=True)
 class Side:
-    """The requirements of one side, one a library, sorted; none of them: what is installed."""
+    """The requirements of one side, one per library, sorted; none of them means the installed packages."""
 
     requirements: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """As shown in tables and saved with a run."""
+        """The name in tables and saved runs."""
         return " ".join(self.requirements) or AS_INSTALLED
 
     @property
@@ -33,7 +33,7 @@ class Side:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it means the same releases tomorrow: every requirement names one version."""
+        """Whether it resolves to the same releases tomorrow: every requirement names one version."""
         return all(
             any(each.operator in ("==", "===") and "*" not in each.version for each in requirement.specifier)
             for requirement in self.parsed
@@ -45,31 +45,31 @@ class Side:
 
 
 def parse_side(text: str) -> Side:
-    """The side that ``text`` asks for: requirements with spaces or commas between them; nothing or ``.`` for none.
+    """Parse one side: requirements separated by spaces or commas; empty or ``.`` for the installed packages.
 
-    Raises `GaugeError` for what is no requirement, a library named twice, and a condition (``; python_version…``).
+    Raises `GaugeError` for an invalid requirement, a library named twice, or a marker (``; python_version…``).
     """
     if text.strip() in ("", "."):
         return Side(())
     if ";" in text:
-        raise GaugeError(f"{text!r}: a condition after ';' is not understood here; leave it away")
+        raise GaugeError(f"{text!r}: markers after ';' are not supported; leave them out")
     found: dict[str, Requirement] = {}
     for part in _parts(text):
         try:
             requirement = Requirement(part)
         except InvalidRequirement as error:
-            raise GaugeError(f"{part!r} is no requirement; write it as for pip, such as 'peft==0.20.0'") from error
+            raise GaugeError(f"{part!r} is not a valid requirement; write it as for pip: 'peft==0.20.0'") from error
         name = canonicalize_name(requirement.name)
         if name in found:
-            raise GaugeError(f"{text!r} names {requirement.name} twice; give one requirement a library")
+            raise GaugeError(f"{text!r} names {requirement.name} twice; give one requirement per library")
         if name == "peft-gauge":
-            raise GaugeError("peft-gauge measures both sides and is itself on neither; compare other libraries")
+            raise GaugeError("peft-gauge measures both sides and cannot be compared itself; compare other libraries")
         found[name] = requirement
     return Side(tuple(str(found[name]) for name in sorted(found)))
 
 
 def _parts(text: str) -> list[str]:
-    """One text a requirement. Spaces and commas also stand within one: ``peft >= 0.18, < 0.20``, ``peft @ URL``."""
+    """One text per requirement. Spaces and commas may occur within one: ``peft >= 0.18, < 0.20``, ``peft @ URL``."""
     parts: list[str] = []
     for token in filter(None, _SEPARATOR.split(text.strip())):
         if parts and (parts[-1].endswith("@ ") or _OPERATOR.search(parts[-1][-1])):
@@ -84,23 +84,23 @@ def _parts(text: str) -> list[str]:
 
 
 def parse_library(text: str) -> str:
-    """The canonical name of a library, such as ``bitsandbytes``; raises `GaugeError` for anything more or else."""
+    """The canonical name of a library, such as ``bitsandbytes``; raises `GaugeError` for anything but a name."""
     try:
         requirement = Requirement(text)
     except InvalidRequirement as error:
-        raise GaugeError(f"{text!r} is no library's name") from error
+        raise GaugeError(f"{text!r} is not a valid library name") from error
     if str(requirement) != requirement.name:
-        raise GaugeError(f"{text!r}: give the library's name alone; the releases come as FIRST..LAST after it")
+        raise GaugeError(f"{text!r}: give the library's name alone, then the releases as FIRST..LAST")
     return canonicalize_name(requirement.name)
 
 
 def parse_range(text: str) -> tuple[Version, Version]:
-    """``"0.46.0..0.50.2"`` as two versions; raises `GaugeError` for anything else, and where the first is not lower."""
+    """``"0.46.0..0.50.2"`` as two versions; raises `GaugeError` if it is invalid or the first is not lower."""
     first, _, last = text.partition("..")
     try:
         low, high = Version(first), Version(last)
     except InvalidVersion as error:
-        raise GaugeError(f"{text!r} is no range of releases; write FIRST..LAST, such as 0.46.0..0.50.2") from error
+        raise GaugeError(f"{text!r} is not a valid range; write FIRST..LAST, such as 0.46.0..0.50.2") from error
     if not low < high:
         raise GaugeError(f"{text}: the first release must be older than the last")
     return low, high

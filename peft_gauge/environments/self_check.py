@@ -1,7 +1,7 @@
-"""What this host can resolve: the same code on both sides, by a fixed number of pairs of processes.
+"""The smallest change this host can resolve, from pairs of processes with the same code on both sides.
 
-The true ratio is 1. So their mean shows a bias, how they scatter shows the noise, and from the noise follows which
-differences a comparison on this host would find.
+The true ratio is 1. The mean of the measured ratios shows the bias and their scatter the noise; the noise gives the
+smallest difference that a comparison on this host would detect.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 LEAST_PAIRS = 4
 BIAS_ERRORS = 2
-"""So many standard errors from 0 a mean of log ratios is called a bias, as one in twenty is by chance."""
+"""A mean of log ratios more than this many standard errors from 0 is called a bias; one in twenty is by chance."""
 POWER = 0.8
-"""The share of comparisons in which the smallest difference is found that is called so."""
+"""The share of comparisons that must detect a slowdown of the reported smallest size."""
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look at so many pairs of processes can decide on this host.
+    """The resolution of a comparison with ``pairs`` pairs of processes on this host.
 
-    ``half_width``: of the interval, as a log ratio; ``smallest``: the smallest slowdown, as a share, that is called
-    worse in `POWER` of all comparisons, were this the only look.
+    ``half_width``: of the interval, as a log ratio; ``smallest``: the smallest relative slowdown that is judged worse
+    in `POWER` of all comparisons, if this were the only evaluation.
     """
 
     pairs: int
@@ -40,12 +40,12 @@ class Looked:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What pairs of processes of the same code showed, as log ratios.
+    """The result of pairs of processes with the same code, as log ratios.
 
-    ``bias`` is their mean and ``standard_error`` its error; ``first`` is what it costs to be started first (half of the
-    difference between the means where A was and where B was), which ``bias`` is free of; ``spread``: their standard
-    deviation beside ``first``; ``looks``: one for each of `PROCESS_PAIRS`; ``judged``: what a comparison of these
-    very pairs says, at the last of its looks that they are enough for.
+    ``bias``: their mean, and ``standard_error`` its error; ``first``: the cost of being started first (half of the
+    difference between the means with A first and with B first), which ``bias`` does not contain; ``spread``: their
+    standard deviation apart from ``first``; ``looks``: one for each of `PROCESS_PAIRS`; ``judged``: the verdict of a
+    comparison on these pairs, at the last evaluation that they suffice for.
     """
 
     pairs: int
@@ -62,15 +62,15 @@ class Resolution:
 
 
 def resolution(log_ratios: Sequence[float], a_first: Sequence[bool], rule: PairRule) -> Resolution:
-    """``log_ratios`` of B / A, one from each pair of processes, and whether A ``a_first``.
+    """The resolution from ``log_ratios`` of B / A, one per pair of processes, and whether A was started first in each.
 
-    Raises `GaugeError` for fewer than `LEAST_PAIRS`, or where one side was always first.
+    Raises `GaugeError` for fewer than `LEAST_PAIRS`, or if one side was always first.
     """
     sides = [
         [ratio for ratio, first in zip(log_ratios, a_first, strict=True) if first is by_a] for by_a in (True, False)
     ]
     if len(log_ratios) < LEAST_PAIRS or min(map(len, sides)) < 2:
-        raise GaugeError(f"a self-check needs {LEAST_PAIRS} pairs of processes at least, not {len(log_ratios)}")
+        raise GaugeError(f"a self-check needs at least {LEAST_PAIRS} pairs of processes, got {len(log_ratios)}")
     by_a, by_b = map(statistics.fmean, sides)
     within = [ratio - mean for side, mean in zip(sides, (by_a, by_b), strict=True) for ratio in side]
     spread = math.sqrt(math.fsum(each**2 for each in within) / (len(within) - 2))
@@ -82,7 +82,7 @@ def resolution(log_ratios: Sequence[float], a_first: Sequence[bool], rule: PairR
 
 
 def _look(pairs: int, deviation: float, rule: PairRule) -> Looked:
-    """From the standard deviation of pairs of processes, with the effect of who is first, as a comparison has it."""
+    """The resolution, from the standard deviation of pairs of processes with the effect of the order included."""
     from scipy.special import stdtrit
 
     error = deviation / math.sqrt(pairs)
@@ -100,27 +100,27 @@ def _judged(log_ratios: Sequence[float], rule: PairRule) -> Judgement:
 
 
 def told(found: Resolution, name: str, lead: float, unsteady: str | None) -> list[str]:
-    """``found`` in lines.
+    """``found`` as lines of text.
 
-    ``name`` is the case's; ``lead``: by how much the first step of a pair took longer, as the logarithm of a factor;
-    ``unsteady``: what was wrong with the host.
+    ``name``: the case's id; ``lead``: log factor by which the first step of a pair is slower; ``unsteady``:
+    disturbances of the host.
     """
     wrong = found.judged.verdict in ("worse", "better")
-    verdict = f"{found.judged.verdict}: WRONG, for both sides are the same" if wrong else found.judged.verdict
+    verdict = f"{found.judged.verdict}: WRONG, both sides are the same" if wrong else found.judged.verdict
     bias = f"a bias, more than {BIAS_ERRORS} standard errors (1 check in 20 shows one by chance)"
     lines = [
         f"{name}: {found.pairs} pairs of processes, the same code on both sides",
         f"  B against A: {_signed(found.bias)} %, standard error {100 * found.standard_error:.2f} %: "
         f"{bias if found.is_biased else 'no bias'}",
         f"  pairs of processes scatter by {100 * found.spread:.2f} %",
-        f"  to be started first costs {_signed(found.first)} %, to step first {_signed(lead)} %; "
-        "the order takes both out",
+        f"  cost of being started first {_signed(found.first)} %, of stepping first {_signed(lead)} %; "
+        "the alternating order cancels both",
         f"  {unsteady or 'the host was steady'}",
-        "  what a comparison can decide on this host:",
+        "  resolution of a comparison on this host:",
     ]
     lines += [
-        f"    {each.pairs:2} pairs: known to ±{_percent(each.half_width)}, "
-        f"a slowdown of {100 * each.smallest:.1f} % is found in {100 * POWER:.0f} of 100"
+        f"    {each.pairs:2} pairs: interval ±{_percent(each.half_width)}; "
+        f"a slowdown of {100 * each.smallest:.1f} % is detected in {100 * POWER:.0f} of 100 comparisons"
         for each in found.looks
     ]
     return [*lines, f"  verdict on these pairs: {verdict}"]

@@ -1,4 +1,4 @@
-"""What is finished of a long piece of work, kept in the user's cache so that the same command goes on from there."""
+"""Finished parts of a long command, saved in the user's cache so that running the command again resumes it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.files import write_whole
 
 FORMAT = 2
-"""The form of a file: ``{"format": 2, "parts": {name: part}}``. The first form was the parts alone; its pairs of
-processes had A first in all of them, so none of them can be used."""
+"""Format of a file: ``{"format": 2, "parts": {name: part}}``. Format 1 was the bare parts; all its pairs of processes
+had A first, so they cannot be used."""
 
 Part = TypeVar("Part")
 
 
 class Kept:
-    """A file of finished parts by name; what is put is on the disk before `put` returns.
+    """A file of finished parts by name; `put` returns after the part is on disk.
 
-    ``work``: all that changes what the parts would be, as JSON; other work has another file. A file of another `FORMAT`
-    is not used, and `unused` says so.
+    ``work``: everything that determines the parts, as JSON; other work has another file. A file of another `FORMAT` is
+    ignored and reported by `unused`.
     """
 
     def __init__(self, kind: str, work: Any) -> None:
@@ -37,7 +37,7 @@ class Kept:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise GaugeError(f"{self.path} cannot be read; remove it to begin anew") from error
+            raise GaugeError(f"cannot read {self.path}; remove it to start over") from error
         if not isinstance(content, dict):
             raise self._no_work()
         if content.get("format") != FORMAT:
@@ -48,25 +48,25 @@ class Kept:
         return parts
 
     def _no_work(self) -> GaugeError:
-        return GaugeError(f"{self.path} holds no finished work; remove it to begin anew")
+        return GaugeError(f"{self.path} contains no finished work; remove it to start over")
 
     def unused(self) -> str | None:
-        """One line on files of this kind of work that another version of the project kept, or ``None``.
+        """One line on files of this kind that another version of the project saved, or ``None``.
 
-        What is asked of the work belongs to its file's name, and can change between versions; so all files count.
+        All files count: the file name depends on the work's description, which can change between versions.
         """
         found = [path for path in sorted(self.path.parent.glob("*.json")) if _is_of_another_format(path)]
         if not found:
             return None
         what = f"{found[0]} was" if len(found) == 1 else f"{len(found)} files in {self.path.parent} were"
-        return f"{what} kept by another version of peft-gauge and cannot be used; remove {_them(len(found))}"
+        return f"{what} saved by another version of peft-gauge and cannot be used; remove {_them(len(found))}"
 
     def __len__(self) -> int:
         return len(self._parts)
 
     def get(self, name: str, read: Callable[[Any], Part] = lambda value: value) -> Part | None:
-        """The part called ``name`` as ``read`` makes it, or ``None``; `GaugeError` where ``read`` can make nothing of
-        it, which it says by a `KeyError`, `TypeError` or `ValueError`."""
+        """The part called ``name``, converted by ``read``, or ``None``; `GaugeError` if ``read`` raises `KeyError`,
+        `TypeError` or `ValueError`."""
         if name not in self._parts:
             return None
         try:
@@ -80,10 +80,10 @@ class Kept:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, json.dumps({"format": FORMAT, "parts": self._parts}, allow_nan=False))
         except OSError as error:
-            raise GaugeError(f"cannot keep what is finished in {self.path}: {error.strerror or error}") from error
+            raise GaugeError(f"cannot save finished work to {self.path}: {error.strerror or error}") from error
 
     def forget(self) -> None:
-        """Remove the file: the work is done."""
+        """Remove the file after the work is done."""
         self._parts = {}
         self.path.unlink(missing_ok=True)
 
@@ -95,7 +95,7 @@ def _content(path: Path) -> Any:
 def _is_of_another_format(path: Path) -> bool:
     try:
         content = _content(path)
-    except (OSError, ValueError):  # of no format; whose work it is learns of it when it is read
+    except (OSError, ValueError):  # unreadable: reported where the file is used
         return False
     return isinstance(content, dict) and content.get("format") != FORMAT
 

@@ -1,11 +1,10 @@
-"""A long-lived process in an environment, which takes a step when it is asked to.
+"""A long-lived process in an environment that takes training steps on request.
 
-The parent asks in lines of JSON on the child's standard input and is answered in lines of JSON on what was its
-standard output; whatever a library prints goes to a file, whose last line is what a dead child had to say. The child
-lives in a session of its own: Ctrl-C reaches the parent only, which kills the child's whole group. Without a parent
-the child reads the end of its input, and ends. It is never forked from a preloaded process
-(`peft_gauge.isolation.fork_server`): its libraries are others, and how processes differ in how they lie in memory is
-part of what is compared.
+Requests and responses are lines of JSON on the child's standard input and its original standard output; library output
+goes to a file, whose last line is part of the message if the child dies. The child has its own session: Ctrl-C reaches
+only the parent, which kills the child's process group. If the parent dies, the child reads the end of its input and
+ends. It is never forked from a preloaded process (`peft_gauge.isolation.fork_server`): its libraries differ, and
+differences in memory layout between processes are part of the comparison.
 
 Run as a program, this module is the child.
 """
@@ -39,14 +38,14 @@ START_SECONDS = 120.0  # imports from a cold disk
 BUILD_SECONDS = 600.0
 STEP_SECONDS = 300.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-THREADS = Path("/proc/self/task")  # of this process; Linux only, as affinity is
+THREADS = Path("/proc/self/task")  # threads of this process; Linux only, as is affinity
 
 Failure = Literal["failed", "crashed", "timed-out"]
 
 
 @dataclass(frozen=True)
 class CaseSpec:
-    """A case by names, as both sides build it for themselves; see `peft_gauge.training.cases.Case` for the fields."""
+    """A case by names, as each side builds it; see `peft_gauge.training.cases.Case` for the fields."""
 
     model: str
     method: str
@@ -62,7 +61,7 @@ class CaseSpec:
 
 
 class WorkerFailed(Exception):
-    """What was asked for did not come about: ``failed`` (refused, with a reason), ``crashed`` or ``timed-out``."""
+    """A request failed: ``failed`` (refused, with a reason), ``crashed`` or ``timed-out``."""
 
     def __init__(self, outcome: Failure, reason: str) -> None:
         super().__init__(reason)
@@ -73,9 +72,9 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """A child in ``environment`` with ``threads`` threads; a context, at whose end the child is dead.
+    """A child in ``environment`` with ``threads`` threads; a context manager that kills the child at the end.
 
-    ``cores``: those that it may run on, ``None`` for all; ``program``: the module that is the child.
+    ``cores``: cores it may run on, ``None`` for all; ``program``: the module that the child runs.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Kill the child and whatever it started."""
+        """Kill the child and all processes it started."""
         self._kill()
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
@@ -127,9 +126,9 @@ class Worker:
         self._folder.cleanup()
 
     def start(self, also: Iterable[str] = ()) -> dict[str, Any]:
-        """The machine as the child sees it: `machine_info`, with the overlay's packages and ``also`` as libraries.
+        """The child's `machine_info`; its libraries include the overlay's packages and ``also``.
 
-        Raises `NoEnvironment` where the child does not find the versions that the side asks for.
+        Raises `NoEnvironment` if the child does not find the versions that the side requires.
         """
         try:
             return self._ask(
@@ -144,26 +143,26 @@ class Worker:
             raise NoEnvironment(f"{self.environment.side.name}: {failure.reason}") from failure
 
     def describe(self, case: CaseSpec) -> dict[str, Any]:
-        """The figures without noise of ``case``; see `_Child.describe`."""
+        """The deterministic metrics of ``case``; see `_Child.describe`."""
         return self._ask(BUILD_SECONDS, "describe", **asdict(case))
 
     def build(self, case: CaseSpec) -> None:
-        """Build ``case`` afresh, ready to step, in place of the one before."""
+        """Build ``case`` anew, ready to step, in place of the previous one."""
         self._ask(BUILD_SECONDS, "build", **asdict(case))
 
     def step(self) -> float:
-        """Take one training step of the case last built: its seconds, by the device's clock where there is one."""
+        """Take one training step of the case built last; returns seconds, by the device's clock if it has one."""
         return self._ask(STEP_SECONDS, "step")
 
     def _ask(self, limit_seconds: float, what: str, **arguments: Any) -> Any:
-        """The child's answer; raises `WorkerFailed` where it has none."""
+        """The child's response; raises `WorkerFailed` if there is none."""
         timer = threading.Timer(limit_seconds, self._kill)
         timer.daemon = True
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         timer.start()
         try:
-            with contextlib.suppress(BrokenPipeError):  # it is dead, which the missing answer says
+            with contextlib.suppress(BrokenPipeError):  # a dead child is detected by the missing response
                 self._child.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
                 self._child.stdin.flush()
             line = self._child.stdout.readline()
@@ -188,14 +187,14 @@ class Worker:
             return WorkerFailed("timed-out", late)
         ended = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         lines = [line for line in self._output.read_text(errors="replace").splitlines() if line.strip()]
-        return WorkerFailed("crashed", f"{ended}; last words: {one_line(lines[-1], 200)}" if lines else ended)
+        return WorkerFailed("crashed", f"{ended}; last output: {one_line(lines[-1], 200)}" if lines else ended)
 
 
 def quietest_cores(threads: int) -> frozenset[int] | None:
-    """As many cores as ``threads``, the least busy ones, for both sides to share; ``None`` where that is not to be had.
+    """The ``threads`` least busy cores, for both sides to share; ``None`` where affinity is unavailable.
 
-    On cores of their own one side can sit beside a busy neighbour and the other not: of 200 pairs of the same code the
-    interval was up to ±7 % wide so, and never more than ±1.4 % on a shared core.
+    With separate cores one side can have a busy neighbour and the other not: the interval of 200 pairs with the same
+    code was then up to ±7 % wide, and never more than ±1.4 % on shared cores.
     """
     import psutil
 
@@ -232,8 +231,8 @@ class _Child:
         return {**info, "libraries": {**info["libraries"], **{name: _version(name) for name in (*packages, *also)}}}
 
     def describe(self, **names: Any) -> dict[str, Any]:
-        """The figures of the case: what it is (`cases.described`), ``trainable_params``, its ``fingerprint`` and what
-        of it has a direction, ``flops_per_step`` (absent where they are not all known) and ``allocated_peak_bytes``."""
+        """The case's description (`cases.described`), ``trainable_params``, ``fingerprint``, ``allocated_peak_bytes``
+        and ``flops_per_step`` (absent unless all FLOPs are known)."""
         from peft_gauge.counting import count
         from peft_gauge.fingerprint import fingerprint
         from peft_gauge.training.cases import described
@@ -267,12 +266,12 @@ class _Child:
 
 
 def keep_to(cores: Collection[int]) -> None:
-    """Keep every thread of this process to ``cores``, and with them those that they start.
+    """Pin every thread of this process, and the threads they start, to ``cores``.
 
-    Done when all is imported, which both sides do at the same time and on whatever cores there are.
+    Done after the imports, which both sides do at the same time on any core.
     """
     for thread in THREADS.iterdir():
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread.name), cores)
 
 
@@ -296,27 +295,27 @@ def _timed_step(job: TrainingJob, stopwatch: Any) -> Callable[[], float]:
 
 
 def _with_direction(record: Mapping[str, Any]) -> dict[str, int]:
-    """Of a fingerprint, the totals of which less is better."""
+    """Totals of a fingerprint for which less is better."""
     flops = {"flops_per_step": sum(sum(each.values()) for each in record["flops"].values())}
     return {"allocated_peak_bytes": record["peak_bytes"]["total"], **(flops if record["flops_complete"] else {})}
 
 
 def check_versions(requirements: Iterable[str], packages: Mapping[str, str]) -> None:
-    """Raise `GaugeError` unless this process finds the overlay's ``packages``, and what the ``requirements`` say."""
+    """Raise `GaugeError` unless this process finds the overlay's ``packages`` and meets the ``requirements``."""
     for name, version in packages.items():
         found = _version(name)
         if found != version:
-            raise GaugeError(f"{name} {version} was installed, but {found or 'none'} is found before it")
+            raise GaugeError(f"installed {name} {version}, but {found or 'none'} comes first on the path")
     for requirement in map(Requirement, requirements):
         found = _version(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
-            raise GaugeError(f"{requirement} was asked for, but {requirement.name} {found or 'is missing'} is found")
+            raise GaugeError(f"{requirement} is required, but {requirement.name} {found or 'is missing'} is found")
 
 
 def check_imports(packages: Mapping[str, str]) -> None:
-    """Raise `GaugeError` where a module of ``packages`` came from elsewhere than their distribution lies.
+    """Raise `GaugeError` if a module of ``packages`` was imported from outside its distribution's folder.
 
-    Metadata and modules are looked up apart: a hook of an editable installation could serve another version's.
+    Metadata and modules are found separately: an editable installation's hook could serve another version's module.
     """
     for name in packages:
         distribution = metadata.distribution(name)
@@ -340,13 +339,13 @@ def _answer(child: Any, line: str) -> str:
         return json.dumps({"value": getattr(child, what)(**arguments)}, allow_nan=False)
     except GaugeError as error:
         failed = ["failed", str(error)]
-    except Exception as error:  # told to the parent, whose case has failed
+    except Exception as error:  # reported to the parent as a failed case
         failed = ["crashed", f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"]
     return json.dumps({"failed": failed})
 
 
 def serve(child: Any) -> None:
-    """Answer until the input ends, on standard output; what a library prints there goes to standard error instead."""
+    """Respond on standard output until the input ends; library output goes to standard error instead."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         for line in sys.stdin:

@@ -1,8 +1,8 @@
-"""The noise-free shape of a training step: operators, FLOPs, bytes, dtypes, and the first losses.
+"""The deterministic shape of a training step: operators, FLOPs, bytes, dtypes, and the first losses.
 
-Clocks differ from run to run; what a step *does* does not. A fingerprint of the same job is the same in every process
-and with every number of threads (its losses: to rounding), so a change between two library versions shows on any
-machine, at once and without repetition. `peft_gauge.history.fingerprints` compares two of them.
+Timings vary between runs; the operations of a step do not. A fingerprint of the same job is the same in every process
+and with any number of threads (losses up to rounding). A change between two library versions is therefore visible on
+any machine without repetition. `peft_gauge.history.fingerprints` compares two fingerprints.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from peft_gauge.memory.ledger import Snapshot
 
 VERSION = 1
-"""Of the record's layout and of what its numbers mean; records of two versions are not compared."""
+"""Version of the record's layout and meaning; records of different versions are not compared."""
 
 PHASES = (FORWARD, BACKWARD, OPTIMIZER)
 WARM_UP_STEPS = 2
 
 
 class Job(Protocol):
-    """What is fingerprinted: a training job that has taken no step yet.
+    """The job to fingerprint: a training job that has not taken a step yet.
 
     ``forward`` runs the next batch and sets ``loss``, a scalar; ``backward`` adds its gradients; ``optimizer_step``
     updates the weights; ``clear`` drops gradients and graph.
@@ -65,25 +65,26 @@ class Job(Protocol):
 
 
 def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: int = 1) -> dict[str, Any]:
-    """What the third step of a fresh ``job`` does, and the losses of all three; a JSON value with keys in fixed order.
+    """The operations of the third step of a new ``job``, and the losses of all three; JSON with keys in fixed order.
 
-    ``micro_batches``: forward and backward passes before each update; ``adapter_bytes``: size of the saved adapter, if
-    it was saved. The record holds:
+    ``micro_batches``: forward and backward passes per optimizer step; ``adapter_bytes``: size of the saved adapter, if
+    it was saved. The record contains:
 
     - ``operators``: phase -> operator -> module (indices folded) -> calls;
     - ``flops``: phase -> operator -> FLOPs of matrix products; ``product_flops``: phase -> dtype of the operands ->
       FLOPs; ``flops_complete``: whether all products have a formula. If not, ``flops_unknown`` has the operators
       without one and their calls, and FLOPs are lower bounds;
     - ``bytes``: phase -> bytes that operators ``read`` and ``written``, and bytes of the storages ``allocated``;
-    - ``peak_bytes`` and ``resident_bytes``: live storages at the most within the step and after it, by category
-      (``adapter_weights`` are the trainable ones); ``saved_activation_bytes``: those born forward and alive after it;
-    - ``trainable``: parameters by dtype, and in all; ``adapter_bytes``;
+    - ``peak_bytes`` and ``resident_bytes``: live storages at the peak of the step and after it, by category
+      (``adapter_weights`` are the trainable ones); ``saved_activation_bytes``: storages allocated in forward and alive
+      after it;
+    - ``trainable``: parameters by dtype, and in total; ``adapter_bytes``;
     - ``losses``: before any update, after one, and after two.
 
-    Raises `GaugeError` for a job that has taken steps before, and for a loss that is no finite number.
+    Raises `GaugeError` for a job that has already taken steps, and for a loss that is not finite.
     """
     if job.optimizer.state:
-        raise GaugeError("a fingerprint starts from fresh weights, and this job has taken a step; build it anew")
+        raise GaugeError("this job has already taken a step, but a fingerprint needs initial weights; build a new job")
     losses = [_plain_step(job, micro_batches, number) for number in range(1, WARM_UP_STEPS + 1)]
     recorder = _Recorder(Places(job.model))
     tracker = StorageTracker(vocabulary=_vocabulary(job.model))
@@ -121,13 +122,13 @@ def _plain_step(job: Job, micro_batches: int, number: int) -> float:
 
 
 def _recorded_step(job: Job, micro_batches: int, recorder: _Recorder, tracker: StorageTracker) -> float:
-    """The same step, recorded; the job is cleared after it."""
+    """Take the same step with recording, and clear the job afterwards."""
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
         recorder.phase = name
-        # The tracker comes innermost: it makes the engine add gradients in place, as without a mode, and the recorder
-        # is to see that.
+        # The tracker is innermost: it makes the engine add gradients in place, as without a mode, and the recorder has
+        # to see that.
         with recorder, tracker, tracker.phase(name):
             yield
 
@@ -149,7 +150,7 @@ def _loss(job: Job, step: int) -> float:
     assert job.loss is not None, "forward sets the loss"
     loss = float(job.loss.detach())
     if not math.isfinite(loss):
-        raise GaugeError(f"the loss of step {step} is {loss}; a fingerprint needs a job that can be trained")
+        raise GaugeError(f"the loss of step {step} is {loss}; a fingerprint needs a job with finite losses")
     return loss
 
 
@@ -157,7 +158,7 @@ def _loss(job: Job, step: int) -> float:
 
 
 def _adopt(tracker: StorageTracker, job: Job) -> None:
-    """Name what exists before the step; other tensors (the batch) count from the operator on that first uses them."""
+    """Label the tensors from before the step; others (the batch) count from the first operator that uses them."""
     tracker.adopt(job.model.buffers(), BUFFERS)
     for parameter in job.model.parameters():
         tracker.adopt(parameter, ADAPTER_WEIGHTS if parameter.requires_grad else BASE_WEIGHTS)
@@ -168,7 +169,7 @@ def _adopt(tracker: StorageTracker, job: Job) -> None:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """The width by which the tracker knows logits; without one they count as activations."""
+    """The size by which the tracker recognizes logits; without it they count as activations."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     return size if isinstance(size, int) else None
 
@@ -178,7 +179,7 @@ def _by_category(snapshot: Snapshot) -> dict[str, int]:
 
 
 def _traffic(phase: str, recorder: _Recorder, tracker: StorageTracker) -> dict[str, int]:
-    # A storage without an operator was there before, and only came to light in this step.
+    # A storage without an operator existed before this step and was only discovered in it.
     born = (record.nbytes for record in tracker.records if record.phase == phase and record.operator)
     return {"read": recorder.read[phase], "written": recorder.written[phase], "allocated": sum(born)}
 
@@ -187,7 +188,7 @@ def _traffic(phase: str, recorder: _Recorder, tracker: StorageTracker) -> dict[s
 
 
 class _Recorder(DispatchMode):
-    """Counts what is dispatched while it is entered; the caller sets ``phase``."""
+    """Counts all dispatched operators while it is active; the caller sets ``phase``."""
 
     def __init__(self, places: Places) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What one operator does, from its schema and its arguments alone: FLOPs, bytes read and bytes written.
+"""FLOPs, bytes read and bytes written by one operator, from its schema and its arguments.
 
 FLOPs are those of matrix products (`peft_gauge.flops`); elementwise arithmetic counts none. Bytes are those of the
-tensors an operator is given and makes, element count × element size: what a kernel must touch at least if it uses every
-element of its operands once. A lookup, such as an embedding's, reads less.
+operator's input and output tensors, element count × element size: the least traffic of a kernel that uses every element
+of its operands once. A lookup, such as an embedding's, reads less.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _WITHOUT_PRODUCTS = (
     "bitsandbytes::int8_mm_dequant",
     "bitsandbytes::optimizer_",
 )
-"""Beginnings of the names of library operators that work element by element."""
+"""Prefixes of the names of library operators that work element by element."""
 
 _TORCH = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "inductor"}
 
-# aten's own operators with products in them; most have formulas, and the others must not pass for elementwise ones.
+# aten's own operators that contain products; most have formulas, and the others must not count as elementwise.
 _PRODUCT = re.compile(
     r"(?:^|_)(?:mm|bmm|addmm|sspaddmm|hspmm|addbmm|baddbmm|mv|addmv|v?dot|matmul|linear|conv(?!ert)\w*|attention"
     r"|lstm|gru|rnn|linalg(?!_vector_norm|__powsum|_check_errors|_cross)|solve|cholesky|fft|cdist|trilinear|geqrf"
     r"|ormqr)(?:_|$)"
 )
-_OPERANDS_AFTER_SUMMAND = {"addmm", "baddbmm", "addbmm", "addmv"}  # the first argument is what is added
+_OPERANDS_AFTER_SUMMAND = {"addmm", "baddbmm", "addbmm", "addmv"}  # the first argument is the summand
 
 _OVERWRITES = re.compile(r"^(?:_foreach_)?(?:copy|zero|fill|normal|uniform|bernoulli|exponential|random)_$")
 _MOVES_NOTHING = re.compile(r"empty|^(?:resize|set)_$")
@@ -45,10 +45,10 @@ _SHAPE_ONLY = re.compile(r"^new_|_like$")
 
 
 class Operator:
-    """One overload of one operator, looked up once.
+    """One overload of one operator, analysed once.
 
-    ``name``: torch's name of it, such as ``aten.mm.default``; ``silent``: a profiler's mark, which does nothing;
-    ``unknown_flops``: it may hold matrix products, and there is no formula for them.
+    ``name``: torch's name for it, such as ``aten.mm.default``; ``silent``: a profiler's mark without effect;
+    ``unknown_flops``: it may contain matrix products without a formula.
     """
 
     def __init__(self, func: Any) -> None:
@@ -76,8 +76,8 @@ class Operator:
         return self._formula(args, kwargs, out)
 
     def product_type(self, args: Sequence[Any]) -> str:
-        """What the product multiplies: its operands' dtype, or a library operator's own name (its weights are packed,
-        and their dtype says nothing)."""
+        """The operands' dtype, or the name of a library operator (its weights are packed, so their dtype does not
+        matter)."""
         if not self._own:
             return self._qualified.replace("::", ".")
         after = 1 if self._stem.rstrip("_") in _OPERANDS_AFTER_SUMMAND else 0
@@ -108,7 +108,7 @@ def _is_written(argument: Any) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an argument: one, or a list of them with gaps."""
+    """The tensors in an argument: one, or those of a list with gaps."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

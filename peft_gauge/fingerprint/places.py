@@ -1,4 +1,4 @@
-"""In which module an operator runs, in the forward and in the backward pass."""
+"""The module in which an operator runs, in the forward and in the backward pass."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _whole(path: str) -> str:
 
 
 class Places:
-    """While entered, `now` is the path of the innermost module at work (folded, unless ``fold`` is off), or `UNKNOWN`.
+    """While active, `now` is the path of the innermost running module (folded, unless ``fold`` is off), or `UNKNOWN`.
 
-    Autograd numbers its nodes in the order in which the forward pass makes them. So the numbers at which modules were
-    entered and left tell, in the backward pass, which module made the node at work; a leaf's node belongs to the
-    module that holds the parameter. A forward pass inside the backward (a checkpointed layer's second one) counts
-    where it runs. The numbers are those of one thread: with reentrant checkpointing on a GPU, where nodes come from
-    the device's thread too, a backward operator may be put down to the wrong module.
+    Autograd numbers its nodes in the order in which the forward pass creates them. The numbers at which modules were
+    entered and left therefore give, in the backward pass, the module that created the running node; a leaf's node
+    belongs to the module with the parameter. A forward pass inside the backward (recomputation by checkpointing) counts
+    where it runs. The numbers belong to one thread: with reentrant checkpointing on a GPU, where the device's thread
+    creates nodes too, a backward operator may be attributed to the wrong module.
     """
 
     def __init__(self, model: nn.Module, *, fold: bool = True) -> None:
@@ -76,7 +76,7 @@ class Places:
 
     def _entered(self, module: nn.Module, args: Any) -> None:
         outer = self._open[-1] if self._open else UNKNOWN
-        self._open.append(self._paths.get(id(module), outer))  # a module that is no part of the model: who called it
+        self._open.append(self._paths.get(id(module), outer))  # a module outside the model counts as its caller
         self._mark()
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -84,6 +84,6 @@ class Places:
         self._mark()
 
     def _mark(self) -> None:
-        """From the next autograd node on, nodes belong to what is open now."""
+        """Attribute the autograd nodes from here on to the module that is open now."""
         self._numbers.append(next_sequence_number())
         self._places.append(self._open[-1] if self._open else UNKNOWN)

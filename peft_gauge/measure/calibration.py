@@ -1,5 +1,5 @@
-"""Measures, on the GPU itself, what plans assume of it: the memory that no tensor accounts for, and the allocator's
-sizes; and beside them how fast it multiplies and copies."""
+"""Measure the GPU overheads that plans assume: memory outside tensors, and the allocator's sizes; and the GPU's peak
+throughput."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from peft_gauge.memory.overheads import DeviceOverheads
 
 SIDE = 256
-"""Rows and columns of the products: small, but cuBLAS takes its whole workspace for a product of any size."""
+"""Rows and columns of the products: small, since cuBLAS allocates its whole workspace for a product of any size."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The card at one moment; ``process_bytes`` is ``None`` where the driver does not show this process.
+    """GPU memory at one moment; ``process_bytes`` is ``None`` if the driver does not list this process.
 
-    ``reserved_bytes``: what torch's caching allocator holds, which is part of the other two.
+    ``reserved_bytes``: memory of torch's caching allocator, which is part of the other two.
     """
 
     device_bytes: int
@@ -37,12 +37,12 @@ class Reading:
 
 
 def calibrate() -> dict[str, Any]:
-    """The calibration of this process's first CUDA device, as `overheads.write_calibration` takes it.
+    """Calibrate this process's first CUDA device; the result suits `overheads.write_calibration`.
 
-    `measure_overheads`, and beside it ``usable_bytes`` (what the driver reports as the device's memory) and the records
-    ``workspaces`` (`FURTHER`), ``allocator`` (`allocator_sizes`, compute capability), ``nvml`` (the device's bytes
-    before and after, whether the driver shows this process) and ``speed`` (`peft_gauge.clock.card.CardSpeed`, in
-    16 bit). Raises as `measure_overheads` and `measure_card` do.
+    `measure_overheads`, ``usable_bytes`` (the driver's figure of the device's memory) and the records ``workspaces``
+    (`FURTHER`), ``allocator`` (`allocator_sizes`, compute capability), ``nvml`` (the device's bytes before and after,
+    whether the driver lists this process) and ``speed`` (`peft_gauge.clock.card.CardSpeed`, in 16 bit). Raises as
+    `measure_overheads` and `measure_card` do.
     """
     found = measure_overheads()
     workspaces = {name: found.pop(name) for name in FURTHER}
@@ -61,26 +61,26 @@ def calibrate() -> dict[str, Any]:
 
 
 FURTHER = ("bare_context_bytes", "forward_workspace_bytes", "further_stream_bytes", "further_thread_bytes")
-"""What `measure_overheads` finds beside the bytes that plans read."""
+"""Results of `measure_overheads` that plans do not read."""
 
 
 def measure_overheads() -> dict[str, Any]:
     """The overheads of one process on its first CUDA device.
 
-    To be called where CUDA is not in use yet: `peft_gauge.isolation.run` gives a process like that. Keys: ``gpu_name``,
-    ``torch_version``, ``measured_on`` (ISO date), ``context_bytes`` (outside the allocator, after a linear layer was
-    trained for a step), ``cublas_workspace_bytes`` (of forward and backward together: a workspace belongs to a handle
-    and a stream, a handle to a thread, and autograd runs backward in one of its own), ``cublaslt_workspace_bytes``
-    (what a product with a bias takes on top, 0 where the two share one), ``nvml``, ``allocator`` (`allocator_sizes`),
-    and `FURTHER`: ``bare_context_bytes``, outside the allocator after the first tensor; cuBLAS's
-    ``forward_workspace_bytes`` before there was a backward, and what a product in a further stream and one in a further
-    thread take.
+    Call it before CUDA is in use: `peft_gauge.isolation.run` provides such a process. Keys: ``gpu_name``,
+    ``torch_version``, ``measured_on`` (ISO date), ``context_bytes`` (outside the allocator, after a training step of a
+    linear layer), ``cublas_workspace_bytes`` (of forward and backward together: a workspace belongs to a handle and a
+    stream, a handle to a thread, and autograd runs backward in its own thread), ``cublaslt_workspace_bytes`` (the
+    additional workspace of a product with a bias, 0 where the two share one), ``nvml``, ``allocator``
+    (`allocator_sizes`), and `FURTHER`: ``bare_context_bytes``, outside the allocator after the first tensor; cuBLAS's
+    ``forward_workspace_bytes`` before the first backward; and the workspaces of a product in a further stream and in a
+    further thread.
 
-    Where the driver does not show this process, the context is what the whole card has more than before, so nobody
-    else may start or end on it meanwhile. Raises `GaugeError` where CUDA is in use already or NVML does not answer.
+    If the driver does not list this process, the context is the growth of the whole GPU's memory, so no other process
+    may start or end on it meanwhile. Raises `GaugeError` if CUDA is in use already or NVML does not respond.
     """
     if torch.cuda.is_initialized():
-        raise GaugeError("CUDA is in use in this process already: overheads are measured in a fresh one")
+        raise GaugeError("CUDA is already in use in this process; measure overheads in a new one")
     meter = NvmlMeter()
     reason = meter.why_unavailable()
     if reason is not None:
@@ -114,12 +114,12 @@ def measure_overheads() -> dict[str, Any]:
 
 
 def allocator_sizes() -> dict[str, int]:
-    """The sizes by which the caching allocator takes memory, by the names of `peft_gauge.memory.allocator`.
+    """The sizes by which the caching allocator allocates, named as in `peft_gauge.memory.allocator`.
 
-    Each is what `torch.cuda.memory_stats` shows of a request that tells: of one byte the block and the small segment,
-    of the first size that the small pool does not serve the large one, of a size above `MIN_OWN_SEGMENT_BYTES` the
-    multiple to which a segment of its own is rounded. To be called before a library takes a workspace: a request would
-    be served from what is left of its segment.
+    Each is derived from `torch.cuda.memory_stats` after one request: one byte gives the block and the small segment,
+    the first size beyond the small pool the large segment, and a size above `MIN_OWN_SEGMENT_BYTES` the multiple to
+    which a separate segment is rounded. Call it before a library allocates a workspace: a request would be served from
+    the rest of its segment.
     """
     block, small_segment = _taken_by(1)
     _, large_segment = _taken_by(allocator.SMALL_REQUEST_BYTES + 1)
@@ -138,7 +138,7 @@ def allocator_sizes() -> dict[str, int]:
 
 
 def _taken_by(nbytes: int) -> tuple[int, int]:
-    """What a tensor of ``nbytes`` takes: allocated, and reserved where nothing was cached."""
+    """Bytes allocated and reserved by a tensor of ``nbytes`` with an empty cache."""
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     tensor = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
@@ -149,8 +149,7 @@ def _taken_by(nbytes: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Assumption:
-    """One thing that plans assume of a GPU, as they have it (``planned``, with its ``origin``) and as it was
-    ``measured``; in bytes."""
+    """One overhead in bytes: as plans assume it (``planned``, with its ``origin``) and as it was ``measured``."""
 
     name: str
     planned: int
@@ -163,15 +162,15 @@ class Assumption:
 
 
 TOLERANCE = {"CUDA context": 0.05, "usable memory": 0.005}
-"""Share by which a figure may differ before it is told: a context grows with the kernels that were loaded, and drivers
-keep more or less of a card. Every other one is exact."""
+"""Relative difference that is not reported: a context grows with the loaded kernels, and drivers reserve different
+amounts of memory. All other values are exact."""
 
 
 def assumptions(found: Mapping[str, Any], planned: DeviceOverheads, usable_bytes: int | None) -> list[Assumption]:
-    """What plans assume, beside what `calibrate` ``found``.
+    """The overheads that plans assume, next to those that `calibrate` ``found``.
 
-    ``planned``: the overheads that a plan takes without any calibration; ``usable_bytes``: the memory of the card's
-    row in the table, ``None`` where it has none.
+    ``planned``: the overheads of a plan without calibration; ``usable_bytes``: the memory in the table of GPUs,
+    ``None`` if it lacks this one.
     """
     fields = {
         "CUDA context": "context_bytes",
@@ -200,19 +199,19 @@ def assumptions(found: Mapping[str, Any], planned: DeviceOverheads, usable_bytes
 
 
 def outside_bytes(before: Reading, now: Reading) -> int:
-    """What this process has on the card outside the allocator, where ``before`` is from before it used CUDA."""
+    """Bytes of this process on the GPU outside the allocator; ``before`` was read before the process used CUDA."""
     own_bytes = now.device_bytes - before.device_bytes if now.process_bytes is None else now.process_bytes
     return own_bytes - now.reserved_bytes
 
 
 def workspace_bytes(before_bytes: int, after_bytes: int, result_bytes: int) -> int:
-    """What an operation allocated besides its result, by the allocator's count before and after (or at the peak of)
-    it."""
+    """Bytes an operation allocated in addition to its result, from the allocator's count before and after it (or at its
+    peak)."""
     return after_bytes - before_bytes - rounded(result_bytes)
 
 
 def _read(meter: NvmlMeter) -> Reading:
-    """NVML's and the allocator's figures once the device is idle; does not bring CUDA into use."""
+    """NVML's and the allocator's readings once the device is idle; does not initialize CUDA."""
     reserved_bytes = 0
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -221,18 +220,18 @@ def _read(meter: NvmlMeter) -> Reading:
     figures: Mapping[str, int | None] = meter.end_phase("overheads")
     device_bytes = figures["device_bytes"]
     if device_bytes is None:
-        raise GaugeError("the CUDA context cannot be measured: the driver stopped telling this device's memory")
+        raise GaugeError("the CUDA context cannot be measured: the driver no longer reports this device's memory")
     return Reading(device_bytes, figures["process_bytes"], reserved_bytes)
 
 
 def _matrices(requires_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two in 16 bit, as in a training step."""
+    """Two 16-bit matrices, as in a training step."""
     like: dict[str, Any] = {"dtype": torch.float16, "device": "cuda", "requires_grad": requires_grad}
     return torch.ones(SIDE, SIDE, **like), torch.ones(SIDE, SIDE, **like)
 
 
 def _cublas_bytes() -> tuple[int, int]:
-    """What stays allocated of a first product besides its result, and what of it with its backward."""
+    """Bytes that stay allocated after a first product, without its result; and after its backward."""
     left, right = _matrices(requires_grad=True)
     before_bytes = torch.cuda.memory_allocated()
     product = torch.mm(left, right)
@@ -244,7 +243,7 @@ def _cublas_bytes() -> tuple[int, int]:
 
 
 def _product_bytes_in(stream: torch.cuda.Stream) -> int:
-    """What stays allocated of a product in ``stream`` besides its result."""
+    """Bytes that stay allocated after a product in ``stream``, without its result."""
     left, right = _matrices(requires_grad=False)
     torch.cuda.synchronize()
     before_bytes = torch.cuda.memory_allocated()
@@ -255,7 +254,7 @@ def _product_bytes_in(stream: torch.cuda.Stream) -> int:
 
 
 def _product_bytes_in_a_thread() -> int:
-    """The same of one in the current stream of a thread of its own."""
+    """As `_product_bytes_in`, for the current stream of a new thread."""
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(_product_bytes_in(torch.cuda.current_stream())))
     thread.start()
@@ -266,7 +265,7 @@ def _product_bytes_in_a_thread() -> int:
 
 
 def _cublaslt_bytes() -> int:
-    """Likewise of a product with a bias; at its peak, since some versions of torch give this workspace back."""
+    """As `_product_bytes_in`, for a product with a bias; at its peak, since some releases of torch free it."""
     left, right = _matrices(requires_grad=False)
     bias = torch.ones(SIDE, dtype=torch.float16, device="cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -276,7 +275,7 @@ def _cublaslt_bytes() -> int:
 
 
 def _train_a_layer() -> None:
-    """Forward, backward and update, so that the kernels of all three are loaded."""
+    """Forward, backward and optimizer step, so that the kernels of all three are loaded."""
     layer = torch.nn.Linear(SIDE, SIDE, device="cuda", dtype=torch.float16)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(SIDE, SIDE, device="cuda", dtype=torch.float16)).float().square().mean().backward()

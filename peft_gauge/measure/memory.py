@@ -1,7 +1,7 @@
-"""The memory pass: what a step needs, by every meter of the device, phase by phase and at several shapes.
+"""The memory pass: the memory of a step by every meter of the device, phase by phase and at several shapes.
 
-The allocator, the driver and the operating system are read over untouched steps; the tensor tracker, which slows a step
-and follows every storage, over a step of its own.
+Allocator, driver and operating system are read over unmodified steps; the tensor tracker, which slows a step, follows
+every storage of a separate step.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from peft_gauge.training.step import TrainingJob
 
 STEPS = 2
-"""Metered steps; the peak is the greatest of them, since segments can still be split after the first."""
+"""Number of metered steps; the greatest peak counts, since segments can still be split after the first."""
 
 BEFORE = "before"
 """The phase before anything is built."""
 
-# meter's name -> its figure in a whole step -> the figure's name in the record
+# meter's name -> its metric in a whole step -> the metric's name in the record
 SUMMARY = {
     "cuda allocator": {
         "allocated_peak_bytes": "allocated_peak_bytes",
@@ -61,22 +61,22 @@ SUMMARY = {
 
 
 def meters_of(device: str) -> list[Meter]:
-    """The meters that see something of a step on ``device``, but for the tensor tracker."""
+    """The meters for a step on ``device``, except the tensor tracker."""
     return [HostMeter(), CudaMeter(), NvmlMeter()] if device == "cuda" else [HostMeter()]
 
 
 @contextlib.contextmanager
 def watched(device: str) -> Iterator[Phases]:
-    """Meters over what happens in the block; what they see at each moment is noted, lest the process die."""
+    """Meters over the block; present readings are noted regularly in case the process dies."""
     phases = meters.Phases(meters_of(device))
-    with phases.phase(BEFORE):  # what others have on the card
+    with phases.phase(BEFORE):  # memory of other processes on the GPU
         pass
     with isolation.watch(lambda: present(device)):
         yield phases
 
 
 def present(device: str) -> dict[str, int | None]:
-    """What is known at this moment without touching any meter's peak: for a process that may not live to tell."""
+    """Present readings that reset no meter's peak, for a process that may die."""
     if device != "cuda":
         import psutil
 
@@ -91,7 +91,7 @@ def present(device: str) -> dict[str, int | None]:
 
 
 def allocated_bytes(model: nn.Module) -> int:
-    """What a reading right after loading shows: the allocator's on CUDA, else the storages of the model."""
+    """The reading directly after loading: the allocator's on CUDA, otherwise the bytes of the model's storages."""
     parameter = next(model.parameters())
     if parameter.is_cuda:
         return torch.cuda.memory_allocated(parameter.device)
@@ -104,7 +104,7 @@ def allocated_bytes(model: nn.Module) -> int:
 
 
 def room_for(nbytes: int, device: str) -> bool:
-    """Whether ``nbytes`` and half as much again are free on ``device``."""
+    """Whether 1.5 times ``nbytes`` are free on ``device``."""
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
     else:
@@ -121,9 +121,9 @@ def memory_pass(
 
     ``stream``: token ids for the other shapes. ``trains_base``: whether the trainable weights are the base's own.
 
-    The record: ``phases`` (phase -> meter -> figure), the whole step's figures by themselves, ``tensors`` (the tracked
-    step: exact peak, resident, by category), ``shapes`` (a peak each), what each meter sees, its resolution, and
-    what it costs, and why a meter of the device could not read. Bytes; a figure that could not be read is absent.
+    The record: ``phases`` (phase -> meter -> metric), the metrics of the whole step, ``tensors`` (the tracked step:
+    exact peak, resident bytes, by category), ``shapes`` (a peak each), each meter's coverage, resolution and cost, and
+    why a meter of the device was unavailable. Bytes; an unavailable reading is absent.
     """
     own = (job.batches, job.settings)
     empty_cache()
@@ -178,7 +178,7 @@ def _metered_step(job: TrainingJob, phases: Phases) -> None:
 
 
 def _own_device_peak(phases: Phases, found: dict[str, Any]) -> dict[str, int]:
-    """What the driver counts for this process; where it does not tell, what the card had more than before it."""
+    """The driver's count for this process; if unavailable, the growth of the GPU's memory since before it."""
     if "process_peak_bytes" in found:
         return {"own_device_peak_bytes": found["process_peak_bytes"]}
     before = phases.peaks().get(BEFORE, {}).get("nvml", {}).get("device_peak_bytes")
@@ -188,7 +188,7 @@ def _own_device_peak(phases: Phases, found: dict[str, Any]) -> dict[str, int]:
 
 
 def _counts(phases: Phases) -> dict[str, int]:
-    """How often, over all phases so far, the allocator had to give back its cache, and ran out."""
+    """How often, over all steps so far, the allocator had to empty its cache, and ran out of memory."""
     steps = [reading for reading in phases.readings if reading.phase == meters.WHOLE_STEP]
     counts: dict[str, int] = {}
     for reading in steps:
@@ -200,7 +200,7 @@ def _counts(phases: Phases) -> dict[str, int]:
 
 
 def _tracked_step(job: TrainingJob, trains_base: bool) -> tuple[float, dict[str, Any]]:
-    """One step followed storage by storage: its seconds, and the tracked figures."""
+    """The seconds and the metrics of one step in which every storage is tracked."""
     gc.collect()
     tracker = StorageTracker(vocabulary=job.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     _adopt(tracker, job, trains_base)
@@ -245,21 +245,21 @@ def _adopt(tracker: StorageTracker, job: TrainingJob, trains_base: bool) -> None
     for state in job.optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                # torch keeps the step counter of an unfused AdamW on the host, wherever the parameter is.
+                # torch keeps the step counter of an unfused AdamW on the host, whatever the parameter's device.
                 on_host = name == "step" and not value.is_cuda
                 tracker.adopt(value, HOST if on_host else OPTIMIZER_STATE)
-    for batch in job.batches[:1]:  # the step that is planned has one batch on the device
+    for batch in job.batches[:1]:  # the planned step has one batch on the device
         tracker.adopt(batch.values(), INPUTS)
 
 
 def _at_shape(job: TrainingJob, stream: Tensor, batch: int, seq: int, trains_base: bool) -> dict[str, int]:
-    """The peaks of a step of ``batch`` × ``seq`` tokens by the meters that have no memory of other shapes."""
+    """Peaks of a step of ``batch`` × ``seq`` tokens, by the meters whose readings do not depend on earlier shapes."""
     device = _device(job)
     shape = replace(job.settings, batch=batch, seq=seq)
     job.train_on(cut(stream, batch=batch, seq=seq, device=device), shape)
     found: dict[str, int] = {}
     if device == "cuda":
-        job.step()  # workspaces and kernels of this shape are made once
+        job.step()  # creates workspaces and loads kernels for this shape
         job.clear()
         empty_cache()
         phases = meters.Phases([CudaMeter()])
@@ -277,14 +277,14 @@ def _peak_names(found: dict[str, Any]) -> dict[str, int]:
 
 
 def empty_cache() -> None:
-    """Plans replay steps, not loading: segments that only loading needed go back first."""
+    """Empty the allocator's cache: plans model steps, not loading, so segments used only by loading have to go."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def _about(phases: Phases, used: Sequence[Meter], tracked_over_plain: float) -> dict[str, dict[str, Any]]:
-    """What each meter sees, its resolution, and what it costs: seconds a phase, or times a step's time."""
+    """Each meter's coverage, resolution and cost: in seconds per phase, or as a multiple of a step's time."""
     about: dict[str, dict[str, Any]] = {}
     for meter in used:
         if meter.name not in phases.unavailable:

@@ -1,7 +1,7 @@
-"""One case in this process: loaded, prepared, warmed up; then its memory pass, its time pass, and its fingerprint.
+"""Measure one case in this process: load, prepare, warm up; then the memory pass, the time pass and the fingerprint.
 
-Memory first, for the time pass builds a second base model as its control; the fingerprint last, for it starts from
-fresh weights, in a job of its own.
+Memory comes first, since the time pass builds a second base model as its control; the fingerprint comes last, since it
+needs new weights in a separate job.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 Pass = Literal["memory", "speed", "fingerprint"]
 
 IMPORTS = "imports"
-"""The phase in which a library that this machine cannot use is found out."""
+"""The phase that finds out whether this machine can use a library."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What one process measures.
+    """The work of one process.
 
     Fields:
-        case: what is built.
-        base: where the base's weights are loaded from: the case's model, or a quicker copy (`models.stored`).
+        case: the case to build.
+        base: the source of the base weights: the case's model, or a copy that loads faster (`models.stored`).
         stream: token ids to train on, int64 of one dimension, enough for `cases.BATCHES` batches of the largest shape.
-        passes: which of the three are wanted.
-        shapes: (batch, seq) besides the case's own at which the memory pass takes a peak.
-        rule, warm_up: when the time pass has seen enough, and from when on it counts.
-        trace: the folder in which the memory pass leaves one step's log of the allocator; ``None`` records none.
+        passes: the passes to run.
+        shapes: further (batch, seq) at which the memory pass measures a peak.
+        rule, warm_up: stopping rule and warm-up of the time pass.
+        trace: folder in which the memory pass saves the allocator's log of one step; ``None`` records none.
     """
 
     case: Case
@@ -61,13 +61,13 @@ class Setup:
 
 
 def measure(setup: Setup) -> dict[str, Any]:
-    """The figures of ``setup``'s passes, as JSON holds them.
+    """The metrics of ``setup``'s passes, as JSON.
 
-    ``described`` (`cases.described`), ``gradients`` (names of trainable tensors without a finite one), ``counted``,
-    ``learned`` (whether every trainable tensor moved), ``work_seconds`` (all of this but imports and the CUDA context),
-    and a record for each pass under its name.
+    ``described`` (`cases.described`), ``gradients`` (names of trainable tensors without a finite gradient),
+    ``counted``, ``learned`` (whether every trainable tensor changed), ``work_seconds`` (all of this except imports and
+    the CUDA context), and a record for each pass under its name.
 
-    Raises `GaugeError` for what cannot be built; out of memory comes as torch raises it.
+    Raises `GaugeError` for a case that cannot be built; torch's out-of-memory error is not caught.
     """
     _quiet()
     with memory.watched(setup.case.device) as phases:
@@ -109,12 +109,12 @@ def measure(setup: Setup) -> dict[str, Any]:
 
 
 def card_speed(device: str, dtype: str) -> dict[str, Any]:
-    """`peft_gauge.clock.card.CardSpeed` of this process's device, as JSON holds it."""
+    """`peft_gauge.clock.card.CardSpeed` of this process's device, as JSON."""
     return measure_card(device, dtype).as_json()
 
 
 def _import_libraries(case: Case) -> None:
-    """Everything that a process pays for once, before its work: the libraries, and the CUDA context."""
+    """One-time costs of a process, before its work: the libraries and the CUDA context."""
     import peft
     import torch
     import transformers
@@ -143,7 +143,7 @@ def _trains_base(case: Case) -> bool:
 
 
 def _control_base(setup: Setup) -> PreTrainedModel | None:
-    """A bare base beside the job, where there is room for it."""
+    """A bare base model next to the job, if there is memory for it."""
     gc.collect()
     case = setup.case
     if not memory.room_for(models.logical_params(case.model) * models.torch_dtype(case.dtype).itemsize, case.device):
@@ -152,7 +152,7 @@ def _control_base(setup: Setup) -> PreTrainedModel | None:
 
 
 def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
-    """Two steps, after which the optimizer's state exists; and which gradients the second one lacks or spoils."""
+    """Take two steps, which create the optimizer's state; returns missing and non-finite gradients of the second."""
     import torch
 
     job.warm_up(1)
@@ -169,16 +169,16 @@ def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
 
 
 def _fingerprint(setup: Setup, adapter_bytes: int) -> dict[str, Any]:
-    """`peft_gauge.fingerprint` of a fresh job of the case."""
+    """`peft_gauge.fingerprint` of a new job of the case."""
     memory.empty_cache()
     job = cases.build_job(setup.case, base=_prepared_base(setup), prepared=True, stream=setup.stream)
     return fingerprint(job, adapter_bytes=adapter_bytes, micro_batches=setup.case.settings.grad_accumulation)
 
 
 def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:
-    """Parameters and bytes of the built model, and what the method saves of it.
+    """Parameters and bytes of the built model, and the size of the saved adapter.
 
-    A fully trained model is as large on disk as its weights, and is not written to find that out.
+    A fully trained model is as large on disk as its weights and is not saved to find out.
     """
     counted = counting.count(job.model)
     with tempfile.TemporaryDirectory(prefix="peft-gauge-") as folder:
@@ -195,7 +195,7 @@ def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """The libraries' advice on training would be taken for the last words of a process that dies."""
+    """Silence the libraries' advice on training: it would look like the last output of a process that dies."""
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "transformers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""What measured cases and their plans import, for a fork server to import once (`peft_gauge.isolation.fork_server`).
+"""Imports of measured cases and their plans, for a fork server to load once (`peft_gauge.isolation.fork_server`).
 
-Nothing but imports: an operator could start threads, which a fork does not survive. A look at the card would spoil CUDA
-for every forked process; bitsandbytes takes one when it is imported, and PEFT imports bitsandbytes. Where there may be
-a card, both are left to each process.
+Imports only: an operator could start threads, which a fork does not survive. Querying the GPU would break CUDA in every
+forked process; bitsandbytes does so when it is imported, and PEFT imports bitsandbytes. Where there may be a GPU, both
+are left to each process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from peft_gauge import machine
 from peft_gauge.errors import GaugeError
 from peft_gauge.measure import passes as passes
 
-# What a build, a step and its fingerprint import on their way; a case of another architecture imports its own besides.
+# Imports of a build, a step and its fingerprint; other architectures import more.
 ON_THE_WAY = (
     "psutil",
     "torch._dynamo",
-    "torch._inductor.compile_fx",  # nearly all that importing bitsandbytes takes
+    "torch._inductor.compile_fx",  # most of the time to import bitsandbytes
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
@@ -33,13 +33,13 @@ ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 def import_ahead() -> None:
-    """Import all that a fork server may import on this machine."""
+    """Import everything that a fork server may import on this machine."""
     with _asking_nvml():
         for name in ON_THE_WAY:
             importlib.import_module(name)
     if torch.backends.cuda.is_built() and not machine.nvidia_driver().absent:
         return
-    with suppress(GaugeError):  # without bitsandbytes, which only those need who say so
+    with suppress(GaugeError):  # bitsandbytes is missing: cases that need it report that themselves
         from peft_gauge.training.quantization import load_bitsandbytes
 
         load_bitsandbytes()
@@ -48,8 +48,8 @@ def import_ahead() -> None:
 
 @contextmanager
 def _asking_nvml() -> Iterator[None]:
-    """Should something ask whether there is a card, let torch ask NVML: CUDA's own answer would spoil CUDA for every
-    forked process (torch's documentation of ``PYTORCH_NVML_BASED_CUDA_CHECK``)."""
+    """Make torch check for a GPU through NVML: CUDA's own check would break CUDA in every forked process (see torch's
+    documentation of ``PYTORCH_NVML_BASED_CUDA_CHECK``)."""
     before = os.environ.get(ASK_NVML)
     os.environ[ASK_NVML] = "1"
     try:

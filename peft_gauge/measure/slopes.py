@@ -1,4 +1,4 @@
-"""How a peak grows with the batch and with the length of sequence: slopes and intercepts, not one number."""
+"""How a peak grows with batch size and sequence length: slopes and intercepts instead of one number."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Line:
-    """A peak against one size while the other is held: ``peak = intercept_bytes + slope_bytes · size``.
+    """A peak against one size with the other fixed: ``peak = intercept_bytes + slope_bytes · size``.
 
-    ``along`` is "batch" (bytes a row) or "seq" (bytes a token of each row); ``held`` the other size's value.
+    ``along`` is "batch" (bytes per row) or "seq" (bytes per token position, for all rows); ``held``: the other size.
     """
 
     along: str
@@ -23,9 +23,8 @@ class Line:
 def lines(points: Sequence[Mapping[str, Any]], figure: str) -> list[Line]:
     """The line through each two of ``points`` (``batch``, ``seq``, ``figure``) that differ in one size only.
 
-    A peak of two sizes is no line in general (attention's scores, logits against weights' gradients); through two
-    points there is one, so what is compared is the slope between the same points, planned and measured.
-    Points without the figure are passed over.
+    A peak is not linear in general (attention scores, logits versus weight gradients), but two points define a line, so
+    planned and measured slopes between the same points can be compared. Points without the metric are skipped.
     """
     found = []
     for along, other in (("batch", "seq"), ("seq", "batch")):

@@ -1,7 +1,7 @@
-"""The time pass: rounds of whole steps under both clocks, and whether the machine was steady meanwhile.
+"""The time pass: rounds of whole steps by both clocks, and whether the machine was steady meanwhile.
 
-No meter of memory is at work. A round is one step, timed as a whole and at the ends of its phases, so that the phases
-are those of one step and add up to it.
+No memory meter is active. A round is one step, timed as a whole and at the ends of its phases, so that the phases are
+those of one step and add up to it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def speed_pass(job: TrainingJob, rule: StoppingRule, warm_up: WarmUp, bare: PreTrainedModel | None) -> dict[str, Any]:
-    """Times of steps of ``job``, which is warmed up. ``bare``: the base alone, whose forward is the control.
+    """Time steps of ``job``, which is warmed up. ``bare``: the base alone, whose forward is the control.
 
-    The record: ``samples`` (``forward_seconds``, … ``step_seconds`` -> seconds by round, by the device's clock where
-    there is one), ``host_step_seconds`` (of whole steps by the host's clock, for CUDA), ``control_seconds`` by round,
+    The record: ``samples`` (``forward_seconds``, … ``step_seconds`` -> seconds by round, by the device's clock if it
+    has one), ``host_step_seconds`` (of whole steps by the host's clock, for CUDA), ``control_seconds`` by round,
     ``warm_up_rounds``, ``warmed_up``, ``stopped``, ``relative_noise`` of whole steps, ``unsteady`` (reasons),
-    ``states`` of the card at both ends, and ``weights_read_bytes``, the least that a forward reads.
+    ``states`` of the GPU at both ends, and ``weights_read_bytes``, a lower bound of the bytes that a forward reads.
     """
     device = job.trainable[0].device.type
     card = _Card() if device == "cuda" else None
     phases = [job.forward, job.backward, job.optimizer_step]
-    if job.settings.grad_accumulation > 1:  # its forwards and backwards take turns
+    if job.settings.grad_accumulation > 1:  # forward and backward alternate
         phases = [job.step]
     before, host_before = _read(card), host_state()
     control = None if bare is None else _forward_of(bare, job)
@@ -51,14 +51,14 @@ def speed_pass(job: TrainingJob, rule: StoppingRule, warm_up: WarmUp, bare: PreT
         unsteady += device_unsteady(before, after, other_processes=card.other_processes)
         record["states"] = {"before": asdict(before), "after": asdict(after)}
     if not found.warmed_up:
-        unsteady.append(f"still becoming faster after {found.warm_up_rounds} rounds of warm-up")
+        unsteady.append(f"still getting faster after {found.warm_up_rounds} warm-up rounds")
     if card is not None and card.unavailable is not None:
         record["states_unavailable"] = card.unavailable
     return {**record, "unsteady": unsteady, "weights_read_bytes": weights_read_bytes(job)}
 
 
 class _Card:
-    """The card's state, by NVML where that answers; read between rounds only, never while one is timed."""
+    """The GPU's state by NVML, if available; read between rounds only."""
 
     def __init__(self) -> None:
         self._meter = NvmlMeter()
@@ -111,7 +111,7 @@ def _record(found: Rounds) -> dict[str, Any]:
 
 
 def weights_read_bytes(job: TrainingJob) -> int:
-    """The bytes of all weights but those that are only looked up: each is read at least once by a forward."""
+    """Bytes of all weights except those only looked up: a forward reads each at least once."""
     looked_up = {id(module.weight) for module in job.model.modules() if isinstance(module, torch.nn.Embedding)} - {
         id(module.weight) for module in job.model.modules() if isinstance(module, torch.nn.Linear)
     }

@@ -1,4 +1,4 @@
-"""One step's log of the CUDA allocator beside the figures of the memory pass: it says where a plan is wrong."""
+"""Record the CUDA allocator's log of one step after the memory pass; it shows where a plan is wrong."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from peft_gauge.training.step import TrainingJob
 
 PHASE = "trace"
-NO_LOG = "the CPU's allocator keeps no log; a trace needs --device cuda"
+NO_LOG = "the CPU allocator keeps no log; a trace needs --device cuda"
 
 
 def trace_step(case: Case, job: TrainingJob, folder: Path, figures: Mapping[str, Any]) -> dict[str, str]:
-    """Record a step of ``job``, which is warmed up, as a file of ``folder``: ``{"file": its name}``, else
-    ``{"skipped": why}``. A trace that fails costs the case nothing else.
+    """Record a step of ``job``, which is warmed up, in a file in ``folder``; returns ``{"file": name}``, or
+    ``{"skipped": reason}``: a trace that fails does not affect the case otherwise.
 
-    ``figures``: the memory pass's, which this step comes after and does not touch.
+    ``figures``: the memory pass's metrics, which are complete by then.
     """
     if case.device != "cuda":
         return {"skipped": NO_LOG}
@@ -34,14 +34,14 @@ def trace_step(case: Case, job: TrainingJob, folder: Path, figures: Mapping[str,
     try:
         recorded = recorder.record_step(job, case.device)
         recorder.write(folder / name, recorded, settings_of(case, job), about(figures))
-    except Exception as error:  # out of memory, a torch that names its pieces otherwise, a full disk
+    except Exception as error:  # out of memory, a torch with other names, a full disk
         job.clear()
         return {"skipped": one_line(f"{type(error).__name__}: {error}")}
     return {"file": name}
 
 
 def settings_of(case: Case, job: TrainingJob) -> dict[str, Any]:
-    """What ``peft-gauge trace`` needs to plan the case, under the names of the options of ``peft-gauge plan``."""
+    """Settings by which ``peft-gauge trace`` plans the case, named as the options of ``peft-gauge plan``."""
     settings = case.settings
     attention = job.effective_settings()["attention"]
     return {
@@ -59,7 +59,7 @@ def settings_of(case: Case, job: TrainingJob) -> dict[str, Any]:
 
 
 def about(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The card, the versions, and the peak that the allocator showed in a step without a log."""
+    """The GPU, library versions, and the peak that the allocator reported in a step without a log."""
     import torch
 
     from peft_gauge.machine import LIBRARIES, installed_version

@@ -1,8 +1,8 @@
-"""What a step did need: meters behind one small interface, read phase by phase.
+"""Memory meters behind one small interface, read phase by phase.
 
-`tensors.TensorMeter` follows storages on any device, `cuda.CudaMeter` asks torch's caching allocator,
-`nvml.NvmlMeter` asks the driver about the whole card and this process, `host.HostMeter` asks the operating system for
-resident memory. `Phases` drives any number of them:
+`tensors.TensorMeter` follows storages on any device, `cuda.CudaMeter` reads torch's caching allocator,
+`nvml.NvmlMeter` reads the driver's figures for the whole GPU and this process, and `host.HostMeter` reads resident
+memory from the operating system. `Phases` drives any number of them:
 
     phases = Phases([HostMeter(), CudaMeter(), NvmlMeter()])
     with phases.phase(WHOLE_STEP):
@@ -11,7 +11,7 @@ resident memory. `Phases` drives any number of them:
         …
     phases.peaks()[FORWARD]["cuda allocator"]["allocated_peak_bytes"]
 
-A figure that a meter cannot read is absent, never 0. Phases nest; a phase entered again is a reading of its own.
+An unavailable reading is absent, never 0. Phases nest; entering a phase again makes a separate reading.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ BACKWARD = "backward"
 OPTIMIZER = "optimizer"
 WHOLE_STEP = "step"
 
-PEAK = "_peak_bytes"  # how the names of all figures end that are the most within a phase
+PEAK = "_peak_bytes"  # suffix of all metrics that are a maximum within a phase
 
 
 class Meter(Protocol):
-    """One instrument for memory. Phases are ended in the reverse of the order in which they were started."""
+    """A memory meter. Phases end in the reverse order of their start."""
 
     @property
     def name(self) -> str:
@@ -44,20 +44,20 @@ class Meter(Protocol):
 
     @property
     def sees(self) -> str:
-        """What is in its figures and what is not, in one line."""
+        """The memory that it counts and the memory that it misses, in one line."""
 
     @property
     def resolution(self) -> str:
-        """The smallest amount and the shortest time that it can tell apart, in one line."""
+        """The smallest amount and the shortest time that it resolves, in one line."""
 
     def why_unavailable(self) -> str | None:
-        """Why it cannot read anything here, in one line; ``None`` where it can."""
+        """Why it is unavailable here, in one line; ``None`` if it is available."""
 
     def start_phase(self, name: str) -> None:
-        """From now until the matching `end_phase`, keep the peaks of phase ``name``."""
+        """Record the peaks of phase ``name`` until the matching `end_phase`."""
 
     def end_phase(self, name: str) -> Mapping[str, int | None]:
-        """The figures of the phase that ends now; ``None`` for one that could not be read.
+        """The metrics of the phase that ends now; ``None`` for an unavailable reading.
 
         Raises `ValueError` if ``name`` is not the innermost open phase.
         """
@@ -65,22 +65,22 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class PhaseReading:
-    """One run of one phase: meter's name -> figure -> value; only figures that could be read are there."""
+    """One run of one phase: meter's name -> metric -> value, without unavailable readings."""
 
     phase: str
     by_meter: Mapping[str, Mapping[str, int]]
 
 
 class Phases:
-    """Drives all meters through the phases of one run, and keeps what they read.
+    """Drives all meters through the phases of one run and collects their readings.
 
-    Meters that are not available here are not driven; `unavailable` says why. Only one such driver may be at work in a
-    process: the peak counters of the kernel and of torch's allocator exist once, and every start of a phase resets
-    them.
+    Meters that are unavailable here are not driven; `unavailable` gives the reasons. Use only one such driver per
+    process at a time: the peak counters of the kernel and of torch's allocator exist once, and every start of a phase
+    resets them.
 
     Attributes:
-        readings: one entry for each phase that has ended, also if its body raised, in order of their ends.
-        unavailable: meter's name -> why it cannot read here.
+        readings: one entry per ended phase, also if its body raised, in order of their ends.
+        unavailable: meter's name -> reason.
     """
 
     def __init__(self, meters: Iterable[Meter]) -> None:
@@ -96,7 +96,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything within the block belongs to phase ``name``; meters are read at its end whatever happens in it."""
+        """Make the block part of phase ``name``; meters are read at its end, also after an exception."""
         by_meter: dict[str, dict[str, int]] = {}
 
         def end(meter: Meter) -> None:
@@ -104,7 +104,7 @@ class Phases:
             by_meter[meter.name] = {figure: value for figure, value in figures.items() if value is not None}
 
         try:
-            with ExitStack() as open_meters:  # one that fails does not keep the others from being ended
+            with ExitStack() as open_meters:  # if one meter fails, the others are still ended
                 for meter in self._meters:
                     meter.start_phase(name)
                     open_meters.callback(end, meter)
@@ -128,11 +128,11 @@ class Phases:
 def overhead_seconds(
     meter: Meter, work: Callable[[], object] = lambda: None, *, rounds: int = 7, clock: Clock = synchronised_clock
 ) -> float:
-    """What ``meter`` adds to the time of one phase around ``work``: the median of ``rounds`` paired differences.
+    """Time that ``meter`` adds to one phase around ``work``: the median of ``rounds`` paired differences, in seconds.
 
     Without ``work``, the cost of starting and ending a phase alone. A meter that follows every operator or samples in a
-    thread costs more the longer the work is, so pass the step that is going to be measured. The result can be below 0
-    where the cost is smaller than the noise of ``work``.
+    thread costs more for longer work, so pass the step to be measured. The result can be negative if the cost is below
+    the noise of ``work``.
     """
 
     def metered() -> None:
@@ -142,5 +142,5 @@ def overhead_seconds(
         finally:
             meter.end_phase("overhead")
 
-    metered()  # what happens only once (a library that is loaded, a page that is touched) is no cost of a phase
+    metered()  # one-time costs (loading a library, touching a page) do not count
     return statistics.median(timed(metered, clock) - timed(work, clock) for _ in range(rounds))

@@ -1,4 +1,4 @@
-"""What torch's CUDA caching allocator handed out and what it holds from the driver."""
+"""Memory that torch's CUDA caching allocator handed out, and memory that it reserved from the driver."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _LAST = {
 }
 _COUNTS = {"alloc_retries": "num_alloc_retries", "ooms": "num_ooms"}
 
-# The driver's own pool has no split blocks and no retries; torch reports these as 0 there, which is not a reading.
+# The driver's own pool has no split blocks and no retries; torch reports them as 0, which is not a reading.
 _ONLY_NATIVE = {"fragmented_peak_bytes", "fragmented_bytes", "alloc_retries", "ooms"}
 
 
 class CudaMeter:
     """``torch.cuda.memory_stats`` by phase.
 
-    Figures: ``allocated``, ``reserved`` and ``fragmented`` (free parts of split blocks, which cannot be given back),
-    each as ``…_bytes`` at the end of the phase and ``…_peak_bytes`` within it; ``alloc_retries`` (failed ``cudaMalloc``
-    after which the cache was emptied) and ``ooms`` within the phase. They are absent while CUDA was not used yet.
+    Metrics: ``allocated``, ``reserved`` and ``fragmented`` (free parts of split blocks, which cannot be returned), each
+    as ``…_bytes`` at the end of the phase and ``…_peak_bytes`` within it; ``alloc_retries`` (failed ``cudaMalloc``
+    calls after which the cache was emptied) and ``ooms`` within the phase. They are absent before CUDA is first used.
 
     Args:
-        device: torch's index of the card; ``None`` takes the current one.
+        device: torch's index of the GPU; ``None`` for the current one.
     """
 
     name = "cuda allocator"
-    sees = "tensors and workspaces that torch's caching allocator serves; not the CUDA context, nor managed memory"
+    sees = "memory served by torch's caching allocator, workspaces included; not the CUDA context or managed memory"
     resolution = "blocks of 512 bytes; every allocation"
 
     def __init__(self, device: int | None = None) -> None:
@@ -46,16 +46,16 @@ class CudaMeter:
         import torch
 
         if not torch.cuda.is_available():
-            return f"torch {torch.__version__} has no CUDA device to use here"
+            return f"torch {torch.__version__} finds no usable CUDA device"
         count = torch.cuda.device_count()
         if self._device is not None and not 0 <= self._device < count:
-            return f"CUDA device {self._device} is not there; torch sees {count}"
+            return f"there is no CUDA device {self._device}; torch finds {count}"
         return None
 
     def start_phase(self, name: str) -> None:
         import torch
 
-        if self._phases:  # a nested phase: the counter is about to be reset, and the outer ones need what it holds
+        if self._phases:  # a nested phase: save the outer phases' peak before the counter is reset
             self._phases.note(_pick(self._stats(), _PEAKS))
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -67,7 +67,7 @@ class CudaMeter:
         stats = self._stats()
         peaks = self._phases.end(name, _pick(stats, _PEAKS))
         before = self._counts_before.pop()
-        # Without statistics at the start there was no allocator yet, and its counters began at 0 within the phase.
+        # No statistics at the start: there was no allocator yet, and its counters began at 0 within the phase.
         counts = {figure: stats[key] - before.get(key, 0) for figure, key in _COUNTS.items() if key in stats}
         figures = {**_pick(stats, _LAST), **peaks, **dict.fromkeys(_COUNTS), **counts}
         if stats and not _is_native():
@@ -77,7 +77,7 @@ class CudaMeter:
     def _stats(self) -> Mapping[str, int]:
         import torch
 
-        return torch.cuda.memory_stats(self._device)  # empty where CUDA is not initialised
+        return torch.cuda.memory_stats(self._device)  # empty before CUDA is initialized
 
 
 def _pick(stats: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, int | None]:

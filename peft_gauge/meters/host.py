@@ -13,21 +13,21 @@ from peft_gauge.meters.sampling import OpenPhases, SampledPhases
 if TYPE_CHECKING:
     import psutil
 
-_RESET_PEAK = "5"  # proc(5): writing it to clear_refs sets VmHWM back to the present VmRSS, and does nothing else
+_RESET_PEAK = "5"  # proc(5): writing 5 to clear_refs sets VmHWM to the present VmRSS and does nothing else
 
 
 class HostMeter:
     """Resident set size of this process by phase.
 
-    On Linux the kernel keeps the peak itself (``VmHWM``, reset through ``/proc/self/clear_refs``), so nothing is missed
-    and no thread disturbs what is measured. Where it does not, or does not let us, a thread samples. Resetting also
-    resets ``getrusage().ru_maxrss``.
+    On Linux the kernel keeps the peak (``VmHWM``, reset through ``/proc/self/clear_refs``): no peak is missed, and no
+    thread disturbs the measured work. Where the kernel does not keep it or denies the reset, a thread samples instead.
+    The reset also resets ``getrusage().ru_maxrss``.
 
-    Figures (bytes): ``rss_bytes`` at the end of the phase, ``rss_peak_bytes`` within it.
+    Metrics (bytes): ``rss_bytes`` at the end of the phase, ``rss_peak_bytes`` within it.
 
     Args:
-        period_seconds: the pause between two samples where a thread has to.
-        proc: the folder of this process in the proc file system.
+        period_seconds: time between two samples of the thread.
+        proc: folder of this process in the proc file system.
     """
 
     name = "host"
@@ -42,7 +42,7 @@ class HostMeter:
     @property
     def resolution(self) -> str:
         if self._kernel_keeps_peak:
-            return "pages, to the precision of the kernel's counters; every moment (VmHWM)"
+            return "pages, to the precision of the kernel's counters; continuous (VmHWM)"
         return f"pages; sampled every {self._period_seconds * 1e3:g} ms and at phase ends, a shorter peak can be missed"
 
     def why_unavailable(self) -> str | None:
@@ -58,7 +58,7 @@ class HostMeter:
         if not self._kernel_keeps_peak:
             self._sampled.start(name)
             return
-        if self._phases:  # a nested phase: the outer ones need what the counter holds before it is reset
+        if self._phases:  # a nested phase: save the outer phases' peak before the counter is reset
             self._phases.note(_peak(self._read_status()))
         self._reset_peak()
         self._phases.start(name, _peak(self._read_status()))
@@ -78,7 +78,7 @@ class HostMeter:
 
     @cached_property
     def _kernel_keeps_peak(self) -> bool:
-        """Whether the kernel's peak rises with 16 MiB that come and go, and can be reset; some sandboxes pretend."""
+        """Whether the kernel's peak rises by a temporary 16 MiB and can be reset; some sandboxes only pretend."""
         nbytes = 16 * 2**20
         try:
             self._reset_peak()
@@ -99,7 +99,7 @@ class HostMeter:
         (self._proc / "clear_refs").write_text(_RESET_PEAK)
 
     def _read_status(self) -> dict[str, int]:
-        """Field of ``/proc/self/status`` -> bytes, for the fields in kB (by which the kernel means 1024 bytes)."""
+        """Field of ``/proc/self/status`` -> bytes, for fields in kB (1024 bytes in the kernel's units)."""
         fields: dict[str, int] = {}
         for line in (self._proc / "status").read_text().splitlines():
             name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Memory in use on the whole device and by this process, as the driver counts it."""
+"""Memory in use on the whole device and by this process, as reported by the driver."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _PEAKS = {
 
 
 class NvmlMeter:
-    """Device memory by phase, with the CUDA context, library handles and managed memory that no allocator shows.
+    """Device memory by phase, including the CUDA context, library handles and managed memory.
 
     A thread samples while a phase is open, and every start and end of a phase is a sample too. torch's allocator keeps
-    what it took, so a short peak of its own still stands at the end; that of a library that frees at once may be
-    missed.
+    its segments, so its short peaks are still visible at the end; those of a library that frees at once may be missed.
 
-    Figures: ``device_bytes`` and ``process_bytes`` at the end of the phase, ``…_peak_bytes`` within it;
-    ``driver_reserved_bytes``, which is in neither; ``other_processes``, how many besides this one compute on the device
-    at the end, and ``most_other_processes`` within the phase. Figures of processes are absent where the driver does not
-    show this process: under WSL2 and on Windows, in a container with process ids of its own, before CUDA is in use.
+    Metrics: ``device_bytes`` and ``process_bytes`` at the end of the phase, ``…_peak_bytes`` within it;
+    ``driver_reserved_bytes``, which is in neither; ``other_processes``, the number of other processes that compute on
+    the device at the end, and ``most_other_processes`` within the phase. Metrics of processes are absent where the
+    driver does not list this process: under WSL2 and on Windows, in a container with its own process ids, and before
+    CUDA is in use.
 
     Args:
         index: torch's index of the device (see `find_device`).
-        uuid: the device's UUID instead; for a process that does not use CUDA itself.
-        period_seconds: the pause between two samples.
+        uuid: the device's UUID, in place of ``index``; for a process that does not use CUDA itself.
+        period_seconds: time between two samples.
     """
 
     name = "nvml"
@@ -52,7 +52,7 @@ class NvmlMeter:
     def resolution(self) -> str:
         period_ms = self._period_seconds * 1e3
         return (
-            f"pages of the driver, mostly 2 MiB; sampled every {period_ms:g} ms and at phase ends, "
+            f"driver pages, usually 2 MiB; sampled every {period_ms:g} ms and at phase ends, "
             "a shorter peak can be missed"
         )
 
@@ -62,11 +62,11 @@ class NvmlMeter:
         except GaugeError as error:
             return str(error)
         if device.memory() is None:
-            return "the driver does not tell this device's memory (no permission, or too old for version 2 of the call)"
+            return "the driver does not report this device's memory (no permission, or no version 2 of the call)"
         return None
 
     def state(self) -> DeviceState:
-        """Clock, power, temperature and slowdowns of the device now. Raises `GaugeError` without a device."""
+        """Clock, power, temperature and slowdowns of the device now. Raises `GaugeError` if NVML is unavailable."""
         return self._device().state()
 
     def start_phase(self, name: str) -> None:
@@ -81,10 +81,10 @@ class NvmlMeter:
             import pynvml
 
             try:
-                pynvml.nvmlInit()  # counted by NVML, and never taken back: it ends with the process
+                pynvml.nvmlInit()  # reference-counted by NVML; ends with the process
                 self._found = find_device(self._index, uuid=self._uuid)
             except pynvml.NVMLError as error:
-                raise GaugeError(f"NVML does not answer: {error}") from error
+                raise GaugeError(f"NVML does not respond: {error}") from error
         return self._found
 
     def _read(self) -> dict[str, int | None]:
@@ -95,6 +95,6 @@ class NvmlMeter:
             "device_bytes": None if memory is None else memory.used_bytes,
             "driver_reserved_bytes": None if memory is None else memory.reserved_bytes,
             "process_bytes": processes.get(own),
-            # A list without this process may show ids of another namespace, this process's own among them.
+            # A list without this process may show ids of another namespace, among them this process's.
             "other_processes": len(processes) - 1 if own in processes else None,
         }

@@ -1,4 +1,4 @@
-"""What meters share: the phases that are open, and a thread that reads now and again."""
+"""Parts shared by meters: the stack of open phases, and a sampling thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Figures = Mapping[str, int | None]
 
 
 class OpenPhases:
-    """The open phases, innermost last, each with the greatest value of every figure noted since it was started.
+    """The open phases, innermost last, each with the greatest value of every metric noted since its start.
 
     A sampling thread may note while another thread starts and ends phases.
     """
@@ -22,25 +22,25 @@ class OpenPhases:
         return len(self._open)
 
     def note(self, figures: Figures) -> None:
-        """Count ``figures`` in every open phase; a figure that is ``None`` changes nothing."""
+        """Count ``figures`` in every open phase; ``None`` values are ignored."""
         with self._lock:
             self._note(figures)
 
     def start(self, name: str, figures: Figures) -> None:
-        """Open phase ``name``; ``figures`` are how things stand at its start."""
+        """Open phase ``name``; ``figures`` are the readings at its start."""
         with self._lock:
             self._open.append((name, {}))
             self._note(figures)
 
     def end(self, name: str, figures: Figures) -> dict[str, int | None]:
-        """Close the innermost phase and give its greatest figures, those of its last moment among them.
+        """Close the innermost phase, count its last ``figures``, and return its greatest values.
 
-        Raises `ValueError` if it is not called ``name``; it stays open then.
+        Raises `ValueError` if it is not called ``name``; it then stays open.
         """
         with self._lock:
             innermost = self._open[-1][0] if self._open else None
             if innermost != name:
-                raise ValueError(f"phase {name!r} is to end, but the innermost open one is {innermost!r}")
+                raise ValueError(f"cannot end phase {name!r}: the innermost open phase is {innermost!r}")
             self._note(figures)
             return self._open.pop()[1]
 
@@ -52,13 +52,13 @@ class OpenPhases:
 
 
 class SampledPhases:
-    """Open phases whose figures are read at their starts and ends, and between these by a thread, period by period.
+    """Open phases that are read at their start and end, and periodically by a thread in between.
 
     The thread runs only while a phase is open.
 
     Args:
-        read: gives the figures of this moment; called from the thread and from the caller's.
-        period_seconds: the pause between two samples of the thread.
+        read: returns the present values; called from the thread and from the caller's.
+        period_seconds: time between two samples of the thread.
     """
 
     def __init__(self, read: Callable[[], Figures], period_seconds: float) -> None:
@@ -78,9 +78,9 @@ class SampledPhases:
             self._thread.start()
 
     def end(self, name: str) -> tuple[Figures, Figures]:
-        """Close phase ``name``: its greatest figures, and those of its last moment.
+        """Close phase ``name``; returns its greatest values and its last ones.
 
-        Raises what the thread met, if that stopped it: peaks may then have been missed.
+        Re-raises an exception that stopped the thread: peaks may have been missed.
         """
         last = self._read()
         greatest = self._phases.end(name, last)
@@ -97,6 +97,6 @@ class SampledPhases:
         while not self._end.wait(self._period_seconds):
             try:
                 self._phases.note(self._read())
-            except BaseException as error:  # handed to whoever ends the phase
+            except BaseException as error:  # re-raised at the end of the phase
                 self._error = error
                 return

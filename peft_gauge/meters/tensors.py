@@ -1,4 +1,4 @@
-"""Live tensors by category, on any device: the planner's own tracker, read as a meter."""
+"""Live tensors by category, on any device: the planner's own tracker as a meter."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class _Open:
 
 
 class TensorMeter:
-    """Bytes of live storages, in all and by category, each storage counted once.
+    """Bytes of live storages, in total and by category, each storage counted once.
 
-    What existed before the first phase is seen when an operator first touches it; `tracker.adopt` counts it at once
-    and names it. The meter begins a new log with every outermost phase, so it can stay on for a whole run.
+    A storage from before the first phase counts once an operator touches it; `tracker.adopt` counts it at once and sets
+    its category. The meter starts a new log with every outermost phase, so it can stay on for a whole run.
 
-    Figures (bytes): ``live_bytes`` at the end, ``tensor_peak_bytes``, and ``<category>_bytes_at_peak`` for every
+    Metrics (bytes): ``live_bytes`` at the end, ``tensor_peak_bytes``, and ``<category>_bytes_at_peak`` for every
     category of the tracker.
     """
 
     name = "tensors"
-    sees = "storages of tensors that operators make or touch, on any device; not what a kernel takes inside itself"
-    resolution = "one byte; every birth and death of a storage"
+    sees = "storages of tensors that operators create or touch, on any device; not a kernel's internal memory"
+    resolution = "one byte; every allocation and release of a storage"
 
     def __init__(self, tracker: StorageTracker | None = None) -> None:
         self.tracker = StorageTracker() if tracker is None else tracker
@@ -55,9 +55,9 @@ class TensorMeter:
     def end_phase(self, name: str) -> Mapping[str, int | None]:
         innermost = self._open[-1].name if self._open else None
         if innermost != name:
-            raise ValueError(f"phase {name!r} is to end, but the innermost open one is {innermost!r}")
+            raise ValueError(f"cannot end phase {name!r}: the innermost open phase is {innermost!r}")
         phase = self._open.pop()
-        phase.entered.close()  # also names gradients and optimizer states, so events are read after it
+        phase.entered.close()  # this also labels gradients and optimizer state, so events are read afterwards
         at_peak = _at_peak(self.tracker.events, phase.events_before)
         return {
             "live_bytes": self.tracker.live().bytes,
@@ -67,7 +67,7 @@ class TensorMeter:
 
 
 def _at_peak(events: Iterable[Event], start: int) -> Counter[str]:
-    """Category -> live bytes at the first moment of most live bytes, from just before event number ``start`` on."""
+    """Category -> live bytes at the (first) peak, from just before event number ``start`` on."""
     live: Counter[str] = Counter()
     total = most = 0
     at_peak: Counter[str] = Counter()

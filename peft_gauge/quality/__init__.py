@@ -1,5 +1,5 @@
-"""What a method learns: tasks, training under equal conditions, sweeps over settings and seeds, and the trade-off.
+"""Quality of training: tasks, training under equal conditions, sweeps over settings and seeds, and trade-offs.
 
-Cost alone cannot say which rank or which modules to train. The instrument is proven on a task of known truth
-(`planted`) before it is asked about a real model (`tasks`).
+Cost alone does not show which rank to use or which modules to train. The sweep is first validated on a synthetic task
+with a known answer (`planted`), then applied to real models (`tasks`).
 """

@@ -1,16 +1,17 @@
-"""A task whose trained models are taken apart: how many ranks each weight's update has, and what each rank is worth.
+"""A task that also analyses the trained weights: the rank of each weight's update, and the score at each rank.
 
-It wraps another task and can be swept like any, with that task's scores and these beside them:
+It wraps another task, can be swept like it, and returns that task's scores and these:
 
-- ``quality_at_rank_R``, and likewise the others of `LEFT` that the task has: what is left of that score where the
-  update of every linear layer is cut down to its best approximation of rank R, for each of `RANKS`, and for 0, the
-  control: what training the rest of the model (norms) was worth;
+- ``quality_at_rank_R``, and the same for the others of `LEFT` that the task has: the score when the update of every
+  linear layer is replaced by its best approximation of rank R, for each of `RANKS`, and for 0, the control: the score
+  from training the other parameters (norms) alone;
 - ``energy_rank_over_random`` and ``effective_rank_over_random``: the rank of an update over that of a random matrix of
   the same size (1: no structure), the median of all linear layers;
 - ``KIND.FIGURE.least``, ``.median`` and ``.most`` over the ``KIND.layers`` layers of each kind (q_proj, …), with FIGURE
   one of ``energy_rank``, ``effective_rank`` and ``energy_rank_over_random``; of ``energy_at_rank_R`` the median; and
-  ``KIND.random.FIGURE``, what a random matrix of that size has;
-- ``PATH.energy_at_rank_R`` of the two layers whose updates have least and most of the random matrix's ranks.
+  ``KIND.random.FIGURE``, the value for a random matrix of that size;
+- ``PATH.energy_at_rank_R`` for the two layers whose updates have the least and the greatest share of the random
+  matrix's rank.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ if TYPE_CHECKING:
 
 
 LEFT = ("quality", "loss_learned", "exact_match")
-"""The scores of a task that are taken again at each rank."""
+"""The scores that are evaluated again at each rank."""
 
 
 class PreparedOnBase(Prepared, Protocol):
-    """A prepared task that keeps the model from which its students start."""
+    """A prepared task that keeps the base model of its students."""
 
     @property
     def base(self) -> nn.Module: ...
 
 
 class TaskOnBase(Protocol):
-    """A task whose prepared form has its base, and whose scores have a ``quality``."""
+    """A task whose prepared form has its base model, and whose scores have a ``quality``."""
 
     def identity(self) -> dict[str, Any]: ...
 
@@ -54,12 +55,12 @@ class TaskOnBase(Protocol):
 
 @dataclass(frozen=True)
 class Dissected:
-    """``task``, whose trained models are taken apart; for methods that train every linear layer itself."""
+    """``task`` with an analysis of the trained weights; for methods that train every linear layer itself."""
 
     task: TaskOnBase
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the task, as JSON holds it."""
+        """Everything that determines the task, as JSON."""
         return {"dissected_at_ranks": [0, *RANKS], **self.task.identity()}
 
     def prepared(self) -> PreparedDissected:
@@ -69,28 +70,28 @@ class Dissected:
 
 @dataclass(frozen=True)
 class PreparedDissected:
-    """A `Dissected` task ready to be trained on."""
+    """A `Dissected` task ready for training."""
 
     whole: PreparedOnBase
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What had to be assumed."""
+        """Assumptions of the wrapped task."""
         return self.whole.notes
 
     def job(self, method: Method) -> TrainingJob:
-        """The wrapped task's own."""
+        """The wrapped task's job."""
         return self.whole.job(method)
 
     def validation_loss(self, job: TrainingJob) -> float:
-        """The wrapped task's own."""
+        """The wrapped task's validation loss."""
         return self.whole.validation_loss(job)
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """The wrapped task's scores, and the figures that this module's docstring lists; ``job`` is left as it was."""
+        """The wrapped task's scores, and those listed in this module's docstring; ``job`` is unchanged afterwards."""
         scores = self.whole.scores(job)
         if not all(math.isfinite(score) for score in scores.values()):
-            return scores  # the training diverged in its last step, and what it left has no singular values
+            return scores  # diverged in the last step: the weights have no singular values
         updates = Updates(self.whole.base, job.model)
         left: dict[str, float] = {}
         for rank in (0, *RANKS):
@@ -101,7 +102,7 @@ class PreparedDissected:
 
 
 def spectral_figures(spectra: Spectra) -> dict[str, float]:
-    """The figures of `Updates.spectra`, by the names in this module's docstring."""
+    """Metrics of `Updates.spectra`, named as in this module's docstring."""
     over_random = {path: own.energy_rank / random.energy_rank for path, (own, random) in spectra.items()}
     effective = [own.effective_rank / random.effective_rank for own, random in spectra.values()]
     figures: dict[str, float] = {

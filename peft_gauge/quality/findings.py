@@ -1,6 +1,6 @@
-"""What sweeps say of claims: pure functions of what was trained.
+"""Verdicts on claims from sweeps: pure functions of training results.
 
-The figures and verdicts here are for `peft_gauge.claims`; the thresholds are the ledger's.
+The findings are for `peft_gauge.claims`; the thresholds come from the ledger of claims.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ COSTS = {"trainable_params": "parameters", "peak_bytes": "peak bytes", "step_sec
 def best_rank(
     results: Sequence[Trained], peak_bytes: Mapping[str, int], conditions: str, *, least_share: float
 ) -> Finding:
-    """Whether some rank is the best trade of quality against parameters: there is a knee, and it stays where it is.
+    """Whether one rank is the best trade-off of quality against parameters: there is a stable knee.
 
-    ``results`` are those of the ranks alone. It holds where the knee of quality against trainable parameters is the
-    same in at least ``least_share`` of the resamples of seeds, and is refuted where in as many there is none. Fewer
-    than `paired.LEAST_PAIRS` seeds, and a rank that diverged, decide nothing.
+    ``results`` are those of the ranks alone. The claim holds if the knee of quality against trainable parameters is the
+    same in at least ``least_share`` of the resamples of seeds, and is refuted if as many resamples have no knee. With
+    fewer than `paired.LEAST_PAIRS` seeds or a diverged rank the result is inconclusive.
     """
     rows = pareto_rows(results, peak_bytes)
     found = knees(results, rows)
-    knee = found.get("trainable_params")  # not there where every rank diverged
+    knee = found.get("trainable_params")  # absent if every rank diverged
     diverged = [row["label"] for row in rows if row["diverged"]]
     qualities = ", ".join(f"{row['label']} {row['quality']:.3f}" for row in rows if row["quality"] is not None)
     at = "; ".join(
@@ -46,10 +46,10 @@ def best_rank(
 
 
 def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) -> Finding:
-    """Whether one of these sets of modules, each with about as many trainable parameters, is the best of them.
+    """Whether one of these sets of modules, with about equal numbers of trainable parameters, is the best.
 
-    Seed by seed, in pairs. It holds where one set's quality is above every other's, the whole interval of each
-    difference; it is refuted where every difference of any two lies within ``margin`` of none.
+    Compared per seed. The claim holds if one set's quality exceeds every other's over the whole interval of each
+    difference; it is refuted if every pairwise difference lies within ±``margin``.
     """
     groups = by_label(results)
     qualities = {
@@ -78,11 +78,11 @@ def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) 
 def scaling_sets_size(
     sizes: Mapping[float, float], at_one_rate: Mapping[float, float | None], *, alike: float, grows: float
 ) -> Finding:
-    """Whether α/r sets the size of the update where each α/r has a learning rate of its own.
+    """Whether α/r determines the size of the update if each α/r has its own learning rate.
 
-    ``sizes``: norm of the learned update by α/r. It holds where the size at the greatest α/r is at least ``grows``
-    times that at the least, and is refuted where all sizes lie within the factor ``alike``. ``at_one_rate``: the same
-    at one learning rate for all (``None``: it diverged), which is shown and decides nothing: there α/r acts as one.
+    ``sizes``: norm of the learned update by α/r. The claim holds if the size at the greatest α/r is at least ``grows``
+    times that at the least, and is refuted if all sizes lie within the factor ``alike``. ``at_one_rate``: the same at
+    one learning rate for all (``None``: diverged), shown only: there α/r acts as a learning rate.
     """
     low, high = min(sizes), max(sizes)
     growth, spread = sizes[high] / sizes[low], max(sizes.values()) / min(sizes.values())

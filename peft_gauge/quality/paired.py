@@ -1,8 +1,8 @@
-"""Does one method keep the quality of another? The seeds in pairs, an interval of the difference, and a margin.
+"""Non-inferiority of one method's quality to another's: paired seeds, an interval of the difference, and a margin.
 
-Both methods of a pair see the same data in the same order, so what makes a seed easy or hard for both drops out of
-their difference. To be "no worse" is then a question of non-inferiority: not whether a difference was found, which two
-noisy trainings seldom show, but whether one as large as the margin can be excluded. Pure functions of numbers.
+Both methods of a pair see the same data in the same order, so the difficulty of a seed cancels in the difference.
+Non-inferiority does not mean that no difference was found, which is common for two noisy trainings, but that one as
+large as the margin can be excluded. Pure functions of numbers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from peft_gauge.errors import GaugeError
 
 LEAST_PAIRS = 3
-"""Two pairs have one degree of freedom, whose 95 % interval reaches 12.7 standard errors each way: no answer."""
+"""Two pairs have one degree of freedom, and a 95 % interval of ±12.7 standard errors: useless."""
 
 ERROR = 0.05
-"""How often an interval may miss the true difference; half of that on the side that a verdict stands on."""
+"""Probability that an interval misses the true difference; half of it on the side that a verdict depends on."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the new method's quality is above the base's (below 0: worse): its ``mean`` over ``pairs`` seeds and
-    the interval from ``low`` to ``high``."""
+    """The new method's quality minus the base's (below 0: worse): ``mean`` over ``pairs`` seeds, with the interval from
+    ``low`` to ``high``."""
 
     mean: float
     low: float
@@ -33,10 +33,10 @@ class Difference:
     pairs: int
 
     def no_worse_than(self, margin: float) -> bool | None:
-        """Whether the new method loses less than ``margin``: True where the whole interval says so, False where the
-        whole interval says that it loses more, ``None`` (cannot tell) where the margin lies within it."""
+        """Whether the new method loses less than ``margin``: True or False if the whole interval agrees, ``None``
+        (cannot tell) if it contains -``margin``."""
         if not (math.isfinite(margin) and margin > 0):
-            raise GaugeError(f"a margin of quality is a number above 0, not {margin}")
+            raise GaugeError(f"the margin must be positive and finite, got {margin}")
         if self.low > -margin:
             return True
         return False if self.high < -margin else None
@@ -44,33 +44,33 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether the new method keeps the base's quality (``None``: cannot tell), with the ``figure`` that says so, or why
-    nothing can be said; ``difference`` is ``None`` where there is none."""
+    """Whether the new method keeps the base's quality (``None``: cannot tell), with the ``figure`` or reason as text;
+    ``difference`` is ``None`` if it could not be computed."""
 
     holds: bool | None
     figure: str
     difference: Difference | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record as JSON."""
         return asdict(self)
 
 
 def difference(base: Mapping[int, float], new: Mapping[int, float], *, error: float = ERROR) -> Difference:
-    """The mean of new - base over seeds, with Student's interval; it misses the true mean in a share ``error`` of cases
-    where differences are normally distributed.
+    """The mean of new - base over seeds, with Student's interval; for normally distributed differences it misses the
+    true mean with probability ``error``.
 
-    Student's t, because the spread is itself estimated, from as few as three differences: with the normal
-    distribution's 1.96 standard errors the interval of three would miss in 19 % of cases. Nor is the bootstrap an
-    answer there: three pairs have ten different resamples. Raises `GaugeError` for fewer than two seeds, a seed without
-    a partner, and a quality that is no finite number.
+    Student's t, because the spread is estimated too, from as few as three differences: an interval of three with the
+    normal distribution's 1.96 standard errors would miss in 19 % of cases. The bootstrap does not help: three pairs
+    have ten different resamples. Raises `GaugeError` for fewer than two seeds, a seed without a partner, or a quality
+    that is not finite.
     """
     _check_partners(base, new)
     if len(base) < 2:
-        raise GaugeError("an interval over seeds needs at least 2 of them")
+        raise GaugeError("an interval over seeds needs at least 2 seeds")
     differences = [new[seed] - base[seed] for seed in base]
     if not all(map(math.isfinite, differences)):
-        raise GaugeError("a quality that is no finite number cannot be compared; that of a diverged training is None")
+        raise GaugeError("the quality is not finite; use None for a diverged training")
     from scipy.special import stdtrit
 
     mean = statistics.fmean(differences)
@@ -87,13 +87,12 @@ def compare(
     least_base: float = -math.inf,
     names: tuple[str, str] = ("base", "new"),
 ) -> Comparison:
-    """Whether ``new`` keeps the quality of ``base`` to within ``margin``, from the quality of each under every seed;
-    ``names`` are what the figure calls the two.
+    """Whether ``new`` keeps the quality of ``base`` within ``margin``, given both qualities under every seed; ``names``
+    name the two in the text.
 
-    ``None`` is the quality of a training that diverged. Without its seed a method would be judged by its good days
-    only, so nothing can be told then; nor can it from fewer than `LEAST_PAIRS` seeds, nor where the mean quality of
-    ``base`` is below ``least_base``: of what taught nothing there is nothing to keep. Raises `GaugeError` where a seed
-    has no partner.
+    ``None`` is the quality of a diverged training. The result is then inconclusive: dropping diverged seeds would bias
+    it (survivorship). It is also inconclusive for fewer than `LEAST_PAIRS` seeds, or if the mean quality of ``base`` is
+    below ``least_base``: nothing was learned that could be kept. Raises `GaugeError` if a seed has no partner.
     """
     _check_partners(base, new)
     for name, qualities in zip(names, (base, new), strict=True):

@@ -1,6 +1,6 @@
-"""The best trade of quality against cost: the frontier, its knee, and how sure the knee is over seeds.
+"""Trade-offs of quality against cost: the Pareto frontier, its knee, and the knee's stability over seeds.
 
-Pure functions of numbers: quality is better where it is higher, a cost (parameters, bytes, seconds) where it is lower.
+Pure functions of numbers: higher quality is better, lower cost (parameters, bytes, seconds) is better.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: its ``cost``, above 0, and its ``quality``."""
+    """One setting: its ``cost``, positive, and its ``quality``."""
 
     label: str
     cost: float
@@ -27,13 +27,13 @@ class Point:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.cost) and self.cost > 0 and math.isfinite(self.quality)):
-            raise GaugeError(f"{self.label}: cost {self.cost} and quality {self.quality} are no point of a trade-off")
+            raise GaugeError(f"{self.label}: cost {self.cost} and quality {self.quality} must be finite, cost above 0")
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats, by ascending cost: whatever is at most as dear is worse.
+    """The Pareto-optimal points by ascending cost: every point of at most their cost has lower quality.
 
-    Of points that are equal in both, the first stands for all.
+    Of points with equal cost and quality, the first is kept.
     """
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.quality)):
@@ -43,17 +43,17 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def knee(points: Sequence[Point]) -> Point | None:
-    """The point after which more cost buys the least: the farthest above the straight line from the cheapest to the
-    dearest setting, over the logarithm of cost (Satopää et al., 2011, "Finding a Kneedle in a Haystack").
+    """The point after which more cost buys least: the farthest above the straight line from the cheapest to the most
+    expensive setting, over the logarithm of cost (Satopää et al., 2011, "Finding a Kneedle in a Haystack").
 
-    What a dearer setting is worth is the best quality up to its cost, so a setting that is dearer and worse still
-    shows that the curve has gone flat. ``None`` where no point lies above the line: the gain is even, or still growing.
+    The curve is the best quality up to a cost, so a setting that costs more and is worse flattens it. ``None`` if no
+    point lies above the line: the gain is constant or still increasing.
     """
     if not points:
-        raise GaugeError("there is no setting to find a knee among")
+        raise GaugeError("a knee needs at least one setting")
     best = frontier(points)
     cheapest, dearest = min(p.cost for p in points), max(p.cost for p in points)
-    if len(best) == 1:  # nothing is gained by paying more, if there is more to pay
+    if len(best) == 1:  # more cost, if any setting has more, gains nothing
         return best[0] if cheapest < dearest else None
     low, gain = best[0].quality, best[-1].quality - best[0].quality
 
@@ -67,7 +67,7 @@ def knee(points: Sequence[Point]) -> Point | None:
 
 @dataclass(frozen=True)
 class Knee:
-    """The knee of the mean qualities, and the share of resamples in which each setting is it (``None``: no knee)."""
+    """The knee of the mean qualities, and the share of resamples with the knee at each setting (``None``: no knee)."""
 
     label: str | None
     shares: Mapping[str | None, float]
@@ -79,7 +79,7 @@ class Knee:
         return self.shares.get(self.label, 0.0)
 
     def as_json(self) -> dict[str, object]:
-        """The record as JSON holds it; a resample without a knee counts under "none"."""
+        """The record as JSON; resamples without a knee count under "none"."""
         shares = {label or "none": share for label, share in self.shares.items()}
         return {"knee": self.label, "knee_share": self.share, "knee_shares": shares, "seeds": self.seeds}
 
@@ -91,16 +91,16 @@ def knee_over_seeds(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Knee:
-    """The knee and how sure it is: seeds are drawn with replacement, the same for every setting (they share a seed's
-    data), and the knee is sought again in the means.
+    """The knee and its stability: seeds are drawn with replacement, the same for every setting (a seed's data is
+    shared), and the knee of the means is computed again.
 
-    ``qualities`` has one value a seed for each label of ``costs``. A share is of resamples, not a probability that
-    the setting is best: of n seeds one resample in n^(n-1) is the same seed n times, so with three the extremes
-    weigh much. Raises `GaugeError` where a setting lacks a seed.
+    ``qualities`` has one value per seed for each label of ``costs``. A share counts resamples; it is not a probability
+    that the setting is best: with n seeds one resample in n^(n-1) is the same seed n times, so with three seeds the
+    extremes weigh much. Raises `GaugeError` if a setting lacks a seed.
     """
     numbers = {len(values) for values in qualities.values()}
     if not costs or qualities.keys() != costs.keys() or len(numbers) != 1 or 0 in numbers:
-        raise GaugeError("every setting needs a cost and one quality a seed, of the same seeds")
+        raise GaugeError("every setting needs a cost and one quality per seed, for the same seeds")
     (seeds,) = numbers
 
     def knee_of(drawn: Sequence[int]) -> str | None:

@@ -1,10 +1,10 @@
-"""A task whose answer is known: learn back an update of known rank in known modules.
+"""A synthetic task with a known answer: learn back an update of known rank in known modules.
 
 The teacher is the base model with W' = W + s·‖W‖₂·U·Vᵀ in every target module, U and V with r* orthonormal columns
-drawn from a seed; the student is the base model with some method attached, trained to the teacher's logits. The r*
-singular values are equal, so each rank that a student lacks costs about the same: its error falls until its rank is r*
-and then stops falling, and only modules that contain the planted ones reach the floor. Whatever is to say which rank
-or which modules are enough must find that out here before it is believed on a real model.
+drawn from a seed; the student is the base model with a method attached, trained on the teacher's logits. The r*
+singular values are equal, so each missing rank costs about the same: the student's error falls until its rank is r*
+and then stays flat, and only module sets that contain the planted ones reach the floor. A procedure that selects ranks
+or modules has to find this answer before it is applied to a real model.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 PLANTED_RANK = 4
 UPDATE_OVER_WEIGHT = 0.5
-"""Spectral norm of the planted update over that of the weight: large enough that its loss stands far above rounding."""
+"""Spectral norm of the planted update over that of the weight: large enough for a loss far above rounding."""
 
 VALIDATION_SEED, HELD_OUT_SEED, TEACHER_SEED = 1_000_001, 1_000_002, 1_000_003
 
 
 def small_decoder(seed: int = 0) -> ModelRecord:
-    """The toy Llama at half its width, with weights whose products keep the size of what they multiply.
+    """The toy Llama at half its width, with weights whose products keep the norm of their inputs.
 
-    With the usual standard deviation of 0.02, attention in a model this narrow is near uniform and queries hardly
-    matter: an update of q_proj would be invisible in the logits, and could not be learned back.
+    With the usual standard deviation of 0.02, attention in such a narrow model is nearly uniform and queries hardly
+    matter: an update of q_proj would be invisible in the logits and could not be learned back.
     """
     toy = models.resolve("toy-llama")
     width = 32
@@ -58,9 +58,9 @@ def small_decoder(seed: int = 0) -> ModelRecord:
 
 
 class Student(nn.Module):
-    """A model in training to given logits: its loss is the mean squared difference, float32, over all tokens.
+    """A model trained on given logits: its loss is the mean squared difference, float32, over all tokens.
 
-    Called as a training step calls a language model, with ``labels`` the logits, of shape (batch, seq, vocabulary).
+    Called like a language model, with the logits, of shape (batch, seq, vocabulary), as ``labels``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,17 +69,17 @@ class Student(nn.Module):
         self.config = getattr(model, "config", None)
 
     def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        # Virtual tokens, where the method puts some before the input, have logits of their own, and no teacher.
+        # Virtual tokens before the input have logits of their own, but no teacher.
         logits = self.model(input_ids=input_ids, use_cache=use_cache).logits[:, -labels.shape[1] :]
         return SimpleNamespace(loss=nn.functional.mse_loss(logits.float(), labels))
 
 
 @dataclass(frozen=True)
 class Planted:
-    """One planted task: an update of ``rank`` in the ``targets`` of every layer, all drawn from ``seed``.
+    """One synthetic task: an update of ``rank`` in the ``targets`` of every layer, all drawn from ``seed``.
 
-    Rank 0 is the control: the teacher is the base model itself. ``batches`` of ``batch`` × ``seq`` uniformly drawn
-    token ids are trained on in their order; with as many as there are steps none is seen twice.
+    Rank 0 is the control: the teacher is the base model itself. Training uses ``batches`` of ``batch`` × ``seq``
+    uniformly drawn token ids in order; with at least as many batches as steps, none repeats.
     """
 
     seed: int = 0
@@ -93,11 +93,11 @@ class Planted:
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise GaugeError(f"a planted rank is at least 0, not {self.rank}")
+            raise GaugeError(f"a planted rank must be at least 0, got {self.rank}")
 
     @property
     def record(self) -> ModelRecord:
-        """The base model; its weights, too, are drawn from the seed."""
+        """The base model; its weights are drawn from the seed, too."""
         return small_decoder(self.seed)
 
     @property
@@ -106,7 +106,7 @@ class Planted:
         return StepSettings(batch=self.batch, seq=self.seq)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the task, as JSON holds it."""
+        """Everything that determines the task, as JSON."""
         fields = {key: getattr(self, key) for key in ("seed", "rank", "targets", "batches", "batch", "seq")}
         return {"task": self.name, "config": self.record.config_json, "size": UPDATE_OVER_WEIGHT, **fields}
 
@@ -134,8 +134,8 @@ class Planted:
 
 @dataclass(frozen=True)
 class PreparedPlanted:
-    """A `Planted` task ready to be trained on. ``planted_norm`` is the Frobenius norm of the planted update over all
-    layers, ``validation`` what learning rates are chosen by, ``held_out`` what a finished student is judged by."""
+    """A `Planted` task ready for training. ``planted_norm``: Frobenius norm of the planted update over all layers;
+    ``validation``: batches to select learning rates; ``held_out``: batches to score a trained student."""
 
     task: Planted
     base: PreTrainedModel
@@ -148,7 +148,7 @@ class PreparedPlanted:
     def job(self, method: Method) -> TrainingJob:
         """A student of ``method`` on a fresh copy of the base, before its first step."""
         model = methods.attach(copy.deepcopy(self.base), method, seed=self.task.seed)
-        torch.manual_seed(self.task.seed)  # dropout, where the method has some
+        torch.manual_seed(self.task.seed)  # for dropout, if the method has it
         return TrainingJob(Student(model), self.training, self.task.settings)
 
     def validation_loss(self, job: TrainingJob) -> float:
@@ -156,8 +156,8 @@ class PreparedPlanted:
         return loss_on(job.model, self.validation)
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """``held_out_loss``, mean squared; unless teacher and base are the same, ``quality``: the share of the base's
-        error that the student has learned away, 1 at best, below 0 where it is worse than the base; and for LoRA,
+        """``held_out_loss``, mean squared; unless teacher and base are equal, ``quality``: the share of the base's
+        error that the student removed (at most 1; below 0 if it is worse than the base); and for LoRA,
         ``update_over_planted``: the norm of its update over that of the planted one."""
         loss, of_base = loss_on(job.model, self.held_out), loss_on(Student(self.base), self.held_out)
         scores = {"held_out_loss": loss, "base_held_out_loss": of_base}
@@ -174,13 +174,13 @@ def plant(base: PreTrainedModel, rank: int, targets: Sequence[str], *, seed: int
     """A copy of ``base`` with an update of ``rank`` equal singular values in every linear layer named in ``targets``,
     and the Frobenius norm of all these updates together.
 
-    Raises `GaugeError` where no layer has such a name, or one is too small for the rank.
+    Raises `GaugeError` if no layer has such a name, or one is too small for the rank.
     """
     teacher = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(TEACHER_SEED + seed)
     chosen = [module for path, module in teacher.named_modules() if path.rpartition(".")[2] in targets]
     if not chosen:
-        raise GaugeError(f"no module of this model is called {' or '.join(targets)}")
+        raise GaugeError(f"this model has no module called {' or '.join(targets)}")
     singular_values: list[float] = []
     with torch.no_grad():
         for module in chosen:

@@ -1,4 +1,4 @@
-"""Settings × seeds: each trained on the same batches at its own learning rate, resumable, with what is left told."""
+"""Sweeps over settings × seeds: equal batches, a learning rate per setting, resumable, with progress messages."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 TIMES_ALIKE = 1.5
-"""Median step times within this factor are no cost to choose by: a shared host alone has moved them that far."""
+"""Median step times within this factor are not a cost to choose by: a shared host varies that much."""
 
 
 class Prepared(Protocol):
-    """A task whose model and data are built; ``notes`` say what had to be assumed."""
+    """A task with model and data built; ``notes`` list its assumptions."""
 
     @property
     def notes(self) -> tuple[str, ...]: ...
@@ -40,17 +40,17 @@ class Prepared(Protocol):
         """A training job on a fresh copy of the base model."""
 
     def validation_loss(self, job: TrainingJob) -> float:
-        """What learning rates are chosen by."""
+        """The loss used to select learning rates."""
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """Held-out figures; ``quality`` is the one that settings are compared by, higher is better."""
+        """Held-out metrics; settings are compared by ``quality``, higher is better."""
 
 
 class Task(Protocol):
     """A task under one seed, as data."""
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines it, as JSON holds it."""
+        """Everything that determines the task, as JSON."""
 
     def prepared(self) -> Prepared:
         """Build its model and data."""
@@ -58,7 +58,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: a method, what it is called, and the learning rate that its search starts from."""
+    """One candidate: a label, a method, and the learning rate at which its search starts."""
 
     label: str
     method: Method
@@ -75,8 +75,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Trained:
-    """One setting under one seed. ``scores`` are empty where the training diverged; where every learning rate of the
-    search did, ``curve`` is ``None`` and ``divergence`` that of the lowest. ``notes``: what the task had to assume."""
+    """One setting under one seed. ``scores`` are empty if the training diverged; if every learning rate of the search
+    diverged, ``curve`` is ``None`` and ``divergence`` that of the lowest. ``notes``: the task's assumptions."""
 
     label: str
     seed: int
@@ -88,12 +88,12 @@ class Trained:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record as JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Trained:
-        """The record that `as_json` gave."""
+        """The inverse of `as_json`."""
         search = values["search"]
         tried = tuple((rate, loss) for rate, loss in search["tried"])
         divergence = Divergence(**values["divergence"]) if values["divergence"] else None
@@ -117,12 +117,11 @@ def sweep(
     cache: Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Trained]:
-    """Every setting trained under every seed, seed by seed.
+    """Train every setting under every seed, seed by seed.
 
-    The learning rate of a setting is searched under the first seed (under the next, where every rate diverged) and kept
-    for the others. With ``cache``, what was
-    trained before by the same task, setting, lengths and library versions is read from that folder, and all else is
-    written there as soon as it is done. ``say`` hears one line a training, with the time left.
+    A setting's learning rate is searched under the first seed (under the next, if every rate diverged) and kept for the
+    others. With ``cache``, finished trainings of the same task, setting, lengths and library versions are read from
+    that folder, and new ones are saved there at once. ``say`` receives one line per training, with the time left.
     """
     if not settings or not seeds:
         raise GaugeError("a sweep needs at least one setting and one seed")
@@ -139,7 +138,7 @@ def sweep(
             result = _read(file)
             read = result is not None
             if result is None:
-                prepared = prepared or task.prepared()  # not built at all where everything is in the cache
+                prepared = prepared or task.prepared()  # skipped if everything is in the cache
                 result = train_setting(prepared, setting, seed, lengths, searches.get(setting.label))
                 _write(file, result)
             result = replace(result, label=setting.label)
@@ -166,7 +165,7 @@ def train_setting(
         return None
 
     search = search or search_rate(outcome, setting.start_rate)
-    # Built after the search: a job seeds its dropout, whose masks are then the same whether there was a search or not.
+    # Built after the search: a job seeds dropout, so its masks are the same with and without a search.
     job = prepared.job(setting.method)
     trainable = sum(parameter.numel() for parameter in job.trainable)
 
@@ -179,16 +178,16 @@ def train_setting(
     if curve.divergence is not None:
         return ended(curve, curve.divergence, {})
     scores = prepared.scores(job)
-    if not all(math.isfinite(score) for score in scores.values()):  # the last update went wrong
+    if not all(math.isfinite(score) for score in scores.values()):  # diverged in the last update
         return ended(curve, Divergence(lengths.steps - 1, search.chosen, None), {})
     return ended(curve, None, scores)
 
 
-# --- what a sweep says ----------------------------------------------------------------------------------------
+# --- results of a sweep -------------------------------------------------------------------------------------------
 
 
 def by_label(results: Iterable[Trained]) -> dict[str, list[Trained]]:
-    """``results`` by setting, in the order of their seeds."""
+    """``results`` by setting, in the order of seeds."""
     groups: dict[str, list[Trained]] = {}
     for result in results:
         groups.setdefault(result.label, []).append(result)
@@ -196,9 +195,9 @@ def by_label(results: Iterable[Trained]) -> dict[str, list[Trained]]:
 
 
 def pareto_rows(results: Iterable[Trained], peak_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """One row a setting with what it costs and what it reaches, for a report.
+    """One row per setting with its costs and its quality, for a report.
 
-    What it reaches is told as `over_seeds` does; ``peak_bytes`` are planned.
+    Quality is in the form of `over_seeds`; ``peak_bytes`` are planned.
     """
     rows = []
     for label, group in by_label(results).items():
@@ -216,10 +215,10 @@ def pareto_rows(results: Iterable[Trained], peak_bytes: Mapping[str, int]) -> li
 
 
 def over_seeds(qualities: Sequence[float | None]) -> dict[str, Any]:
-    """The quality of one setting under each seed, as a row tells it; ``None`` where the training diverged.
+    """The quality of one setting over all seeds, as entries of a row; ``None`` stands for a diverged training.
 
-    ``quality`` is the mean, ``quality_low`` and ``quality_high`` are the least and the most; a setting that diverged
-    under some seed has none of them (``None``) and says how often in ``diverged``.
+    ``quality`` is the mean, ``quality_low`` and ``quality_high`` the least and the greatest; a setting that diverged
+    under some seed has ``None`` for all of them and the number of such seeds in ``diverged``.
     """
     reached = [quality for quality in qualities if quality is not None]
     told = reached if len(reached) == len(qualities) else []
@@ -235,7 +234,7 @@ def over_seeds(qualities: Sequence[float | None]) -> dict[str, Any]:
 def knees(results: Iterable[Trained], rows: Sequence[Mapping[str, Any]]) -> dict[str, Knee]:
     """The knee of quality against each cost of ``rows`` (`pareto_rows`).
 
-    Left out are settings that diverged, costs that are not known for all others, and step times that are alike.
+    Left out: settings that diverged, costs that are unknown for any other, and step times that are alike.
     """
     groups = by_label(results)
     usable = [row for row in rows if row["quality"] is not None]
@@ -252,20 +251,20 @@ def _alike(cost: str, values: Sequence[float]) -> bool:
 
 
 def figures(results: Sequence[Trained], peak_bytes: Mapping[str, int]) -> dict[str, Any]:
-    """What a benchmark records of a sweep: ``pareto`` rows, ``knees`` by cost, and every training, curve and all."""
+    """A benchmark's record of a sweep: ``pareto`` rows, ``knees`` by cost, and every training with its curve."""
     rows = pareto_rows(results, peak_bytes)
     found = {cost: knee.as_json() for cost, knee in knees(results, rows).items()}
     return {"pareto": rows, "knees": found, "trainings": [result.as_json() for result in results]}
 
 
-# --- going on with an interrupted sweep -----------------------------------------------------------------------
+# --- resuming an interrupted sweep ----------------------------------------------------------------------------------
 
 
 def _file_name(task: Task, setting: Setting, seed: int, lengths: Lengths, searches: Mapping[str, RateSearch]) -> str:
     search = searches.get(setting.label)
     key = {
         "task": task.identity(),
-        "method": asdict(setting.method),  # by whatever label: two sweeps that ask for the same train it once
+        "method": asdict(setting.method),  # not the label: two sweeps share equal trainings
         "start_rate": setting.start_rate,
         "lengths": asdict(lengths),
         "rate": search.chosen if search else None,
@@ -281,8 +280,8 @@ def _versions() -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    """The version of a library; of one that is installed from a folder also the state of its files, for there one
-    version has many codes."""
+    """The version of a library; if it is installed from a folder, also the state of its files, which can change under
+    one version."""
     found = distribution(name)
     origin = json.loads(found.read_text("direct_url.json") or "{}")
     if "dir_info" not in origin:
@@ -294,7 +293,7 @@ def _version(name: str) -> str:
 
 
 def _read(file: Path | None) -> Trained | None:
-    """The training saved in ``file``; ``None`` where there is none, or none that can be read: then it is done again."""
+    """The training saved in ``file``; ``None`` if it is absent or unreadable."""
     if file is None or not file.is_file():
         return None
     try:
@@ -311,20 +310,20 @@ def _write(file: Path | None, result: Trained) -> None:
         write_whole(file, json.dumps(result.as_json(), allow_nan=False))
     except OSError as error:
         raise GaugeError(
-            f"cannot save a training under {file.parent}: {error.strerror or error}; PEFT_GAUGE_CACHE moves it"
+            f"cannot save a training under {file.parent}: {error.strerror or error}; set PEFT_GAUGE_CACHE to move it"
         ) from error
 
 
 class _Progress:
-    """One line a training: which, what came of it, and how long the rest will take at the pace so far.
+    """One line per training: its name, its result, and the time left at the pace so far.
 
-    The pace is that of steps: a training that has to search for its rate takes about twice as many.
+    The pace is per step: a training with a search for its rate takes about twice as many.
     """
 
     def __init__(self, labels: Sequence[str], lengths: Lengths, say: Callable[[str], None] | None) -> None:
         self.left, self.total, self.lengths, self.say = list(labels), len(labels), lengths, say
         self.to_search = set(labels)
-        self.tried: list[int] = []  # rates, by each search that was seen
+        self.tried: list[int] = []  # number of rates in each search so far
         self.steps = 0.0
         self.begun = time.monotonic()
 

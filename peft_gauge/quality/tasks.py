@@ -1,6 +1,6 @@
-"""A text task on a real model: what it learns of the answers, and what it forgets of the text that it knew.
+"""A text task on a real model: how well it learns the responses, and how much it forgets of text it knew.
 
-The generated task is `peft_gauge.quality.examples.calendar_examples`; a dataset of the user's own takes its place.
+The generated task is `peft_gauge.quality.examples.calendar_examples`; a user's dataset can replace it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ CALENDAR = "calendar"
 """The name of the generated task; any other source is a dataset."""
 
 KNOWN_ROWS, KNOWN_TOKENS = 8, 64
-"""Rows and tokens a row of the text by which forgetting is seen."""
+"""Rows, and tokens per row, of the text that measures forgetting."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model makes of answers: ``loss`` in nats a token; ``answer_probability``, the mean probability with which
-    it would write the whole answer; and the share answered to the last token under greedy decoding."""
+    """A model's scores on responses: ``loss`` in nats per token; ``answer_probability``, the mean probability of the
+    whole response; and ``exact_match``, the share of responses that greedy decoding reproduces to the last token."""
 
     loss: float
     answer_probability: float
@@ -48,11 +48,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class TextTask:
-    """Answers to be learned by a model, in ``batches`` of ``batch`` examples, drawn and ordered by ``seed``.
+    """Responses to learn, in ``batches`` of ``batch`` examples, drawn and ordered by ``seed``.
 
-    ``source``: `CALENDAR`, or a dataset as `load_examples` takes it, which is gone through as often as needed, in
-    another order each time. ``validation`` and ``held_out`` are numbers of examples; of a dataset at most a quarter
-    each. ``device`` and ``dtype`` are those of the base. ``stored``: the very same weights where they load faster.
+    ``source``: `CALENDAR`, or a dataset for `load_examples`, repeated as often as needed in another order each time.
+    ``validation`` and ``held_out`` are numbers of examples; of a dataset at most a quarter each. ``device`` and
+    ``dtype`` are those of the base. ``stored``: a record with equal weights that loads faster.
     """
 
     model: ModelRecord
@@ -68,15 +68,15 @@ class TextTask:
 
     def __post_init__(self) -> None:
         if min(self.batches, self.batch, self.validation, self.held_out) < 1:
-            raise GaugeError("a text task needs at least 1 batch, and 1 example in each of its parts")
+            raise GaugeError("a text task needs at least 1 batch, and 1 example in each split")
 
     def identity(self) -> dict[str, Any]:
-        """Everything that determines the task, as JSON holds it."""
+        """Everything that determines the task, as JSON."""
         return {"task": "text", **asdict(replace(self, stored=None))}
 
     def prepared(self) -> PreparedText:
-        """The task with model and batches built. Raises `GaugeError` where the model has no tokenizer, or the data does
-        not suit it."""
+        """The task with model and batches built. Raises `GaugeError` if the model has no tokenizer, or the data does
+        not fit it."""
         tokenizer, base = _tokenizer(self.model), _base(self.stored or self.model, self.dtype)
         pad, note = padding(tokenizer)
         training, validation, held_out = split(self.encoded(tokenizer), self)
@@ -104,21 +104,20 @@ class TextTask:
         )
 
     def settings(self) -> StepSettings:
-        """The shape of a step whose batch holds the longest example."""
+        """The shape of a step whose batch includes the longest example."""
         return StepSettings(self.batch, max(len(example.ids) for example in self.encoded(_tokenizer(self.model))))
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-        """All examples as tokens; of the calendar as many as the parts need."""
+        """All examples as tokens; for the calendar, as many as the splits need."""
         number = self.validation + self.held_out + self.batches * self.batch
         found = calendar_examples(number, self.seed) if self.source == CALENDAR else load_examples(self.source)
         return [encode(example, tokenizer, most_tokens=self.model.max_positions) for example in found]
 
 
 def split(examples: Sequence[Encoded], task: TextTask) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
-    """Examples to train on, in the order of their use; to choose learning rates by; and to be judged by.
+    """Split examples into training (in order of use), validation (for learning rates) and held-out ones.
 
-    No example is in two parts. Where a dataset is too small for three parts (fewer than 3 examples), rates are chosen
-    by what is trained on.
+    The splits are disjoint. A dataset with fewer than 3 examples uses its training examples for validation.
     """
     generator = random.Random(task.seed)
     shuffled = generator.sample(examples, len(examples))
@@ -138,21 +137,20 @@ def _tokenizer(model: ModelRecord) -> PreTrainedTokenizerBase:
     found = models.tokenizer(model)
     if found is None:
         raise GaugeError(
-            f"{model.name} has no tokenizer here: a text task needs real weights; peft-gauge fetch smollm2"
+            f"{model.name} has no tokenizer here: a text task needs pretrained weights; run peft-gauge fetch smollm2"
         )
     return found
 
 
 @lru_cache(maxsize=1)
 def _base(model: ModelRecord, dtype: str) -> PreTrainedModel:
-    """It is copied for every training; reading a GGUF anew for every seed takes long."""
+    """The base model, kept since it is copied for every training: reading a GGUF file takes long."""
     return models.build(model, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A `TextTask` ready to be trained on. ``known``: text of the kind that the base was made for; ``notes``: what had
-    to be assumed."""
+    """A `TextTask` ready for training. ``known``: text like the base model's training data; ``notes``: assumptions."""
 
     task: TextTask
     base: PreTrainedModel
@@ -164,7 +162,7 @@ class PreparedText:
 
     @cached_property
     def base_scores(self) -> dict[str, Scored]:
-        """What the base model, untrained, makes of the held-out answers and of the known text."""
+        """The untrained base model's scores on the held-out responses and on the known text."""
         base = self.base.to(self.task.device)
         return {"held_out": score(base, self.held_out), "known": score(base, self.known)}
 
@@ -172,23 +170,23 @@ class PreparedText:
         """Training by ``method`` on a fresh copy of the base, before its first step."""
         model = methods.attach(copy.deepcopy(self.base), method, seed=self.task.seed, device=self.task.device)
         model.to(self.task.device)
-        torch.manual_seed(self.task.seed)  # dropout, where the method has some
+        torch.manual_seed(self.task.seed)  # for dropout, if the method has it
         longest = max(batch["input_ids"].shape[1] for batch in self.training)
         return TrainingJob(model, self.training, StepSettings(batch=self.task.batch, seq=longest))
 
     def validation_loss(self, job: TrainingJob) -> float:
-        """Loss a token of the validation answers."""
+        """Loss per token of the validation responses."""
         return score(job.model, self.validation).loss
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """Of the held-out answers ``held_out_loss`` (nats a token), ``loss_learned``, the share of the base's loss that
-        was learned away (1 at best, below 0 where it is worse than the base), ``answer_probability`` and
-        ``exact_match``; ``forgetting``, by how many nats a token the loss on text of the kind that the base was made
-        for has risen; for LoRA, ``update_norm``.
+        """On held-out responses: ``held_out_loss`` (nats per token), ``loss_learned`` (the share of the base's loss
+        that training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and
+        ``exact_match``. ``forgetting``: the increase of loss, in nats per token, on text like the base model's training
+        data. For LoRA, ``update_norm``.
 
-        ``quality`` is ``answer_probability`` on the calendar: most of the loss of its answers is their form, which
-        anything learns in a few steps, and an answer is right or wrong as a whole. Answers of other datasets are as
-        long as they are, and there it is ``loss_learned``.
+        ``quality`` is ``answer_probability`` on the calendar: most of its loss is the format, which any method learns
+        in a few steps, and a date is right or wrong as a whole. Responses of other datasets vary in length, so there it
+        is ``loss_learned``.
         """
         of_base, learned = self.base_scores["held_out"], score(job.model, self.held_out)
         loss_learned = 1 - learned.loss / of_base.loss
@@ -200,7 +198,7 @@ class PreparedText:
             "exact_match": learned.exact_match,
             "base_exact_match": of_base.exact_match,
             "quality": learned.answer_probability if self.task.source == CALENDAR else loss_learned,
-            # The project's own chat texts: in no model's training data, and an instruction model speaks their language.
+            # The project's own chat texts: in no model's training data, but close to an instruction model's language.
             "forgetting": score(job.model, self.known).loss - self.base_scores["known"].loss,
         }
         update_norm = lora_update_norm(job.model)
@@ -208,17 +206,17 @@ class PreparedText:
 
 
 def score(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Scored:
-    """Loss a labelled token over ``batches``, and the share of rows whose every labelled token is the likeliest.
+    """Loss per labelled token over ``batches``, and the share of rows whose every labelled token is the most likely.
 
-    The latter is exact match under greedy decoding without decoding: a model that is given the right beginning and
-    finds each next token likeliest is one that would have written the answer, and the other way round.
+    The latter equals exact match under greedy decoding, without decoding: if each next token is the most likely one
+    given the right beginning, greedy decoding produces the response, and conversely.
     """
     loss, probability, tokens, right, rows = 0.0, 0.0, 0, 0, 0
     with torch.no_grad(), without_dropout(model):
         for batch in batches:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             labels = batch["labels"][:, 1:]
-            # Virtual tokens stand at the front; the logits of the last token predict nothing.
+            # Virtual tokens come first; the logits of the last token predict nothing.
             logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] : -1].float()
             asked = labels != MASKED
             nats = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=MASKED, reduction="none")
@@ -228,5 +226,5 @@ def score(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Scored:
             right += int(((logits.argmax(-1) == labels) | ~asked).all(dim=1).sum())
             rows += len(labels)
     if tokens == 0:
-        raise GaugeError("there is no answer to score in these examples")
+        raise GaugeError("these examples have no response to score")
     return Scored(loss / tokens, probability / rows, right / rows)

@@ -1,8 +1,8 @@
-"""Training under equal conditions: one schedule for all, a learning rate of its own for each, divergence as an outcome.
+"""Training under equal conditions: one schedule, a learning rate per setting, and divergence as an outcome.
 
-A comparison at one learning rate for all settings measures which of them that rate suits, so each gets the best of a
-short search, which is recorded. A loss that becomes NaN or grows out of hand is a result, with the step and the rate at
-which it happened; nothing here raises for it.
+Comparing all settings at one learning rate measures which settings that rate suits. Therefore each setting uses the
+best rate of a short search, which is recorded. A loss that becomes NaN or too large is a result, with its step and
+learning rate; it raises no error.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from peft_gauge.training.step import TrainingJob
 
 DIVERGED_OVER_START = 3.0
-"""A loss this many times the first one has diverged: batches differ by less, and no good schedule passes there."""
+"""A loss this many times the first one has diverged: batches differ by less, and a good schedule stays below."""
 
 ROUNDING = 1e-6
-"""A loss below it is rounding, as where teacher and student are the same, and its ratios mean nothing."""
+"""A loss below this is rounding error, for example if teacher and student are equal; its ratios are meaningless."""
 
 POINTS_KEPT = 50
-"""Points of a loss curve that are saved."""
+"""Number of points of a loss curve that are saved."""
 
 RATE_FACTOR = 10**0.5
-"""Between neighbouring learning rates of a search: a finer grid is within the noise of a short run."""
+"""Factor between neighbouring learning rates of a search: a finer grid is within the noise of a short run."""
 
 RATE_EXTENSIONS = 3
-"""How often a search whose best rate is its highest or lowest goes on in that direction."""
+"""Maximum number of extensions of a search whose best rate is its highest or lowest."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``steps`` optimizer updates: the rate rises linearly to ``peak_rate`` over the first ``warm_up_share`` of them
-    and falls to 0 along half a cosine.
+    """``steps`` optimizer steps: the rate rises linearly to ``peak_rate`` over the first ``warm_up_share`` of them and
+    falls to 0 along half a cosine.
 
-    ``weight_decay`` is 0 unless asked for: decoupled decay pulls a full fine-tuning towards zero weights and an
-    adapter towards the base model, which would be two different tasks.
+    ``weight_decay`` is 0 by default: decoupled decay pulls full fine-tuning towards zero weights but an adapter towards
+    the base model, which would be two different tasks.
     """
 
     steps: int
@@ -54,11 +54,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise GaugeError(f"a training needs at least 1 step, not {self.steps}")
+            raise GaugeError(f"a training needs at least 1 step, got {self.steps}")
         if not (math.isfinite(self.peak_rate) and self.peak_rate > 0):
-            raise GaugeError(f"the learning rate must be a positive number, not {self.peak_rate}")
+            raise GaugeError(f"the learning rate must be positive and finite, got {self.peak_rate}")
         if not 0 <= self.warm_up_share < 1:
-            raise GaugeError(f"the share of warm-up must be at least 0 and below 1, not {self.warm_up_share}")
+            raise GaugeError(f"the warm-up share must be at least 0 and below 1, got {self.warm_up_share}")
 
     def rate(self, step: int) -> float:
         """The learning rate of ``step``, counted from 0."""
@@ -70,8 +70,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a training went wrong: the ``step`` whose loss showed it, counted from 0, and the schedule's peak
-    ``learning_rate``; ``loss`` is ``None`` where it was no finite number."""
+    """Where a training diverged: ``step``, counted from 0; the schedule's peak ``learning_rate``; and ``loss``,
+    ``None`` if it was not finite."""
 
     step: int
     learning_rate: float
@@ -80,20 +80,20 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a training did: ``losses`` as (step, loss), thinned to `POINTS_KEPT`; ``step_seconds``, the median of its
-    steps; ``divergence``, where there was one, which also ends the curve."""
+    """A training's ``losses`` as (step, loss), thinned to `POINTS_KEPT`; ``step_seconds``, the median of its steps;
+    ``divergence``, if any, which ends the curve."""
 
     losses: tuple[tuple[int, float], ...]
     step_seconds: float
     divergence: Divergence | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record as JSON."""
         return asdict(self)
 
 
 def train(job: TrainingJob, schedule: Schedule, *, after_step: Callable[[int], None] | None = None) -> Curve:
-    """Take ``schedule.steps`` steps of ``job``, or as many as until it diverges; ``after_step`` hears each number."""
+    """Take ``schedule.steps`` steps of ``job``, or fewer if it diverges; ``after_step`` is called with each number."""
     for group in job.optimizer.param_groups:
         group["weight_decay"] = schedule.weight_decay
     losses: list[float] = []
@@ -118,7 +118,7 @@ def train(job: TrainingJob, schedule: Schedule, *, after_step: Callable[[int], N
 
 
 def thinned(losses: Sequence[float], most: int = POINTS_KEPT) -> tuple[tuple[int, float], ...]:
-    """At most ``most`` of ``losses``, at least 2, evenly spread, with the first and the last; each with its step."""
+    """At most ``most`` (at least 2) of ``losses``, evenly spread, with the first and the last; each with its step."""
     if len(losses) <= most:
         return tuple(enumerate(losses))
     steps = [round(k * (len(losses) - 1) / (most - 1)) for k in range(most)]
@@ -127,24 +127,23 @@ def thinned(losses: Sequence[float], most: int = POINTS_KEPT) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class RateSearch:
-    """The learning rates that were ``tried``, ascending, with the loss that each led to (``None``: it diverged), and
-    the ``chosen`` one, ``None`` where all diverged. ``at_edge``: the best was the highest or lowest tried, so a better
-    one may lie beyond."""
+    """The learning rates ``tried``, ascending, each with its loss (``None``: diverged), and the ``chosen`` rate,
+    ``None`` if all diverged. ``at_edge``: the best rate was the highest or lowest; a better one may lie beyond."""
 
     tried: tuple[tuple[float, float | None], ...]
     chosen: float | None
     at_edge: bool
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record as JSON."""
         return asdict(self)
 
 
 def search_rate(
     outcome: Callable[[float], float | None], start: float, *, extensions: int = RATE_EXTENSIONS
 ) -> RateSearch:
-    """The learning rate of the least ``outcome``, a loss or ``None`` for divergence: ``start`` and its two neighbours
-    are tried, then at most ``extensions`` further ones in the direction of the best."""
+    """The learning rate with the least ``outcome`` (a loss, or ``None`` for divergence): ``start`` and its two
+    neighbours are tried, then at most ``extensions`` more in the direction of the best."""
     found: dict[int, float | None] = {}
 
     def look(exponent: int) -> None:
@@ -152,7 +151,7 @@ def search_rate(
         found[exponent] = loss if loss is not None and math.isfinite(loss) else None
 
     def rate_at(exponent: int) -> float:
-        # The one rounding keeps 0.003162… out of records; neighbours stay a factor of about `RATE_FACTOR` apart.
+        # Rounding keeps 0.003162… out of records; neighbours stay a factor of about `RATE_FACTOR` apart.
         return float(f"{start * RATE_FACTOR**exponent:.2g}")
 
     def best() -> int | None:
@@ -165,7 +164,7 @@ def search_rate(
         leader = best()
         if leader is not None and min(found) < leader < max(found):
             break
-        # Where everything diverged, a smaller step is what may help.
+        # If everything diverged, a lower rate may help.
         look(max(found) + 1 if leader is not None and leader == max(found) else min(found) - 1)
     leader = best()
     tried = tuple((rate_at(exponent), found[exponent]) for exponent in sorted(found))
@@ -175,10 +174,10 @@ def search_rate(
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside and leave everything else in training mode.
+    """Disable dropout in the context and leave everything else in training mode.
 
-    ``model.eval()`` is no way to score a 4-bit model between two trainings: on a CPU with AVX512-BF16 bitsandbytes then
-    repacks the weights for inference at the first forward without gradients, and cannot train through them any more.
+    ``model.eval()`` cannot be used on a 4-bit model between two trainings: on a CPU with AVX512-BF16, bitsandbytes then
+    repacks the weights for inference at the first forward without gradients, and can no longer train with them.
     """
     from torch.nn.modules.dropout import _DropoutNd
 

@@ -1,11 +1,11 @@
-"""What training did to the weights: how large the update is, and how many ranks it really has.
+"""Weight updates of a training: their norm and their rank.
 
-The update of a weight is the trained weight minus the one that training began with. Few of its singular values may
-carry what was learned, and yet none is zero: AdamW divides each gradient by its own size, so that an entry that hardly
-matters moves about as far in a step as one that matters much, in whatever direction noise gives it. Full fine-tuning
-thus leaves a floor of many small singular values, far above the rounding of float32 weights. The energy rank counts
-squared singular values and sees little of that floor, the effective rank sees much. Both are read against a random
-matrix of the same size, which is what an update without any structure would be.
+The update of a weight is the trained weight minus the initial one. A few singular values may carry what was learned,
+yet none is zero: AdamW divides each gradient by its own size, so an entry that hardly matters moves about as far per
+step as an important one, in a direction set by noise. Full fine-tuning therefore leaves a floor of many small singular
+values, far above the rounding of float32 weights. The energy rank counts squared singular values and is little affected
+by that floor; the effective rank is affected much. Both are compared with a random matrix of the same size, which is
+an update without any structure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-"""Where the spectrum of an update is read, and what it is truncated to."""
+"""Ranks at which an update's spectrum is evaluated and to which it is truncated."""
 
 ENERGY_SHARE = 0.9
 
@@ -33,7 +33,7 @@ RANDOM_SEEDS = (0, 1, 2)
 
 
 def lora_update_norm(model: nn.Module, adapter: str = "default") -> float | None:
-    """Frobenius norm of (α/r)·B·A over all adapted layers together, as PEFT would merge it; ``None`` without any."""
+    """Frobenius norm of (α/r)·B·A over all adapted layers together, as merged by PEFT; ``None`` without LoRA."""
     with torch.no_grad():
         norms = [
             float(torch.linalg.matrix_norm(cast("Any", module).get_delta_weight(adapter)))
@@ -48,11 +48,11 @@ def lora_update_norm(model: nn.Module, adapter: str = "default") -> float | None
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the singular values of a matrix say of its rank.
+    """The rank of a matrix by several measures of its singular values.
 
     ``energy_at_rank``: for each of `RANKS`, the share of the squared Frobenius norm that the best approximation of that
     rank keeps; ``energy_rank``: the least rank that keeps `ENERGY_SHARE` of it; ``effective_rank``: the exponential of
-    the entropy of the singular values divided by their sum (Roy and Vetterli 2007), from 1 to the number of them.
+    the entropy of the singular values divided by their sum (Roy and Vetterli 2007), from 1 to their number.
     """
 
     energy_at_rank: Mapping[int, float]
@@ -61,7 +61,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, singular_values: Tensor) -> Spectrum:
-        """Of singular values in descending order. Raises `GaugeError` where all are zero."""
+        """From singular values in descending order. Raises `GaugeError` if all are zero."""
         energy = _energy(singular_values)
         shares = (energy.cumsum(0) / energy.sum()).clamp(max=1.0)
         probabilities = singular_values.double() / singular_values.double().sum()
@@ -74,8 +74,8 @@ class Spectrum:
 
 @lru_cache
 def random_spectrum(rows: int, columns: int) -> Spectrum:
-    """Of a ``rows`` × ``columns`` matrix of independent normally distributed entries: of its singular values' means
-    over `RANDOM_SEEDS`."""
+    """The spectrum of a ``rows`` × ``columns`` matrix with independent normal entries, from the means of its singular
+    values over `RANDOM_SEEDS`."""
     drawn = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) for seed in RANDOM_SEEDS)
     return Spectrum.of(torch.stack([torch.linalg.svdvals(matrix.double()) for matrix in drawn]).mean(0))
 
@@ -88,7 +88,7 @@ def _energy(singular_values: Tensor) -> Tensor:
 
 
 def _rank_of_share(energy: Tensor, share: float) -> int:
-    # The last sums may fall short of the whole by rounding.
+    # Rounding can leave the last cumulative sums below the total.
     return min(int((energy.cumsum(0) < share * energy.sum()).sum()) + 1, len(energy))
 
 
@@ -97,7 +97,7 @@ def _rank_of_share(energy: Tensor, share: float) -> int:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight before and after; ``left`` (rows × kept) and ``right`` (kept × columns) as `_decomposed` gives them."""
+    """A weight before and after; ``left`` (rows × kept) and ``right`` (kept × columns) as returned by `_decomposed`."""
 
     before: Tensor
     after: Tensor
@@ -106,14 +106,14 @@ class _Weight:
 
 
 class Updates:
-    """The updates that full training made to the linear layers of ``base``, decomposed once for all questions.
+    """The updates of the linear layers of ``base`` by full training, decomposed once.
 
-    In ``trained`` a wrapper's name may stand before each path; its weights are the ones that `truncated` works on. An
-    embedding that is tied to the output layer is that layer's weight and counts once, as that. ``spectra``: for each
-    layer's path, the spectrum of its update, and that of a random matrix of the same size. Singular values are taken in
-    float64 on the CPU: for 135 M parameters half a minute on one core.
+    Paths in ``trained`` may have a wrapper's name as prefix; `truncated` works on its weights. An embedding tied to the
+    output layer counts once, as the output layer. ``spectra``: for each layer's path, the spectrum of its update and of
+    a random matrix of the same size. Singular values are computed in float64 on the CPU: half a minute on one core for
+    135 M parameters.
 
-    Raises `GaugeError` where a layer is missing from ``trained``, or was not updated.
+    Raises `GaugeError` if a layer is missing from ``trained`` or was not updated.
     """
 
     def __init__(self, base: nn.Module, trained: nn.Module, ranks: Sequence[int] = RANKS) -> None:
@@ -127,13 +127,13 @@ class Updates:
 
     @contextmanager
     def truncated(self, rank: int) -> Iterator[None]:
-        """Inside, each of the trained weights is its base plus its update's best approximation of ``rank``, rounded to
-        the weight's own dtype, and with rank 0 its base; afterwards it is again what it was, to the last bit.
+        """In the context, each trained weight is its base plus the best approximation of ``rank`` of its update,
+        rounded to the weight's dtype (the base itself for rank 0); afterwards it is restored to the last bit.
 
-        Whatever is no linear layer (norms, biases, an embedding of its own) stays as trained.
+        Parameters outside linear layers (norms, biases, an untied embedding) stay as trained.
         """
         if not 0 <= rank <= self.most_rank:
-            raise GaugeError(f"these updates can be truncated to ranks from 0 to {self.most_rank}, not to {rank}")
+            raise GaugeError(f"the rank must be from 0 to {self.most_rank}, got {rank}")
         whole = [weight.after.clone() for weight in self._weights]
         try:
             for weight in self._weights:
@@ -146,26 +146,26 @@ class Updates:
 
 
 def _linear_weights(base: nn.Module, trained: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Path, weight before and weight after, the latter two without their graph, of each linear layer of ``base``."""
+    """Path, weight before and weight after (both detached) of each linear layer of ``base``."""
     after = {path: module.weight for path, module in trained.named_modules() if isinstance(module, torch.nn.Linear)}
     for path, module in base.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
         found = [weight for name, weight in after.items() if f".{name}".endswith(f".{path}")]
         if len(found) != 1:
-            raise GaugeError(f"the trained model has {len(found)} linear layers called {path}, not 1 as its base")
+            raise GaugeError(f"the trained model has {len(found)} linear layers called {path}, expected 1")
         yield path, module.weight.detach(), found[0].detach()
 
 
 def _decomposed(update: Tensor, most_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular values of ``update`` in descending order; and two factors, rows × kept and kept × columns, of which
-    the first r columns times the first r rows are its best approximation of rank r, for r up to ``most_rank``."""
-    # The triangle of a QR decomposition has the same singular values and right vectors; for an output layer with a row
-    # for each word of the vocabulary that saves most of the work.
+    """All singular values of ``update`` in descending order, and two factors (rows × kept, kept × columns): the first r
+    columns of one times the first r rows of the other are the best approximation of rank r ≤ ``most_rank``."""
+    # The R of a QR decomposition has the same singular values and right vectors; for an output layer with a row per
+    # word of the vocabulary it saves most of the work.
     tall = update.shape[0] > update.shape[1]
     core = torch.linalg.qr(update, mode="r").R if tall else update
     _, values, right = torch.linalg.svd(core, full_matrices=False)
-    kept = right[:most_rank].clone()  # lets go of the other vectors
+    kept = right[:most_rank].clone()  # releases the other vectors
     return values, update @ kept.T, kept
 
 

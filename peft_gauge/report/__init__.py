@@ -1,1 +1,1 @@
-"""Results as people read them. Plain records in, text out."""
+"""Results for people to read: plain records in, text out."""

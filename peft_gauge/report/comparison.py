@@ -1,4 +1,4 @@
-"""A comparison of two runs for the terminal, as Markdown, and as JSON; every number is put into words in one place."""
+"""A comparison of two runs for the terminal, as Markdown and as JSON; all numbers are formatted in one place."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from peft_gauge.history.comparison import Comparison, Row
 
 SCHEMA = 1
-HEADINGS = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know")
+HEADINGS = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause or note")
 OVER = " over "
 TEXT_LIMIT = 48
-NARROWEST = 40  # columns of the terminal, whatever it says it has
+NARROWEST = 40  # columns; a terminal that reports fewer is ignored
 
 FEW = 3
-"""So many rows that say the same have a line each; more have one together."""
+"""Up to this many similar rows have a line each; more share one."""
 TOLD_FILES = 4
 
 
 @dataclass(frozen=True)
 class Cells:
-    """One row in words, as all outputs show it."""
+    """One row as text, as in all outputs."""
 
     verdict: str
     case: str
@@ -45,7 +45,7 @@ class Cells:
 
 
 def cells(row: Row) -> Cells:
-    """The words for ``row``. Percentages have one decimal; counts and bytes are exact."""
+    """The text for ``row``. Percentages have one decimal; counts and bytes are exact."""
     return Cells(
         verdict=row.says if row.label in (None, row.says) else f"{row.says}: {row.label}",
         case=row.test.removeprefix("benchmarks/"),
@@ -69,7 +69,7 @@ def _value(value: object, metric: str) -> str:
 
 
 def _change(row: Row) -> str:
-    """Of a time in per cent; of a number the difference, and per cent where it is not 0."""
+    """For a time, the change in per cent; for a number the difference, and per cent unless the base is 0."""
     parts = []
     numbers = is_number(row.before) and is_number(row.after)
     if numbers and row.judged is None and row.before != row.after and not row.metric.endswith("seconds"):
@@ -81,7 +81,7 @@ def _change(row: Row) -> str:
 
 
 def _judged(row: Row) -> str:
-    """The ratio that the verdict rests on, with its interval."""
+    """The ratio behind the verdict, with its interval."""
     if row.judged is None:
         return ABSENT
     judged = row.judged
@@ -96,17 +96,17 @@ def _percent(ratio: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """What stands in one line of a table: one row, or several that say the same."""
+    """One line of a table: one row, or several similar ones."""
 
     rows: tuple[Row, ...]
     cells: Cells
 
 
 def shown_lines(comparison: Comparison, *, everything: bool) -> list[Line]:
-    """The lines of ``comparison``, the worst first: all rows one by one if ``everything`` is asked for.
+    """The lines of ``comparison``, worst first; with ``everything``, all rows one by one.
 
-    Else without what stayed the same. More than `FEW` times that cannot be told apart are one line, and so are more
-    than `FEW` cases that have the same label for the same reason.
+    Otherwise unchanged rows are left out, more than `FEW` undecided times share a line, and so do more than `FEW` cases
+    with the same label for the same reason.
     """
     if everything:
         return [Line((row,), cells(row)) for row in comparison.rows]
@@ -121,7 +121,7 @@ UNDECIDED = "undecided times"
 
 
 def _group(row: Row) -> Hashable:
-    """What a row shares with those that it can share a line with."""
+    """The key that rows in a shared line have in common."""
     if row.label is None:
         return UNDECIDED if row.verdict == "cannot tell" and row.metric.endswith("seconds") else row
     if row.verdict in ("worse", "better") or row.judged is not None or row.cause is not None:
@@ -136,7 +136,7 @@ def _together(key: Hashable, rows: Sequence[Row]) -> list[Line]:
 
 
 def _undecided(rows: Sequence[Row]) -> Cells:
-    """One line for times that were not decided: how many, how far they moved at most, and what would decide them."""
+    """One line for undecided times: their number, their largest change, and the processes that would decide them."""
     metrics = Counter(row.metric for row in rows)
     judged = [row for row in rows if row.judged is not None]
     ratios = sorted(row.judged.ratio if row.judged is not None else row.ratio or 1.0 for row in rows)
@@ -145,7 +145,7 @@ def _undecided(rows: Sequence[Row]) -> Cells:
     unjudged = Counter(str(row.note) for row in rows if row.judged is None)
     unsteady = sum("unsteady" in (row.note or "") for row in rows)
     remarks = [
-        *([f"about {min(further)} more processes a side would decide the clearest"] if further else []),
+        *([f"about {min(further)} more processes per side would decide the clearest"] if further else []),
         *(f"{number} of them: {note}" for note, number in unjudged.items()),
         *([f"{unsteady} of them unsteady"] if unsteady else []),
         "--all shows each",
@@ -163,7 +163,7 @@ def _undecided(rows: Sequence[Row]) -> Cells:
 
 
 def _alike(rows: Sequence[Row]) -> Cells:
-    """One line for cases with the same label and the same reason: how many, and of which files."""
+    """One line for cases with the same label and reason: their number and their files."""
     files = Counter(row.test.partition("::")[0].removeprefix("benchmarks/") for row in rows).most_common()
     named = ", ".join(f"{name} ({number})" for name, number in files[:TOLD_FILES])
     more = f" and {len(files) - TOLD_FILES} more files" if len(files) > TOLD_FILES else ""
@@ -182,7 +182,7 @@ def _alike(rows: Sequence[Row]) -> Cells:
 
 
 def heading(comparison: Comparison) -> list[str]:
-    """The lines above a table: which runs, what differs between them, what else to know."""
+    """The lines above a table: the runs, the differences between them, and notes."""
     lines = [f"{comparison.new} against {comparison.base}"]
     lines += [f"differs: {change}" for change in comparison.environment]
     lines += [f"note: {note}" for note in comparison.notes]
@@ -192,12 +192,12 @@ def heading(comparison: Comparison) -> list[str]:
 
 
 def counts(comparison: Comparison) -> str:
-    """One line: how many figures have which verdict, and how many rows are no plain figures."""
+    """One line: the number of figures with each verdict, and the number of rows with each label."""
     return ", ".join(f"{number} {name}" for name, number in comparison.counts.items())
 
 
 def as_terminal(comparison: Comparison, width: int, *, everything: bool = False) -> str:
-    """``comparison`` as text that fits ``width`` columns: under each verdict what it is about, and what to know."""
+    """``comparison`` as text within ``width`` columns: for each verdict its subject, values and remarks."""
     width = max(width, NARROWEST)
     first, *rest = heading(comparison)
     lines = [first, *(part for line in rest for part in _wrapped(line, width, hanging=2))]
@@ -213,7 +213,7 @@ def as_terminal(comparison: Comparison, width: int, *, everything: bool = False)
 
 
 def _told(told: Cells) -> list[str]:
-    """The lines on one row: the case; its figure before and after, and the change; how that was judged; remarks."""
+    """The lines of one row: the case; its figure before and after, and the change; the judged ratio; remarks."""
     values = f"{told.before} → {told.after}" if (told.before, told.after) != (ABSENT, ABSENT) else ""
     figure = told.figure if told.figure != "outcome" else ""
     change = told.change if told.change != ABSENT else ""
@@ -227,7 +227,7 @@ def _wrapped(text: str, width: int, *, hanging: int) -> list[str]:
 
 
 def as_markdown(comparisons: Iterable[Comparison], *, everything: bool = False) -> str:
-    """All comparisons as Markdown, each with a heading of its own: for a job's summary on GitHub."""
+    """All comparisons as Markdown, each under its own heading, for a job's summary on GitHub."""
     return "\n".join(_markdown(comparison, everything) for comparison in comparisons)
 
 
@@ -247,14 +247,14 @@ def _line(parts: Sequence[str]) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """``text`` with what Markdown and HTML would take for their own escaped."""
+    """``text`` with special characters of Markdown and HTML escaped."""
     for mark in ("\\", "|", "*", "_", "[", "]", "`", "~"):
         text = text.replace(mark, f"\\{mark}")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def as_json(comparisons: Iterable[Comparison], *, strict: bool = False) -> str:
-    """Everything, for machines::
+    """The full comparison for programs::
 
         {"schema": 1, "comparisons": [{
             "base": path, "new": path, "environment": [text], "notes": [text],
@@ -263,9 +263,9 @@ def as_json(comparisons: Iterable[Comparison], *, strict: bool = False) -> str:
                 "test": id, "metric": name, "verdict": "same", "better", "worse" or "cannot tell",
                 "label": NEW, MISSING, … or null, "before": value, "after": value, "ratio": after / before or null,
                 "judged": null or {"verdict", "ratio", "low", "high", "error", "further"}  (see `Judgement`),
-                "relative_to": what was divided out of the judged ratio, or null,
+                "relative_to": the factor divided out of the judged ratio, or null,
                 "cause": text or null, "note": text or null,
-                "shown": {heading: the words that the tables show}}]}]}
+                "shown": {heading: the text in the tables}}]}]}
 
     Times are in seconds, bytes are bytes, ratios are NEW / BASE.
     """

@@ -1,4 +1,4 @@
-"""A machine's newest answers in Markdown, as GitHub shows it, or one run's: for the summary of a nightly job."""
+"""A machine's newest results, or one run's, as GitHub Markdown for the summary of a nightly job."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from peft_gauge.history.schema import CaseRecord
 
 MOST_SKIPPED = 20
-"""Skipped cases that are told with their reason; of a run on a small machine, most cases are skipped."""
+"""Number of skipped cases listed with their reason; on a small machine most cases are skipped."""
 REASON_LIMIT = 200
 
 
 def escape(value: object) -> str:
-    """``value`` on one line, with what Markdown and HTML would take for their own escaped."""
+    """``value`` on one line, with special characters of Markdown and HTML escaped."""
     return in_markdown(one_line(value))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> list[str]:
-    """The lines of a table, of which the first ``texts`` columns are texts and the others numbers."""
+    """The lines of a table whose first ``texts`` columns are texts and the others numbers."""
     rule = ["---"] * texts + ["--:"] * (len(headings) - texts)
     lines = [f"| {' | '.join(map(escape, row))} |" for row in rows]
     return [f"| {' | '.join(headings)} |", f"| {' | '.join(rule)} |", *lines]
 
 
 def summary(runs: Sequence[Run], claims: Sequence[Standing]) -> str:
-    """One machine's answers as Markdown: machine, versions, claims, methods, memory with plan and ceiling, sweeps, what
-    failed.
+    """One machine's results as Markdown: machine, versions, claims, methods, memory with plan and ceiling, sweeps,
+    failures.
 
-    ``runs``: one, or those that together hold the newest answers, newest first, each with the cases that it answers;
-    ``claims``: the newest verdicts. Where runs are several, each line of a table names its own.
+    ``runs``: one, or those that together have the newest results, newest first, each with its cases among them;
+    ``claims``: the newest verdicts. With several runs, each line of a table names its own.
     """
     newest, *_ = runs
     parts = [
@@ -80,16 +80,16 @@ def _about(runs: Sequence[Run], claims: Sequence[Standing]) -> Iterator[str]:
 
 
 def _answers(run: Run, newest: Run) -> str:
-    """Which questions ``run`` answers with how many cases, when it ended, and what else was different then."""
+    """The benchmarks with results from ``run`` and their numbers of cases, its end, and what changed since."""
     questions = Counter(case.question for case in run.cases)
-    told = ", ".join(f"{escape(question)} ({number})" for question, number in questions.items()) or "nothing anew"
+    told = ", ".join(f"{escape(question)} ({number})" for question, number in questions.items()) or "no cases"
     differs = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
     when = f"ended {run.when:%Y-%m-%d %H:%M %Z}{', interrupted' if run.interrupted else ''}"
     return f"{told}; {when}" + (f"; since then {'; '.join(differs)}" if differs else "")
 
 
 def _with_run(runs: Sequence[Run], headings: Sequence[str]) -> list[str]:
-    """A table's ``headings``, with a column for the run where there are several."""
+    """A table's ``headings``, with a column for the run if there are several."""
     return [*headings, "run"] if len(runs) > 1 else [*headings]
 
 
@@ -107,10 +107,13 @@ def _methods(runs: Sequence[Run]) -> Iterator[str]:
         return
     yield "### Methods"
     yield ""
-    headings = ("method", "model", "conditions", "trainable", "% of base", "on disk", *PHASES, "step ×", "tokens/s")
+    headings = (
+        *("method", "model", "conditions", "trainable", "% of base", "on disk"),
+        *(*PHASES, "step / base forward", "tokens/s"),
+    )
     yield from table(_with_run(runs, headings), (_in_run(runs, _method(row), row["run"]) for row in rows), texts=3)
     yield ""
-    yield "Medians; × is against a bare-base forward timed beside each round. 1 GB = 10⁹ bytes."
+    yield "Medians; step / base forward: both timed in the same round. 1 GB = 10⁹ bytes."
     for row in rows:
         if row.get("unsteady"):
             yield f"- unsteady: {escape(label(row))} on {escape(_where(row))}: {escape('; '.join(row['unsteady']))}"
@@ -153,7 +156,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
 
 def _ceiling(measured: int, limit: int | None) -> str:
     return (
-        f"{shown_bytes(limit)}, PASSED BY {shown_bytes(measured - limit)}"
+        f"{shown_bytes(limit)}, EXCEEDED BY {shown_bytes(measured - limit)}"
         if limit and measured > limit
         else shown_bytes(limit)
     )
@@ -210,4 +213,4 @@ def _not_passed(runs: Sequence[Run]) -> Iterator[str]:
     )
     if len(skipped) > MOST_SKIPPED:
         yield ""
-        yield f"And {len(skipped) - MOST_SKIPPED} more that were skipped."
+        yield f"And {len(skipped) - MOST_SKIPPED} more skipped cases."

@@ -1,5 +1,5 @@
-"""One base model that serves many adapters through PEFT's own interface: what one more costs, and what it changes.
+"""One base model that serves many adapters through PEFT's own interface: the cost and the effect of each adapter.
 
-`server` holds base and adapters, `observed` says whether outputs are what they should be, `ways` what each way of
-serving many adapters holds and how fast it is, and `passes.measure` is what a process of its own is started for.
+`server` holds base and adapters, `observed` checks outputs, `ways` measures memory and speed of each way to serve many
+adapters, and `passes.measure` does all of it in a separate process.
 """

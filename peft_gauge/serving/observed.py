@@ -1,4 +1,4 @@
-"""What is observed of a server: outputs that come back or do not, what an adapter's stay and a merge leave behind.
+"""Checks on a server: are outputs reproducible, and do loading or merging an adapter leave anything behind?
 
 Shapes: token ids (rows, seq), logits (rows, seq, vocabulary).
 """
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from peft_gauge.serving.server import Server
 
 CHECKED_LAYERS = 4
-"""Layers that are held against `identity`'s bounds; the float64 arithmetic of all of them would take minutes."""
+"""Number of layers checked against `identity`'s bounds; float64 arithmetic for all layers would take minutes."""
 
 TOLERANCE = 10
-"""How many times the measured rounding error a mixed batch may be off."""
+"""Allowed error of a mixed batch, in multiples of the measured rounding error."""
 
 
 def spread(names: Sequence[str], most: int) -> list[str]:
-    """At most ``most`` of ``names``, the first and the last among them, evenly between."""
+    """At most ``most`` of ``names``, evenly spaced, with the first and the last."""
     if len(names) <= most:
         return list(names)
     return [names[round(place * (len(names) - 1) / (most - 1))] for place in range(most)]
@@ -42,9 +42,9 @@ def spread(names: Sequence[str], most: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Visits:
-    """The outputs of a round through adapters (and the base, `BASE`), and how many came back in a second round.
+    """Outputs of all visited adapters and the base (`BASE`), and those reproduced in a second round.
 
-    ``outputs``: logits by adapter; ``returned``: those that the second round gave again, to the last bit.
+    ``outputs``: logits by adapter; ``returned``: adapters with bit-identical logits in the second round.
     """
 
     outputs: dict[str, Tensor]
@@ -52,12 +52,12 @@ class Visits:
 
     @property
     def least_difference(self) -> float:
-        """The largest absolute difference between the logits of the two adapters that are nearest to each other."""
+        """The smallest difference between two adapters: of each pair, the largest absolute difference of logits."""
         return min(max_error(a, b) for a, b in itertools.combinations(self.outputs.values(), 2))
 
 
 def visit(server: Server, ids: Tensor, names: Sequence[str]) -> Visits:
-    """Switch through the base and ``names`` twice, so that every one is left and come back to."""
+    """Switch through the base and ``names`` twice, so that each is left and visited again."""
 
     def output(name: str) -> Tensor:
         if name == BASE:
@@ -76,11 +76,11 @@ def max_error(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Mixing:
-    """A mixed batch against what each adapter gives alone.
+    """A mixed batch compared with each adapter on its own.
 
-    ``max_error``: the largest difference; ``rounding_error``: the most that the same rows through the same adapter
-    differ between one batch and one row at a time, where only the order of sums changes; it is no less than one unit of
-    rounding of the largest logit. ``least_difference``: that of any two adapters (`Visits`).
+    ``max_error``: the largest difference; ``rounding_error``: the largest difference between the same rows and adapter
+    in one batch and one row at a time, where only the order of sums changes, but at least one rounding unit of the
+    largest logit; ``least_difference``: between any two adapters (`Visits`).
     """
 
     max_error: float
@@ -89,13 +89,13 @@ class Mixing:
 
     @property
     def holds(self) -> bool:
-        """Whether the batch is within `TOLERANCE` of rounding, and that is less than from one adapter to another."""
+        """Whether the error is within `TOLERANCE` of rounding, and this is less than between two adapters."""
         tolerance = TOLERANCE * self.rounding_error
         return self.max_error <= tolerance < self.least_difference
 
 
 def mix(server: Server, ids: Tensor, names: Sequence[str], alone: Visits) -> Mixing:
-    """One batch of ``ids``, row by row through ``names``, against the same rows of what was visited ``alone``."""
+    """Compare one batch of ``ids``, with one adapter of ``names`` per row, with the same rows in ``alone``."""
     mixed = server.mixed_logits(ids, names)
     expected = torch.stack([alone.outputs[name][row] for row, name in enumerate(names)])
     rounding = torch.finfo(expected.dtype).eps * float(expected.abs().max())
@@ -107,7 +107,7 @@ def mix(server: Server, ids: Tensor, names: Sequence[str], alone: Visits) -> Mix
 
 
 def time_switches(server: Server, ids: Tensor, rule: StoppingRule, warm_up: WarmUp) -> Rounds:
-    """Time switches from each adapter to the next; before each, a forward of ``ids`` as the control."""
+    """Time switches from each adapter to the next; a forward of ``ids`` before each is the control."""
     turn = itertools.cycle(server.names)
     return measure_rounds(
         lambda: server.switch(next(turn)),
@@ -121,10 +121,10 @@ def time_switches(server: Server, ids: Tensor, rule: StoppingRule, warm_up: Warm
 
 @dataclass(frozen=True)
 class Turnover:
-    """An adapter that was written, loaded under another name, and deleted again.
+    """An adapter that was saved, loaded under another name, and deleted.
 
-    ``disk_bytes``: its safetensors; ``load_seconds``: wall time of reading and adding it; ``same``: its output was the
-    original's to the last bit; ``kept_bytes``: what its stay left behind.
+    ``disk_bytes``: size of its safetensors; ``load_seconds``: wall time to read and add it; ``same``: whether its
+    output equals the original's bit by bit; ``kept_bytes``: memory still in use afterwards.
     """
 
     disk_bytes: int
@@ -134,7 +134,7 @@ class Turnover:
 
 
 def turn_over(server: Server, ids: Tensor, name: str) -> Turnover:
-    """Save the adapter called ``name``, load it again beside itself, and delete that copy."""
+    """Save the adapter called ``name``, load the copy next to it, and delete the copy."""
     before_bytes = server.adapters_bytes
     with tempfile.TemporaryDirectory(prefix="peft-gauge-") as place:
         folder = server.save(name, Path(place))
@@ -154,9 +154,9 @@ class Merging:
     """Merging the active adapter and unmerging it.
 
     ``max_error``: of the merged model's logits against the unmerged one's; ``drifts``: after each cycle of merge and
-    unmerge, the largest distance of a base weight from where it began; ``weight_size``: the largest base weight;
-    ``outputs`` and ``restored``: some layers' outputs, and weights after the first cycle, against the rounding-error
-    bounds, empty for a quantised base, which quantises anew.
+    unmerge, the largest deviation of a base weight from its start; ``weight_size``: the largest base weight;
+    ``outputs`` and ``restored``: outputs of some layers, and their weights after the first cycle, checked against
+    bounds on the rounding error; empty for a quantized base, which merging quantizes again.
     """
 
     max_error: float
@@ -167,7 +167,7 @@ class Merging:
 
 
 def merge_cycles(server: Server, ids: Tensor, cycles: int) -> Merging:
-    """Merge the active adapter and take it off again, ``cycles`` times; the base keeps what that changes."""
+    """Merge and unmerge the active adapter ``cycles`` times; the base keeps the resulting drift."""
     layers = server.layers()
     start = {name: _weight(layer).clone() for name, layer in layers.items()}
     exact = server.method.quantization is None
@@ -193,7 +193,7 @@ def merge_cycles(server: Server, ids: Tensor, cycles: int) -> Merging:
 
 
 def _weight(layer: Any) -> Tensor:
-    """A LoRA layer's base weight, dequantised where it is packed."""
+    """A LoRA layer's base weight, dequantized if it is packed."""
     weight: Tensor = layer.get_base_layer().weight
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -209,7 +209,7 @@ def _drift(layers: dict[str, Any], start: dict[str, Tensor]) -> float:
 
 
 def _with_inputs(server: Server, ids: Tensor, layers: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The logits of ``ids``, and what each of ``layers`` was given on the way."""
+    """The logits of ``ids``, and the input of each of ``layers``."""
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -224,7 +224,7 @@ def _with_inputs(server: Server, ids: Tensor, layers: dict[str, Any]) -> tuple[T
 
 
 def _lora_case(layer: Any, x: Tensor) -> LoraCase:
-    """A copy of the layer with its active adapter, and ``x`` for an input."""
+    """A copy of the layer with its active adapter, and ``x`` as input."""
     (name,) = layer.active_adapters
     adapter = identity.Adapter(
         layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name]
@@ -233,14 +233,14 @@ def _lora_case(layer: Any, x: Tensor) -> LoraCase:
 
 
 def _merged_layer(case: LoraCase, merged: Tensor, unmerged: Tensor) -> Iterator[IdentityCheck]:
-    """A merged layer's output against the unmerged one's, and against what the algebra gives exactly."""
+    """Check a merged layer's output against the unmerged layer's, and against the exact algebraic value."""
     bound = case.merged_bound()
     yield identity.check(merged, unmerged, bound, case.decomposed_bound())
     yield identity.check(merged, bound.value, bound)
 
 
 def _restored(layer: Any, case: LoraCase) -> IdentityCheck:
-    """The weight after merge and unmerge against where it began; the same rounded delta went on and came off."""
+    """Check the weight after merge and unmerge against the start; the same rounded delta was added and subtracted."""
     (name,) = layer.active_adapters
     deltas = [Bounded.of(layer.get_delta_weight(name))]
     bound = identity.unmerge(identity.merge(Bounded.of(case.weight), deltas), deltas)

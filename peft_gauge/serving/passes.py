@@ -1,4 +1,4 @@
-"""A case of one base with many adapters, measured in the process that runs this."""
+"""Measure one base with many adapters, in the process that calls this."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What one process measures.
+    """The work of one process.
 
     Fields:
-        case: model, method, device, dtype and seed; of its settings, the length of a row.
+        case: model, method, device, dtype and seed; of its settings, the sequence length.
         counts: numbers of adapters, ascending.
-        rule, warm_up: how often a switch is timed.
-        cycles: of merge and unmerge, on the last adapter.
+        rule, warm_up: for the timing of switches.
+        cycles: number of merges and unmerges of the last adapter.
     """
 
     case: Case
@@ -37,8 +37,8 @@ class Setup:
 
 
 def measure(setup: Setup) -> dict[str, Any]:
-    """The figures of ``setup``, as JSON holds them: ``reloading``, with one adapter; ``served``, a record for each
-    count; and with the most adapters ``turnover`` and ``merging``."""
+    """Metrics of ``setup``, as JSON: ``reloading``, with one adapter; ``served``, a record for each count; and, with
+    the most adapters, ``turnover`` and ``merging``."""
     case = setup.case
     isolation.note(phase="load")
     base = models.build(case.model, dtype=case.dtype, attn_implementation=case.attention)
@@ -58,9 +58,9 @@ def measure(setup: Setup) -> dict[str, Any]:
 
 
 def figures(server: Server, setup: Setup) -> dict[str, Any]:
-    """What is true of ``server`` with the adapters it has, by name, flat."""
+    """Metrics of ``server`` with its present adapters, as a flat record."""
     looked_at = spread(server.names, 2)
-    names = [*looked_at, BASE, looked_at[0]]  # an adapter's rows need not lie together
+    names = [*looked_at, BASE, looked_at[0]]  # the rows of an adapter need not be adjacent
     ids = token_ids(server, len(names), setup.case.settings.seq, setup.case.seed)
     visits = visit(server, ids, looked_at)
     mixing = mix(server, ids, names, visits)
@@ -86,7 +86,7 @@ def figures(server: Server, setup: Setup) -> dict[str, Any]:
 
 
 def merging_figures(server: Server, ids: Tensor, cycles: int) -> dict[str, Any]:
-    """What merging and unmerging the active adapter does, by name, flat."""
+    """Metrics of merging and unmerging the active adapter, as a flat record."""
     found = merge_cycles(server, ids, cycles)
     record: dict[str, Any] = {
         "merged_max_error": found.max_error,

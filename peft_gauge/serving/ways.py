@@ -1,8 +1,8 @@
-"""Ways of serving many adapters from one base: what each holds in memory, and how many rows it serves.
+"""Ways of serving many adapters from one base: the memory each needs, and how many rows it serves.
 
-No two successive rows ask for the same adapter. To whoever has to switch that is the worst that can happen, and to full
-copies of the model, each with an adapter merged in, it is nothing: a row takes them what it takes the base, whose
-forward is timed beside each round as the control.
+No two successive rows use the same adapter. This is the worst case for ways that switch, and makes no difference to
+full copies of the model, each with an adapter merged in: their time per row is that of the base, whose forward is timed
+next to each round as the control.
 
 Shapes: token ids (rows, seq).
 """
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from peft_gauge.serving.server import Server
 
 VISITOR = "visitor"
-"""The adapter that comes from disk for one row."""
+"""Name of the adapter that is loaded from disk for one row."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way, timed.
+    """Timings of one way.
 
-    ``held_bytes``: the tensors that base and adapters hold, at the most; ``rows``: how many a round serves;
-    ``seconds``: of each round; ``control_seconds``: of one row through the base alone, before each.
+    ``held_bytes``: the most bytes in tensors of base and adapters; ``rows``: served per round; ``seconds``: of each
+    round; ``control_seconds``: of one row through the base alone, before each round.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Way:
 
     @property
     def rows_per_forward(self) -> float:
-        """Rows that are served in the time of one row through the base: the median over rounds."""
+        """Rows served in the time of one row through the base: the median over rounds."""
         return self.rows / median_ratio(self.seconds, self.control_seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record as JSON."""
         return {
             "way": self.name,
             "held_bytes": self.held_bytes,
@@ -63,8 +63,8 @@ class Way:
 
 
 def beside(server: Server, ids: Tensor, rule: StoppingRule, warm_up: WarmUp) -> list[Way]:
-    """The ways in which all adapters stay beside the base: switching to each, a batch of one row for each, and, where
-    that does not quantise the base anew, merging and unmerging each. ``ids`` has as many rows as there are adapters.
+    """The ways with all adapters in memory: switching to each, a batch of one row for each, and (unless that would
+    quantize the base again) merging and unmerging each. ``ids`` has one row per adapter.
     """
     turn, row = itertools.cycle(server.names), ids[:1]
 
@@ -91,12 +91,13 @@ def beside(server: Server, ids: Tensor, rule: StoppingRule, warm_up: WarmUp) -> 
 
 
 def reloading(server: Server, ids: Tensor, rule: StoppingRule, warm_up: WarmUp) -> Way:
-    """Each row's adapter is read from disk (as the operating system has it cached) and goes after it.
+    """The way that reads each row's adapter from disk (cached by the operating system) and deletes it afterwards.
 
-    ``server`` has its first adapter only, which stays: PEFT keeps no model without one. Raises `GaugeError` for more.
+    ``server`` must have its first adapter only, which stays, since PEFT keeps no model without one. Raises `GaugeError`
+    for more.
     """
     if server.names != [FIRST]:
-        raise GaugeError(f"reloading is timed beside {FIRST!r} alone, not beside {len(server.names)} adapters")
+        raise GaugeError(f"reloading is timed with {FIRST!r} as the only adapter, got {len(server.names)} adapters")
     row = ids[:1]
     with tempfile.TemporaryDirectory(prefix="peft-gauge-") as place:
         folder = server.save(FIRST, Path(place))
@@ -126,7 +127,7 @@ def _timed(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Seconds of each round of ``work``, and of ``row`` through the base alone before it.
 
-    Between rounds the adapters are off, which is no part of either time: it is a lap of its own, and preparation.
+    Between rounds the adapters are off; switching them is in neither time: it is a separate lap, and preparation.
     """
     server.turn_off()
     try:

@@ -1,1 +1,1 @@
-"""Drawings: altair makes them, vl-convert renders them."""
+"""Charts: made by altair, rendered by vl-convert."""

@@ -1,4 +1,4 @@
-"""A picture of memory against sequence length: one line a method, and the cards that would hold it."""
+"""A plot of memory against sequence length: one line per method, and the memory of GPUs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 FORMATS = (".svg", ".png")
 GB = 1e9
 
-# Okabe and Ito's colours without their yellow, which is faint on white: distinct also for colour-blind readers. Each
-# goes with a shape of its own, so that the lines can be told apart in grey.
+# Okabe and Ito's colours without yellow, which is faint on white: distinct also for colour-blind readers. Each has its
+# own shape, so that the lines are distinct in grey.
 LOOKS = (
     ("#000000", "circle"),
     ("#0072B2", "square"),
@@ -32,7 +32,7 @@ GREY = "#666666"
 
 WIDTH, HEIGHT = 720, 480  # of the plot, in pixels, with the names to the right of the lines
 POINT = {"size": 70, "strokeWidth": 1.8, "opacity": 1}
-LABEL_DISTANCE = 15  # pixels from one label to the next: a line of text
+LABEL_DISTANCE = 15  # pixels between labels: one line of text
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by name, with the bytes that it offers a program."""
+    """A GPU's name and its usable memory in bytes."""
 
     name: str
     usable_bytes: int
 
 
 def check_destination(out: Path) -> None:
-    """Raise `GaugeError` where nothing can be drawn, or not to ``out``: before minutes of planning, not after."""
+    """Raise `GaugeError` if nothing can be drawn, or not to ``out``: before minutes of planning, not after."""
     if out.suffix.lower() not in FORMATS:
-        raise GaugeError(f"{out} is no {' or '.join(FORMATS)} file; a picture is saved as one of these")
+        raise GaugeError(f"{out} is not a valid file name for a plot; end it with {' or '.join(FORMATS)}")
     if not out.parent.is_dir():
-        raise GaugeError(f"there is no folder {out.parent} to save {out.name} in; make it first")
+        raise GaugeError(f"there is no folder {out.parent} to save {out.name} in; create it first")
     _altair()
 
 
 def save(points: Sequence[Point], cards: Sequence[Card], out: Path) -> Path:
-    """Draw ``points`` to ``out`` and write them beside it; returns the path of these figures, a CSV file."""
+    """Draw ``points`` to ``out`` and save their data next to it; returns the path of the data, a CSV file."""
     chart = draw(points, cards)
     figures = out.with_suffix(".csv")
     try:
@@ -81,7 +81,7 @@ def save(points: Sequence[Point], cards: Sequence[Card], out: Path) -> Path:
 
 
 def as_csv(points: Sequence[Point]) -> str:
-    """The figures of the picture, exact, one row a point."""
+    """The exact data of the plot, one row per point."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
     writer.writeheader()
@@ -90,10 +90,10 @@ def as_csv(points: Sequence[Point]) -> str:
 
 
 def draw(points: Sequence[Point], cards: Sequence[Card]) -> Any:
-    """The picture as an Altair chart; ``points`` are of one model, dtype and batch.
+    """The plot as an Altair chart; ``points`` belong to one model, dtype and batch.
 
-    Both axes are logarithmic: a step is a floor, the weights, and a part that grows with the sequence, and methods
-    differ in both by factors. Raises `GaugeError` for more methods than can be told apart.
+    Both axes are logarithmic: a step has a constant part, the weights, and a part that grows with the sequence, and
+    methods differ in both by factors. Raises `GaugeError` for more methods than there are distinct lines.
     """
     alt = _altair()
     frame = Frame.around(points, cards)
@@ -111,7 +111,7 @@ def draw(points: Sequence[Point], cards: Sequence[Card]) -> Any:
 
 @dataclass(frozen=True)
 class Frame:
-    """The part of the plane that is drawn: tokens from ``left`` to ``right`` with lines up to ``last``, and GB."""
+    """The visible area: tokens from ``left`` to ``right`` with lines up to ``last``, and GB."""
 
     seqs: tuple[int, ...]
     left: float
@@ -122,7 +122,7 @@ class Frame:
 
     @classmethod
     def around(cls, points: Sequence[Point], cards: Sequence[Card]) -> Frame:
-        """With room for the names to the right of the lines and above the highest card."""
+        """With space for the names to the right of the lines and above the highest GPU."""
         seqs = sorted({point.seq for point in points})
         sizes = [size / GB for size in (*(p.peak_bytes for p in points), *(card.usable_bytes for card in cards))]
         left, last = seqs[0] / 1.1, float(seqs[-1])
@@ -135,16 +135,16 @@ class Frame:
         return self.last * (self.right / self.last) ** share
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times the powers of ten that lie within."""
+        """1, 2 and 5 times the powers of ten in range."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         every = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
         return [tick for tick in every if self.low <= tick <= self.high]
 
     def spread(self, heights: Sequence[float]) -> list[float]:
-        """Where names go whose lines end at ``heights`` (GB, any order): as near as `LABEL_DISTANCE` lets them."""
+        """Heights for the names of lines that end at ``heights`` (GB, any order), at least `LABEL_DISTANCE` apart."""
         distance = math.log(self.high / self.low) * LABEL_DISTANCE / HEIGHT
         order = sorted(range(len(heights)), key=lambda i: heights[i])
-        groups: list[tuple[float, list[int]]] = []  # (centre, members); those of a group stand one distance apart
+        groups: list[tuple[float, list[int]]] = []  # (centre, members); members of a group are one distance apart
         for i in order:
             groups.append((math.log(heights[i]), [i]))
             while len(groups) > 1 and _overlap(groups[-2], groups[-1], distance):
@@ -163,10 +163,10 @@ def _overlap(below: tuple[float, list[int]], above: tuple[float, list[int]], dis
 
 
 def _method_layers(alt: Any, frame: Frame, points: Sequence[Point]) -> list[Any]:
-    """Lines with their points, and beside the end of each its name, shape and last figure."""
+    """Lines with their points, and next to the end of each its name, shape and last value."""
     titles = list(dict.fromkeys(point.title for point in points))
     if len(titles) > len(LOOKS):
-        raise GaugeError(f"{len(titles)} methods are more than the {len(LOOKS)} lines that can be told apart")
+        raise GaugeError(f"cannot plot {len(titles)} methods: only {len(LOOKS)} lines are distinct; give fewer methods")
     colours, shapes = zip(*LOOKS[: len(titles)], strict=True)
     rows: list[dict[str, Any]] = [
         {"method": point.title, "tokens": point.seq, "gb": point.peak_bytes / GB} for point in points
@@ -187,14 +187,14 @@ def _method_layers(alt: Any, frame: Frame, points: Sequence[Point]) -> list[Any]
     return [
         alt.Chart(_values(alt, leaders)).mark_line(strokeWidth=0.7).encode(**encoded),
         alt.Chart(_values(alt, rows)).mark_line(strokeWidth=1.8).encode(**encoded),
-        # Not filled: where two methods need the same, both shapes are seen.
+        # Not filled, so that both shapes show where two methods need the same.
         alt.Chart(_values(alt, [*rows, *names])).mark_point(**POINT).encode(**encoded, shape=shape),
         alt.Chart(_values(alt, names)).mark_text(align="left", dx=9, fontSize=12).encode(**axes, text="name:N"),
     ]
 
 
 def shown_gb(gb: float) -> str:
-    """``gb`` to three digits, as the names in the picture have it."""
+    """``gb`` to three digits, as in the plot's labels."""
     return f"{gb:#.3g}".rstrip(".") + " GB"
 
 
@@ -241,6 +241,6 @@ def _altair() -> Any:
         import vl_convert  # noqa: F401 - what altair saves pictures with
     except ImportError as error:
         raise GaugeError(
-            f"a picture needs {error.name}; install it: python -m pip install 'peft-gauge[report]'"
+            f"a plot needs {error.name}; install it: python -m pip install 'peft-gauge[report]'"
         ) from error
     return altair

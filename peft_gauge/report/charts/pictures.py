@@ -1,4 +1,4 @@
-"""The report's plots as files, one a panel."""
+"""The report's plots as files, one per panel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 640  # of the plot, in pixels
 
 
 def picture(kind: str, title: str, rows: Sequence[Row], labels: Sequence[str], form: str) -> bytes:
-    """One panel as a picture in the format ``form``, one of `FORMATS`."""
+    """One panel as an image in the format ``form``, one of `FORMATS`."""
     altair()
     import vl_convert
 
@@ -36,7 +36,7 @@ def picture(kind: str, title: str, rows: Sequence[Row], labels: Sequence[str], f
 
 
 def save_pictures(report: Report, folder: Path, form: str) -> list[Path]:
-    """A picture of every panel in ``folder``, which is made; raises `GaugeError` where that cannot be written."""
+    """Save every panel to ``folder``, creating it; raises `GaugeError` if it cannot be written."""
     saved = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

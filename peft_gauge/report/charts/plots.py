@@ -1,7 +1,7 @@
-"""The report's plots as Vega-Lite, made with Altair: for the page, which fills in the rows itself, and for pictures.
+"""The report's plots as Vega-Lite, made with Altair: for the page, which inserts the rows itself, and for image files.
 
-A spec names its data and holds none, so that a page carries every row once. Nothing is told by colour alone: categories
-have letters in their segments, and methods and kinds have shapes.
+A spec names its data but does not contain it, so that a page has every row once. Colour is never the only distinction:
+categories have letters in their segments, and methods and kinds have shapes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from peft_gauge.report.terminal.plan_table import LOOKS as CATEGORY_NAMES
 if TYPE_CHECKING:
     from peft_gauge.report.html.page_data import Row
 
-# Tol's "muted" scheme, distinct for colour-blind readers, and three greys for what is always small. Each category has
-# a letter too, which stands in its segment.
+# Tol's "muted" scheme, distinct for colour-blind readers, and three greys for categories that are always small. Each
+# category also has a letter, shown in its segment.
 CATEGORIES = {
     "base_weights": ("W", "#332288"),
     "quantisation_constants": ("Q", "#88CCEE"),
@@ -33,13 +33,13 @@ CATEGORIES = {
     "other": ("O", "#DDDDDD"),
 }
 LIGHT_TEXT = ("W", "G", "L", "D", "I")
-"""Letters that stand on a dark colour."""
+"""Letters on a dark colour."""
 LEAST_LETTERED = 0.03
-"""The share of the longest bar that a segment needs for a letter to fit in."""
+"""The least share of the longest bar for which a letter fits into a segment."""
 
 KINDS = {"measured": LOOKS[1], "planned": LOOKS[3], "ceiling": LOOKS[4]}
 CHANGES = {"worse": ("#D55E00", "triangle-up"), "better": ("#0072B2", "triangle-down")}
-GREY = "#777777"  # 4.5:1 on white, 4.1:1 on the page's dark ground
+GREY = "#777777"  # contrast 4.5:1 on white, 4.1:1 on the page's dark background
 
 BYTES = "format(datum.value, '~s') + 'B'"
 SECONDS = "format(datum.value, '~s') + 's'"
@@ -52,7 +52,7 @@ CONFIG = {
 
 
 def altair() -> Any:
-    """The library; raises `GaugeError` where it, or what renders its charts, is not installed."""
+    """The library; raises `GaugeError` if it or its renderer is not installed."""
     try:
         import altair as alt
         import vl_convert  # noqa: F401
@@ -62,12 +62,12 @@ def altair() -> Any:
 
 
 def vega_lite_version() -> str:
-    """The version that Altair writes, as vl-convert names it: "6.1"."""
+    """The version that Altair targets, as vl-convert names it: "6.1"."""
     return ".".join(altair().SCHEMA_VERSION.lstrip("v").split(".")[:2])
 
 
 def categories(rows: Iterable[Row]) -> list[Row]:
-    """Rows of memory with the category as the plot has it: its letter and name, and its place in the bar."""
+    """Rows of memory with the plot's properties of the category: letter, name, and place in the bar."""
     places = {name: place for place, name in enumerate(CATEGORIES)}
     return [
         {**row, "letter": CATEGORIES[known][0], "name": category_name(known), "place": places[known]}
@@ -77,13 +77,13 @@ def categories(rows: Iterable[Row]) -> list[Row]:
 
 
 def category_name(category: str) -> str:
-    """ "W base weights": the letter and the words for a category."""
+    """The letter and the name of a category, such as "W base weights"."""
     known = category if category in CATEGORIES else "other"
     return f"{CATEGORIES[known][0]} {CATEGORY_NAMES[known][0]}"
 
 
 def kinds(rows: Iterable[Row]) -> list[Row]:
-    """A row each for what was measured, planned and allowed, from rows that have all three."""
+    """One row for each kind (measured, planned, ceiling), from rows with all three."""
     return [
         {**row, "kind": kind, "bytes": row[f"{kind}_bytes"]}
         for row in rows
@@ -100,7 +100,7 @@ def prepared(kind: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def spec(kind: str, labels: Sequence[str]) -> dict[str, Any]:
-    """The Vega-Lite spec of one panel of ``kind``, whose data is called after it.
+    """The Vega-Lite spec of one panel of ``kind``, whose data has that name.
 
     ``labels``: of all panels, so that a method looks the same in each.
     """
@@ -238,12 +238,12 @@ def _pareto(alt: Any, name: str, _labels: Sequence[str]) -> Any:
     base = chart.encode(
         x=alt.X(
             "value:Q",
-            title="cost (less is better), logarithmic",
-            # Adapters and full fine-tuning are orders of magnitude apart, and knees are sought over the logarithm.
+            title="cost (lower is better), logarithmic",
+            # Adapters and full fine-tuning are orders of magnitude apart, and the knee is defined over the logarithm.
             scale=alt.Scale(type="log", nice=False, padding=40),
             axis=alt.Axis(format="~s"),
         ),
-        y=alt.Y("quality:Q", title="more is better", scale=alt.Scale(zero=False)),
+        y=alt.Y("quality:Q", title="quality (higher is better)", scale=alt.Scale(zero=False)),
     )
     front = base.transform_filter("datum.front").mark_line(color=GREY, interpolate="step-after")
     shape = alt.Shape(
@@ -255,7 +255,7 @@ def _pareto(alt: Any, name: str, _labels: Sequence[str]) -> Any:
     points = base.mark_point(size=80, opacity=1, strokeWidth=2, color=LOOKS[1][0]).encode(shape=shape, tooltip=tooltip)
     names = base.mark_text(align="left", dx=8, dy=-6).encode(text="label:N")
     spread = base.transform_filter("isValid(datum.quality_low)").mark_rule(color=GREY)
-    over_seeds = spread.encode(y=alt.Y("quality_low:Q", title="more is better"), y2="quality_high:Q")
+    over_seeds = spread.encode(y=alt.Y("quality_low:Q", title="quality (higher is better)"), y2="quality_high:Q")
     return alt.layer(over_seeds, front, points, names).properties(height=320)
 
 
@@ -289,7 +289,7 @@ def _history(alt: Any, name: str, labels: Sequence[str]) -> Any:
 
 
 def _changes(base: Any, change: str, look: tuple[str, str], tooltip: list[str]) -> list[Any]:
-    """A mark and a word at each point that is this ``change``."""
+    """A mark and a word at each point with this ``change``."""
     colour, shape = look
     changed = base.transform_filter(f"datum.change === '{change}'")
     mark = {"size": 180, "filled": True, "opacity": 1, "color": colour, "stroke": GREY, "shape": shape}
@@ -300,7 +300,7 @@ def _changes(base: Any, change: str, look: tuple[str, str], tooltip: list[str]) 
 
 
 def panels(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """``rows`` by the panel that they are drawn in."""
+    """``rows`` by panel."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["panel"], []).append(row)
@@ -308,5 +308,5 @@ def panels(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def labels_of(rows: Iterable[Row]) -> list[str]:
-    """All labels, each once, in the order in which they come."""
+    """All labels, each once, in order of first appearance."""
     return list(dict.fromkeys(row["label"] for row in rows))

@@ -1,1 +1,1 @@
-"""Results as a page of HTML that needs no server."""
+"""Results as a static HTML page."""

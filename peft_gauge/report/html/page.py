@@ -1,4 +1,4 @@
-"""One self-contained page of saved runs: tables, plots, filters; no network, and none allowed by its own policy."""
+"""One self-contained HTML page of saved runs: tables, plots, filters; its content security policy forbids network."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 DIGITS = 7
-"""Significant digits of a history's values that are no whole numbers: as many as are ever shown."""
+"""Significant digits of non-integer values in a history: as many as are ever shown."""
 
 ABOUT = {
-    "memory": "Each bar is the peak of one step, by what the bytes are for. Letters in the segments are those of the "
-    "legend. Measured on a CPU or CUDA by following every tensor; planned without the device.",
-    "planned": "How far each measured peak is from its plan, and where the ceiling is that a case may not pass. A plan "
-    "is of CUDA’s kernels: on a CPU its distance is told and not judged.",
-    "sequence": "Peaks at several lengths of sequence, all else the same. Solid lines are measured, dashed planned.",
-    "times": "The median of a time and a 95 % interval of the rounds’ median: between two order statistics, rounds "
-    "taken as independent. It says how well this run knows its median, not how far another run may lie from it.",
-    "pareto": "Each point is one setting of a sweep: less cost and more quality are better. The line joins the points "
-    "that no other dominates.",
+    "memory": "Each bar is the peak memory of one step by category. Letters in the segments refer to the legend. "
+    "Measured on a CPU or CUDA by tracking every tensor; planned without the device.",
+    "planned": "Each measured peak with its plan and its ceiling, which the case must not exceed. Plans model CUDA’s "
+    "kernels: on a CPU the distance is shown but not judged.",
+    "sequence": "Peaks at several sequence lengths, all else equal. Solid lines are measured, dashed planned.",
+    "times": "The median of a time and a 95 % interval of the rounds’ median, between two order statistics of rounds "
+    "taken as independent. The interval shows the precision within this run, not the variation between runs.",
+    "pareto": "Each point is one setting of a sweep: lower cost and higher quality are better. The line joins the "
+    "points that no other dominates.",
 }
 TITLES = {
     "memory": "Memory by category",
@@ -45,11 +45,11 @@ TITLES = {
     "times": "Times",
     "pareto": "Quality against cost",
 }
-NOTHING = "No run holds figures for this."
+NOTHING = "No run has data for this."
 
 
 def render(report: Report) -> str:
-    """The page as HTML; raises `GaugeError` where the report extra is not installed."""
+    """The page as HTML; raises `GaugeError` if the report extra is not installed."""
     library = vega()
     rows = {kind: report.rows(kind) for kind in page_data.PLOTTED}
     sections = _sections(report, rows)
@@ -92,7 +92,7 @@ def render(report: Report) -> str:
 
 @cache
 def vega() -> str:
-    """Vega, Vega-Lite and vega-embed in one script, of the version that Altair writes for; takes seconds to bundle."""
+    """Vega, Vega-Lite and vega-embed in one script, in the version that Altair targets; takes seconds to bundle."""
     version = plots.vega_lite_version()
     import vl_convert
 
@@ -104,7 +104,7 @@ def _asset(name: str) -> str:
 
 
 def _script(source: str) -> str:
-    """``source`` without what would end a script element, or begin a comment in it."""
+    """``source`` without text that would end a script element or start a comment in it."""
     return source.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -172,9 +172,9 @@ def _summary(report: Report) -> str:
             lines = "".join(f"<li>{line}</li>" for line in notes)
             parts.append(f'<ul data-machine="{html.escape(name)}">{lines}</ul>')
     decided = page_tables.compared("t-decided", report, ("worse", "better"))
-    parts.append(decided or "<p>No figure got worse or better in a newest answer.</p>")
+    parts.append(decided or "<p>No figure got worse or better in the newest results.</p>")
     rest = page_tables.compared("t-undecided", report, ("cannot tell", "same"))
-    return "\n".join([*parts, *([_details(rest, "What cannot be told, is new, or is missing")] if rest else [])])
+    return "\n".join([*parts, *([_details(rest, "Undecided, new or missing")] if rest else [])])
 
 
 def _plot(kind: str, own_table: str) -> str:
@@ -186,26 +186,26 @@ def _plot(kind: str, own_table: str) -> str:
     )
 
 
-def _details(content: str, heading: str = "The figures as a table") -> str:
+def _details(content: str, heading: str = "Data as a table") -> str:
     return f"<details><summary>{text(heading)}</summary>{content}</details>"
 
 
 def _history_section(history: History) -> str:
     return f"""<p id="about-history">Every figure over all runs of its machine. A change point (▲ worse, ▼ better) is
-where <code>peft-gauge compare</code> says so against the run before that held the case: by its interval for a time, by
-its tolerance or exactly for anything else; and where the level of a time over many runs changes, which needs about a
-dozen runs and no decision between any two. Bars are 95 % intervals of the rounds’ median.</p>
+where <code>peft-gauge compare</code> reports a change from the previous run with the same case: by its interval for a
+time, by its tolerance or exactly for anything else; and where the level of a time changes over many runs, which takes
+about a dozen runs. Bars are 95 % intervals of the rounds’ median.</p>
 <form class="pick" aria-label="Which history">
 <label>case<select name="case"></select></label>
 <label>figure<select name="figure"></select></label>
 <label>across<select name="across"><option value="history">dates</option>
 <option value="versions">versions of the libraries</option></select></label></form>
 <div class="plot" data-plot="history" role="group" aria-label="History: plot" aria-describedby="about-history"></div>
-<details id="history-data"><summary>The figures as a table</summary></details>
+<details id="history-data"><summary>Data as a table</summary></details>
 {page_tables.changes(history) if history.changes else "<p>No figure changed in any run.</p>"}"""
 
 
-# What the page's script reads
+# Data for the page's script
 
 
 def _data(report: Report, rows: dict[str, list[Row]]) -> dict[str, Any]:
@@ -222,13 +222,12 @@ def _data(report: Report, rows: dict[str, list[Row]]) -> dict[str, Any]:
 
 
 def history_data(history: History) -> dict[str, Any]:
-    """A history for the page, in which nothing that repeats is repeated.
+    """A history for the page, without repetitions.
 
     ``runs``: [machine, name, end, commit, versions] by index; ``versions``: texts of all libraries, ``differing``: of
-    those that are not the same in all runs, both by index; ``cases``: [id, method, model];
-    ``figures``: names; ``at``: lists of indices of runs; ``series``: [machine, case, figure, at, values, lows, highs],
-    all but the values being indices, and of these a number that repeats standing as [number, times];
-    ``changes``: [run, case, figure, verdict].
+    those that vary between runs, both by index; ``cases``: [id, method, model]; ``figures``: names; ``at``: lists of
+    indices of runs; ``series``: [machine, case, figure, at, values, lows, highs], indices except for the values, where
+    [number, times] stands for a repeated number; ``changes``: [run, case, figure, verdict].
     """
     machines, cases, figures, versions, at = (_Index() for _ in range(5))
     runs = [
@@ -262,7 +261,7 @@ def history_data(history: History) -> dict[str, Any]:
 
 
 def differing(libraries: Sequence[Mapping[str, str | None]]) -> list[str]:
-    """Of each of several sets of ``libraries`` the versions that are not the same in all."""
+    """For each set of ``libraries``, the versions that vary between the sets."""
     names = dict.fromkeys(name for versions in libraries for name in versions)
     changing = [name for name in names if len({versions.get(name) for versions in libraries}) > 1]
     return [
@@ -272,7 +271,7 @@ def differing(libraries: Sequence[Mapping[str, str | None]]) -> list[str]:
 
 
 class _Index:
-    """Values by the order in which they were first asked for."""
+    """Values in the order of their first use."""
 
     def __init__(self) -> None:
         self._places: dict[Any, int] = {}
@@ -298,7 +297,7 @@ def _rounded(value: float) -> float:
 
 
 def _repeated(values: Sequence[float]) -> list[Any]:
-    """``values`` with each that repeats as [number, times]."""
+    """``values`` with repetitions as [number, times]."""
     found: list[list[Any]] = []
     for value in map(_rounded, values):
         if found and found[-1][0] == value:
@@ -309,7 +308,7 @@ def _repeated(values: Sequence[float]) -> list[Any]:
 
 
 def _opening(history: History) -> list[str] | None:
-    """The case and figure whose history is shown at first: the newest that changed, else a step's time or peak."""
+    """The case and figure whose history is shown first: the newest change, otherwise a step's time or peak."""
     for change in reversed(history.changes):
         if (change.machine, change.case, change.metric) in history.series:
             return [change.case, change.metric]

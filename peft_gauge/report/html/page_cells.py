@@ -1,7 +1,7 @@
-"""What the page's tables are made of: numbers, verdicts and texts as HTML.
+"""Cells of the page's tables: numbers, verdicts and texts as HTML.
 
-A number stands in a ``<data>`` element whose value is the saved one, unrounded. A row that is about a method, a model
-or a machine says so in ``data-`` attributes, by which the page filters it.
+A number is in a ``<data>`` element whose value is the saved one, unrounded. ``data-`` attributes of a row name its
+method, model and machine; the page filters by them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SIGNS = {
     "timed-out": "✗",
 }
 Line = tuple[Mapping[str, Any], Sequence[str]]
-"""What a row is about, and its cells as HTML."""
+"""The subject of a row, and its cells as HTML."""
 
 
 def text(value: object) -> str:
-    """Anything in words, as HTML; a dash for what is absent."""
+    """Any value as HTML text; a dash for ``None``."""
     return html.escape(ABSENT if value is None else str(value))
 
 
 def number(value: float | None, shown: str) -> str:
-    """A number as it is ``shown``, with its exact value for machines."""
+    """A number in the form ``shown``, with its exact value for programs."""
     return ABSENT if value is None else f'<data value="{json.dumps(value)}">{html.escape(shown)}</data>'
 
 
@@ -55,14 +55,14 @@ def plain(value: float | None, form: str) -> str:
 
 
 def verdict(word: str | None) -> str:
-    """A verdict with a sign beside its colour."""
+    """A verdict with a sign in addition to its colour."""
     if word is None:
         return ABSENT
     return f'<span class="v {html.escape(word.replace(" ", "-"))}">{SIGNS.get(word, "·")} {html.escape(word)}</span>'
 
 
 def any_value(metric: str, value: object) -> str:
-    """A figure as a comparison shows it, after its name: bytes and seconds with units."""
+    """A figure as in a comparison, formatted by its name: bytes and seconds with units."""
     if not is_number(value):
         return text(None if value is None else one_line(told(value), 60))
     if metric == "seconds" or metric.endswith("_seconds"):
@@ -73,7 +73,7 @@ def any_value(metric: str, value: object) -> str:
 
 
 def table(name: str, caption: str, headings: Sequence[str], lines: Iterable[Line]) -> str:
-    """A table that can be scrolled by touch and by keyboard; the first cell of a row is its heading."""
+    """A table that scrolls by touch and keyboard; the first cell of a row is its heading."""
     lines = list(lines)
     if not lines:
         return f"<p>{text(caption)}: none.</p>"

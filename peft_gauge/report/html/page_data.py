@@ -1,7 +1,7 @@
-"""What the report shows, as plain rows taken from saved runs; the page and the pictures are made of these.
+"""Data of the report as plain rows from saved runs; the page and the plots are made from these.
 
-Bytes and seconds are whole and unrounded here. A row can be filtered by its ``method``, ``model`` and ``machine``; rows
-of one ``panel`` share a plot.
+Bytes and seconds are unrounded here. A row can be filtered by its ``method``, ``model`` and ``machine``; rows of one
+``panel`` share a plot.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ Row = dict[str, Any]
 
 PLOTTED = ("memory", "planned", "sequence", "times", "pareto")
 EARLIER_LOOKED_AT = 20
-"""How many runs back a base is looked for: runs of one benchmark may lie between two of all."""
+"""How many runs back to look for a base: runs of one benchmark may lie between two runs of all."""
 
 
 @dataclass(frozen=True)
 class Answering:
-    """A run that holds the newest answers to some cases, with these only, and the newest earlier run that it can be
-    compared with, if there is any."""
+    """A run with only those of its cases that are the newest, and the newest comparable earlier run, if any."""
 
     run: Run
     base: Run | None = None
@@ -52,9 +51,9 @@ class Answering:
 
 @dataclass
 class Machine:
-    """What one machine's runs answer. No single run asks everything: of each case the newest run counts that ran it.
+    """The newest results of one machine. No single run has all cases: each case is shown from the newest run with it.
 
-    ``answering``: these runs, the newest first; ``claims``: the newest verdicts.
+    ``answering``: these runs, newest first; ``claims``: the newest verdicts.
     """
 
     answering: list[Answering]
@@ -63,14 +62,14 @@ class Machine:
 
 @dataclass
 class Report:
-    """Everything that is shown. ``left_out``: a line for each path that could not be used."""
+    """All data of the report. ``left_out``: a line for each unusable path."""
 
     machines: dict[str, Machine] = field(default_factory=dict)
     history: History | None = None
     left_out: list[str] = field(default_factory=list)
 
     def rows(self, kind: str) -> list[Row]:
-        """The rows of all newest answers for the plot ``kind``, one of `PLOTTED`; ``run`` names the run of each."""
+        """The rows of all newest results for the plot ``kind``, one of `PLOTTED`; ``run`` names the run of each."""
         made: Callable[[Run], Iterator[Row]] = {
             "memory": memory_rows,
             "planned": planned_rows,
@@ -83,7 +82,7 @@ class Report:
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The files of all runs that ``paths`` name, each once, and a line for each path that names none."""
+    """The files of all runs in ``paths``, each once, and a line for each path without runs."""
     found: dict[Path, Path] = {}
     problems = []
     for path in paths:
@@ -93,7 +92,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             problems.append(str(error))
             continue
         if not files:
-            problems.append(f"{path} holds no saved run")
+            problems.append(f"{path} contains no saved runs")
         found |= {file.resolve(): file for file in files}
     return list(found.values()), problems
 
@@ -101,8 +100,8 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def gather(paths: Sequence[Path], rules: Rules) -> Report:
     """The report of all runs under ``paths``.
 
-    A path without a run and a file that is none are left out, with a line each. Raises `GaugeError` where nothing is
-    left. Runs are read one after the other and let go, since a history can have a thousand of them.
+    Paths without runs and unreadable files are left out, with a line each. Raises `GaugeError` if no run is left. Runs
+    are read one at a time and released, since a history can have a thousand of them.
     """
     remembered = RememberedRules.of_rules(rules)
     history = History(remembered)
@@ -134,15 +133,15 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
 
 
 def nothing_left(left_out: Sequence[str]) -> str:
-    """One line that says why no run could be used."""
+    """One line on why no run could be used."""
     more = f" (and {len(left_out) - 1} more that could not be used)" if len(left_out) > 1 else ""
-    return f"{left_out[0]}{more}" if left_out else "no saved run was named"
+    return f"{left_out[0]}{more}" if left_out else "no saved run was given"
 
 
 def newest_answers(files: Sequence[Path], left_out: list[str]) -> list[tuple[list[Run], list[Standing]]]:
-    """Of each machine the runs that hold its newest answers, as `NewestAnswers.by_run`, and its newest verdicts.
+    """For each machine, the runs with its newest results, as from `NewestAnswers.by_run`, and its newest verdicts.
 
-    ``files``: oldest first; what cannot be read goes to ``left_out``.
+    ``files``: oldest first; unreadable ones are added to ``left_out``.
     """
     answers: dict[str, NewestAnswers] = {}
     verdicts: dict[str, NewestVerdicts] = {}
@@ -160,7 +159,7 @@ def newest_answers(files: Sequence[Path], left_out: list[str]) -> list[tuple[lis
 def _compared(
     answering: list[Run], latest: Sequence[Run], claims: Sequence[Standing], rules: RememberedRules
 ) -> list[Answering]:
-    """Each of ``answering`` against the newest of the ``latest`` runs before it that it can be compared with."""
+    """Each of ``answering`` compared with the newest comparable earlier run among ``latest``."""
     answered = {case.id for run in answering for case in run.cases}
     places = {run.path: place for place, run in enumerate(latest)}
     found = []
@@ -176,7 +175,7 @@ def _with_claims(run: Run, decided: set[tuple[str, str]]) -> Run:
 
 
 def _against_newest(new: Run, earlier: Sequence[Run], answered: set[str], rules: RememberedRules) -> Answering:
-    """Of BASE counts what asks the same; what another run answers is neither missing nor new."""
+    """Compare with BASE's cases of the same benchmarks; cases shown from other runs are neither missing nor new."""
     from peft_gauge.history.comparison import compare
 
     own, questions = {case.id for case in new.cases}, {case.question for case in new.cases}
@@ -200,7 +199,7 @@ def _of_method(run: Run, figures: Mapping[str, Any]) -> Row:
 
 
 def conditions(settings: Mapping[str, Any]) -> str:
-    """Shape and dtype in a few words."""
+    """Shape and dtype as a short text."""
     return f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}"
 
 
@@ -213,9 +212,9 @@ def plans_of(run: Run) -> Iterator[Mapping[str, Any]]:
 
 
 def methods_told(runs: Sequence[Run]) -> list[Row]:
-    """A merged row of figures for each method that was counted or timed, the ways it was trained told apart.
+    """A merged row of figures for each method that was counted or timed, separated by the way it was trained.
 
-    Of ``runs``, newest first, figures of the same settings are merged; ``run`` names all that a row is of.
+    Figures with equal settings are merged over ``runs``, newest first; ``run`` names all runs of a row.
     """
     told = {"trainable_params", *(f"{phase}_seconds" for phase in PHASES)}
     by_settings: dict[str, list[tuple[Run, CaseRecord]]] = {}
@@ -241,12 +240,12 @@ def _is_of(row: Row, case: CaseRecord) -> bool:
 
 
 def measured_steps(run: Run) -> list[Row]:
-    """A merged row of figures for each method whose memory was measured, the ways it was trained told apart."""
+    """A merged row of figures for each method whose memory was measured, separated by the way it was trained."""
     return [row for row in method_rows(run.cases) if row.get("tensor_peak_bytes") is not None]
 
 
 def memory_rows(run: Run) -> Iterator[Row]:
-    """The bytes of each category at the peak, of measured and of planned steps."""
+    """Bytes by category at the peak, for measured and for planned steps."""
     for row in measured_steps(run):
         panel = f"{row['model']} on {row['device']}, measured, {conditions(row.get('settings', {}))}"
         yield from _categories(run, row, row.get("peak_by_category") or {}, panel, label(row), "measured")
@@ -270,7 +269,7 @@ def _planned(plan: Mapping[str, Any]) -> str:
 
 
 def planned_rows(run: Run) -> Iterator[Row]:
-    """By method and meter: the measured peak, the planned one, the ceiling (``None`` on a CPU), and the distance."""
+    """By method and meter: measured peak, planned peak, ceiling (``None`` on a CPU), and relative error."""
     for row in measured_steps(run):
         where = f"{row['model']} on {row['device']}, {conditions(row.get('settings', {}))}, {machine_of(run)}"
         for meter, (measured, planned) in (ON_CUDA if row["device"] == "cuda" else ON_CPU).items():
@@ -290,7 +289,7 @@ def planned_rows(run: Run) -> Iterator[Row]:
 
 
 def sequence_rows(run: Run) -> Iterator[Row]:
-    """Peaks at several lengths of sequence with all else the same, planned and measured; one length is no line."""
+    """Peaks at several sequence lengths, all else equal, planned and measured; single lengths are left out."""
     points = [*_planned_points(run), *_measured_points(run)]
     lengths: dict[tuple[str, str, str], set[int]] = {}
     for point in points:
@@ -317,7 +316,7 @@ def _planned_points(run: Run) -> Iterator[Row]:
         by_seq = case.figures.get("peak_bytes_by_seq")
         if not isinstance(by_seq, Mapping):
             continue
-        model = case.id.partition("[")[2].rstrip("]") or "a model"  # such a case is about one model and many methods
+        model = case.id.partition("[")[2].rstrip("]") or "a model"  # such a case covers one model and many methods
         for seq, peaks in by_seq.items():
             for method, size in peaks.items():
                 yield _point(run, {"model": model, "method": method}, method, "planned", 1, int(seq), size)
@@ -338,7 +337,7 @@ def _point(run: Run, about: Mapping[str, Any], name: str, source: str, batch: ob
 
 
 def growth_rows(run: Run) -> Iterator[Row]:
-    """Bytes that a token or a row more costs, measured and planned."""
+    """Growth of the peak per token and per row, measured and planned."""
     for row in method_rows(run.cases):
         for line in row.get("growth") or []:
             yield {**_of_method(run, row), "label": label(row), "figure": row.get("growth_of"), **line}
@@ -355,7 +354,7 @@ def time_rows(run: Run) -> Iterator[Row]:
 
 
 def _is_measured_time(metric: str, record: CaseRecord) -> bool:
-    """A time of the case itself: one of its samples, or, of a run that kept none, one named after a phase."""
+    """Whether it is a time of the case itself: one with samples, or, in a run without samples, named after a phase."""
     samples = record.figures.get(SAMPLES)
     if samples is not None:
         return metric in samples
@@ -385,17 +384,17 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
 
 
 def sweep_rows(run: Run) -> Iterator[Row]:
-    """The points of every sweep of ``run``, as `pareto_rows` has them."""
+    """The points of every sweep in ``run``, as from `pareto_rows`."""
     for record in swept(run.cases):
         yield from pareto_rows(run, record)
 
 
 def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
-    """Points of a sweep that was saved: quality (more is better) against each cost (less is better). ``quality_is`` of
-    the sweep says what its quality is where nothing was trained.
+    """Points of a saved sweep: quality (higher is better) against each cost (lower is better). ``quality_is`` names the
+    quality of a sweep without training.
 
-    ``front``: no other point of the sweep costs less or the same and is better, or costs less and is as good. A point
-    without a quality, whose training diverged, is on no front.
+    ``front``: no other point of the sweep has at most this cost and higher quality, or lower cost and equal quality. A
+    point without a quality, whose training diverged, is not on the front.
     """
     points = record.figures.get("pareto") or []
     quality = record.figures.get("quality_is") or "quality"
@@ -421,21 +420,21 @@ def _dominates(other: Mapping[str, Any], point: Mapping[str, Any], cost: str) ->
 
 
 def not_passed(run: Run) -> list[CaseRecord]:
-    """The cases that ended otherwise than asked for, the skipped ones last."""
+    """The cases that did not pass, skipped ones last."""
     return sorted((case for case in run.cases if case.outcome != "passed"), key=lambda case: case.outcome == "skipped")
 
 
 def named(runs: Sequence[Run]) -> str:
-    """ "run 0003", or "runs 0003, 0002 and 0001": whose answers are shown."""
+    """The names of the runs shown, such as "run 0003" or "runs 0003, 0002 and 0001"."""
     *most, last = [run.name for run in runs]
     return f"runs {', '.join(most)} and {last}" if most else f"run {last}"
 
 
 def counted(values: Iterable[str]) -> str:
-    """``values`` by how often they occur, the most frequent first: "36 holds, 18 refuted"."""
+    """``values`` by frequency, most frequent first: "36 holds, 18 refuted"."""
     return ", ".join(f"{number} {value}" for value, number in Counter(values).most_common())
 
 
 def case_subjects(run: Run) -> dict[str, Case]:
-    """The cases of ``run`` by id, as a comparison's rows name them."""
+    """The cases of ``run`` by id, named as in a comparison's rows."""
     return cases_of(run)

@@ -1,7 +1,7 @@
-"""Every figure over all runs of its machine, and where it changed.
+"""Every figure over all runs of its machine, and its changes.
 
-A change is what `history.comparison` calls worse or better. Its bootstrap would take minutes for a thousand runs, so
-two runs are compared by it only where a time can have been decided; figures without noise are judged by its rules
+A change is a verdict of worse or better by `history.comparison`. Its bootstrap would take minutes for a thousand runs,
+so it is used only for pairs of runs where a time can have been decided; deterministic figures are judged by the rules
 directly. A time also changes where its level over many runs does (`history.changes`).
 """
 
@@ -27,14 +27,14 @@ from peft_gauge.medians import median_interval
 if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
 
-# Figures about the measuring itself, and names of shapes: unless a rule judges them, they have no history.
+# Figures about the measurement itself, and names of shapes: without a rule they get no history.
 OF_MEASURING = ("meters.", "card.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
 OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
 
 
 @dataclass(frozen=True)
 class RememberedRules(Rules):
-    """`Rules` that look up a figure's rule once, not in every run."""
+    """`Rules` that look up a figure's rule once instead of in every run."""
 
     known: dict[tuple[str, str], Rule] = field(default_factory=dict, compare=False, repr=False)
 
@@ -51,7 +51,7 @@ class RememberedRules(Rules):
 
 @dataclass
 class Series:
-    """One figure of one case on one machine: ``values`` at the indices ``runs``; of a time also its intervals."""
+    """One figure of one case on one machine: ``values`` at the indices ``runs``; for a time, also its intervals."""
 
     machine: str
     case: str
@@ -63,10 +63,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Change:
-    """Where run number ``run`` (an index) differs from the one before it that held the same case.
+    """A change in run number ``run`` (an index) from the previous run with the same case.
 
-    ``environment``: what else differs between the two: libraries, driver, commit. With ``levels``, ``before`` and
-    ``after`` are the medians of the runs up to it and from it on, to the next change.
+    ``environment``: other differences between the two: libraries, driver, commit. With ``levels``, ``before`` and
+    ``after`` are the medians of the runs before it and from it on, up to the next change.
     """
 
     run: int
@@ -82,7 +82,7 @@ class Change:
 
 @dataclass(frozen=True)
 class RunNote:
-    """What a history keeps of a run besides its figures; ``when`` is its end in ISO format."""
+    """A history's record of a run apart from its figures; ``when`` is its end in ISO format."""
 
     machine: str
     name: str
@@ -95,7 +95,7 @@ class RunNote:
 
 @dataclass
 class History:
-    """All runs so far, to be given oldest first (`add`)."""
+    """All runs so far; add them oldest first."""
 
     rules: RememberedRules
     runs: list[RunNote] = field(default_factory=list)
@@ -108,7 +108,7 @@ class History:
     _breaks: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def add(self, run: Run) -> None:
-        """Take in ``run``, the newest of its machine so far."""
+        """Add ``run``, the newest of its machine so far."""
         machine, index = machine_of(run), len(self.runs)
         commit = run.commit.get("id")
         self.runs.append(
@@ -208,7 +208,7 @@ class History:
         self.changes.append(Change(index, machine, row.test, row.metric, row.verdict, *told, environment))
 
     def _add_claims(self, machine: str, index: int, run: Run) -> None:
-        """A claim's verdict that changed; only a decision instead of "cannot tell" is for the better."""
+        """Note changed verdicts of claims; only a decision after "cannot tell" is an improvement."""
         for claim in run.claims:
             name, now = f"claim::{claim['id']}[{claim['model']}]", claim["verdict"]
             if now == NOT_MEASURED:
@@ -223,13 +223,13 @@ class History:
 
 @dataclass
 class _Pairs:
-    """The cases of a run whose last earlier record is in ``base``, each with that record first."""
+    """The cases of a run whose previous record is in ``base``, as pairs of that record and the new one."""
 
     base: Run
     cases: list[tuple[Case, Case]] = field(default_factory=list)
 
     def changed(self, run: Run, rules: RememberedRules) -> Iterable[Row]:
-        """The rows of what got worse or better."""
+        """The rows that got worse or better."""
         names = {new.id for _, new in self.cases}
         for old, new in self.cases:
             verdict = outcome_verdict(old.outcome, new.outcome)
@@ -256,11 +256,12 @@ def _noise_free_changes(old: Case, new: Case, rules: RememberedRules) -> Iterabl
 
 
 def _can_decide_a_time(cases: Sequence[tuple[Case, Case]], rules: RememberedRules) -> bool:
-    """Whether `compare` might call any time of ``cases`` worse or better; it certainly will not where this is False.
+    """Whether `compare` can judge any time of ``cases`` worse or better; if False, it certainly does not.
 
-    Of a time from one process, the interval reaches the spread of hosts beyond the bootstrap's quantiles, so it can
-    only be decided where its ratio lies beyond that spread. Of all others, Holm's correction rejects nothing unless the
-    smallest p is at most the family's error over their number. Both also relative to a factor common to all times.
+    The interval of a time from one process extends by the spread of hosts beyond the bootstrap's quantiles, so it can
+    only be decided if its ratio exceeds that spread. For the others, Holm's correction rejects nothing unless the
+    smallest p is at most the family's error over their number. Both are also checked relative to a factor common to
+    all times.
     """
     lone: list[tuple[float, float]] = []
     several: list[intervals.Estimate] = []
@@ -287,7 +288,7 @@ def _can_decide_a_time(cases: Sequence[tuple[Case, Case]], rules: RememberedRule
 
 
 def _centre(samples: Samples, over_control: bool) -> float:
-    """The logarithm of the time, as `intervals.estimate` has it."""
+    """The logarithm of the time, as in `intervals.estimate`."""
     if not over_control or samples.control_seconds is None:
         return math.log(intervals.centre_seconds(samples.seconds))
     beside = zip(samples.seconds, samples.control_seconds, strict=True)
@@ -295,18 +296,18 @@ def _centre(samples: Samples, over_control: bool) -> float:
 
 
 def is_of_measuring(metric: str) -> bool:
-    """Whether ``metric`` says how the measuring went, or names a shape, rather than what a step took."""
+    """Whether ``metric`` describes the measurement or a shape rather than the step."""
     return metric.startswith(OF_MEASURING) or metric.endswith(OF_MEASURING_ENDS)
 
 
 def machine_of(run: Run) -> str:
-    """The machine's name; of runs that other tools wrote, the folder's."""
+    """The machine's name; for runs written by other tools, the folder's."""
     name = run.machine.get("name")
     return name if isinstance(name, str) else run.path.parent.name
 
 
 def subject_of(case: Case) -> dict[str, Any]:
-    """By what a case can be filtered: ``method`` and ``model``, where its figures name them."""
+    """The properties to filter a case by: ``method`` and ``model``, if its figures name them."""
     return {
         name: value
         for name in ("method", "model")

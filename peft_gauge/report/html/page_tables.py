@@ -1,4 +1,4 @@
-"""The tables of the page: everything that a plot shows, as words and numbers."""
+"""The tables of the page: everything that a plot shows, as text and numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def machines(report: Report) -> str:
     )
     return table(
         "t-machines",
-        "Runs with the newest answers of each machine, and what changed since the newest earlier run of the same cases",
+        "Runs with each machine’s newest results, and changes since the newest earlier run of the same cases",
         headings,
         [
             ({"machine": name}, _machine(name, answering))
@@ -60,13 +60,13 @@ def _machine(name: str, answering: Answering) -> list[str]:
     questions = ", ".join(dict.fromkeys(case.question.removeprefix("test_") for case in run.cases))
     cells = [text(name), text(about), text(f"{run.when:%Y-%m-%d %H:%M}"), plain(len(run.cases), "{}"), text(questions)]
     if compared is None or answering.base is None:
-        return [*cells, text("none: no earlier run can be compared with it"), *[ABSENT] * 4]
+        return [*cells, text("none: no comparable earlier run"), *[ABSENT] * 4]
     counts = [compared.counts[verdict] for verdict in ("worse", "better", "cannot tell", "same")]
     return [*cells, text(answering.base.name), *(plain(count, "{}") for count in counts)]
 
 
 def environment(machine: Machine) -> list[str]:
-    """What else differs between each run and its base, and what to know: lines of HTML."""
+    """Other differences between each run and its base, and notes: lines of HTML."""
     return [
         text(f"run {each.run.name}: {line}")
         for each in machine.answering
@@ -76,7 +76,7 @@ def environment(machine: Machine) -> list[str]:
 
 
 def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
-    """The rows of all comparisons whose verdicts are ``wanted``; empty text where there are none."""
+    """The rows of all comparisons with ``wanted`` verdicts; empty text if there are none."""
     lines: list[Line] = []
     answering = [(name, each) for name, machine in report.machines.items() for each in machine.answering]
     for machine_name, each in answering:
@@ -88,8 +88,8 @@ def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
             for row, about, cells in _rows(each.run, each.comparison)
             if row.verdict in wanted
         ]
-    headings = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause, or what to know", "runs")
-    return table(name, f"Newest answers against those before: {', '.join(wanted)}", headings, lines) if lines else ""
+    headings = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause or note", "runs")
+    return table(name, f"Newest results against earlier ones: {', '.join(wanted)}", headings, lines) if lines else ""
 
 
 def _rows(run: Run, comparison: Comparison) -> Iterable[tuple[Any, Row, list[str]]]:
@@ -121,8 +121,8 @@ def claims(report: Report) -> str:
         for name, machine in report.machines.items()
         for claim in machine.claims
     ]
-    about_it = ("figure it rests on", "conditions", "decided (UTC)", "statement", "machine")
-    caption = "Claims of the literature, and each machine’s newest verdict over all its runs"
+    about_it = ("figure", "conditions", "decided (UTC)", "statement", "machine")
+    caption = "Claims of the literature, with each machine’s newest verdict over all its runs"
     return table("t-claims", caption, ("claim", "model", "verdict", *about_it), lines)
 
 
@@ -151,8 +151,8 @@ def methods(report: Report) -> str:
             ]
             lines.append((about, cells))
     headings = ("method", "model", "conditions", "trainable", "% of base", "on disk", *PHASES)
-    rest = ("step ÷ bare forward", "tokens/s", "unsteady", "run", "machine")
-    return table("t-methods", "Methods side by side: counts, and medians of times", (*headings, *rest), lines)
+    rest = ("step / base forward", "tokens/s", "unsteady", "run", "machine")
+    return table("t-methods", "Methods: parameter counts and median times", (*headings, *rest), lines)
 
 
 def memory(rows: Sequence[Row]) -> str:
@@ -168,9 +168,7 @@ def memory(rows: Sequence[Row]) -> str:
         sizes = [size(sum(by_category.values())), *(size(by_category.get(category)) for category in used)]
         lines.append((parts[0], [text(name), text(panel), text(parts[0]["run"]), *sizes]))
     names = [plots.category_name(category) if category in plots.CATEGORIES else category for category in used]
-    return table(
-        "t-memory", "Memory at the peak of a step by category", ("method", "step", "run", "peak", *names), lines
-    )
+    return table("t-memory", "Peak memory of a step by category", ("method", "step", "run", "peak", *names), lines)
 
 
 def planned(rows: Sequence[Row]) -> str:
@@ -187,8 +185,8 @@ def planned(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    headings = ("method and meter", "step", "run", *plots.KINDS, "measured against planned")
-    return table("t-planned", "Peaks: measured, planned, and the ceiling", headings, lines)
+    headings = ("method and meter", "step", "run", *plots.KINDS, "measured vs. planned")
+    return table("t-planned", "Peak memory: measured, planned, and ceiling", headings, lines)
 
 
 def sequence(rows: Sequence[Row]) -> str:
@@ -204,7 +202,7 @@ def sequence(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     headings = ("method", "model", "run", "planned or measured", "tokens", "peak")
-    return table("t-sequence", "Peak memory at several lengths of sequence", headings, lines)
+    return table("t-sequence", "Peak memory at several sequence lengths", headings, lines)
 
 
 def growth(report: Report) -> str:
@@ -214,7 +212,7 @@ def growth(report: Report) -> str:
             [
                 text(row["label"]),
                 text(f"{row['model']}, {row['machine']}"),
-                text("a token" if row.get("along") == "seq" else "a row"),
+                text("per token" if row.get("along") == "seq" else "per row"),
                 text(f"{'batch' if row.get('along') == 'seq' else 'seq'} {row.get('held')}"),
                 *(size(row.get(name)) for name in ("slope_bytes", "planned_slope_bytes")),
             ],
@@ -223,8 +221,8 @@ def growth(report: Report) -> str:
         for answering in machine.answering
         for row in page_data.growth_rows(answering.run)
     ]
-    headings = ("method", "model", "more by", "with", "measured", "planned")
-    return table("t-growth", "Bytes of peak for a token or a row more", headings, lines) if lines else ""
+    headings = ("method", "model", "growth", "with", "measured", "planned")
+    return table("t-growth", "Growth of the peak, in bytes per further token or row", headings, lines) if lines else ""
 
 
 def times(rows: Sequence[Row]) -> str:
@@ -245,7 +243,7 @@ def times(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     interval = ("95 % interval from", "to", "rounds", "processes")
-    headings = ("case", "time of", "median", *interval, "÷ bare forward", "unsteady", "run")
+    headings = ("case", "time of", "median", *interval, "/ base forward", "unsteady", "run")
     return table("t-times", "Times: median, and a 95 % interval of the rounds’ median", headings, lines)
 
 
@@ -265,19 +263,19 @@ def pareto(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    quality = ("quality", "least over seeds", "most", "seeds", "of them diverged")
+    quality = ("quality", "lowest over seeds", "highest", "seeds", "diverged")
     headings = ("point", "sweep and cost", "cost", *quality, "dominated", "run")
     return table("t-pareto", "Sweeps: quality against cost", headings, lines)
 
 
 def changes(history: History) -> str:
-    """Every change there was, the newest first, at most `MOST_CHANGES`."""
+    """All changes, newest first, at most `MOST_CHANGES`."""
     newest = sorted(history.changes, key=lambda change: -change.run)[:MOST_CHANGES]
     lines: list[Line] = [
         ({**history.subjects.get(change.case, {}), "machine": change.machine}, _change(history, change))
         for change in newest
     ]
-    headings = ("verdict", "run", "ended (UTC)", "case", "figure", "before", "after", "what else differs", "machine")
+    headings = ("verdict", "run", "ended (UTC)", "case", "figure", "before", "after", "other changes", "machine")
     more = f", the newest {MOST_CHANGES} of {len(history.changes)}" if len(history.changes) > MOST_CHANGES else ""
     return table("t-changes", f"Changes in the history{more}", headings, lines)
 
@@ -332,12 +330,12 @@ def runs(history: History) -> str:
 
 
 def versions(libraries: Mapping[str, str | None]) -> str:
-    """ "torch 2.13.0, peft 0.21.2": what was installed."""
+    """Installed versions, such as "torch 2.13.0, peft 0.21.2"."""
     return ", ".join(f"{name} {version}" for name, version in libraries.items() if version is not None)
 
 
 def shown_of(report: Report) -> list[str]:
-    """The machines with the names of the runs that are shown of each."""
+    """The machines, each with the names of the runs shown."""
     return [
         f"{name}, {page_data.named([each.run for each in machine.answering])}"
         for name, machine in report.machines.items()

@@ -1,1 +1,1 @@
-"""Results in a terminal."""
+"""Results as terminal text."""

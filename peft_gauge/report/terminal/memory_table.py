@@ -1,4 +1,4 @@
-"""Measured memory in the terminal: each method's peak by every meter, beside its plan and its ceiling."""
+"""Measured memory in the terminal: each method's peak by every meter, with its plan and its ceiling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from peft_gauge.history.schema import CaseRecord
 
-# heading -> (measured figure, planned figure), in the order in which they contain each other
+# heading -> (measured figure, planned figure); each contains the previous one
 ON_CUDA = {
     "allocated": ("allocated_peak_bytes", "planned_allocated_bytes"),
     "reserved": ("reserved_peak_bytes", "planned_reserved_bytes"),
@@ -33,14 +33,14 @@ ON_CPU = {"tensors": ("tensor_peak_bytes", "planned_peak_bytes")}
 
 
 def planned_bytes(row: Mapping[str, Any], figure: str) -> Any:
-    """The planned ``figure`` of a case. Runs of before it was kept apart held the allocator's peak, in which the
-    libraries' workspaces are, against the planned peak of tensors."""
+    """The planned ``figure`` of a case. Older runs do not have it separately: they compared the allocator's peak, which
+    includes the libraries' workspaces, with the planned peak of tensors."""
     value = row.get(figure)
     return row.get("planned_peak_bytes") if value is None and figure == "planned_allocated_bytes" else value
 
 
 def summary(cases: Iterable[CaseRecord], width: int) -> str:
-    """A table for each model and device whose memory was measured, as text; empty where none was."""
+    """A table for each model and device with measured memory, as text; empty if there is none."""
     rows = [row for row in method_rows(cases) if "tensor_peak_bytes" in row]
     return as_text(
         [
@@ -56,7 +56,16 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = _caption(rows)
     table.add_column("method", no_wrap=True)
-    for heading in ("after loading", *compared, "of plan", "ceiling", "resident", "saved/token", "host", "peak in"):
+    for heading in (
+        "after loading",
+        *compared,
+        "of plan",
+        "ceiling",
+        "resident",
+        "activations\nper token",
+        "host",
+        "peak in",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         first_measured, first_planned = next(iter(compared.values()))
@@ -79,21 +88,21 @@ def _share(measured: float | None, planned: float | None) -> str:
 
 
 def _caption(rows: list[dict[str, Any]]) -> str:
-    """What the columns are, and what measuring itself costs."""
+    """Explains the columns and the cost of measuring."""
     first, *_ = ON_CUDA if rows[0]["device"] == "cuda" else ON_CPU
     told = (
-        "after loading: what a reading before training shows; "
-        f"of plan: {first} over the planned peak"
-        f"{', with library workspaces' if first == 'allocated' else ', which is of CUDA’s kernels'}"
+        "after loading: memory before training; "
+        f"of plan: {first} peak / planned peak"
+        f"{', including library workspaces' if first == 'allocated' else ' (planned for CUDA’s kernels)'}"
     )
-    return f"{told}\nmeasuring costs {', '.join(_costs(rows[0].get('meters') or {}))}"
+    return f"{told}\ncost of measuring: {', '.join(_costs(rows[0].get('meters') or {}))}"
 
 
 def _costs(meters: Mapping[str, Mapping[str, Any]]) -> list[str]:
     costs = []
     for name, about in meters.items():
         if "overhead_seconds_per_phase" in about:
-            costs.append(f"{name} {shown_seconds(about['overhead_seconds_per_phase'])} a phase")
+            costs.append(f"{name} {shown_seconds(about['overhead_seconds_per_phase'])} per phase")
         if "overhead_times_a_step" in about:
-            costs.append(f"{name} {shown(about['overhead_times_a_step'], '{:.1f}')} times a step, a step of its own")
+            costs.append(f"{name} {shown(about['overhead_times_a_step'], '{:.1f}')} × a step, in a separate step")
     return costs

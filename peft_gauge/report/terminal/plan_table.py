@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from peft_gauge.history.schema import CaseRecord
 
-# Each category as (heading, glyph, colour): the glyphs tell them apart where there is no colour.
+# Each category as (heading, glyph, colour): the glyphs distinguish them without colour.
 LOOKS = {
     "base_weights": ("base weights", "█", "blue"),
-    "quantisation_constants": ("quantisation constants", "▙", "bright_blue"),
+    "quantisation_constants": ("quantization constants", "▙", "bright_blue"),
     "adapter_weights": ("adapter weights", "▓", "cyan"),
     "buffers": ("buffers", "▖", "white"),
     "gradients": ("gradients", "▒", "yellow"),
@@ -29,12 +29,12 @@ LOOKS = {
     "optimizer_temporaries": ("optimizer temporaries", "▘", "bright_magenta"),
     "activations": ("activations", "░", "green"),
     "logits_and_loss": ("logits and loss", "╬", "red"),
-    "dequantised_temporaries": ("dequantised temporaries", "▝", "bright_green"),
+    "dequantised_temporaries": ("dequantized temporaries", "▝", "bright_green"),
     "inputs": ("inputs", "▗", "bright_black"),
     "other": ("other", "·", "bright_black"),
 }
 BAR_WIDTH = 60
-LEAST_WIDTH = 100  # columns, or what the table needs: a terminal that wraps lines reads better than cut figures
+LEAST_WIDTH = 100  # columns, or the table's width: wrapped lines read better than truncated numbers
 
 
 def show(plans: Sequence[Mapping[str, Any]]) -> None:
@@ -48,7 +48,7 @@ def show(plans: Sequence[Mapping[str, Any]]) -> None:
 
 
 def summary(cases: Iterable[CaseRecord], width: int) -> str:
-    """A table for each model and shape that a run's cases planned, as text."""
+    """A table for each model and shape planned by a run's cases, as text."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for case in cases:
         if "plan" in case.figures:
@@ -57,7 +57,7 @@ def summary(cases: Iterable[CaseRecord], width: int) -> str:
 
 
 def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[RenderableType]:
-    """The renderables for ``plans`` (objects as `--json` prints them): table, adapted modules, bars with legend,
+    """The renderables for ``plans`` (objects as printed by `--json`): table, adapted modules, bars with legend,
     warnings."""
     if not plans:
         return []
@@ -65,7 +65,7 @@ def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[R
 
 
 def _adapted(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """Which modules the methods train something on, each list once."""
+    """The modules that each method adapts; equal lists appear once, with all their methods."""
     concerned: dict[str, list[str]] = {}
     for plan in plans:
         sentence = "; ".join(adapted_modules(plan.get("adapted_modules", ())))
@@ -97,15 +97,16 @@ def _joined(parent: str, names: Sequence[str]) -> str:
 
 def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=_title(plans), title_justify="left", caption_justify="left")
-    table.caption = "peak, resident: as memory_allocated counts; device: estimated, with CUDA context and workspaces"
+    table.caption = "peak, resident: by memory_allocated; device: estimate with CUDA context and workspaces"
     if plans[0]["gpus"]:
-        table.caption += "; on a GPU: what it will show as used, + what it has left or − what it lacks"
+        table.caption += "; on a GPU: memory used, + left or − missing"
         if any(fit["retries"] for plan in plans for fit in plan["gpus"] if fit["fits"]):
-            table.caption += "; *: fits by giving back cached segments, which costs time"
+            table.caption += "; *: fits after the allocator frees cached segments, which costs time"
     table.add_column("method", no_wrap=True)
     table.add_column("peak in", no_wrap=True)
     searched = "find" in plans[0]
-    for heading in [*(["largest"] if searched else []), "trainable", "peak", "resident", "saved/token", "device"]:
+    sizes = ["trainable", "peak", "resident", "activations\nper token", "device"]
+    for heading in [*(["largest"] if searched else []), *sizes]:
         table.add_column(heading, justify="right", no_wrap=True)
     for fit in plans[0]["gpus"]:
         table.add_column(f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})", justify="right", no_wrap=True)
@@ -126,7 +127,7 @@ def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     title = f"{plans[0]['model']} planned, {', '.join(parts)}"
     bases = {plan.get("base") for plan in plans}
     if len(bases) == 1 and not bases & {None, "", settings["dtype"]}:
-        title += f"\nbase: {bases.pop()}"  # on a line of its own, which no narrow table breaks
+        title += f"\nbase: {bases.pop()}"  # on its own line, which no narrow table breaks
     return title
 
 
@@ -141,9 +142,9 @@ def _cells(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(fit: Mapping[str, Any]) -> str:
-    """What the GPU will show as used, and what remains free (+) or is missing (−), in the unit of its heading.
+    """Memory used on the GPU, and memory left (+) or missing (−), in the unit of its heading.
 
-    The second is the difference of the two sizes as they are shown, so that what a reader adds up is right.
+    The second is the difference of the rounded sizes, so that the shown numbers add up.
     """
     unit = next(size for size in (1e9, 1e6, 1e3) if fit["usable_bytes"] >= size)
     device, usable = (round(fit[name] / unit, 2) for name in ("device_bytes", "usable_bytes"))
@@ -171,7 +172,7 @@ def _bars(plans: Sequence[Mapping[str, Any]], width: int) -> list[Text]:
 def bar(by_category: Mapping[str, int], full_bytes: int, width: int) -> Text:
     """A bar in which ``full_bytes`` take ``width`` cells.
 
-    Ends of parts are rounded, not their lengths, so that the whole bar has the right length whatever its parts.
+    The ends of parts are rounded, not their lengths, so that the total length is right.
     """
     line, total, drawn = Text(), 0, 0
     for category, (_, glyph, colour) in LOOKS.items():
@@ -191,7 +192,7 @@ def _legend(plans: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def _warnings(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
-    """Each warning once, with the methods that it concerns."""
+    """Each warning once, with its methods."""
     concerned: dict[str, list[str]] = {}
     for plan in plans:
         for warning in plan["warnings"]:

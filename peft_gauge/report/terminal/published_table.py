@@ -1,4 +1,4 @@
-"""Published figures beside the planned ones, for the terminal."""
+"""Published figures next to the planned ones, for the terminal."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def published_table(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
-    """A line for each case that recorded a ``published`` figure, with its distance from the planned one.
+    """A line for each case with a ``published`` figure, with its distance from the planned one.
 
-    A case that failed is shown too, since its distance says how. Empty text where there is no such case.
+    Failed cases are included, since their distance shows how they failed. Empty text without such cases.
     """
     rows = [case for case in cases if "published" in case.figures]
     if not rows:
         return ""
     table = Table(title="published figures", title_justify="left", caption_justify="left")
-    table.caption = "distance: planned over published, less 1; asserted: what the run holds the plan to"
+    table.caption = "distance: planned / published - 1; asserted: the tolerance that the run checks"
     table.add_column("figure", no_wrap=True)
     for heading in ("published", "planned", "distance"):
         table.add_column(heading, justify="right", no_wrap=True)

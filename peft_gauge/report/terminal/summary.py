@@ -12,12 +12,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from peft_gauge.history.schema import CaseRecord
 
-# Shown where a run did not measure a figure; never 0.
+# Shown for an unavailable figure; never 0.
 ABSENT = "–"
 
 PHASES = ("forward", "backward", "optimizer", "step")
 
-# The method table's own width: a narrower terminal wraps it, rather than losing digits.
+# Width of the method table: a narrower terminal wraps it, but no digits are lost.
 WIDTH = 136
 
 
@@ -32,9 +32,9 @@ def summary(cases: Iterable[CaseRecord], claims: Iterable[Mapping[str, Any]], wi
 
 
 def as_text(tables: Iterable[Table], width: int) -> str:
-    """``tables`` as plain text of ``width`` columns, or of `WIDTH` where that is more; empty where there are none.
+    """``tables`` as plain text of ``width`` columns, at least `WIDTH`; empty without tables.
 
-    Brackets and colons in a cell, as a test's id has, are no markup.
+    Brackets and colons in a cell, as in a test's id, are not interpreted as markup.
     """
     out = io.StringIO()
     console = Console(
@@ -46,8 +46,8 @@ def as_text(tables: Iterable[Table], width: int) -> str:
 
 
 def method_rows(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
-    """One row for each method × model × device, with and without gradient checkpointing, the figures of all its
-    passed cases merged."""
+    """One row for each method × model × device, with and without gradient checkpointing, merging the figures of all its
+    passed cases."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for case in cases:
         figures = case.figures
@@ -58,7 +58,7 @@ def method_rows(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """The row's method, and what sets it apart from the method as it is by default."""
+    """The row's method, with any difference from the method's default."""
     return f"{row['method']}, checkpointing" if _is_checkpointed(row) else str(row["method"])
 
 
@@ -79,7 +79,7 @@ def by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str,
 
 
 def conditions(rows: list[dict[str, Any]]) -> str:
-    """Shape, dtype and weights of ``rows``, which are of one model on one device."""
+    """Shape, dtype and weights of ``rows``, which belong to one model on one device."""
     settings = rows[0].get("settings", {})
     return (
         f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}, "
@@ -89,10 +89,10 @@ def conditions(rows: list[dict[str, Any]]) -> str:
 
 def _method_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
-    told = "medians of this run; × is the median over rounds against a bare-base forward timed beside each round"
+    told = "medians of this run; step / base forward: median over rounds of their ratio, both timed in the same round"
     table.caption = "\n".join([told, *_unsteady(rows)])
     table.add_column("method", no_wrap=True)
-    for heading in ("trainable", "% of base", "on disk", *PHASES, "step ×", "tokens/s"):
+    for heading in ("trainable", "% of base", "on disk", *PHASES, "step /\nbase forward", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -108,7 +108,7 @@ def _method_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def _unsteady(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each row whose times are not to be trusted, and why."""
+    """A line for each row with unreliable times, with the reasons."""
     return [f"unsteady: {label(row)}: {'; '.join(row['unsteady'])}" for row in rows if row.get("unsteady")]
 
 
@@ -123,12 +123,12 @@ def _claim_table(claims: list[Mapping[str, Any]]) -> Table:
 
 
 def shown(value: float | None, form: str) -> str:
-    """``value`` in ``form``, or a dash where it was not measured."""
+    """``value`` in ``form``, or a dash for ``None``."""
     return ABSENT if value is None else form.format(value)
 
 
 def shown_bytes(value: float | None) -> str:
-    """Bytes in kB, MB or GB (powers of ten), to three digits or more."""
+    """Bytes as kB, MB or GB (powers of ten), to at least three digits."""
     if value is None:
         return ABSENT
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -138,7 +138,7 @@ def shown_bytes(value: float | None) -> str:
 
 
 def shown_seconds(value: float | None) -> str:
-    """Seconds as s, ms or µs, to three digits or more."""
+    """Seconds as s, ms or µs, to at least three digits."""
     if value is None:
         return ABSENT
     for unit, size in (("s", 1.0), ("ms", 1e-3)):

@@ -1,4 +1,4 @@
-"""Sweeps as tables: what each setting costs and reaches, over which seeds, and where the knee of the curve is."""
+"""Sweeps as tables: cost and quality of each setting, over which seeds, and the knee of the curve."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
     from peft_gauge.history.schema import CaseRecord
 
-NOTE = "quality: mean over seeds, more is better; peak: planned"
+NOTE = "quality: mean over seeds, higher is better; peak: planned"
 ABOUT_QUALITY = frozenset({"quality", "quality_low", "quality_high", "seeds", "diverged"})
-"""What a point of a sweep has besides its label and its costs."""
+"""Keys of a sweep's point apart from its label and its costs."""
 
 
 def summary(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
-    """A table for each case that swept over settings, as text; empty where none did."""
+    """A table for each case that swept over settings, as text; empty without such cases."""
     return as_text(map(_table, swept(cases)), width)
 
 
@@ -41,21 +41,21 @@ def _table(case: CaseRecord) -> Table:
 
 
 def title(case: CaseRecord) -> str:
-    """Which sweep, of which model on which task, if it has them."""
+    """The name of the sweep, with its model and task if it has them."""
     about = [str(case.figures[name]) for name in ("model", "task") if name in case.figures]
     return ": ".join(filter(None, (case.id.rpartition("::")[2], ", ".join(about))))
 
 
 def note(case: CaseRecord) -> str:
-    """What the table's quality is: that of what was trained, unless the sweep says another."""
+    """Explains the table's quality: that of trained models, unless the sweep names another."""
     other = case.figures.get("quality_is")
-    return f"quality: {other}, more is better" if other else NOTE
+    return f"quality: {other}, higher is better" if other else NOTE
 
 
 def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each point of the sweep in ``figures``: its costs, its rate, its mean quality.
+    """Headings, and a line for each point of the sweep in ``figures``: costs, learning rate, mean quality.
 
-    What no point has, as a rate or seeds where nothing was trained, has no column.
+    Columns without values are omitted, such as learning rate and seeds of a sweep without training.
     """
     points: Sequence[Mapping[str, Any]] = figures["pareto"]
     costs = list(dict.fromkeys(name for point in points for name in point if name not in {"label", *ABOUT_QUALITY}))
@@ -89,13 +89,13 @@ def _spread(point: Mapping[str, Any]) -> str:
 
 
 def _quality(value: float | None) -> str:
-    """To four decimals; what would then read as 0 and is not, as a power of ten."""
+    """With four decimals; a nonzero value that would round to 0, as a power of ten."""
     tiny = value is not None and 0 < abs(value) < 0.00005
     return shown(value, "{:.1e}" if tiny else "{:.4f}")
 
 
 def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
-    """The learning rate that each setting's search chose, by label."""
+    """The learning rates chosen by each setting's search, by label."""
     chosen: dict[str, list[float]] = {}
     for training in figures.get("trainings") or ():
         rate = (training.get("search") or {}).get("chosen")
@@ -105,13 +105,13 @@ def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def knees(case: CaseRecord) -> str:
-    """Where the curve of quality against each cost bends, and in what share of the resamples of seeds; of one seed it
-    is told, and no share: there is nothing to resample."""
+    """The knee of quality against each cost and, with several seeds, the share of resamples that agree."""
+
     found = case.figures.get("knees") or {}
     several = any(each["seeds"] > 1 for each in found.values())
     lines = [
         f"{_heading(cost)}: {each['knee'] or 'none'}" + f" in {100 * each['knee_share']:.0f} %" * several
         for cost, each in found.items()
     ]
-    how_sure = ", and in what share of the resamples of seeds," if several else " of one seed"
+    how_sure = ", with the share of resamples of seeds," if several else " of one seed"
     return f"knee{how_sure} by {'; by '.join(lines)}" if lines else ""

@@ -1,4 +1,4 @@
-"""A recorded step beside its plan, in the terminal: at most 100 columns wide."""
+"""A recorded step compared with its plan, in the terminal: at most 100 columns wide."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from peft_gauge.report.terminal.summary import ABSENT, shown, shown_bytes
 
 WIDTH = 100
 
-NOT_PLANNED = "not in the plan"  # the category of what stands near a module, and need not be of it
+NOT_PLANNED = "not in the plan"  # allocations of this category ran near a module, not necessarily in it
 
 _WRAPPERS = re.compile(r"^(?:(?:base_model|model)\.)+(?=.)")
 
 
 def show(record: Mapping[str, Any], top: int) -> None:
-    """Print ``record`` (a comparison as ``--json`` prints it) on standard output, of each list the ``top`` largest."""
+    """Print ``record`` (a comparison as printed by ``--json``) on standard output, each list cut to ``top`` rows."""
     console = Console(highlight=False, markup=False, emoji=False, width=WIDTH)
     console.print(*render(record, top), sep="\n")
 
 
 def render(record: Mapping[str, Any], top: int) -> list[RenderableType]:
-    """The renderables for ``record``: peaks, phases, first differences, what the difference is made of, notes."""
+    """The renderables for ``record``: peaks, phases, first differences, breakdown of the difference, notes."""
     parts: list[RenderableType] = [_peaks(record), _phases(record), *_firsts(record)]
     if record["rows"]:
         parts += [_categories(record), _rows(record, top)]
     else:
-        parts.append(Text("at the peak both steps hold the same, byte for byte"))
+        parts.append(Text("at the peak both steps have the same allocations, byte for byte"))
     if record["steps"]:
         parts.append(_steps(record, top))
     return [*parts, *_notes(record)]
@@ -41,7 +41,7 @@ def _peaks(record: Mapping[str, Any]) -> Text:
     planned, measured = record["planned"], record["measured"]
     share = 100 * record["difference_bytes"] / planned["peak_bytes"] if planned["peak_bytes"] else 0.0
     lines = [
-        f"{record['title']}: a recorded step beside its plan",
+        f"{record['title']}: a recorded step compared with its plan",
         f"peak measured {measured['peak_bytes']:,} B in {measured['phase']}, allocation {measured['number']:,}",
         f"peak planned  {planned['peak_bytes']:,} B in {planned['phase']}, allocation {planned['number']:,}",
         f"difference    {record['difference_bytes']:+,} B ({share:+.3f} %)",
@@ -56,7 +56,7 @@ def _peaks(record: Mapping[str, Any]) -> Text:
 
 
 def _phases(record: Mapping[str, Any]) -> Table:
-    table = Table(title="allocations, and the most bytes at once", title_justify="left")
+    table = Table(title="number of allocations, and peak by phase", title_justify="left")
     table.add_column("phase", no_wrap=True)
     for heading in ("measured", "planned", "equal", "peak measured", "peak planned", "difference"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -76,7 +76,7 @@ def _phases(record: Mapping[str, Any]) -> Table:
 def _firsts(record: Mapping[str, Any]) -> list[Text]:
     first, large = record["first"], record["first_large"]
     if first is None:
-        return [Text("no difference: every allocation has its equal")]
+        return [Text("no difference: all allocations are equal")]
     lines = [Text(f"first difference: {_told(first)}")]
     if large is None:
         lines.append(Text("none of 1 MiB or more"))
@@ -92,7 +92,7 @@ def _told(difference: Mapping[str, Any]) -> str:
     operator, site = difference["operator"], difference["site"]
     near = "near" if difference["category"] == NOT_PLANNED else "in"
     where = f" {near} {module(difference['module'])}" if difference["module"] else ""
-    at = f" (asked for at {site})" if site and site != operator else ""
+    at = f" (allocated at {site})" if site and site != operator else ""
     return (
         f"{difference['phase']}, allocation {difference['number']:,}: measured {size(difference['measured_bytes'])}, "
         f"planned {size(difference['planned_bytes'])}: {operator or 'unknown'}{where}{at}"
@@ -111,7 +111,7 @@ def _categories(record: Mapping[str, Any]) -> Table:
         else:
             equal += sizes["planned_bytes"]
     if equal:
-        table.add_row("the others, equal", *_sizes(equal, equal))
+        table.add_row("all others (equal)", *_sizes(equal, equal))
     table.add_section()
     table.add_row("sum", *_sizes(record["measured"]["peak_bytes"], record["planned"]["peak_bytes"]))
     return table
@@ -123,7 +123,7 @@ def _sizes(measured: int, planned: int) -> list[str]:
 
 def _rows(record: Mapping[str, Any], top: int) -> Table:
     rows = record["rows"]
-    table = _list("what the difference is made of (+: the plan has too few, −: too many)")
+    table = _list("breakdown of the difference (+: missing from the plan, −: only in the plan)")
     for row in rows[:top]:
         table.add_row(*_cells(row))
     if len(rows) > top:
@@ -144,7 +144,7 @@ def _steps(record: Mapping[str, Any], top: int) -> Table:
 
 def _list(title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("what", width=18, overflow="fold")
+    table.add_column("kind", width=18, overflow="fold")
     table.add_column("operator", width=24, overflow="fold")
     table.add_column("module", width=21, overflow="fold")
     table.add_column("×", justify="right", no_wrap=True)
@@ -165,17 +165,17 @@ def _signed(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def module(path: str) -> str:
-    """A module's path without the wrappers around the model itself."""
+    """A module's path without the wrappers around the model."""
     return _WRAPPERS.sub("", path)
 
 
 def _notes(record: Mapping[str, Any]) -> list[Text]:
     notes = list(record["notes"])
     if record["moved"]:
-        notes.append(f"{record['moved']:,} allocations are made in another order, and count as equal")
+        notes.append(f"{record['moved']:,} allocations are in another order and count as equal")
     if record["unsplit_bytes"]:
         notes.append(
-            f"blocks that were not split hold {record['unsplit_bytes']:,} B more than was asked for of what stays; "
-            "memory_allocated counts them, a peak of requests does not"
+            f"unsplit blocks at the peak are {record['unsplit_bytes']:,} B larger than requested; "
+            "memory_allocated includes them, a peak of requests does not"
         )
     return [Text(f"note: {note}") for note in notes]
