@@ -10,7 +10,7 @@ import pytest
 
 from fixtures import hypothesis_profiles
 from fixtures.budget import BUDGET, Budget, budget_of, put_in_order
-from fixtures.cards import case_scheduling, check_workers, is_worker
+from fixtures.cards import automatic_workers, case_scheduling, check_workers, is_worker
 from fixtures.measured import LAST_WORDS, TIMEKEEPERS, check_markers, passes_of, prepare_processes
 from fixtures.selection import (
     LeftOut,
@@ -119,8 +119,17 @@ def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, An
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, all questions to one case go to one worker, unless the user chose another way to share them out."""
+    """With ``-n``, all questions to a case go to one worker, unless the user chose another way to share them out."""
     return case_scheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """What ``-n auto`` is; a device that cannot be had is told of at collection."""
+    try:
+        return automatic_workers(selected_device(config))
+    except GaugeError:
+        return 1
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,8 +8,18 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from peft_gauge import cli
+from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
+
+UNIT = TESTS / "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test is a unit test by where it stands: in this process, without a pytest or a command of its own."""
+    for item in items:
+        if item.path.is_relative_to(UNIT):
+            item.add_marker(pytest.mark.unit)
 
 
 @pytest.fixture(scope="session", autouse=True)
