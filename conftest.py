@@ -36,7 +36,7 @@ from peft_gauge.history.rules import read_rules
 from peft_gauge.history.selection import newest_base
 from peft_gauge.history.writer import bundled_commit, write_run
 from peft_gauge.report.comparison import as_terminal
-from peft_gauge.report.terminal.summary import memory_table, plan_table, published_table, summary, sweep_table
+from peft_gauge.report.terminal import memory_table, plan_table, published_table, summary, sweep_table
 from peft_gauge.training.cases import Case
 
 if TYPE_CHECKING:

@@ -86,7 +86,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subproc
     return {name: (answer, out) for name, answer in zip(names, sessions(requests), strict=True)}
 
 
-@pytest.mark.parametrize(("options", "said"), REFUSED, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    ("options", "said"), REFUSED, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
 def test_what_cannot_be_selected_is_a_usage_error(
     options: list[str], said: str, answers: dict[str, tuple[subprocess.CompletedProcess[str], Path]]
 ) -> None:

@@ -35,7 +35,6 @@ from peft_gauge.bundle.resolution import Pip, Release
 from peft_gauge.bundle.target import Target, parse_target
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.writer import bundled_commit
-from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     from tests.conftest import Run

@@ -18,8 +18,8 @@ from peft_gauge.environments.requirements import Side, parse_library, parse_rang
 from peft_gauge.environments.state import Kept
 from peft_gauge.environments.worker import CaseSpec, Worker, WorkerFailed
 from peft_gauge.errors import GaugeError
-from tests.support.stepping_child import make_wheel
 from tests.support.paths import ROOT
+from tests.support.stepping_child import make_wheel
 
 CHILD = "tests.support.stepping_child"
 CASE = CaseSpec("toy-llama", "lora", 1, 8, "cpu", "float32")
@@ -332,7 +332,8 @@ def test_no_child_outlives_its_context() -> None:
 
 def test_no_child_outlives_a_killed_parent() -> None:
     code = (
-        "import time\nfrom peft_gauge.environments.worker import Worker\nfrom tests.integration.test_environments import *\n"
+        "import time\nfrom peft_gauge.environments.worker import Worker\n"
+        "from tests.integration.test_environments import CHILD, INSTALLED\n"
         "child = Worker(INSTALLED, program=CHILD)\nprint(child.start()['pid'], flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:

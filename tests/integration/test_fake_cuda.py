@@ -18,7 +18,7 @@ Seen = Mapping[str, Any]
 
 
 def on_the_card(folder: Path, *functions: str) -> Seen:
-    """What functions of `tests.support.fake_cuda_children` return, called in turn in one process on a card of 3 GiB, of which
+    """What functions of `fake_cuda_children` return, called in turn in one process on a card of 3 GiB, of which
     another process has one."""
     outcome = isolation.run(
         "tests.support.fake_cuda_children:several",
@@ -64,7 +64,9 @@ def test_the_card_is_there_and_comes_into_use_when_asked(seen: Seen) -> None:
     assert "invalid device ordinal" in found["other_card"]
     # What is not there fails by its name, and is not passed over.
     assert "_cuda_cudaCachingAllocator_raw_alloc" in found["unknown"]
-    assert found["graph"].startswith("AssertionError: torch._C._CUDAGraph is not among what tests.support.fake_cuda stands in")
+    assert found["graph"].startswith(
+        "AssertionError: torch._C._CUDAGraph is not among what tests.support.fake_cuda stands in"
+    )
 
 
 def test_tensors_are_where_they_were_asked_for(seen: Seen) -> None:

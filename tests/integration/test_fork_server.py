@@ -390,7 +390,9 @@ def test_a_server_ends_with_its_parent() -> None:
 
 def test_ctrl_c_while_a_server_imports_is_an_interruption(module: Callable[[str], str], tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    name = module(f"from tests.support import children; children.write_pid({str(pid_file)!r}); children.time.sleep(600)")
+    name = module(
+        f"from tests.support import children; children.write_pid({str(pid_file)!r}); children.time.sleep(600)"
+    )
     with start_parent([name], "tests.support.children:give", 5) as parent:
         line_of(parent)
         wait_until(pid_file.exists)

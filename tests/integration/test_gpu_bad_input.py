@@ -1,6 +1,6 @@
 """A GPU that cannot be used, one way after another: the line that the user reads, and what still runs.
 
-The cards are invented: `tests.support.fake_pynvml` in NVML's place, and torch's answers replaced. What torch and bitsandbytes
+The cards are invented: `fake_pynvml` in NVML's place, and torch's answers replaced. What torch and bitsandbytes
 say themselves is theirs, word for word.
 """
 
@@ -54,7 +54,7 @@ UNKNOWN = (
 
 
 def nvml_stand_in(cards: list[Card], *, broken: type[Exception] | None = None, cuda: int | None = 12040) -> ModuleType:
-    """`tests.support.fake_pynvml` over ``cards``, and what only this file needs of NVML; ``cuda`` ``None``: not told."""
+    """`fake_pynvml` over ``cards``, and what only this file needs of NVML; ``cuda`` ``None``: not told."""
     fake_pynvml.machine = Machine(cards, broken=broken)  # type: ignore[arg-type]
     module = ModuleType("pynvml")
     vars(module).update({name: value for name, value in vars(fake_pynvml).items() if not name.startswith("__")})

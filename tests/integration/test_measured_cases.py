@@ -24,9 +24,9 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings
 from tests.support.children import heed_ctrl_c
+from tests.support.paths import ROOT
 from tests.support.planted_cases import LAST, PLANNED_PEAK_BYTES, TENSOR_PEAK_BYTES, plan_of
 from tests.support.suite import Suite, by_question, outcomes
-from tests.support.paths import ROOT
 
 TOO_LARGE_BYTES = 10**15
 

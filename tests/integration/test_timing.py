@@ -6,16 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peft_gauge import clock
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report.terminal.summary import plan_table, summary
+from peft_gauge.report.terminal import plan_table, summary
 from tests.support.paths import ROOT
-
 
 
 class FakeClock:
@@ -74,6 +72,12 @@ def test_planted(replay, record):
     median = statistics.median(ROUNDS)
     record(method="lora", model="toy", device="cpu", forward_seconds=median, step_seconds=median,
            step_over_control=2.0, tokens_per_second=64 / median)
+
+
+def test_swept(record):
+    point = {{"label": "r4", "trainable_params": 896, "peak_bytes": 660_480, "quality": 0.9, "quality_low": 0.8,
+             "quality_high": 1.0, "seeds": 3, "diverged": 0}}
+    record(model="toy", task="planted", pareto=[point], trainings=[], knees={{}})
 """
 
 
@@ -105,13 +109,19 @@ def test_replayed_rounds_are_saved_to_the_last_digit(planted_run: tuple[str, dic
 def test_derived_and_shown_figures_agree_with_the_stored(planted_run: tuple[str, dict[str, Any]]) -> None:
     shown, run = planted_run
     (benchmark,) = run["benchmarks"]
-    (case,) = run["peft_gauge"]["cases"]
+    (case,) = (each for each in run["peft_gauge"]["cases"] if "test_planted.py::test_planted" in each["id"])
     assert benchmark["extra_info"] == case["figures"]
     assert case["figures"]["step_over_control"] == 2.0
     assert case["figures"]["tokens_per_second"] == 512
     row = next(line for line in shown.splitlines() if line.startswith("│ lora"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["lora", "–", "–", "–", "125.00 ms", "–", "–", "125.00 ms", "2.00", "512"]
+
+
+def test_a_run_shows_its_sweeps(planted_run: tuple[str, dict[str, Any]]) -> None:
+    shown, _ = planted_run
+    assert "test_swept: toy, planted" in shown
+    assert "│ r4      │       896 │ 660.48 kB │" in shown
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ from peft_gauge.bundle.target import Target
 from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.training import methods, models
 from peft_gauge.training.quantization import load_bitsandbytes, quantize_
-from tests.support.stepping_child import make_wheel
 from tests.support.paths import ROOT
+from tests.support.stepping_child import make_wheel
 
 TOY = models.resolve("toy-llama")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "pytest", "pip")

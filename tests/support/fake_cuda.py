@@ -7,8 +7,8 @@ has it replaced.
 
     environment = settings(folder, total_bytes=2 * GIB)   # for a process to be started; its children inherit it
 
-Tensors "on cuda" are the CPU's; `tests.support.fake_cuda_tensors` marks their storages, and is loaded when CUDA comes into use.
-Memory is kept by `peft_gauge.memory.allocator`, which models torch's own allocator; NVML is `tests.support.fake_cuda_nvml`,
+Tensors "on cuda" are the CPU's; `fake_cuda_tensors` marks their storages, and is loaded when CUDA comes into use.
+Memory is kept by `peft_gauge.memory.allocator`, which models torch's own allocator; NVML is `fake_cuda_nvml`,
 whose figures follow it. Nothing of this is known to the code under test.
 
 What is not modelled: CUDA graphs, a second card, speed. Pinned memory is any memory. Of streams there is only which one
@@ -702,7 +702,7 @@ def _before_first_use() -> Iterator[None]:
 
 
 def _first(name: str, real: Any) -> Callable[..., Any]:
-    """What brings CUDA into use where a tensor is sent there; then `tests.support.fake_cuda_tensors` has taken its place."""
+    """What brings CUDA into use where a tensor is sent there; then `fake_cuda_tensors` has taken its place."""
 
     def send(self: Any, *args: Any, **kwargs: Any) -> Any:
         import torch

@@ -1,4 +1,4 @@
-"""`tests.support.fake_pynvml` over the card of `tests.support.fake_cuda`: its figures are those of this process's allocator."""
+"""`fake_pynvml` over the card of `fake_cuda`: its figures are those of this process's allocator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors "on cuda" for `tests.support.fake_cuda`: the CPU's, whose storages are marked; loaded once CUDA comes into use.
+"""Tensors "on cuda" for `fake_cuda`: the CPU's, whose storages are marked; loaded once CUDA comes into use.
 
 A dispatch mode at the bottom of the stack sees every operator, as a device's kernels would: it makes what is asked for
 on "cuda" on the CPU, marks the storages that are born of marked ones, counts them in the allocator's model until they

@@ -101,6 +101,4 @@ def sessions(
     done = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
-    return [
-        subprocess.CompletedProcess([*request], *answer) for request, answer in zip(requests, answers, strict=True)
-    ]
+    return [subprocess.CompletedProcess([*request], *answer) for request, answer in zip(requests, answers, strict=True)]

@@ -17,7 +17,6 @@ from peft_gauge.training import models
 from tests.support.paths import ROOT
 
 
-
 def test_there_are_26_claims() -> None:
     assert len(claims.ledger()) == 26
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, fields, replace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -20,8 +20,8 @@ from peft_gauge.commands.claims import END, HEADINGS, START, as_markdown
 from peft_gauge.history.ledger import NewestVerdicts, Standing
 from peft_gauge.history.reader import read_run, runs_in
 from tests.support import report_runs
-from tests.support.report_runs import CARD, save
 from tests.support.paths import ROOT
+from tests.support.report_runs import CARD, save
 
 Command = Callable[..., tuple[int, str, str]]
 

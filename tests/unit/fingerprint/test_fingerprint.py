@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -582,28 +581,3 @@ def test_the_number_of_threads_changes_nothing_exact(threads: Callable[[int], No
         found.append(fingerprint(build(methods.LORA, batch=2, seq=32)))
     assert digest(found[0]) == digest(found[1])
     assert differences(*found) == []
-
-
-IN_ANOTHER_PROCESS = """
-import json, sys
-import torch
-from peft_gauge.training import methods
-from tests.unit.fingerprint.test_fingerprint import build, fingerprint
-
-torch.set_num_threads(1)
-records = {m.name: fingerprint(build(m)) for m in reversed(methods.SEVEN)}
-open(sys.argv[1], "w").write(json.dumps(records))
-"""
-
-
-def test_all_methods_have_the_same_record_in_another_process(tmp_path: Path, threads: Callable[[int], None]) -> None:
-    threads(1)
-    here = {method.name: fingerprint(build(method)) for method in methods.SEVEN}
-    target = tmp_path / "records.json"
-    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, str(target)], cwd=paths.ROOT, check=True)
-    there = json.loads(target.read_text())
-    assert there.keys() == here.keys()
-    for name, record in here.items():
-        assert differences(there[name], record, loss_tolerance=0.0) == []
-        assert json.dumps(there[name]) == json.dumps(record), name
-    assert len({digest(record) for record in here.values()}) == len(here)

@@ -15,7 +15,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.paths import PROJECT
 from peft_gauge.plan import flash_attention, planner
 from peft_gauge.plan.record import Plan, PlanRequest
-from peft_gauge.report.terminal.summary import plan_table
+from peft_gauge.report.terminal import plan_table
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support import published_models as published

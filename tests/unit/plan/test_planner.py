@@ -225,13 +225,26 @@ def test_every_method_is_planned_and_adds_up(method: methods.Method) -> None:
 # --- against a real step
 
 
+def cut(name: str, layers: int) -> models.ModelRecord:
+    """The first layers of a model: as wide as it is, with its embeddings, its head and its vocabulary."""
+    config = {**models.resolve(name).config, "num_hidden_layers": layers}
+    return models.ModelRecord(f"{name}-cut", "folder", json.dumps(config), "random")
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("toy-llama", "float32"), ("toy-llama", "bfloat16"), ("smollm2-135m", "float32")]
+    ("record", "dtype"),
+    [(TOY, "float32"), (TOY, "bfloat16"), (cut("smollm2-135m", 2), "float32")],
+    ids=["toy-llama", "toy-llama-16-bit", "smollm2-135m-cut"],
 )
 @pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
-def test_a_planned_step_is_a_real_step_without_its_numbers(method: methods.Method, name: str, dtype: str) -> None:
+def test_a_planned_step_is_a_real_step_without_its_numbers(
+    method: methods.Method, record: models.ModelRecord, dtype: str
+) -> None:
     """With the CPU's kernels in place of CUDA's, and the CPU's kind of optimizer, no byte differs."""
-    record = models.resolve(name, weights="random")
+    hold_against_a_real_step(method, record, dtype)
+
+
+def hold_against_a_real_step(method: methods.Method, record: models.ModelRecord, dtype: str) -> None:
     asked = PlanRequest(record, method, StepSettings(BATCH, SEQ, optimizer="adamw-foreach-off"), dtype=dtype)
     adapted = planner._adapt(asked, [])
     counted = count(adapted.model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality import sweep as sweeping
 from peft_gauge.quality.sweep import Lengths, Setting, Trained, figures, knees, over_seeds, pareto_rows, sweep
+from peft_gauge.report.terminal import sweep_table
 from peft_gauge.training import methods
 from peft_gauge.training.step import StepSettings, TrainingJob
 
@@ -105,6 +106,11 @@ def test_figures_find_what_is_true_of_the_task(tasks: Any) -> None:
     assert found["knees"]["peak_bytes"]["knee_share"] == 1.0
     assert found["trainings"][0]["notes"] == ("a note",)
     json.dumps(found, allow_nan=False)
+    headings, lines = sweep_table.told(found)  # what a run shows of them
+    assert [line[0] for line in lines] == ["r1", "r2", "r4", "r8"]
+    shown = [dict(zip(headings, line, strict=True)) for line in lines]
+    assert [line["trainable"] for line in shown] == ["1", "2", "4", "8"]
+    assert [line["peak"] for line in shown] == ["10 B", "20 B", "40 B", "80 B"]
 
 
 def test_a_setting_that_diverges_is_an_outcome_and_the_sweep_goes_on(tasks: Any) -> None:

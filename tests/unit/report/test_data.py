@@ -21,8 +21,8 @@ from peft_gauge.report.html import page_data, page_tables
 from peft_gauge.report.html.page_data import Report, gather
 from peft_gauge.report.html.page_history import History, RememberedRules, median_interval
 from tests.support import report_runs
-from tests.support.report_runs import PEAK, card_run, claim, memory_case, save, step_case, three_runs
 from tests.support.paths import RESULTS
+from tests.support.report_runs import PEAK, card_run, claim, memory_case, save, step_case, three_runs
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report.terminal.summary import memory_table, summary
+from peft_gauge.report.terminal import memory_table, summary
 
 SETTINGS = {"batch": 4, "seq": 768, "dtype": "bfloat16", "weights": "random", "grad_checkpointing": False}
 FIGURES: dict[str, Any] = {

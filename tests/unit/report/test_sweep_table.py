@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from peft_gauge import paths
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report.terminal.summary import sweep_table
+from peft_gauge.report.terminal import sweep_table
 
 
 def point(label: str, **figures: Any) -> dict[str, Any]:
@@ -113,12 +110,3 @@ def test_a_quality_that_is_not_0_never_reads_as_0(quality: float, told: str) -> 
 
 def test_a_case_that_swept_nothing_has_no_table() -> None:
     assert sweep_table.summary([case(pareto=[]), CaseRecord("a", "a", "skipped", "no weights", {})]) == ""
-
-
-def test_a_run_shows_its_sweeps() -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_rank_sweep.py", "-k", "1-seed", "-q", "--no-save"]
-    ended = subprocess.run(command, cwd=paths.PROJECT, capture_output=True, text=True, timeout=300, check=False)
-
-    assert ended.returncode == 0, ended.stdout
-    assert "test_planted_rank[1-seed]: toy-llama-half, planted" in ended.stdout
-    assert "│ r4      │       896 │ 660.48 kB │" in ended.stdout

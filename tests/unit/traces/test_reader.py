@@ -19,7 +19,7 @@ from peft_gauge.traces.log import BEFORE, StepLog
 from peft_gauge.traces.reader import MARK_BYTES, read, step_log
 from peft_gauge.traces.sites import shortened, site_here, site_of
 from tests.support import paths
-from tests.support.snapshots import EMBEDDING, GRADS, ADAM, LINEAR, Device, one_step, snapshot
+from tests.support.snapshots import ADAM, EMBEDDING, GRADS, LINEAR, Device, one_step, snapshot
 
 TRACES = paths.DATA / "h200_traces"
 MIB = 1 << 20
@@ -314,6 +314,5 @@ def test_running_code_has_the_site_that_its_stack_would_have() -> None:
     import sys
 
     assert (
-        site_here(sys._getframe())
-        == "traces/test_reader.py:test_running_code_has_the_site_that_its_stack_would_have"
+        site_here(sys._getframe()) == "traces/test_reader.py:test_running_code_has_the_site_that_its_stack_would_have"
     )

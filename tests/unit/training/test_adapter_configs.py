@@ -7,7 +7,6 @@ suite's code, on the model that the config is for.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import peft
