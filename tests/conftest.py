@@ -13,13 +13,13 @@ from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
 
-UNIT = TESTS / "unit"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test is a unit test by where it stands: in this process, without a pytest or a command of its own."""
+    """A test is a unit test, or of integration, by where it stands; one of a unit that takes seconds says so itself."""
     for item in items:
-        if item.path.is_relative_to(UNIT):
+        if item.path.is_relative_to(TESTS / "integration"):
+            item.add_marker(pytest.mark.integration)
+        elif item.path.is_relative_to(TESTS / "unit") and item.get_closest_marker("integration") is None:
             item.add_marker(pytest.mark.unit)
 
 

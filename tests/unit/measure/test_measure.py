@@ -445,6 +445,7 @@ def setup_of(method: str, *wanted: passes.Pass) -> Setup:
     return Setup(case, case.model, stream, wanted, rule=StoppingRule(2, 2), warm_up=WarmUp(least=1, most=1))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_case_is_measured_whole(method: str) -> None:
     setup = setup_of(method, "memory", "speed")
@@ -470,6 +471,7 @@ def test_a_case_is_measured_whole(method: str) -> None:
 B_WEIGHT = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
 
 
+@pytest.mark.integration
 def test_a_weight_that_no_gradient_reaches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     attach = methods.attach
 
@@ -485,6 +487,7 @@ def test_a_weight_that_no_gradient_reaches_is_named(monkeypatch: pytest.MonkeyPa
     assert found["learned"] is False
 
 
+@pytest.mark.integration
 def test_a_gradient_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     attach = methods.attach
 
