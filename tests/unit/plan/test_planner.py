@@ -231,6 +231,7 @@ def cut(name: str, layers: int) -> models.ModelRecord:
     return models.ModelRecord(f"{name}-cut", "folder", json.dumps(config), "random")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("record", "dtype"),
     [(TOY, "float32"), (TOY, "bfloat16"), (cut("smollm2-135m", 2), "float32")],
