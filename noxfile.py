@@ -64,7 +64,11 @@ TORCHES = {
     "newest": (["--upgrade", "torch"], []),
     "pre-release": (["--upgrade", "--pre", "torch"], []),
 }
-PLANNING = [f"tests/test_{name}.py" for name in ("internals", "plan_tracker", "plan_fakes", "plan_planner")]
+PLANNING = [
+    "tests/internals/test_internals.py",
+    "tests/unit/memory/test_tracker.py",
+    *(f"tests/unit/plan/test_{name}.py" for name in ("fakes", "planner")),
+]
 
 
 @nox.session

@@ -6,7 +6,7 @@
 # Parts, each with a time limit of its own; one that fails is told of, and the others go on:
 #   doctor      what this machine can run
 #   calibrate   CUDA context, library workspaces, allocator, speed; the plans of the later parts use it
-#   tests       the instruments against what is known beforehand (pytest tests -m gpu)
+#   tests       the instruments against what is known beforehand (pytest tests/gpu)
 #   suite       pytest -m gpu within a budget, in the order of the cases' worth
 #   large       the plan of a 7B against its measured LoRA and QLoRA step
 #   traces      the allocator's log of a step of each case beside its plan: where a plan is wrong, if it is
@@ -87,7 +87,7 @@ if [ "$device" = cuda ]; then
 else
     skipped calibrate "a CPU has no CUDA context"
 fi
-part tests 30 "$python" -m pytest tests -m gpu -q -s
+part tests 30 "$python" -m pytest tests/gpu -m gpu -q -s
 rest=$(($(left) - reserve))
 [ $((rest * 3 / 4)) -lt "$suite_seconds" ] && suite_seconds=$((rest * 3 / 4))
 part suite 50 "$python" -m pytest benchmarks "${markers[@]}" --model="$model" --results="$out/results" \

@@ -33,7 +33,7 @@ PLANTED_RANKS = (2, 3, 4, 8)
 
 REACHED = 0.9
 """Share of the base's error that training must remove at the planted rank, and cannot remove below it
-(`tests/test_quality_planted.py` has the figures)."""
+(`tests/unit/quality/test_planted.py` has the figures)."""
 
 
 @pytest.mark.parametrize(

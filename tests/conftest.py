@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from peft_gauge import cli
+from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test is a unit test, or of integration, by where it stands; one of a unit that takes seconds says so itself."""
+    for item in items:
+        if item.path.is_relative_to(TESTS / "integration"):
+            item.add_marker(pytest.mark.integration)
+        elif item.path.is_relative_to(TESTS / "unit") and item.get_closest_marker("integration") is None:
+            item.add_marker(pytest.mark.unit)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now, torch's and transformers' modules above all, stays until the end: the collector need not go
+    through it again each time that memory is measured, which is most of the time of a test of a small model.
+
+    Workers of pytest-xdist share the cores: threads of one that wait for the other's take longer than one thread.
+    """
+    gc.collect()
+    gc.freeze()
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session", autouse=True)

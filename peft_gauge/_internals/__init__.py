@@ -1,7 +1,7 @@
 """All private parts of libraries that the project uses, one module per library; callers import them from here.
 
-Each entry states its purpose and its guard. `tests/test_internals.py` checks every entry in seconds; if a release moves
-one, the test with the entry's name fails.
+Each entry states its purpose and its guard. `tests/internals/test_internals.py` checks every entry in seconds; if a
+release moves one, the test with the entry's name fails.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from peft_gauge.pytest_plugin.selection import (
     selected_device,
     selected_variations,
 )
-from peft_gauge.pytest_plugin.workers import case_scheduling, check_workers, is_worker
+from peft_gauge.pytest_plugin.workers import automatic_workers, case_scheduling, check_workers, is_worker
 from peft_gauge.pytest_plugin.workload import (
     TIMEKEEPERS,
     WORKLOAD,
@@ -111,6 +111,15 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``-n``, all questions to one case go to one worker, unless the user chose another way to share them out."""
     return case_scheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """The number of workers for ``-n auto``; collection reports a device that is unavailable."""
+    try:
+        return automatic_workers(selected_device(config))
+    except GaugeError:
+        return 1
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,525 @@
+"""A GPU that cannot be used, one way after another: the line that the user reads, and what still runs.
+
+The cards are invented: `fake_pynvml` in NVML's place, and torch's answers replaced. What torch and bitsandbytes
+say themselves is theirs, word for word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pynvml as real_pynvml
+import pytest
+import torch
+
+from fixtures import measured
+from peft_gauge import machine
+from peft_gauge.commands import doctor
+from peft_gauge.errors import GaugeError
+from peft_gauge.machine import Accelerator, Driver
+from peft_gauge.plan.record import GpuFit, PlanRequest
+from peft_gauge.pytest_plugin.selection import selected_device
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import Case
+from peft_gauge.training.step import StepSettings
+from tests.support import fake_pynvml
+from tests.support.fake_pynvml import Card, Machine
+from tests.support.paths import ROOT
+
+CARDS = [Card("GPU-aaaa-1111"), Card("GPU-bbbb-2222")]
+H100 = Accelerator("NVIDIA H100 80GB HBM3", 85_029_158_912, (9, 0), "GPU-aaaa-1111")
+
+# torch 2.13's own words, from c10/cuda/CUDAFunctions.cpp.
+TOO_OLD = (
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
+    "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your version "
+    "of the CUDA driver. (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)"
+)
+UNKNOWN = (
+    "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env "
+    "variable CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero. (Triggered "
+    "internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)"
+)
+
+
+def nvml_stand_in(cards: list[Card], *, broken: type[Exception] | None = None, cuda: int | None = 12040) -> ModuleType:
+    """`fake_pynvml` over ``cards``, and what only this file needs of NVML; ``cuda`` ``None``: not told."""
+    fake_pynvml.machine = Machine(cards, broken=broken)  # type: ignore[arg-type]
+    module = ModuleType("pynvml")
+    vars(module).update({name: value for name, value in vars(fake_pynvml).items() if not name.startswith("__")})
+
+    def nvmlShutdown() -> None:
+        fake_pynvml.machine.initialised -= 1
+
+    def nvmlSystemGetDriverVersion() -> str:
+        return "550.54.14"
+
+    def nvmlSystemGetCudaDriverVersion() -> int:
+        if cuda is None:
+            raise fake_pynvml.NVMLError_FunctionNotFound
+        return cuda
+
+    for function in (nvmlShutdown, nvmlSystemGetDriverVersion, nvmlSystemGetCudaDriverVersion):
+        setattr(module, function.__name__, function)
+    return module
+
+
+def answer(*, available: bool, says: str | None = None) -> Callable[[], bool]:
+    """In place of `torch.cuda.is_available`, which says what is wrong as a warning."""
+
+    def is_available() -> bool:
+        if says is not None:
+            warnings.warn(says, UserWarning, stacklevel=2)
+        return available
+
+    return is_available
+
+
+def forget() -> None:
+    for remembered in (machine.nvidia_driver, machine.why_no_cuda, machine.accelerators, machine.machine_info):
+        remembered.cache_clear()
+
+
+Invent = Callable[..., None]
+
+
+@pytest.fixture
+def invent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invent]:
+    """``invent(…)``: what driver, torch and environment say from now on; by default a card that works."""
+
+    def describe(
+        *,
+        cards: list[Card] = CARDS,
+        broken: type[Exception] | None = None,
+        cuda: int | None = 12040,
+        device_files: bool = True,
+        built_for: str | None = "12.8",
+        available: bool = True,
+        says: str | None = None,
+        visible: str | None = None,
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "pynvml", nvml_stand_in(cards, broken=broken, cuda=cuda))
+        monkeypatch.setattr(machine, "_has_device_files", lambda: device_files)
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        monkeypatch.setattr(torch.cuda, "is_available", answer(available=available, says=says))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        forget()
+
+    monkeypatch.setattr(fake_pynvml, "machine", fake_pynvml.machine)  # put back at the end
+    yield describe
+    forget()
+
+
+def test_the_stand_in_has_the_signatures_of_the_real_modules() -> None:
+    module = nvml_stand_in([])
+    for name in ("nvmlShutdown", "nvmlSystemGetDriverVersion", "nvmlSystemGetCudaDriverVersion"):
+        assert not inspect.signature(getattr(module, name)).parameters
+        assert not inspect.signature(getattr(real_pynvml, name)).parameters
+    assert not inspect.signature(torch.cuda.is_available).parameters
+
+
+# Why there is no CUDA -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        (
+            {"broken": fake_pynvml.NVMLError_LibraryNotFound, "device_files": False},
+            "no CUDA device: no NVIDIA driver responds (NVML: NVML Shared Library Not Found)",
+        ),
+        (
+            {"built_for": None, "available": False},
+            f"no CUDA device: this torch ({torch.__version__}) was built without CUDA; install a CUDA build",
+        ),
+        (
+            {"available": False, "says": TOO_OLD, "cuda": 11040},
+            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 11.4, "
+            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or "
+            "older",
+        ),
+        (  # bitsandbytes asked torch before, which warns only once
+            {"available": False, "cuda": 12040, "built_for": "13.0"},
+            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 12.4, "
+            "and this torch was built for CUDA 13.0; update the driver, or install a torch built for CUDA 12.4 or "
+            "older",
+        ),
+        (
+            {"available": False, "says": TOO_OLD, "broken": fake_pynvml.NVMLError_NoPermission},
+            "no CUDA device that torch can use: the NVIDIA driver is too old: it supports CUDA up to 11.4, "
+            "and this torch was built for CUDA 12.8; update the driver, or install a torch built for CUDA 11.4 or "
+            "older",
+        ),
+        (
+            {"available": False, "visible": ""},
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every GPU; unset it, or name one",
+        ),
+        (
+            {"available": False, "visible": "-1"},
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='-1' hides every GPU; unset it, or name one",
+        ),
+        (
+            {"available": False, "visible": "2"},
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='2' names GPU 2, but there are 2 GPUs here, "
+            "numbered from 0; nvidia-smi -L lists them",
+        ),
+        (
+            {"available": False, "visible": "GPU-cccc", "cards": CARDS[:1]},
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='GPU-cccc' names GPU GPU-cccc, but there is "
+            "1 GPU here, numbered from 0; nvidia-smi -L lists them",
+        ),
+        (
+            {"available": False, "cards": []},
+            "no CUDA device that torch can use: the NVIDIA driver 550.54.14 shows no GPU here; in a container, pass "
+            "the GPUs in",
+        ),
+        (
+            {"available": False, "says": UNKNOWN},
+            "no CUDA device that torch can use: CUDA initialization: CUDA unknown error - this may be due to an "
+            "incorrectly set up environment, e.g. changing env variable CUDA_VISIBLE_DEVICES after program start. "
+            "Setting the available devices to be zero. (the NVIDIA driver 550.54.14 does respond); run nvidia-smi for "
+            "details",
+        ),
+        (
+            {"available": False, "broken": fake_pynvml.NVMLError_LibraryNotFound},
+            "no CUDA device that torch can use: torch gives no reason (NVML: NVML Shared Library Not Found); "
+            "run nvidia-smi for details",
+        ),
+    ],
+    ids=[
+        "no driver",
+        "no CUDA build",
+        "old driver",
+        "old driver, torch silent",
+        "old driver, NVML silent",
+        "none visible",
+        "-1 visible",
+        "a number too large",
+        "an unknown UUID",
+        "no card",
+        "unknown",
+        "device files only",
+    ],
+)
+def test_why_no_cuda_is_one_line(described: dict[str, Any], said: str, invent: Invent) -> None:
+    invent(**described)
+    assert machine.why_no_cuda() == said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        fake_pynvml.NVMLError_NoPermission,
+        fake_pynvml.NVMLError_Uninitialized,
+        fake_pynvml.NVMLError_LibraryNotFound,
+        fake_pynvml.NVMLError_DriverNotLoaded,
+    ],
+)
+def test_an_nvml_that_refuses_does_not_keep_cuda_from_being_used(error: type[Exception], invent: Invent) -> None:
+    invent(broken=error)
+    assert machine.why_no_cuda() is None
+    assert machine.nvidia_driver() == Driver(error=str(error()))
+
+
+def test_a_driver_that_tells_nothing_else_still_counts_its_cards(invent: Invent) -> None:
+    card = Card("GPU-aaaa-1111", refuses={"nvmlDeviceGetUUID": fake_pynvml.NVMLError_NoPermission})
+    invent(cards=[card], cuda=None, available=False, visible="GPU-cccc")
+    assert machine.nvidia_driver() == Driver(version="550.54.14", cards=1)
+    assert machine.why_no_cuda() == (  # which of the cards it names cannot be told
+        "no CUDA device that torch can use: torch gives no reason (the NVIDIA driver 550.54.14 does respond); "
+        "run nvidia-smi for details"
+    )
+    assert fake_pynvml.machine.initialised == 0
+
+
+def test_torch_is_not_imported_where_there_is_no_card(tmp_path: Path) -> None:
+    code = (
+        "import sys, pynvml; from peft_gauge import machine\n"
+        "def absent(): raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)\n"
+        "pynvml.nvmlInit = absent; machine._has_device_files = lambda: False\n"
+        "print(machine.why_no_cuda()); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    reason, imported = done.stdout.splitlines()
+    assert reason.startswith("no CUDA device: no NVIDIA driver responds")
+    assert imported == "False"
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [([], False), (["null", "nvme0"], False), (["nvidia0"], True), (["nvidiactl"], True), (["dxg"], True)],
+)
+def test_a_card_leaves_files(names: list[str], found: bool, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert machine._has_device_files(tmp_path) == found
+
+
+# As the user meets it -------------------------------------------------------------------------------------------------
+
+
+def with_an_old_driver(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``pytest …`` on a machine whose driver runs CUDA 11.4, under a torch for CUDA 12.8 that says so."""
+    (folder / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch\n"
+        "from tests.integration.test_gpu_bad_input import CARDS, TOO_OLD, answer, nvml_stand_in\n"
+        "sys.modules['pynvml'] = nvml_stand_in(CARDS, cuda=11040)\n"
+        "torch.version.cuda = '12.8'\n"
+        "torch.cuda.is_available = answer(available=False, says=TOO_OLD)\n"
+    )
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--results", str(folder / "out"), *arguments],
+        cwd=ROOT,
+        env={**inherited, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_gpu_cases_are_skipped_with_what_is_wrong_with_the_driver(tmp_path: Path) -> None:
+    case = ["benchmarks/test_speed.py", "--model=toy-llama", "--method=prompt"]
+    done = with_an_old_driver(tmp_path, *case, "tests/gpu/test_gpu.py", "-m", "gpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    skips = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert len(skips) > 5
+    said = "the NVIDIA driver 550.54.14 is too old: it supports CUDA up to 11.4, and this torch was built for CUDA 12.8"
+    assert all(said in line for line in skips)
+    assert re.search(r"^\d+ skipped", done.stdout.splitlines()[-1])
+    assert "Warning" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_asked_for_and_hidden_cannot_be_had(invent: Invent) -> None:
+    """`conftest` makes a usage error of it, exit code 4."""
+    invent(available=False, visible="")
+    config: Any = SimpleNamespace(getoption={"--device": "cuda"}.get)
+    with pytest.raises(GaugeError) as caught:
+        selected_device(config)
+    assert "--device cuda" in str(caught.value)
+    assert "CUDA_VISIBLE_DEVICES='' hides every GPU" in str(caught.value)
+
+
+def test_a_card_that_is_too_small_is_said_with_plan_and_headroom(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_gauge.plan.planner import plan
+
+    settings = StepSettings(batch=1, seq=8)
+    toy = models.resolve("toy-llama", weights="random")
+    fit = GpuFit("2GB", 2 * 10**9, 3_100_000_000, False, -1_100_000_000, 0)
+    planned = replace(plan(PlanRequest(toy, methods.PROMPT, settings)), gpus=(fit,))
+    with pytest.raises(pytest.skip.Exception) as caught:
+        measured._skip_what_cannot_fit(Case(toy, methods.PROMPT, settings, "cuda", "bfloat16"), planned)
+    assert str(caught.value) == (
+        "does not fit: planned 3.10 GB on a card with 2.00 GB (headroom -1.10 GB); take a smaller model, --batch or "
+        "--seq"
+    )
+
+
+class CudaLibrary:
+    """What bitsandbytes has in place of its library once that is loaded and is one for CUDA."""
+
+    compiled_with_cuda = True
+
+
+@pytest.fixture
+def native() -> Any:
+    """The module that holds bitsandbytes' native library; imported while torch still gives its own answers."""
+    from peft_gauge.training.quantization import load_bitsandbytes
+
+    load_bitsandbytes()
+    import bitsandbytes.cextension
+
+    return bitsandbytes.cextension
+
+
+# The doctor -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sees one card; only a CUDA build could be asked for it."""
+
+    def accelerators() -> tuple[Accelerator, ...]:
+        return (H100,) if machine.why_no_cuda() is None else ()
+
+    accelerators.cache_clear = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(machine, "accelerators", accelerators)
+
+
+def lines() -> list[tuple[str, str, str]]:
+    return [(line.subject, line.status, line.text) for line in doctor._gpus()]
+
+
+def test_the_doctor_shows_card_driver_and_bitsandbytes(
+    native: Any, invent: Invent, with_h100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invent()
+    monkeypatch.setattr(native, "lib", CudaLibrary())
+    assert lines() == [
+        (
+            "gpu 0",
+            "ok",
+            "NVIDIA H100 80GB HBM3, 85.0 GB, compute capability 9.0, driver 550.54.14, torch built for CUDA 12.8",
+        ),
+        ("nvml", "ok", "driver 550.54.14, runs CUDA up to 12.4, 2 GPU(s)"),
+        ("bitsandbytes CUDA", "ok", "CUDA library loaded"),
+    ]
+
+
+def test_the_doctor_says_that_nvml_is_not_readable(
+    native: Any, invent: Invent, with_h100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "lib", CudaLibrary())
+    invent(broken=fake_pynvml.NVMLError_NoPermission)
+    gpu, nvml, _ = lines()
+    assert gpu[2].endswith("compute capability 9.0, driver unknown, torch built for CUDA 12.8")
+    assert nvml == (
+        "nvml",
+        "note",
+        "NVML does not respond: Insufficient Permissions; whole-device memory, clocks and throttling will be "
+        "unavailable",
+    )
+    refusing = Card("GPU-aaaa-1111", refuses={"nvmlDeviceGetMemoryInfo": fake_pynvml.NVMLError_NoPermission})
+    invent(cards=[refusing])
+    assert lines()[1][:2] == ("nvml", "note")
+    assert lines()[1][2].startswith("the driver does not report this device's memory (no permission")
+
+
+def test_the_doctor_says_why_there_is_no_card(invent: Invent, with_h100: None) -> None:
+    invent(available=False, visible="")
+    assert lines() == [
+        (
+            "gpu",
+            "note",
+            "no CUDA device that torch can use: CUDA_VISIBLE_DEVICES='' hides every GPU; unset it, or name one; GPU "
+            "cases will be skipped",
+        ),
+        ("nvml", "ok", "driver 550.54.14, runs CUDA up to 12.4, 2 GPU(s)"),
+    ]
+    invent(available=False, broken=fake_pynvml.NVMLError_NoPermission)
+    assert lines()[1][1:] == (
+        "note",
+        "NVML does not respond: Insufficient Permissions; whole-device memory, clocks and throttling will be "
+        "unavailable",
+    )
+    invent(broken=fake_pynvml.NVMLError_LibraryNotFound, device_files=False)
+    assert [subject for subject, _, _ in lines()] == ["gpu"]
+
+
+def test_the_doctor_sees_a_card_that_is_named_in_vain(
+    native: Any, invent: Invent, with_h100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "lib", CudaLibrary())
+    invent(visible="0,7")
+    assert (
+        "gpu",
+        "note",
+        "CUDA_VISIBLE_DEVICES='0,7' names GPU 7, but there are 2 GPUs here, numbered from 0; nvidia-smi -L lists "
+        "them; it and every device listed after it are hidden",
+    ) in lines()
+
+
+def test_the_doctor_lives_through_a_torch_that_fails_at_the_card(
+    invent: Invent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    invent()
+    monkeypatch.setattr(machine, "_ASK_TORCH", "raise RuntimeError('CUDA error: all devices are busy or unavailable')")
+    monkeypatch.setattr(doctor, "_train_nf4", lambda: None)
+    found = {line.subject: line for line in doctor.examine(tmp_path)}
+    assert (found["gpu"].status, found["gpu"].text) == (
+        "missing",
+        "torch cannot read the CUDA devices here: RuntimeError: CUDA error: all devices are busy or unavailable; "
+        "run nvidia-smi for details",
+    )
+    assert found["cpu"].status == found["nvml"].status == "ok"
+    assert "results" in found
+
+
+# bitsandbytes without a binary for this CUDA --------------------------------------------------------------------------
+
+
+def test_qlora_is_refused_in_one_line_where_bitsandbytes_has_no_binary(
+    native: Any, invent: Invent, with_h100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_gauge.training.quantization import load_bitsandbytes, quantize_
+
+    invent(built_for="14.0")
+    lost = native.ErrorHandlerMockBNBNativeLibrary(
+        "No compatible CUDA binary found at /env/bitsandbytes/libbitsandbytes_cuda140.so"
+    )
+    monkeypatch.setattr(lost, "available_versions", ["12.8", "13.0"])
+    monkeypatch.setattr(native, "lib", lost)
+    said = (
+        f"bitsandbytes {machine.installed_version('bitsandbytes')} has no kernels for this torch's CUDA 14.0: "
+        "No compatible CUDA binary found at libbitsandbytes_cuda140.so; it comes with CUDA 12.8, 13.0; install a "
+        "release of bitsandbytes or of torch that fits the other (python -m bitsandbytes tells more)"
+    )
+    base = models.build(models.resolve("toy-llama", weights="random"))
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(GaugeError) as caught:
+        quantize_(base, device="cuda")
+    assert str(caught.value) == said
+    assert [type(module) for module in base.modules()] == before, "refused, and changed all the same"
+    load_bitsandbytes()  # a CPU has kernels of its own
+    assert lines()[-1] == ("bitsandbytes CUDA", "missing", f"{said[:159]}…; QLoRA on the GPU needs it")
+
+
+def test_weights_without_data_need_no_binary(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has them on a card that need not be there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from peft_gauge.training.quantization import quantize_
+
+    monkeypatch.setattr(
+        native, "lib", native.ErrorHandlerMockBNBNativeLibrary("libcudart.so.12: cannot open shared object file")
+    )
+    with FakeTensorMode():
+        base = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False, device="meta"))
+        base[0].weight = torch.nn.Parameter(torch.empty(64, 64, device="cuda"))
+        quantize_(base)
+    assert base[0].weight.device.type == "cuda"
+    assert getattr(base[0].weight, "bnb_quantized", False)
+
+
+def test_a_library_that_does_not_load_is_no_traceback() -> None:
+    """The real import: torch says that there is a card, and the CUDA library finds no CUDA on this machine."""
+    code = (
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        "torch.cuda.device = lambda number: number\n"
+        "torch.cuda.get_device_capability = lambda device=None: (9, 0)\n"
+        "torch._C._cuda_getCurrentRawStream = lambda number: 0\n"  # a CUDA build has it
+        "torch.version.cuda = '99.0'\n"
+        "from peft_gauge.errors import GaugeError\n"
+        "from peft_gauge.training.quantization import load_bitsandbytes\n"
+        "load_bitsandbytes()\n"
+        "try:\n"
+        "    load_bitsandbytes('cuda')\n"
+        "except GaugeError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr
+    assert "bitsandbytes" not in done.stderr
+    assert (
+        "has no kernels for this torch's CUDA 99.0: No compatible CUDA binary found at libbitsandbytes_cuda990.so"
+        in (done.stdout)
+    )
+    assert len(done.stdout.splitlines()) == 1

@@ -1,0 +1,85 @@
+"""Which way imports run: the contracts of pyproject.toml hold, and see what breaks them; listing stays light."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.paths import ROOT
+
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
+
+PLANTED = {
+    "clock/rounds.py": "from peft_gauge.training.methods import get",
+    "meters/host.py": "def late() -> None:\n    import peft_gauge.plan.planner",
+    "history/rules.py": "def late() -> None:\n    import torch",
+    "files.py": "def late() -> None:\n    import pytest",
+}
+"""A line for the end of each file that breaks a contract."""
+
+
+def test_the_import_contracts_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cli = pytest.importorskip("importlinter.cli", reason="import-linter comes with the extra dev")
+    monkeypatch.chdir(ROOT)
+    found = cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert found == cli.EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def report_on_planted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What import-linter says of a copy of the package with wrong imports and a room that stands on no floor."""
+    pytest.importorskip("importlinter", reason="import-linter comes with the extra dev")
+    copy = tmp_path_factory.mktemp("planted")
+    shutil.copytree(ROOT / "peft_gauge", copy / "peft_gauge", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    for name, line in PLANTED.items():
+        with (copy / "peft_gauge" / name).open("a", encoding="utf-8") as file:
+            file.write(f"\n\n{line}\n")
+    (copy / "peft_gauge" / "new_room.py").touch()
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    done = subprocess.run([*command, "--no-cache"], cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    return done.stdout
+
+
+def test_a_planted_import_breaks_each_contract(report_on_planted: str) -> None:
+    assert "Contracts: 0 kept, 4 broken." in report_on_planted
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "peft_gauge.clock.rounds -> peft_gauge.training.methods",  # upwards
+        "peft_gauge.meters.host -> peft_gauge.plan.planner",  # within a function; a circle of rooms
+        "peft_gauge.history.rules -> torch",
+        "peft_gauge.files -> pytest",
+        "peft_gauge.new_room",  # on no floor
+    ],
+)
+def test_a_planted_import_is_named(line: str, report_on_planted: str) -> None:
+    assert line in report_on_planted
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "peft_gauge.cli",
+        "peft_gauge.training.methods",
+        "peft_gauge.training.models",
+        "peft_gauge.history.writer",
+        "peft_gauge.report.terminal.summary",
+        "peft_gauge.claims",
+        "peft_gauge.isolation",
+        "peft_gauge.history.reader",
+        "peft_gauge.history.resumption",
+        "peft_gauge.bundle.collection",
+    ],
+)
+def test_listing_needs_no_heavy_library(module: str) -> None:
+    """Cases are listed and histories compared without the seconds that importing torch and transformers takes."""
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

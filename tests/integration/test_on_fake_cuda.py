@@ -1,0 +1,111 @@
+"""The path of every benchmark on a GPU, and of tests/gpu, run to its end on the card of `tests.support.fake_cuda`.
+
+What is asserted is that each case passes and is recorded as one of a GPU is. Figures are of the CPU's kernels, and of
+no card: times mean nothing, and peaks little.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_gauge.history import schema
+from peft_gauge.training import methods
+from tests.support import fake_cuda
+from tests.support.fake_cuda import CONTEXT_BYTES, GIB, MIB, NAME, SM_CLOCK_MHZ
+from tests.support.paths import ROOT
+
+# float32: most CPUs multiply 16 bit ten times as slowly. The card is so small that its matrices are too.
+QUICK = ["--model=toy-llama", "--dtype=float32", "--batch=2", "--seq=64", "--rounds=3"]
+SMALL_CARD_BYTES = 1280 * MIB
+
+
+def run_pytest(folder: Path, *arguments: str, total_bytes: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--results", str(folder / "out"), *arguments],
+        cwd=ROOT,
+        env=fake_cuda.settings(folder, total_bytes=total_bytes),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    (path,) = (folder / "out").rglob("*.json")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert run["machine_info"]["accelerator"]["name"] == NAME
+    cases: list[dict[str, Any]] = run[schema.KEY]["cases"]
+    return cases
+
+
+def check(folder: Path, done: subprocess.CompletedProcess[str], wanted: set[tuple[str, str]]) -> None:
+    """That all ``wanted`` (question, method) passed, with a GPU's figures, and that nothing else happened."""
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    cases = records(folder)
+    assert {case["outcome"] for case in cases} <= {"passed"}, done.stdout[-6000:]
+    found = {(case["question"], case["figures"].get("method")) for case in cases}
+    assert wanted <= found, sorted(wanted - found)
+    for case in cases:
+        figures = case["figures"]
+        assert figures["device"] == "cuda"
+        if "allocated_peak_bytes" in figures:
+            check_memory(figures)
+        for line in figures.get("growth", ()):
+            assert abs(line["intercept_bytes"] - line["planned_intercept_bytes"]) < 4 * MIB
+        if "step_seconds" in figures:
+            assert figures["host_step_seconds"] > 0
+            assert figures["states"][0]["before"]["sm_clock_mhz"] == SM_CLOCK_MHZ
+
+
+def check_memory(figures: dict[str, Any]) -> None:
+    assert figures["unavailable"] == {}
+    assert 0 < figures["allocated_peak_bytes"] <= figures["reserved_peak_bytes"]
+    assert figures["process_peak_bytes"] >= CONTEXT_BYTES + figures["reserved_peak_bytes"]
+    assert figures["own_device_peak_bytes"] == figures["process_peak_bytes"]
+    assert figures["ooms"] == figures["alloc_retries"] == 0
+    # Of a toy's step most are workspaces, which are planned as the card's.
+    assert abs(figures["relative_error"]["allocated_peak_bytes"]) < 0.05
+    # The tracker's sum and the allocator's, which have the same events, in bytes and in blocks.
+    assert 0.9 < figures["tensor_peak_bytes"] / (figures["allocated_peak_bytes"] - WORKSPACES_BYTES) <= 1.0
+
+
+WORKSPACES_BYTES = 2 * fake_cuda.WORKSPACE_BYTES  # of forward's thread and of backward's
+
+
+def test_a_method_is_measured_on_a_card(tmp_path: Path) -> None:
+    """LoRA's peak, times and fingerprint; without its growth, and without the card's speed."""
+    questions = ("test_memory", "test_speed", "test_fingerprint")
+    selected = [*(f"benchmarks/{name}.py" for name in questions), "-k", "test_peak or test_phase or test_fingerprint"]
+    done = run_pytest(tmp_path, *selected, "-m", "gpu", *QUICK, "--method=lora", total_bytes=SMALL_CARD_BYTES)
+    check(tmp_path, done, {(name, "lora") for name in questions})
+
+
+@pytest.mark.slow
+def test_every_benchmark_of_every_method_on_a_card(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "benchmarks", "-m", "gpu", *QUICK, total_bytes=SMALL_CARD_BYTES)
+    names = [method.name for method in methods.SEVEN]
+    check(tmp_path, done, {(question, name) for question in ("test_memory", "test_speed") for name in names})
+
+
+@pytest.mark.slow
+def test_many_adapters_are_served_on_a_card(tmp_path: Path) -> None:
+    selected = ["benchmarks/test_many_adapters.py", "-m", "gpu and slow"]
+    done = run_pytest(tmp_path, *selected, "--model=toy-llama", "--dtype=float32", total_bytes=SMALL_CARD_BYTES)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert {case["outcome"] for case in records(tmp_path)} == {"passed"}
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_instruments_pass_on_a_card(tmp_path: Path) -> None:
+    files = ["tests/gpu"]
+    # Of the speeds of this machine's CPU nothing is told.
+    left_out = "not smollm2 and not second_product"
+    done = run_pytest(tmp_path, *files, "-m", "gpu", "-k", left_out, total_bytes=4 * GIB)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

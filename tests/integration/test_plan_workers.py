@@ -1,0 +1,153 @@
+"""Plans in processes of their own: real workers plan the same in their order, and one that dies costs one case."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from peft_gauge.isolation import child_environment
+from peft_gauge.measure import PRELOAD
+from peft_gauge.memory.categories import CATEGORIES
+from peft_gauge.plan import worker
+from peft_gauge.plan.record import PlanFailure, PlanRequest
+from peft_gauge.plan.worker import Preloaded
+from peft_gauge.pytest_plugin.workers import process_environment
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
+from tests.support.children import heed_ctrl_c
+
+if TYPE_CHECKING:
+    from tests.conftest import Run
+
+TOY = models.resolve("toy-llama", weights="random")
+CONTRACT = {
+    "model", "method", "trainable_params", "total_params", "phase_of_peak", "peak_bytes", "resident_bytes",
+    "resident_live_outputs_bytes", "reserved_bytes_estimate", "device_bytes_estimate", "peak_by_category",
+    "resident_by_category", "saved_activation_bytes_per_token", "flops_per_step", "fits", "headroom_bytes", "warnings",
+    "seconds", "adapted_modules",
+}  # fmt: skip
+
+
+def test_the_json_of_a_real_worker_keeps_the_contract(run_command: Run) -> None:
+    asked = ["--method", "lora", "--method", "prompt", "--gpu", "24GB", "--gpu", "H100 80GB"]
+    code, out, _ = run_command("plan", "--model", "toy-llama", "--seq", "32", *asked, "--json")
+    cases = json.loads(out)
+
+    assert code == 0
+    assert [case["method"] for case in cases] == ["lora", "prompt"]
+    for case in cases:
+        assert set(case) >= CONTRACT
+        assert case["model"] == "toy-llama"
+        assert set(case["peak_by_category"]) <= set(CATEGORIES)
+        assert sum(case["peak_by_category"].values()) == case["peak_bytes"]
+        assert case["fits"] == {"24GB": True, "H100 80GB": True}
+        assert case["headroom_bytes"].keys() == case["fits"].keys()
+        parts = case["device"]
+        assert parts["reserved_bytes"] + parts["context_bytes"] == case["device_bytes_estimate"]
+
+
+def test_forked_workers_plan_the_same_in_the_order_of_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them share four cases; a spawned one plans all."""
+    requests = [PlanRequest(TOY, method, StepSettings(1, 8)) for method in methods.SEVEN[3:]]
+    alone: list[Any] = list(worker.plan_all(requests))
+    monkeypatch.setattr(worker, "_spawn", lambda: pytest.fail("it was not forked"))
+    preloaded = Preloaded(PRELOAD, child_environment(process_environment()))
+    shared: list[Any] = worker.plan_in_parallel(requests, workers=3, preloaded=preloaded)
+    assert [outcome.method for outcome in shared] == [request.method.name for request in requests]
+    assert [replace(outcome, seconds=0.0) for outcome in shared] == [replace(outcome, seconds=0.0) for outcome in alone]
+
+
+PLANTED_OUTCOME = """
+import os, signal, time
+from peft_gauge.plan import worker
+from peft_gauge.plan.record import PlanFailure
+
+def outcome(request, find):
+    if request.method.name == "lora":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if request.method.name == "qlora":
+        with open(os.environ["HANGING"], "a") as file:
+            print(os.getpid(), file=file)
+        time.sleep(600)
+    print("noise on standard output")
+    return [PlanFailure(request.model.name, request.method.name, "planned")]
+
+worker._outcome = outcome
+if __name__ == "__main__":
+    worker.main()
+"""
+
+
+@pytest.mark.parametrize("way", ["spawned", "forked", "cannot be forked"])
+def test_a_worker_that_dies_costs_one_case(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = f"planted_{way.replace(' ', '_')}"
+    script = tmp_path / f"{module}.py"
+    script.write_text(PLANTED_OUTCOME)
+    monkeypatch.setattr(worker, "WORKER", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    preloaded = Preloaded(["no_such_module" if way == "cannot be forked" else module], child_environment())
+    names = ("full", "lora", "ia3", "lora", "prompt")
+    requests = [PlanRequest(TOY, methods.get(name), StepSettings(1, 8)) for name in names]
+    if way == "spawned":
+        outcomes = list(worker.plan_all(requests))
+    else:
+        if way == "forked":
+            monkeypatch.setattr(worker, "_spawn", lambda: pytest.fail("it was not forked"))
+        outcomes = worker.plan_in_parallel(requests, workers=1, preloaded=preloaded)
+
+    assert [outcome.method for outcome in outcomes if isinstance(outcome, PlanFailure)] == list(names)
+    errors = [outcome.error for outcome in outcomes if isinstance(outcome, PlanFailure)]
+    assert [error == "planned" for error in errors] == [True, False, True, False, True]
+    assert errors[1] == "planning lora on toy-llama ended the planning process by SIGSEGV"
+
+
+INTERRUPTED = """
+import sys
+from peft_gauge.training import methods, models
+from peft_gauge.isolation import child_environment
+from peft_gauge.plan.record import PlanRequest
+from peft_gauge.plan.worker import Preloaded, plan_in_parallel
+from peft_gauge.training.step import StepSettings
+requests = [PlanRequest(models.resolve("toy-llama"), methods.QLORA, StepSettings(1, 8))] * 6
+preloaded = Preloaded(["planted_hanging"], child_environment())
+plan_in_parallel(requests, workers=2, preloaded=preloaded)
+"""
+
+
+def test_ctrl_c_ends_forked_workers(tmp_path: Path) -> None:
+    """They live in sessions of their own, where a terminal's Ctrl-C does not arrive."""
+    (tmp_path / "planted_hanging.py").write_text(PLANTED_OUTCOME)
+    hanging = tmp_path / "pids"
+    hanging.touch()
+    path = os.pathsep.join([str(Path(worker.__file__).parents[2]), str(tmp_path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        env={**os.environ, "PYTHONPATH": path, "HANGING": str(hanging)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    )
+    with process:
+        try:
+            end = time.monotonic() + 60
+            while len(hanging.read_text().splitlines()) < 2:
+                assert process.poll() is None, "it ended too early"
+                assert time.monotonic() < end, "it did not happen"
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert told.strip().endswith("KeyboardInterrupt")
+    assert len(hanging.read_text().splitlines()) == 2, "one was replaced"
+    assert not any(psutil.pid_exists(int(pid)) for pid in hanging.read_text().splitlines())

@@ -1,0 +1,605 @@
+"""Is every private piece of a library that the project leans on still there, and does it do what is relied on?
+
+A test a piece, named after the library and the piece; all of them take seconds. What fails after an upgrade was moved
+by that release: mend its entry in `peft_gauge/_internals`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pickle
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from peft_gauge import _internals
+from peft_gauge._internals import bitsandbytes as from_bitsandbytes
+from peft_gauge._internals import peft as from_peft
+from peft_gauge._internals import pip as from_pip
+from peft_gauge._internals import pytest as from_pytest
+from peft_gauge._internals import torch as from_torch
+from peft_gauge._internals import transformers as from_transformers
+from peft_gauge.bundle.target import Target
+from peft_gauge.plan import fakes, flash_attention, policies
+from peft_gauge.training import methods, models
+from peft_gauge.training.quantization import load_bitsandbytes, quantize_
+from tests.support.paths import ROOT
+from tests.support.stepping_child import make_wheel
+
+TOY = models.resolve("toy-llama")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "pytest", "pip")
+
+
+@pytest.fixture(autouse=True)
+def named(request: pytest.FixtureRequest) -> Any:
+    """A failure's first line: which release of which library lacks the piece."""
+    library, _, piece = request.node.originalname.removeprefix("test_").partition("_")
+    if library in LIBRARIES:
+        request.node.add_report_section(
+            "call",
+            "piece",
+            f"{library} {version(library)}: {piece.replace('_', ' ')} (peft_gauge/_internals/{library}.py)",
+        )
+
+
+# --- torch --------------------------------------------------------------------------------------------------
+
+
+def test_torch_fake_tensors_have_shapes_and_no_data() -> None:
+    mode = from_torch.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        made = torch.empty(2**20, 2**20) @ torch.empty(2**20, 3)
+        with from_torch.unset_fake_temporarily():
+            real = torch.ones(2)
+    assert isinstance(made, from_torch.FakeTensor)
+    assert from_torch.is_fake(made)
+    assert not from_torch.is_fake(real)
+    assert made.shape == (2**20, 3)
+    assert made.requires_grad is False
+    with mode, pytest.raises(from_torch.NEEDS_VALUES):
+        made.nonzero()
+
+
+def test_torch_shape_rules_can_be_lent_and_taken_back() -> None:
+    table, operator = from_torch.shape_rules(), torch.ops.aten.nonzero.default
+    with fakes.fake_mode(), patch.dict(table, {operator: lambda mode, func, tensor: torch.empty(7, 1)}):
+        assert torch.empty(3).nonzero().shape == (7, 1)
+
+
+def test_torch_dispatch_modes_see_operators_and_can_be_left() -> None:
+    seen: list[str] = []
+
+    class Mode(from_torch.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(from_torch.schema(func).name)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Mode():
+        x.mul(x)
+        with from_torch.without_modes():
+            x.add(x)
+    assert seen == ["aten::mul"]
+
+
+def test_torch_operators_have_a_name_arguments_and_a_packet() -> None:
+    schema = from_torch.schema(torch.ops.aten.add_.Tensor)
+    written = [(each.name, each.alias_info is not None and each.alias_info.is_write) for each in schema.arguments]
+    assert schema.name == "aten::add_"
+    assert written[:2] == [("self", True), ("other", False)]
+    assert from_torch.packet(torch.ops.aten.mm.default) is torch.ops.aten.mm
+
+
+def test_torch_routes_can_be_laid_over_an_operator_and_taken_back() -> None:
+    dropout, x = torch.ops.aten.dropout.default, torch.ones(3)
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("dropout", lambda input, p, train: input + 1, "AutogradCPU")
+        assert dropout(x, 0.5, False).tolist() == [2, 2, 2]
+        assert from_torch.composite(dropout, x, 0.5, False).tolist() == [1, 1, 1]
+    finally:
+        from_torch.end_library(library)
+    assert dropout(x, 0.5, False).tolist() == [1, 1, 1]
+
+
+def test_torch_operators_can_be_called_past_autograd() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with from_torch.below_autograd():
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad
+
+
+def test_torch_has_shape_rules_of_cudas_attention() -> None:
+    with fakes.fake_mode():
+        heads = torch.empty(2, 4, 32, 16, dtype=torch.bfloat16, requires_grad=True)
+        flash = from_torch.flash_attention(heads, heads, heads, 0.0, True, scale=0.25)[0]
+        efficient = from_torch.efficient_attention(heads, heads, heads, None, True, 0.0, True, scale=0.25)[0]
+        assert flash.shape == efficient.shape == from_torch.safe_softmax(heads, -1).shape == heads.shape
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11 says so also where they are turned off
+def test_torch_sparse_tensors_have_parts_coalesced_or_not() -> None:
+    positions, values = torch.tensor([[0, 0]]), torch.ones(2)
+    made = from_torch.sparse_coo(
+        1, 0, (3,), positions, values, dtype=values.dtype, layout=torch.sparse_coo, device="cpu", is_coalesced=True
+    )
+    assert made.is_coalesced()
+    for each in (made, torch.sparse_coo_tensor(positions, values, (3,), check_invariants=False)):
+        assert [part.shape for part in from_torch.sparse_parts(each)] == [(1, 2), (2,)]
+
+
+class _Nodes(from_torch.DispatchMode):
+    """The names of the autograd nodes that operators run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        node = from_torch.current_node()
+        if node is not None:
+            self.names.append(node.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Sums(from_torch.DispatchMode):
+    """Whether the engine asked for an addition, for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_engine: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor:
+            self.by_engine.append(from_torch.called_by_engine(sys._getframe()))
+        return func(*args, **(kwargs or {}))
+
+
+def _graph() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.zeros(2, requires_grad=True)
+    y = x * 1.0
+    return x, y * 2.0 + y * 3.0
+
+
+def test_torch_current_node_is_told_in_backward_alone() -> None:
+    assert from_torch.current_node() is None
+    _, total = _graph()
+    with _Nodes() as seen:
+        total.backward(torch.ones(2))
+    assert {from_torch.ACCUMULATE_GRAD, "MulBackward0"} <= set(seen.names)
+
+
+def test_torch_called_by_engine_where_the_dispatch_is_a_threads_first_frame() -> None:
+    """On CUDA backward runs in a thread of the device's without Python frames: the dispatch has no caller."""
+    dispatch = SimpleNamespace(f_back=None)
+    assert from_torch.called_by_engine(dispatch)
+    in_python = SimpleNamespace(f_back=None, f_code=SimpleNamespace(co_filename="model.py", co_name="forward"))
+    assert not from_torch.called_by_engine(SimpleNamespace(f_back=in_python))
+
+
+def test_torch_holders_of_a_tensor_are_counted() -> None:
+    held = torch.zeros(2)
+    tensors, storages = from_torch.holders(held)
+    view = held.view(2)
+    now_tensors, now_storages = from_torch.holders(held)
+    assert now_tensors > tensors  # a view holds the tensor that it is of
+    assert now_storages > storages
+    assert view.shape == held.shape
+
+
+def test_torch_engines_own_sums_are_known_by_who_calls() -> None:
+    class InPython(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] + grads[0]
+
+    x, total = _graph()
+    with _Sums() as sums:
+        total.backward(torch.ones(2))
+    assert sums.by_engine == [True]
+    with _Sums() as sums:
+        InPython.apply(x.detach().requires_grad_()).backward(torch.ones(2))
+    assert sums.by_engine == [False]
+
+
+def test_torch_keeps_flop_formulas_by_operator() -> None:
+    formula = from_torch.flop_formulas()[torch.ops.aten.mm]
+    assert formula(torch.empty(3, 5), torch.empty(5, 7), out_val=torch.empty(3, 7)) == 2 * 3 * 5 * 7
+
+
+def test_torch_says_in_its_header_whether_flash_broadcasts_one_head() -> None:
+    header = Path(torch.__file__).parent / "include/ATen/native/transformers/sdp_utils_cpp.h"
+    assert "enable_gqa" in header.read_text(encoding="utf-8", errors="replace"), "the filters stand elsewhere now"
+    assert not from_torch.flash_broadcasts_one_head() or _internals.released("torch", "2.13.1")
+
+
+def test_torch_sequence_numbers_order_nodes_as_forward_made_them() -> None:
+    before = from_torch.next_sequence_number()
+    first = torch.ones(2, requires_grad=True) * 2
+    between = from_torch.next_sequence_number()
+    second = first * 2
+    assert before <= from_torch.sequence_number(first.grad_fn) < between <= from_torch.sequence_number(second.grad_fn)
+
+
+def test_torch_storage_keys_are_one_for_all_views_of_a_fake() -> None:
+    with fakes.fake_mode():
+        one, other = torch.empty(4), torch.empty(4)
+        keys = {from_torch.storage_key(each.untyped_storage()) for each in (one, one[:2], one.detach())}
+        assert len(keys) == 1
+        assert from_torch.storage_key(other.untyped_storage()) not in keys
+
+
+def test_torch_hooks_of_a_tensor_can_be_read() -> None:
+    x = torch.ones(2, requires_grad=True)
+    assert from_torch.hooks_of(x) == ([], [])
+    x.register_hook(print)
+    x.register_post_accumulate_grad_hook(repr)
+    assert from_torch.hooks_of(x) == ([print], [repr])
+
+
+def test_torch_memory_history_takes_what_it_is_given_and_ends_at_none() -> None:
+    record = inspect.signature(torch.cuda.memory._record_memory_history)
+    asked: list[inspect.BoundArguments] = []
+    with patch.object(torch.cuda.memory, "_record_memory_history", lambda *a, **k: asked.append(record.bind(*a, **k))):
+        from_torch.memory_history(True, 1000)
+        from_torch.memory_history(False, 0)
+    on, off = asked
+    assert on.arguments == {"enabled": "all", "context": "alloc", "stacks": "python", "max_entries": 1000}
+    assert off.arguments == {"enabled": None}
+
+
+def test_torch_memory_snapshot_is_asked_without_arguments_and_dumped_as_it_is(tmp_path: Path) -> None:
+    inspect.signature(torch.cuda.memory._snapshot).bind()
+    planted: dict[str, Any] = {"segments": [], "device_traces": [[]]}
+    with patch.object(torch.cuda.memory, "_snapshot", lambda *a, **k: planted):
+        assert from_torch.memory_snapshot() == planted
+        torch.cuda.memory._dump_snapshot(str(tmp_path / "dump.pickle"))
+    assert pickle.loads((tmp_path / "dump.pickle").read_bytes()) == planted
+
+
+def test_torch_modules_read_what_is_put_into_their_registries() -> None:
+    module, weight = nn.BatchNorm1d(2), nn.Parameter(torch.ones(2))
+    from_torch.parameters_of(module)["weight"] = weight
+    from_torch.buffers_of(module)["running_mean"] = weight.data
+    holder = nn.Sequential(nn.Linear(2, 2))
+    from_torch.modules_of(holder)["0"] = module
+    assert module.weight is weight
+    assert module.running_mean is weight.data or torch.equal(module.running_mean, weight.data)  # type: ignore[arg-type]
+    assert holder[0] is module
+
+
+def test_torch_in_bad_fork_tells_what_a_look_at_the_card_has_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert from_torch.in_bad_fork() is False
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert from_torch.in_bad_fork() is True
+    monkeypatch.delattr(torch.cuda, "_is_in_bad_fork")
+    assert from_torch.in_bad_fork() is True
+
+
+# --- transformers -------------------------------------------------------------------------------------------
+
+
+def test_transformers_asks_whether_sequences_are_packed_where_it_is_replaced() -> None:
+    from transformers import masking_utils
+
+    assert from_transformers.has_packing()
+    packed = torch.tensor([[0, 1, 0, 1]])
+    assert getattr(masking_utils, from_transformers.PACKING)(packed) is not None
+    with from_transformers.without_packing():
+        assert getattr(masking_utils, from_transformers.PACKING)(packed) is None
+    # Its own code looks it up by that name, in that module.
+    assert Path(masking_utils.__file__).read_text(encoding="utf-8").count(from_transformers.PACKING) > 1
+
+
+def test_transformers_flash_attention_can_be_given_functions_for_fakes() -> None:
+    from transformers import modeling_flash_attention_utils as utils
+
+    before = utils._upad_input
+    with flash_attention.package():
+        assert utils._upad_input is not before
+        assert not utils._is_packed_sequence(torch.tensor([[0, 1, 0, 1]]), 1)
+    assert utils._upad_input is before
+
+
+def test_transformers_model_classes_tell_their_attentions() -> None:
+    from transformers import LlamaForCausalLM
+
+    assert from_transformers.has_sdpa(LlamaForCausalLM)
+    assert "flash_attention_2" in from_transformers.flash_attentions(LlamaForCausalLM, "flash_attention_2")
+    model = models.build(TOY, device="meta", attn_implementation="eager")
+    assert from_transformers.attention_of(model.config) == "eager"
+
+
+def test_transformers_configs_can_be_marked_and_made_nameless() -> None:
+    """Flash attention reads the dtype of a quantised model off one of these names, saving an adapter the other."""
+    from transformers import LlamaConfig
+    from transformers import modeling_flash_attention_utils as utils
+    from transformers.integrations import flash_attention as caller
+
+    config = LlamaConfig(name_or_path="somewhere")
+    assert config._name_or_path == "somewhere"
+    from_transformers.forget_origin(config)
+    assert config._name_or_path == ""
+    from_transformers.mark_quantised(config, torch.bfloat16)
+    sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (utils, caller)]
+    assert any(re.search(r"_is_quantized|_pre_quantization_dtype", source) for source in sources)
+
+
+def test_transformers_quantisers_replace_layers_before_weights_are_loaded() -> None:
+    """`test_stored_formats.py` holds what comes of it; here that every quantiser has the method."""
+    from transformers.quantizers.base import HfQuantizer
+
+    with patch.object(HfQuantizer, "_process_model_before_weight_loading") as called:
+        from_transformers.replace_layers(object.__new__(_concrete(HfQuantizer)), "model")
+    called.assert_called_once_with("model")
+
+
+def _concrete(kind: Any) -> Any:
+    return type("Quantizer", (kind,), dict.fromkeys(kind.__abstractmethods__))
+
+
+# --- PEFT ---------------------------------------------------------------------------------------------------
+
+
+def test_peft_tuners_fill_in_targets_and_tell_what_is_one() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(models.build(TOY, device="meta"), LoraConfig(task_type="CAUSAL_LM"))
+    settings = from_peft.settings_of(model.base_model, LoraConfig(target_modules="all-linear"))
+    assert from_peft.is_target(model.base_model, settings, "model.layers.0.mlp.down_proj")
+    assert not from_peft.is_target(model.base_model, settings, "model.norm")
+
+
+def _method(**settings: Any) -> methods.Method:
+    return methods.Method("case", "case", "peft", peft_config={"task_type": "CAUSAL_LM", **settings})
+
+
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"peft_type": "LORA", "init_lora_weights": name} for name in ("pissa", "olora", "mica", "loftq")},
+    "monteclora": {"peft_type": "LORA", "monteclora_config": {}},
+    "shira": {"peft_type": "SHIRA"},
+    "adamss": {"peft_type": "ADAMSS"},
+    "frod": {"peft_type": "FROD"},
+    "xlora": {"peft_type": "XLORA"},
+}
+"""Configs that ask for every piece that a policy replaces; `test_plan_policies.py` holds what comes of them."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_has_every_piece_that_a_plan_replaces(name: str) -> None:
+    """Only the patches are laid here: no model is adapted."""
+    with policies.attaching(_method(**CASES[name])) as said:
+        pass
+    with policies.stepping(_with_configs(CASES[name])) as stepping:
+        pass
+    assert [sentence for sentence in (*said, *stepping) if "has no" in sentence] == []
+
+
+def _with_configs(config: dict[str, Any]) -> nn.Module:
+    """A module that says it was adapted so."""
+    model = nn.Linear(2, 2)
+    kind = type("Config", (), {**config, "alora_invocation_tokens": [1] if config["peft_type"] == "LORA" else None})
+    model.peft_config = {"default": kind()}  # type: ignore[assignment]
+    return model
+
+
+def test_peft_has_frods_helpers() -> None:
+    pytest.importorskip("peft.tuners.frod")
+    assert from_peft.buffer_dict()({"a": torch.ones(1)}, persistent=True)["a"].shape == (1,)
+    assert from_peft.frod_category()("model.layers.0.self_attn.q_proj")
+
+
+def test_peft_has_monteclora_and_kasa_as_their_policies_find_them() -> None:
+    lora = pytest.importorskip("peft.tuners.lora.variants")
+    if _internals.released("peft", "0.20.0"):
+        assert callable(lora.MontecloraLinearVariant._create_sampler)
+    if _internals.released("peft", "0.21.0"):
+        assert "_lora_kasa_truncation_deferred" in Path(lora.__file__).read_text(encoding="utf-8")
+
+
+# --- bitsandbytes -------------------------------------------------------------------------------------------
+
+
+def test_bitsandbytes_prints_the_notices_that_are_left_out() -> None:
+    load_bitsandbytes()
+    for module, words in from_bitsandbytes.NOTICES.items():
+        if _internals.released("bitsandbytes", "0.50.0"):
+            assert words in Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
+
+
+def test_bitsandbytes_names_what_its_library_was_built_for() -> None:
+    load_bitsandbytes()
+    assert from_bitsandbytes.native_library().compiled_with_cuda in (True, False)
+
+
+def test_bitsandbytes_keeps_code_books_by_name() -> None:
+    functional = load_bitsandbytes().functional
+    books, before = from_bitsandbytes.code_books(), dict(from_bitsandbytes.code_books())
+    try:
+        books["dynamic"] = functional.create_dynamic_map() * 2
+        _, state = functional.quantize_blockwise(torch.tensor([0.5, 1.0]), blocksize=64)
+        assert torch.equal(state.code, books["dynamic"])  # the library asks there first
+    finally:
+        books.clear()
+        books.update(before)
+
+
+def test_bitsandbytes_multiplies_4_bit_by_the_operator_that_a_plan_routes() -> None:
+    load_bitsandbytes()
+    wanted = _internals.released("bitsandbytes", from_bitsandbytes.PRODUCT_4BIT_SINCE)
+    assert from_bitsandbytes.has_product_4bit() == wanted
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    quantize_(layer, skip=[])
+    assert _operators(layer, requires_grad=True) & {"bitsandbytes::gemm_4bit", "bitsandbytes::dequantize_4bit"}
+
+
+def test_bitsandbytes_multiplies_8_bit_by_the_function_that_a_plan_calls() -> None:
+    bitsandbytes = load_bitsandbytes()
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    quantize_(layer, quant_format="int8")
+    with patch.object(bitsandbytes, "matmul", return_value=torch.ones(2, 64)) as called:
+        layer(torch.ones(2, 64))
+    assert called.called
+    state = called.call_args.kwargs["state"]
+    out = from_bitsandbytes.product_int8(torch.ones(2, 64).half(), layer[0].weight, None, None, state)
+    assert out.shape == (2, 64)
+
+
+def _operators(layer: nn.Module, *, requires_grad: bool) -> set[str]:
+    seen: set[str] = set()
+
+    class Mode(from_torch.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(from_torch.schema(func).name)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        layer(torch.ones(8, 64, requires_grad=requires_grad))
+    return seen
+
+
+# --- pytest -------------------------------------------------------------------------------------------------
+
+
+def test_pytest_compiles_expressions_and_asks_by_name() -> None:
+    asked: list[str] = []
+
+    def answer(name: str, /, **_: object) -> bool:
+        asked.append(name)
+        return True
+
+    assert from_pytest.Expression.compile("slow and not gpu").evaluate(answer) is False
+    assert asked == ["slow", "gpu"]
+
+
+def test_pytest_terminals_have_a_width(pytestconfig: pytest.Config) -> None:
+    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        pytest.skip("a worker of pytest-xdist has no terminal")
+    assert from_pytest.width_of(reporter) > 0
+
+
+# --- pip ----------------------------------------------------------------------------------------------------
+
+
+def test_pip_evaluates_markers_for_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    environment = Target((3, 99, None)).markers()
+    report, target = tmp_path / "report.json", tmp_path / "target"
+    arguments = ["--dry-run", "--no-index", "--target", str(target), "--report", str(report)]
+    done = from_pip.run_for(environment, "install", *arguments, "nothing; python_version < '3.99'")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert found["install"] == []
+    assert from_pip.was_for(environment, found)
+    assert not from_pip.was_for(Target((3, 98, None)).markers(), found)
+
+
+def test_pip_tells_its_errors_in_these_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setattr(from_pip, "RETRIES", "1")
+    environment = Target((3, 12, None)).markers()
+    dry = ["install", "--dry-run", "--ignore-installed", "--target", str(tmp_path / "target")]
+    absent = from_pip.run_for(environment, *dry, "--no-index", "nosuchlibrary")
+    assert from_pip.last_error(absent.stderr) == "No matching distribution found for nosuchlibrary"
+    assert not from_pip.no_answer(absent.stderr)
+    unreachable = from_pip.run_for(environment, *dry, "--index-url", "http://127.0.0.1:9/simple", "nosuchlibrary")
+    assert from_pip.no_answer(unreachable.stderr)
+    make_wheel(tmp_path, "1.0", name="gaugehelper")
+    make_wheel(tmp_path, "1.0", requires="gaugehelper>=2")
+    links = ["--no-index", "--find-links", str(tmp_path)]
+    contradiction = from_pip.run_for(environment, *dry, *links, "gaugehelper<2", "gaugeprobe")
+    assert from_pip.causes(contradiction.stdout) == [
+        "The user requested gaugehelper<2",
+        "gaugeprobe 1.0 depends on gaugehelper>=2",
+    ]
+    assert from_pip.causes(absent.stdout) == []
+
+
+# --- where they stand ---------------------------------------------------------------------------------------
+
+
+PRIVATE_IMPORT = re.compile(
+    r"^\s*(?:from|import) +(?:_pytest|(?:torch|transformers|peft|bitsandbytes|pytest|pip)(?:\.\w+)*\._)\w*"
+    r"|^\s*from +(?:torch|transformers|peft|bitsandbytes|pytest)(?:\.\w+)* import .*\b_[a-z]"
+    r"|\btorch\._C\b|\._cdata\b|\._schema\b|\bops\.aten\._",
+    re.MULTILINE,
+)
+SOURCES = [*(ROOT / "peft_gauge").rglob("*.py"), *(ROOT / "fixtures").glob("*.py"), ROOT / "conftest.py"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.parent.name != "_internals"],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_nothing_else_reaches_into_a_library(path: Path) -> None:
+    assert PRIVATE_IMPORT.findall(path.read_text(encoding="utf-8")) == []
+
+
+# --- a piece that is gone -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_replaced_piece_that_is_gone_is_said_by_the_plan_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    from peft.tuners.lora.layer import LoraLayer
+
+    monkeypatch.delattr(LoraLayer, "pissa_init")
+    with policies.attaching(_method(peft_type="LORA", init_lora_weights="pissa" if asked else True)) as said:
+        pass
+    found = [sentence for sentence in said if "has no peft.tuners.lora.layer.LoraLayer.pissa_init" in sentence]
+    assert len(found) == asked
+    assert all(sentence.startswith(f"peft {version('peft')} has no ") for sentence in found)
+
+
+def test_a_piece_that_came_later_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import LoraLayer
+
+    if hasattr(LoraLayer, "mica_init"):
+        monkeypatch.delattr(LoraLayer, "mica_init")
+    monkeypatch.setattr(_internals, "version", lambda library: "0.19.1")
+    with policies.attaching(_method(peft_type="LORA", init_lora_weights="mica")) as said:
+        pass
+    assert said == []
+
+
+def _quantised_plan_warnings() -> list[str]:
+    from peft_gauge.plan.planner import plan
+    from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.training.step import StepSettings
+
+    found = plan(PlanRequest(TOY, methods.QLORA, StepSettings(batch=1, seq=16), dtype="bfloat16"))
+    return [warning for warning in found.warnings if "has no" in warning]
+
+
+@pytest.mark.parametrize(("release", "told"), [("0.50.0", True), ("0.49.2", False)])
+def test_a_plan_without_its_4_bit_route_says_so(monkeypatch: pytest.MonkeyPatch, release: str, told: bool) -> None:
+    real = _internals.version
+    monkeypatch.setattr(from_bitsandbytes, "has_product_4bit", lambda: False)
+    monkeypatch.setattr(_internals, "version", lambda name: release if name == "bitsandbytes" else real(name))
+    found = _quantised_plan_warnings()
+    assert len(found) == told
+    assert all(f"bitsandbytes {release} has no operator gemm_4bit" in warning for warning in found)
+
+
+def test_a_plan_says_that_packing_could_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _quantised_plan_warnings() == []
+    monkeypatch.setattr(from_transformers, "PACKING", "no_such_name")
+    [found] = _quantised_plan_warnings()
+    assert found.startswith(f"transformers {version('transformers')} has no masking_utils.")

@@ -1,0 +1,168 @@
+"""A pytest plugin: measured cases of the real suite end in ways that are known beforehand.
+
+Loaded by ``PYTEST_PLUGINS``, so that every pytest-xdist worker has it too.
+`PLANTED` says which method's case runs which of the functions below in place of its measurement; methods it does not
+name are measured. Each process that is started for a case leaves a file in the folder of `STARTED`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from peft_gauge import isolation
+from peft_gauge.errors import GaugeError
+from peft_gauge.isolation import fork_server, note
+from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
+from peft_gauge.training import models
+
+if TYPE_CHECKING:
+    from peft_gauge.measure.passes import Setup
+
+PLANTED = "PEFT_GAUGE_TEST_PLANTED"  # JSON: method -> function
+STARTED = "PEFT_GAUGE_TEST_STARTED"
+PLANS = "PEFT_GAUGE_TEST_PLANS"  # JSON: method -> planned peak bytes; set if plans and base are invented as well
+
+LAST = {"phase": "step", "rss_peak_bytes": 123_456_789}
+PLANNED_PEAK_BYTES = 1_000_448
+TENSOR_PEAK_BYTES = 900_000
+
+
+def plan_of(request: PlanRequest, peak_bytes: int = PLANNED_PEAK_BYTES) -> Plan:
+    settings = {"batch": request.settings.batch, "seq": request.settings.seq}
+    return Plan(
+        model=request.model.name,
+        method=request.method.name,
+        settings=settings,
+        trainable_params=10,
+        total_params=100,
+        phase_of_peak="backward",
+        peak_bytes=peak_bytes,
+        resident_bytes=peak_bytes // 2,
+        resident_live_outputs_bytes=peak_bytes // 2,
+        allocated_bytes_estimate=peak_bytes,
+        reserved_bytes_estimate=2 * peak_bytes,
+        device_bytes_estimate=3 * peak_bytes,
+        device=DeviceEstimate(peak_bytes, 2 * peak_bytes, peak_bytes, 0, 0, {}),
+        peak_by_category={"base_weights": peak_bytes},
+        resident_by_category={"base_weights": peak_bytes // 2},
+        saved_activation_bytes_per_token=512.0,
+        flops_per_step=1000,
+    )
+
+
+def figures_of(setup: Setup) -> dict[str, Any]:
+    """The figures of a memory pass, invented."""
+    case = setup.case
+    settings = {"batch": case.settings.batch, "seq": case.settings.seq, "dtype": case.dtype, "weights": "random"}
+    names = {"method": case.method.name, "title": case.method.title, "model": case.model.name, "device": case.device}
+    return {
+        "described": {**names, "settings": settings},
+        "gradients": {"missing": [], "not_finite": []},
+        "learned": True,
+        "work_seconds": 0.0,
+        "memory": {
+            "naive_after_loading_bytes": 400_000,
+            "tensor_peak_bytes": TENSOR_PEAK_BYTES,
+            "peak_by_category": {"base_weights": TENSOR_PEAK_BYTES},
+        },
+    }
+
+
+# What runs in the case's process -------------------------------------------------------------------------------------
+
+
+def be_killed(_: dict[str, Any]) -> None:
+    from tests.support import children
+
+    children.be_killed(9, LAST)
+
+
+def break_the_device(_: dict[str, Any]) -> NoReturn:
+    note(**LAST)
+    raise RuntimeError(
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported late"
+    )
+
+
+def lack_a_library(_: dict[str, Any]) -> NoReturn:
+    note(phase="imports")
+    raise GaugeError("bitsandbytes has no kernels for this torch's CUDA")
+
+
+def fit_nothing(_: dict[str, Any]) -> NoReturn:
+    note(phase="prepare")
+    raise GaugeError("the adapter does not fit the model")
+
+
+def hang(_: dict[str, Any]) -> None:
+    from tests.support import children
+
+    children.announce_and_hang(str(Path(os.environ[STARTED], "hanging")), LAST)
+
+
+def give(figures: dict[str, Any]) -> dict[str, Any]:
+    return figures
+
+
+def run_out_of_memory(setup: Setup) -> dict[str, Any]:
+    """The real measurement, of a step for whose update there is no memory."""
+    from peft_gauge.measure import passes
+    from peft_gauge.training.step import TrainingJob
+    from tests.support import children
+
+    TrainingJob.optimizer_step = lambda self: children.raise_out_of_memory()  # type: ignore[method-assign]
+    return passes.measure(setup)
+
+
+# What stands in for the suite's own, in pytest's process -------------------------------------------------------------
+
+_run = isolation.run
+
+
+def run(function: str, *arguments: Any, **options: Any) -> isolation.Outcome:
+    invented = {**options, "preload": None}  # what measures nothing need not wait for the imports of a measurement
+    if function == "peft_gauge.measure.passes:card_speed":
+        return _run("tests.support.planted_cases:give", _card_speed(*arguments), **invented)
+    (setup,) = arguments
+    method = setup.case.method.name
+    descriptor, _ = tempfile.mkstemp(prefix=f"{method}.", dir=os.environ[STARTED])
+    os.close(descriptor)
+    planted = json.loads(os.environ[PLANTED]).get(method)
+    if planted is None:
+        return _run(function, setup, **options)
+    # But for the real measurement, what is sent must not bring torch into the process: it would take seconds.
+    if planted == run_out_of_memory.__name__:
+        return _run(f"tests.support.planted_cases:{planted}", setup, **options)
+    return _run(f"tests.support.planted_cases:{planted}", figures_of(setup), **invented)
+
+
+def _card_speed(device: str, dtype: str) -> dict[str, Any]:
+    return {
+        "device": device,
+        "dtype": dtype,
+        "product_flops_per_second": 1e15,
+        "copy_bytes_per_second": 1e15,
+        "product_shape": [1, 1, 1],
+        "copy_bytes": 1,
+    }
+
+
+def plan_in_parallel(peaks: dict[str, int], requests: Sequence[PlanRequest], **options: Any) -> list[Plan]:
+    return [plan_of(each, peaks.get(each.method.name, PLANNED_PEAK_BYTES)) for each in requests]
+
+
+def pytest_configure() -> None:
+    from fixtures import plans
+
+    isolation.run = run
+    if PLANS in os.environ:
+        fork_server.prepare = lambda preload, environment: None
+        plans.plan_in_parallel = partial(plan_in_parallel, json.loads(os.environ[PLANS]))  # type: ignore[assignment]
+        models.stored = lambda record, dtype, folder: record
+        models.tokenizer = lambda record: None  # type: ignore[assignment]
