@@ -18,6 +18,7 @@ from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.training import models
 from peft_gauge.training.fetch import prepare
+from peft_gauge.training.models import construction
 from peft_gauge.training.models.config import CONFIG_FILE_LIMIT_BYTES, read_config
 from peft_gauge.training.models.records import FETCHED_WEIGHTS
 
@@ -246,7 +247,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.ModelReco
 
     record = replace(toy, weights="real", location=str(gguf))
     monkeypatch.setattr(
-        models, "build", lambda given, **options: (build if given == record else really)(given, **options)
+        construction, "build", lambda given, **options: (build if given == record else really)(given, **options)
     )
     return record
 
