@@ -72,8 +72,13 @@ class InSuite:
             raise GaugeError(_refusal(error)) from error
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_load_initial_conftests(self, early_config: pytest.Config, args: list[str]) -> None:
+    def pytest_load_initial_conftests(
+        self, early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+    ) -> None:
         """Without a path, all benchmarks; a path as a user of the checkout would give it, in the suite."""
+        _, unknown = parser.parse_known_and_unknown_args(args)
+        if unknown:  # pytest will refuse them; what follows one looks like a path
+            return
         given: list[str] = early_config.known_args_namespace.file_or_dir
         if not given:
             given.append(str(self._suite / BENCHMARKS))
