@@ -119,7 +119,7 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
         (("--method", "loar"), "did you mean lora"),
         (("--optimizer", "adam"), "unknown optimizer"),
         (("--gpu", "RTX 4091"), "nearest: "),
-        (("--find", "batch"), "add --gpu"),
+        (("--find", "batch"), "requires --gpu"),
         (("--find", "width", "--gpu", "24GB"), "unknown quantity"),
         (("--find", "rank", "--gpu", "24GB", "--method", "prompt"), "no rank"),
         (("--find", "rank", "--gpu", "24GB", "--adapter", str(OFT)), "no rank"),
