@@ -9,10 +9,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from fixtures import cards
 from peft_gauge import cli
 from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
+
+# Workers of pytest-xdist share the cores, and so does what their tests start: threads that wait for each other's core
+# take many times as long as one. As if the run had been started with the variable (`cards.process_environment`).
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    for environment in (os.environ, cards._AT_START):
+        environment.setdefault("OMP_NUM_THREADS", str(THREADS))
+    if "torch" in sys.modules:  # it has read the variable
+        sys.modules["torch"].set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,15 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is there by now, torch's and transformers' modules above all, stays until the end: the collector need not go
-    through it again each time that memory is measured, which is most of the time of a test of a small model.
-
-    Workers of pytest-xdist share the cores: threads of one that wait for the other's take longer than one thread.
-    """
+    through it again each time that memory is measured, which is most of the time of a test of a small model."""
     gc.collect()
     gc.freeze()
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1 and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session", autouse=True)
