@@ -18,7 +18,7 @@ _OWN = re.compile(r"^.*?(?=peft_gauge/(?!.*peft_gauge/))")
 # Between an operator and the Python code that called it: dispatch, shape rules, and this project's planner.
 _BETWEEN = re.compile(
     r"^(?:torch/(?:_ops|_subclasses/|_library/|_prims|_refs|_decomp|_meta_registrations|_compile|utils/_python_dispatch"
-    r"|utils/_device|utils/_stats|_dynamo|_higher_order_ops)|peft_gauge/(?:plan|_internals|fingerprint|traces)/)"
+    r"|utils/_device|utils/_stats|_dynamo|_higher_order_ops)|peft_gauge/(?:plan|memory|_internals|fingerprint|traces)/)"
 )
 _ENGINE = "_engine_run_backward"
 
