@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,16 @@ def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_GAUGE_CALIBRATIONS", str(tmp_path_factory.getbasetemp() / "no-calibrations"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def levels_stay() -> Iterator[None]:
+    """What plans and measures quietens the libraries, which is meant for a process of its own."""
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers", "peft")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
