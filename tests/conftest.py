@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from fixtures import cards
 from peft_gauge import cli
 from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
+
+# Workers of pytest-xdist share the cores, and so does what their tests start: threads that wait for each other's core
+# take many times as long as one. As if the run had been started with the variable (`cards.process_environment`).
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+    for environment in (os.environ, cards._AT_START):
+        environment.setdefault("OMP_NUM_THREADS", str(THREADS))
+    if "torch" in sys.modules:  # it has read the variable
+        sys.modules["torch"].set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,15 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is there by now, torch's and transformers' modules above all, stays until the end: the collector need not go
-    through it again each time that memory is measured, which is most of the time of a test of a small model.
-
-    Workers of pytest-xdist share the cores: threads of one that wait for the other's take longer than one thread.
-    """
+    through it again each time that memory is measured, which is most of the time of a test of a small model."""
     gc.collect()
     gc.freeze()
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1 and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +57,16 @@ def no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_GAUGE_CALIBRATIONS", str(tmp_path_factory.getbasetemp() / "no-calibrations"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def levels_stay() -> Iterator[None]:
+    """What plans and measures quietens the libraries, which is meant for a process of its own."""
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers", "peft")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -453,6 +453,8 @@ def test_ctrl_c_kills_the_child_and_tells_what_is_known(tmp_path: Path, start_pa
     pid_file = tmp_path / "pid"
     parent = start_parent("tests.support.children:announce_and_hang", LIMIT_SECONDS, str(pid_file), FIGURES)
     wait_until(pid_file.exists)
+    # A forked child may be at work before its parent is told its pid; the thread of the limit is started after that.
+    wait_until(lambda: psutil.Process(parent.pid).num_threads() > 1)
     parent.send_signal(signal.SIGINT)
     told, _ = parent.communicate(timeout=20)
     outcome = Outcome(**json.loads(told))

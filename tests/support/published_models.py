@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft_gauge.training import models
 from tests.support.paths import DATA
 
 CONFIGS = DATA / "models"
@@ -66,3 +67,10 @@ def cut_file(name: str, folder: Path, **changes: Any) -> Path:
     file = folder / f"{name}.json"
     file.write_text(json.dumps({**cut(json.loads(path(name).read_text())), **changes}))
     return file
+
+
+def first_layers(name: str, layers: int) -> models.ModelRecord:
+    """A record of ``fixtures/models`` cut to its first ``layers``: as wide as it is, with its embeddings, its head and
+    its vocabulary; random weights."""
+    config = {**models.resolve(name).config, "num_hidden_layers": layers}
+    return models.ModelRecord(f"{name}-cut", "folder", json.dumps(config), "random")

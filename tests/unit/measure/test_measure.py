@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -427,16 +426,6 @@ def test_a_forward_reads_all_weights_but_those_it_looks_up() -> None:
 
 
 # A whole case in this process ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def levels_stay() -> Iterator[None]:
-    """`passes.measure` quietens the libraries, which is meant for a process of its own."""
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers", "peft")]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
 
 
 def setup_of(method: str, *wanted: passes.Pass) -> Setup:

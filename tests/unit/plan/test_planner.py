@@ -36,6 +36,7 @@ from peft_gauge.plan.search import find, largest_that_fits
 from peft_gauge.training import methods, models
 from peft_gauge.training.methods import Quantization
 from peft_gauge.training.step import OPTIMIZERS, StepSettings
+from tests.support import published_models as published
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,16 +234,10 @@ def test_every_method_is_planned_and_adds_up(method: methods.Method) -> None:
 # --- against a real step
 
 
-def cut(name: str, layers: int) -> models.ModelRecord:
-    """The first layers of a model: as wide as it is, with its embeddings, its head and its vocabulary."""
-    config = {**models.resolve(name).config, "num_hidden_layers": layers}
-    return models.ModelRecord(f"{name}-cut", "folder", json.dumps(config), "random")
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("record", "dtype"),
-    [(TOY, "float32"), (TOY, "bfloat16"), (cut("smollm2-135m", 2), "float32")],
+    [(TOY, "float32"), (TOY, "bfloat16"), (published.first_layers("smollm2-135m", 2), "float32")],
     ids=["toy-llama", "toy-llama-16-bit", "smollm2-135m-cut"],
 )
 @pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)

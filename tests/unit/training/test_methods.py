@@ -17,11 +17,16 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case, build_job
 from peft_gauge.training.step import StepSettings, TrainingJob
+from tests.support import published_models as published
 
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
 EVERY = [*methods.METHODS.values()]
+
+TOY = models.resolve("toy-llama", weights="random")
+LARGER = published.first_layers("smollm2-135m", 4)
+RECORDS = {record.name: record for record in (TOY, LARGER)}
 
 Base = Callable[[str], Any]
 IDS = torch.arange(1, 9).unsqueeze(0)
@@ -34,7 +39,7 @@ def base() -> Base:
 
     def fresh(name: str) -> Any:
         if name not in built:
-            built[name] = models.build(models.resolve(name, weights="random"))
+            built[name] = models.build(RECORDS[name])
         return copy.deepcopy(built[name])
 
     return fresh
@@ -57,9 +62,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def job_for(method: Method, model: str, base: Any) -> TrainingJob:
-    record = models.resolve(model, weights="random")
     settings = StepSettings(batch=1, seq=8, learning_rate=1e-2)
-    return build_job(Case(record, method, settings, "cpu", "float32"), base=base)
+    return build_job(Case(RECORDS[model], method, settings, "cpu", "float32"), base=base)
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Life:
 
 
 # The variants differ from their parents in numbers; the seven are enough on the larger model.
-PAIRS = [(method, "toy-llama") for method in EVERY] + [(method, "smollm2-135m") for method in methods.SEVEN]
+PAIRS = [(method, "toy-llama") for method in EVERY] + [(method, LARGER.name) for method in methods.SEVEN]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=[f"{method.name}-{model}" for method, model in PAIRS])
