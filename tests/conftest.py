@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fixtures import cards
 from peft_gauge import cli
+from peft_gauge.pytest_plugin import workers
 from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
 
 # Workers of pytest-xdist share the cores, and so does what their tests start: threads that wait for each other's core
-# take many times as long as one. As if the run had been started with the variable (`cards.process_environment`).
+# take many times as long as one. As if the run had been started with the variable (`workers.process_environment`).
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
-    for environment in (os.environ, cards._AT_START):
+    for environment in (os.environ, workers._AT_START):
         environment.setdefault("OMP_NUM_THREADS", str(THREADS))
     if "torch" in sys.modules:  # it has read the variable
         sys.modules["torch"].set_num_threads(THREADS)
