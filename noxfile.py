@@ -40,16 +40,16 @@ QUICK = "quick"  # the marker of what is asked of every version
 @nox.session
 @nox.parametrize("requirement", MATRIX, ids=MATRIX)
 def matrix(session: nox.Session, requirement: str) -> None:
-    """Ask the quick questions of a small model with ``requirement``; `nox -s "matrix(peft==0.18.0)"` is one of them.
+    """Ask the quick benchmarks of a small model with ``requirement``; `nox -s "matrix(peft==0.18.0)"` is one of them.
 
     Full environments, torch included: unlike the overlays of `peft-gauge ab`, they share nothing.
     """
     session.install(TORCH)
     session.install("--upgrade", requirement, "-e", ".")
-    _ask_quick_questions(session)
+    _ask_quick_benchmarks(session)
 
 
-def _ask_quick_questions(session: nox.Session) -> None:
+def _ask_quick_benchmarks(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "list")
     asked = ["-m", QUICK, "--model=toy-llama", "--rounds=3", "--no-save"]
     session.run("python", "-m", "pytest", "benchmarks", "-q", *asked, *session.posargs)
@@ -74,7 +74,7 @@ PLANNING = [
 @nox.session
 @nox.parametrize("release", list(TORCHES), ids=list(TORCHES))
 def torch(session: nox.Session, release: str) -> None:
-    """Ask the quick questions, and pass the tests of planning, with a torch; `nox -s "torch(2.6)"` is one of them.
+    """Ask the quick benchmarks, and pass the tests of planning, with a torch; `nox -s "torch(2.6)"` is one of them.
 
     From PyPI these are CUDA builds of several GB each, which need no GPU; PIP_EXTRA_INDEX_URL can name torch's index of
     CPU builds.
@@ -82,5 +82,5 @@ def torch(session: nox.Session, release: str) -> None:
     build, others = TORCHES[release]
     session.install(*build)
     session.install(*others, "-e", ".")
-    _ask_quick_questions(session)
+    _ask_quick_benchmarks(session)
     session.run("python", "-m", "pytest", "-q", *PLANNING)

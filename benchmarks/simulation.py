@@ -141,11 +141,11 @@ def as_run(times: Times, name: str, *, with_control: bool = True) -> Run:
     records = []
     for metric, of_cases in times.seconds.items():
         for number, processes in enumerate(of_cases.tolist()):
-            figures = {"settings": {"seed": 0}, SAMPLES: {metric: processes}}
+            metrics = {"settings": {"seed": 0}, SAMPLES: {metric: processes}}
             if with_control:
-                figures[CONTROL_SAMPLES] = {metric: control[number]}
+                metrics[CONTROL_SAMPLES] = {metric: control[number]}
             test = f"benchmarks/test_speed.py::test_{metric.removesuffix('_seconds')}[case{number}]"
-            records.append(CaseRecord(test, "test_speed", "passed", figures=figures))
+            records.append(CaseRecord(test, "test_speed", "passed", metrics=metrics))
     return Run(
         path=Path(name),
         machine={"name": "simulated"},
@@ -270,8 +270,8 @@ def blocks_of_run(run: Run) -> dict[str, Block]:
     """The first process of each timed case of ``run``, without cases that lack a time over the control."""
     found = {}
     for case in run.cases:
-        for metric, processes in case.figures.get(SAMPLES, {}).items():
-            over_control = case.figures.get(metric.replace("_seconds", "_over_control"))
+        for metric, processes in case.metrics.get(SAMPLES, {}).items():
+            over_control = case.metrics.get(metric.replace("_seconds", "_over_control"))
             if processes and isinstance(over_control, float):
                 found[f"{case.id} {metric}"] = Block(processes[0], over_control)
     return found

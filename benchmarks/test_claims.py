@@ -1,4 +1,4 @@
-"""Which claims of the teaching material hold, on which model, and by which figure?
+"""Which claims of the teaching material hold, on which model, and by which metric?
 
 Every claim of ``fixtures/claims.toml`` has a case for each of its models. Its verdict comes from a measurement taken
 here; a claim without a measurement is skipped with a reason. The run fails where a verdict differs from the recorded
@@ -23,7 +23,7 @@ from peft_gauge.serving.server import Server, grow, token_ids
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
 from peft_gauge.training.quantization import formats
-from peft_gauge.training.quantization.comparison import Comparison, compare_nf4, nf4_against_int4
+from peft_gauge.training.quantization.comparison import FormatComparison, compare_nf4, nf4_against_int4
 from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def test_claim(
     if claim.id not in DECIDERS:
         if claim.id not in workload.claims:  # else another case of this session decides it
             entry = {"id": claim.id, "model": model, "statement": claim.statement}
-            record(claim={**entry, "verdict": NOT_MEASURED, "figure": None, "conditions": None})
+            record(claim={**entry, "verdict": NOT_MEASURED, "metric": None, "conditions": None})
         pytest.skip(f"decided by pytest -m slow benchmarks/{claim.benchmark}: {claim.decided_by}")
 
     decide(claim.id, model, DECIDERS[claim.id](claim, model, plans(steps_of(claim, model))))
@@ -85,8 +85,8 @@ def test_claim(
 @decides("identity")
 def identity_holds(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     check = identity.textbook_case(seed=0)
-    figure = f"largest error {check.max_error:.2e}, {check.share_of_bound:.2f} of the rounding-error bound"
-    return Finding.of(check.holds, figure, "512×512, r=8, α=16, float32, A and B drawn at random")
+    metric = f"largest error {check.max_error:.2e}, {check.share_of_bound:.2f} of the rounding-error bound"
+    return Finding.of(check.holds, metric, "512×512, r=8, α=16, float32, A and B drawn at random")
 
 
 @decides("decomposed-cheaper")
@@ -94,9 +94,9 @@ def decomposed_is_cheaper(claim: Claim, model: str, plans: list[Plan]) -> Findin
     large, small = claim.bounds["large"], claim.bounds["small"]
     full, lora = square_layer(large["size"], large["rank"])
     fewer_percent = 100 * (1 - square_layer(small["size"], small["rank"])[1] / small["size"] ** 2)
-    figure = f"{full:,} against {lora:,} parameters, {full / lora:g} times fewer; {fewer_percent:.3f} % fewer"
+    metric = f"{full:,} against {lora:,} parameters, {full / lora:g} times fewer; {fewer_percent:.3f} % fewer"
     holds = full / lora == large["factor"] and abs(fewer_percent - small["percent_fewer"]) < 0.05
-    return Finding.of(holds, figure, "counted on one linear layer with PEFT's LoRA, on meta")
+    return Finding.of(holds, metric, "counted on one linear layer with PEFT's LoRA, on meta")
 
 
 def square_layer(size: int, rank: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def square_layer(size: int, rank: int) -> tuple[int, int]:
 
 @decides("four-million")
 def four_million_will_do(claim: Claim, model: str, plans: list[Plan]) -> Finding:
-    lora = methods.get("lora-qv").differs("lora-qv-r8", "LoRA r=8 on q,v", peft_config={"r": 8, "lora_alpha": 16})
+    lora = methods.get("lora-qv").variant("lora-qv-r8", "LoRA r=8 on q,v", peft_config={"r": 8, "lora_alpha": 16})
     trained = count_on_meta(models.resolve(model, weights="random"), lora).trainable_params
     holds = round(trained / 1e6) == claim.bounds["millions"]
     return Finding.of(holds, f"{trained:,} trainable parameters", "r=8 on q,v, counted on meta")
@@ -125,8 +125,8 @@ def share_is_in_range(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     counted = count_on_meta(record, methods.get(claim.bounds["method"]))
     percent = counted.percent_of_base(models.logical_params(record))
     low, high = claim.bounds["low_percent"], claim.bounds["high_percent"]
-    figure = f"{counted.trainable_params:,} trainable, {percent:.4f} % of the base"
-    return Finding.of(low <= percent <= high, figure, f"{low}–{high} % claimed; counted on meta")
+    metric = f"{counted.trainable_params:,} trainable, {percent:.4f} % of the base"
+    return Finding.of(low <= percent <= high, metric, f"{low}–{high} % claimed; counted on meta")
 
 
 @decides("nf4-beats-int4")
@@ -138,11 +138,11 @@ def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
         comparisons, conditions = real_comparisons(claim, model)
     verdicts = {comparison.holds for comparison in comparisons}
     spans = [f"{min(c.ratios):.3f}–{max(c.ratios):.3f}" for c in comparisons]
-    figure = f"NF4's error is {' and '.join(spans)} of the rival's"
-    return Finding.of(verdicts.pop() if len(verdicts) == 1 else None, figure, conditions)
+    metric = f"NF4's error is {' and '.join(spans)} of the rival's"
+    return Finding.of(verdicts.pop() if len(verdicts) == 1 else None, metric, conditions)
 
 
-def real_comparisons(claim: Claim, model: str) -> tuple[list[Comparison], str]:
+def real_comparisons(claim: Claim, model: str) -> tuple[list[FormatComparison], str]:
     """The same on the one large matrix of the real weights that the GGUF file stores in more than 4 bit."""
     try:
         matrices = matrices_of(model)
@@ -170,9 +170,9 @@ def prefix_has_the_width_of_the_model(claim: Claim, model: str, plans: list[Plan
     found = {(shape[-2], shape[-3] * shape[-1]) for shape in layers}
     every_layer = len(layers) == record.config["num_hidden_layers"]
     shapes = " and ".join(f"{length}×{key_width}" for length, key_width in sorted(found))
-    figure = f"P_K is {shapes} in {len(layers)} layers; the model is {width} wide"
+    metric = f"P_K is {shapes} in {len(layers)} layers; the model is {width} wide"
     return Finding.of(
-        every_layer and found == {(tokens, width)}, figure, "key width is kv_heads × head_dim; built on meta"
+        every_layer and found == {(tokens, width)}, metric, "key width is kv_heads × head_dim; built on meta"
     )
 
 
@@ -187,13 +187,13 @@ def one_base_serves_many(claim: Claim, model: str, plans: list[Plan]) -> Finding
     adapter_bytes = server.adapters_bytes / len(server.names)
     percent = 100 * adapter_bytes / server.base_bytes
     returned = len(visits.returned) == len(visits.outputs)
-    figure = (
+    metric = (
         f"a further adapter takes {adapter_bytes / 1e6:.2f} MB, {percent:.2f} % of the base; a switch {forwards:.2f} "
         f"forwards; {len(visits.returned)} of {len(visits.outputs)} outputs came back to the last bit"
     )
     cheap = percent <= claim.bounds["most_percent_of_base"] and forwards <= claim.bounds["most_forwards"]
     conditions = f"LoRA r=16 on q,k,v,o, {len(server.names)} adapters and the base, 1×8 tokens, float32 on cpu"
-    return Finding.of(cheap and returned and visits.least_difference > 0, figure, conditions)
+    return Finding.of(cheap and returned and visits.least_difference > 0, metric, conditions)
 
 
 @decides("prompt-shape")
@@ -209,10 +209,10 @@ def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: list[Plan
     length, tokens = 8, claim.bounds["virtual_tokens"]
     attached(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     holds = trained == [(tokens, record.config["hidden_size"])] and set(seen) == {tokens + length}
-    figure = (
+    metric = (
         f"one trained tensor of shape {trained}; {length} tokens become {sorted(set(seen))} in all {len(seen)} blocks"
     )
-    return Finding.of(holds, figure, "20 virtual tokens, one forward on cpu")
+    return Finding.of(holds, metric, "20 virtual tokens, one forward on cpu")
 
 
 @decides("ia3-scaling")
@@ -233,10 +233,10 @@ def ia3_scales_activations(claim: Claim, model: str, plans: list[Plan]) -> Findi
         once = layer(x)
         layer.ia3_l["default"].mul_(2)
         doubles = torch.equal(layer(x), 2 * once)
-    figure = (
+    metric = (
         f"{len(vectors)} vectors; start equals base: {same_at_start}; a doubled vector doubles the output: {doubles}"
     )
-    return Finding.of(same_at_start and all_vectors and doubles, figure, "float32 on cpu, to the last bit")
+    return Finding.of(same_at_start and all_vectors and doubles, metric, "float32 on cpu, to the last bit")
 
 
 def planned_step(model: str, method: methods.Method, seq: int = 512) -> PlanRequest:
@@ -258,11 +258,11 @@ def full_step(claim: Claim, model: str) -> list[PlanRequest]:
 def full_memory_is_as_stated(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     (plan,) = plans
     stated, peak = claim.bounds["stated_gb"][model], plan.peak_bytes / 1e9
-    figure = (
+    metric = (
         f"{plan.resident_live_outputs_bytes / 1e9:.1f} GB of weights, gradients and moments, {stated} stated; "
         f"the peak is {peak:.1f} GB, with {plan.peak_by_category['optimizer_temporaries'] / 1e9:.1f} GB of temporaries"
     )
-    return Finding.of(within(peak, stated, claim), figure, f"{CONDITIONS}, moments in 16 bit too")
+    return Finding.of(within(peak, stated, claim), metric, f"{CONDITIONS}, moments in 16 bit too")
 
 
 @decides("full-impractical", steps=full_step)
@@ -270,30 +270,30 @@ def full_does_not_fit(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     (plan,) = plans
     card = gpus.lookup(claim.bounds["largest_gpu"])
     needed, usable = plan.device_bytes_estimate, card.usable_bytes
-    figure = f"the step needs {needed / 1e9:.1f} GB; one {card.name} has {usable / 1e9:.1f}"
+    metric = f"the step needs {needed / 1e9:.1f} GB; one {card.name} has {usable / 1e9:.1f}"
     # Two GPUs hold at least half of the step each; the overhead of sharding is not planned.
     holds = False if needed <= usable else True if needed / 2 > usable else None
-    return Finding.of(holds, figure, f"{CONDITIONS}; two GPUs: at least half of it each")
+    return Finding.of(holds, metric, f"{CONDITIONS}; two GPUs: at least half of it each")
 
 
 SMALL_LORA = {"r": 8, "lora_alpha": 16, "target_modules": methods.ATTENTION_QV}
 
 
 def small_lora_step(claim: Claim, model: str) -> list[PlanRequest]:
-    parent = methods.QLORA if claim.bounds["quantised"] else methods.LORA
-    return [planned_step(model, parent.differs(f"{parent.name}-qv-r8", "r=8 on q,v", peft_config=SMALL_LORA))]
+    parent = methods.QLORA if claim.bounds["quantized"] else methods.LORA
+    return [planned_step(model, parent.variant(f"{parent.name}-qv-r8", "r=8 on q,v", peft_config=SMALL_LORA))]
 
 
 @decides("lora-memory", "qlora-memory", steps=small_lora_step)
 def adapter_memory_is_as_stated(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     (plan,) = plans
     stated, peak = claim.bounds["stated_gb"], plan.peak_bytes / 1e9
-    figure = f"{plan.resident_bytes / 1e9:.2f} GB stay between steps, the peak is {peak:.2f} GB; {stated} stated"
-    return Finding.of(within(peak, stated, claim), figure, f"{CONDITIONS}, r=8 on q,v, adapters in float32")
+    metric = f"{plan.resident_bytes / 1e9:.2f} GB stay between steps, the peak is {peak:.2f} GB; {stated} stated"
+    return Finding.of(within(peak, stated, claim), metric, f"{CONDITIONS}, r=8 on q,v, adapters in float32")
 
 
 def frugal_step(claim: Claim, model: str) -> list[PlanRequest]:
-    method = methods.get("qlora-unprepared").differs("qlora-frugal", "the least", peft_config=SMALL_LORA)
+    method = methods.get("qlora-unprepared").variant("qlora-frugal", "the least", peft_config=SMALL_LORA)
     settings = StepSettings(batch=1, seq=8, grad_checkpointing=True, optimizer="paged-adamw8bit")
     return [PlanRequest(models.resolve(model, weights="random"), method, settings)]
 
@@ -302,14 +302,14 @@ def frugal_step(claim: Claim, model: str) -> list[PlanRequest]:
 def seven_billion_on_four_gb(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     (plan,) = plans
     limit = claim.bounds["limit_bytes"]
-    figure = (
+    metric = (
         f"peak {plan.peak_bytes / 1e9:.2f} GB, reserved {plan.reserved_bytes_estimate / 1e9:.2f} GB, "
         f"with the CUDA context about {plan.device_bytes_estimate / 1e9:.2f} GB"
     )
     conditions = "planned: 1×8 tokens, NF4 with double quantization, not prepared, checkpointing, paged 8-bit AdamW"
     # The context is an estimate: only reserved bytes can refute, and only the total can confirm.
     holds = True if plan.device_bytes_estimate <= limit else False if plan.reserved_bytes_estimate > limit else None
-    return Finding.of(holds, figure, conditions)
+    return Finding.of(holds, metric, conditions)
 
 
 def steps_by_length(claim: Claim, model: str) -> list[PlanRequest]:
@@ -323,14 +323,14 @@ def full_above_lora_above_qlora(claim: Claim, model: str, plans: list[Plan]) -> 
         plans[first].settings["seq"]: [plan.peak_bytes for plan in plans[first : first + 3]]
         for first in range(0, len(plans), 3)
     }
-    figure = "; ".join(f"{seq} tokens: " + " / ".join(f"{p / 1e9:.2f}" for p in peaks) for seq, peaks in rows.items())
+    metric = "; ".join(f"{seq} tokens: " + " / ".join(f"{p / 1e9:.2f}" for p in peaks) for seq, peaks in rows.items())
     conditions = (
         "planned peak GB of full / LoRA / QLoRA, batch 1, bfloat16, no autocast, QLoRA prepared for k-bit training"
     )
-    return Finding.of(all(full > lora > qlora for full, lora, qlora in rows.values()), figure, conditions)
+    return Finding.of(all(full > lora > qlora for full, lora, qlora in rows.values()), metric, conditions)
 
 
-LOADED = ("base_weights", "adapter_weights", "quantisation_constants", "buffers")
+LOADED = ("base_weights", "adapter_weights", "quantization_constants", "buffers")
 
 
 def compared_steps(claim: Claim, model: str) -> list[PlanRequest]:

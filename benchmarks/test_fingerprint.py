@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.measures("fingerprint"), pytest.mark.quick]
 
 
 def test_fingerprint(measured: Measured, record: Callable[..., None]) -> None:
-    found = measured.figures["fingerprint"]
+    found = measured.metrics["fingerprint"]
 
     record(fingerprint=found)
-    assert found["trainable"]["total"] == measured.figures["counted"]["trainable_params"]
-    assert found["adapter_bytes"] == measured.figures["counted"]["adapter_disk_bytes"]
+    assert found["trainable"]["total"] == measured.metrics["counted"]["trainable_params"]
+    assert found["adapter_bytes"] == measured.metrics["counted"]["adapter_disk_bytes"]

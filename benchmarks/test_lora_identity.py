@@ -197,10 +197,10 @@ def test_a_4bit_base(layer: Layer) -> None:
     import bitsandbytes
 
     base = nf4_base(layer.case)
-    dequantised = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    dequantized = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     # One packed byte, two elements, is a single row, which the library treats as a transposed weight.
-    dequantised = dequantised.reshape(layer.case.weight.shape)
-    case = LoraCase(dequantised, layer.case.adapters, layer.case.x)
+    dequantized = dequantized.reshape(layer.case.weight.shape)
+    case = LoraCase(dequantized, layer.case.adapters, layer.case.x)
 
     unmerged = peft_linear(layer, base)(case.x)
 

@@ -26,8 +26,8 @@ from fixtures.sweeps import FULL, SEEDS, TEXT_LENGTHS
 from peft_gauge import paths
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import sweep
-from peft_gauge.quality.dissected import Dissected, spectral_figures
-from peft_gauge.quality.planted import PLANTED_RANK, Planted, plant, small_decoder
+from peft_gauge.quality.dissected import Dissected, spectral_metrics
+from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, plant, small_decoder
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.quality.updates import RANKS, Updates
@@ -77,12 +77,12 @@ def test_an_update_of_every_rank(seed: int, record: Callable[..., None]) -> None
 def test_the_verdict_on_planted_updates(record: Callable[..., None]) -> None:
     """Test the rule that decides the claim on updates that were planted, not learned, so that the right verdict is
     certain."""
-    low, every = (planted_figures(rank) for rank in (2, EVERY_RANK))
+    low, every = (synthetic_metrics(rank) for rank in (2, EVERY_RANK))
 
     record(model="toy-llama-half", low=low, every=every)
-    assert [verdict(low, low), verdict(every, every), verdict(low, every)] == ["holds", "refuted", "cannot tell"]
-    assert verdict(low, {**low, "loss_learned": 0.6}) == "cannot tell", "an update that taught nothing gave a verdict"
-    assert verdict(low, {}) == "cannot tell", "a diverged training gave a verdict"
+    assert [verdict(low, low), verdict(every, every), verdict(low, every)] == ["holds", "refuted", "inconclusive"]
+    assert verdict(low, {**low, "loss_learned": 0.6}) == "inconclusive", "an update that taught nothing gave a verdict"
+    assert verdict(low, {}) == "inconclusive", "a diverged training gave a verdict"
 
 
 @pytest.mark.slow
@@ -130,23 +130,23 @@ def cut_down(results: Sequence[Trained], model: ModelRecord) -> list[dict[str, A
     ]
 
 
-def planted(seed: int, rank: int, targets: tuple[str, ...]) -> Planted:
+def planted(seed: int, rank: int, targets: tuple[str, ...]) -> Synthetic:
     """With enough tokens for all parameters of full fine-tuning to converge."""
-    return Planted(seed, rank, targets, batches=PLANTED_SCHEDULE.steps, batch=16, seq=32)
+    return Synthetic(seed, rank, targets, batches=PLANTED_SCHEDULE.steps, batch=16, seq=32)
 
 
-def learned_back(task: Planted, record: Callable[..., None]) -> dict[str, float]:
+def learned_back(task: Synthetic, record: Callable[..., None]) -> dict[str, float]:
     """The scores of full fine-tuning of the small decoder on ``task``, with the analysis of its updates."""
     prepared = Dissected(task).prepared()
     job = prepared.job(methods.FULL)
     curve = train(job, PLANTED_SCHEDULE)
     assert curve.divergence is None
     scores = prepared.scores(job)
-    record(model="toy-llama-half", task=task.name, planted_rank=task.rank, curve=curve.as_json(), scores=scores)
+    record(model="toy-llama-half", task=task.name, synthetic_rank=task.rank, curve=curve.as_json(), scores=scores)
     return scores
 
 
-def planted_figures(rank: int) -> dict[str, float]:
+def synthetic_metrics(rank: int) -> dict[str, float]:
     """The metrics of a teacher with an update of ``rank`` in every layer, as if all of it were learned."""
     base = models.build(small_decoder())
     teacher, _ = plant(base, rank, EVERY_LAYER, seed=0)
@@ -155,12 +155,12 @@ def planted_figures(rank: int) -> dict[str, float]:
         "loss_learned": 1.0,
         "quality": 1.0,
         f"quality_at_rank_{shown}": 1.0,
-        **spectral_figures(Updates(base, teacher).spectra),
+        **spectral_metrics(Updates(base, teacher).spectra),
     }
 
 
 def verdict(*scores: Mapping[str, float]) -> str:
-    return finding(scores, Planted.name).verdict
+    return finding(scores, Synthetic.name).verdict
 
 
 def finding(scores: Sequence[Mapping[str, float]], task: str) -> Finding:
@@ -171,15 +171,15 @@ def finding(scores: Sequence[Mapping[str, float]], task: str) -> Finding:
     conditions = f"full fine-tuning with AdamW on the {task} task, {length}, {seeds} seeds"
     taught = [each for each in scores if each.get("loss_learned", 0.0) >= least]
     if len(taught) < seeds:
-        figure = f"{seeds - len(taught)} of {seeds} trainings learned away less than {least:.0%} of the base's loss"
-        return Finding.of(None, figure, conditions)
+        metric = f"{seeds - len(taught)} of {seeds} trainings learned away less than {least:.0%} of the base's loss"
+        return Finding.of(None, metric, conditions)
     shares = [each["energy_rank_over_random"] for each in taught]
     within = {share <= bounds["most_of_random"] for share in shares}
     quality = statistics.median(each["quality"] for each in taught)
     left = statistics.median(each[f"quality_at_rank_{shown}"] / each["quality"] for each in taught)
-    figure = (
+    metric = (
         f"for 90 % of its squared norm the median layer's update needs {min(shares):.2f}–{max(shares):.2f} of the "
         f"ranks of a random matrix; with every update cut down to rank {shown}, {left:.0%} of the quality "
         f"({quality:.2f}) is left"
     )
-    return Finding.of(within.pop() if len(within) == 1 else None, figure, conditions)
+    return Finding.of(within.pop() if len(within) == 1 else None, metric, conditions)

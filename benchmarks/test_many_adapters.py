@@ -30,13 +30,13 @@ from peft_gauge.measure import PRELOAD
 from peft_gauge.pytest_plugin.selection import selected_cases
 from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.serving.observed import TOLERANCE
-from peft_gauge.serving.passes import Setup
+from peft_gauge.serving.passes import ServingSetup
 from peft_gauge.serving.server import check_served
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case, count_on_meta
 
 if TYPE_CHECKING:
-    from peft_gauge.isolation import Outcome
+    from peft_gauge.isolation import ProcessOutcome
 
     Record = Callable[..., None]
 
@@ -85,17 +85,17 @@ def short(case: Case, config: pytest.Config) -> Case:
 
 
 @pytest.fixture(scope="module")
-def measurements(request: pytest.FixtureRequest) -> Callable[[Case], Outcome]:
+def measurements(request: pytest.FixtureRequest) -> Callable[[Case], ProcessOutcome]:
     """``measurements(case)``: all counts of the case in this session, measured in one process."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
 
     @cache
-    def measure(case: Case) -> Outcome:
+    def measure(case: Case) -> ProcessOutcome:
         params: list[dict[str, Any]] = [dict(item.callspec.params) for item in items]
         counts = {each["number"] for each in params if each["asked"] == case and "number" in each}
         return isolation.run(
             "peft_gauge.serving.passes:measure",
-            Setup(case, tuple(sorted(counts)) or (1,), RULE, WARM_UP),
+            ServingSetup(case, tuple(sorted(counts)) or (1,), RULE, WARM_UP),
             limit_seconds=request.config.getoption("--time-limit"),
             environment=process_environment(),
             preload=PRELOAD,
@@ -116,7 +116,7 @@ class Served:
 
 
 @pytest.fixture
-def served(asked: Case, measurements: Callable[[Case], Outcome], record: Record) -> Served:
+def served(asked: Case, measurements: Callable[[Case], ProcessOutcome], record: Record) -> Served:
     """The measured case of this test. A case that failed ends the test, with its last known readings."""
     outcome = measurements(asked)
     settings = {"dtype": asked.dtype, "weights": asked.model.weights, "seed": asked.seed, "seq": asked.settings.seq}

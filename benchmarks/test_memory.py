@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.measures("memory")
 
-# measured figure -> the plan's figure, the ceiling's
+# measured metric -> the plan's metric, the ceiling's
 COMPARED = {
     "allocated_peak_bytes": ("allocated_bytes_estimate", "allocated_bytes"),
     "reserved_peak_bytes": ("reserved_bytes_estimate", "reserved_bytes"),
@@ -32,7 +32,7 @@ COMPARED = {
 
 
 def test_peak(measured: Measured, record: Record) -> None:
-    memory = measured.figures["memory"]
+    memory = measured.metrics["memory"]
 
     record(**memory, **against_plan(measured), ceiling=ceiling_of(measured))
     assert_trained(measured)
@@ -45,12 +45,12 @@ def test_peak(measured: Measured, record: Record) -> None:
 @pytest.mark.slow_on_cpu
 def test_growth(measured: Measured, record: Record) -> None:
     """Slope and intercept along the batch and along the sequence, planned and measured."""
-    figure = "allocated_peak_bytes" if measured.case.device == "cuda" else "tensor_peak_bytes"
-    of_plan, _ = COMPARED.get(figure, ("peak_bytes", None))
-    points = measured.figures["memory"]["shapes"]
+    metric = "allocated_peak_bytes" if measured.case.device == "cuda" else "tensor_peak_bytes"
+    of_plan, _ = COMPARED.get(metric, ("peak_bytes", None))
+    points = measured.metrics["memory"]["shapes"]
     plans = [measured.plan, *measured.shape_plans]
     planned = [
-        {"batch": plan.settings["batch"], "seq": plan.settings["seq"], figure: getattr(plan, of_plan)} for plan in plans
+        {"batch": plan.settings["batch"], "seq": plan.settings["seq"], metric: getattr(plan, of_plan)} for plan in plans
     ]
 
     found: list[dict[str, Any]] = [
@@ -62,10 +62,10 @@ def test_growth(measured: Measured, record: Record) -> None:
             "planned_slope_bytes": plan.slope_bytes,
             "planned_intercept_bytes": plan.intercept_bytes,
         }
-        for line, plan in zip(lines(points, figure), lines(planned, figure), strict=True)
+        for line, plan in zip(lines(points, metric), lines(planned, metric), strict=True)
     ]
 
-    record(growth=found, growth_of=figure)
+    record(growth=found, growth_of=metric)
     assert len(found) == 4
     assert all(line["slope_bytes"] >= 0 for line in found), "a larger step took less memory"
 
@@ -74,7 +74,7 @@ def test_growth(measured: Measured, record: Record) -> None:
 @pytest.mark.slow_on_cpu
 def test_variation(measured: Measured, record: Record) -> None:
     """One thing changed: the base unprepared for k-bit training, adapters in 16 bit, gradient checkpointing."""
-    memory = measured.figures["memory"]
+    memory = measured.metrics["memory"]
 
     record(**memory, **against_plan(measured), ceiling=ceiling_of(measured))
     assert_trained(measured)
@@ -82,13 +82,13 @@ def test_variation(measured: Measured, record: Record) -> None:
 
 
 def assert_trained(measured: Measured) -> None:
-    assert measured.figures["gradients"] == {"missing": [], "not_finite": []}
-    assert measured.figures["learned"], "a trainable weight never moved: this was no training step"
+    assert measured.metrics["gradients"] == {"missing": [], "not_finite": []}
+    assert measured.metrics["learned"], "a trainable weight never moved: this was no training step"
 
 
 def against_plan(measured: Measured) -> dict[str, Any]:
     """Planned metrics, and the relative error of each measured one."""
-    memory, plan = measured.figures["memory"], measured.plan
+    memory, plan = measured.metrics["memory"], measured.plan
     found: dict[str, Any] = {
         "planned_peak_bytes": plan.peak_bytes,
         "planned_allocated_bytes": plan.allocated_bytes_estimate,
@@ -97,9 +97,9 @@ def against_plan(measured: Measured) -> dict[str, Any]:
         "planned_saved_activation_bytes_per_token": plan.saved_activation_bytes_per_token,
     }
     errors = {
-        figure: memory[figure] / getattr(plan, planned) - 1
-        for figure, (planned, _) in COMPARED.items()
-        if figure in memory
+        metric: memory[metric] / getattr(plan, planned) - 1
+        for metric, (planned, _) in COMPARED.items()
+        if metric in memory
     }
     errors["tensor_peak_bytes"] = memory["tensor_peak_bytes"] / plan.peak_bytes - 1
     return {**found, "relative_error": errors}
@@ -110,14 +110,14 @@ def ceiling_of(measured: Measured) -> dict[str, int] | None:
     if measured.case.device != "cuda":
         return None
     ceiling = measured.ceiling
-    return {figure: getattr(ceiling, limit) for figure, (_, limit) in COMPARED.items()}
+    return {metric: getattr(ceiling, limit) for metric, (_, limit) in COMPARED.items()}
 
 
 def over_ceiling(measured: Measured) -> list[str]:
     """A line for each measured peak above its ceiling."""
-    memory = measured.figures["memory"]
+    memory = measured.metrics["memory"]
     return [
-        f"{figure}: {memory[figure]:,} is above the ceiling of {limit:,}"
-        for figure, limit in (ceiling_of(measured) or {}).items()
-        if figure in memory and memory[figure] > limit
+        f"{metric}: {memory[metric]:,} is above the ceiling of {limit:,}"
+        for metric, limit in (ceiling_of(measured) or {}).items()
+        if metric in memory and memory[metric] > limit
     ]

@@ -48,7 +48,7 @@ def step(model: str, method: methods.Method, seq: int) -> PlanRequest:
 
 
 @pytest.mark.plans(steps=planned_step)
-@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("model", MODELS)
 def test_planned_memory(model: str, method: methods.Method, plans: Plans, record: Callable[..., None]) -> None:
     (plan,) = plans(planned_step(model, method))

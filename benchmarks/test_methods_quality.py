@@ -23,7 +23,7 @@ import pytest
 from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import paired, sweep
-from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
+from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
-    from peft_gauge.quality.planted import PreparedPlanted
+    from peft_gauge.quality.planted import PreparedSynthetic
     from peft_gauge.quality.sweep import Trained
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 PLANTED_LENGTHS = Lengths(steps=100, search_steps=15)
 VERDICT_SEEDS, VERDICT_STEPS = (0, 1, 2, 3), 100
 
-PLANTED_LORA = methods.LORA.differs(
+PLANTED_LORA = methods.LORA.variant(
     "lora-qv",
     f"LoRA r={PLANTED_RANK} on q,v",
     peft_config={
@@ -83,18 +83,18 @@ def test_planted_in_reach_of_a_method(record: Callable[..., None]) -> None:
     """Full fine-tuning and LoRA of its rank can represent the planted update, IA³ and prefixes cannot."""
     settings = (*ENOUGH, *NOT_ENOUGH)
 
-    results = sweep.sweep(lambda seed: Planted(seed, batches=PLANTED_LENGTHS.steps), settings, SEEDS, PLANTED_LENGTHS)
+    results = sweep.sweep(lambda seed: Synthetic(seed, batches=PLANTED_LENGTHS.steps), settings, SEEDS, PLANTED_LENGTHS)
 
-    figures = sweep.figures(results, {})
-    record(model=small_decoder().name, task="planted", planted_rank=PLANTED_RANK, **figures)
-    by_label = {row["label"]: row for row in figures["pareto"]}
+    metrics = sweep.metrics(results, {})
+    record(model=small_decoder().name, task="planted", synthetic_rank=PLANTED_RANK, **metrics)
+    by_label = {row["label"]: row for row in metrics["pareto"]}
     for setting in ENOUGH:
         assert by_label[setting.label]["quality_low"] > HALF, f"{setting.label} can hold the planted update"
     for setting in NOT_ENOUGH:
         assert by_label[setting.label]["quality_high"] < HALF, f"{setting.label} cannot hold the planted update"
 
 
-class WiderPlanted(Planted):
+class WiderSynthetic(Synthetic):
     """Planted in a decoder of twice the width, since bitsandbytes has no 4-bit layers narrower than 64."""
 
     @property
@@ -115,29 +115,29 @@ def test_planted_drop_in_quality(record: Callable[..., None]) -> None:
     base: dict[int, float | None] = {}
     redrawn: dict[int, float | None] = {}
     rounded: dict[int, float | None] = {}
-    planted_qlora = methods.QLORA.differs("qlora-qv", "QLoRA on q,v", peft_config=PLANTED_LORA.peft_config)
+    synthetic_qlora = methods.QLORA.variant("qlora-qv", "QLoRA on q,v", peft_config=PLANTED_LORA.peft_config)
     for seed in VERDICT_SEEDS:
-        task = WiderPlanted(seed, batches=VERDICT_STEPS).prepared()
+        task = WiderSynthetic(seed, batches=VERDICT_STEPS).prepared()
         anew = replace(task, task=replace(task.task, seed=1000 + seed))  # the same data, the adapter of another seed
-        base[seed] = planted_quality(task, PLANTED_LORA)
-        redrawn[seed] = planted_quality(anew, PLANTED_LORA)
-        rounded[seed] = planted_quality(task, planted_qlora)
+        base[seed] = synthetic_quality(task, PLANTED_LORA)
+        redrawn[seed] = synthetic_quality(anew, PLANTED_LORA)
+        rounded[seed] = synthetic_quality(task, synthetic_qlora)
 
     margin = ledger()["qlora-quality"].bounds["margin"]
     of_redrawn = paired.compare(base, redrawn, margin=margin, names=("LoRA", "LoRA drawn anew"))
     of_rounded = paired.compare(base, rounded, margin=margin, names=("LoRA", "QLoRA"))
     record(
-        model=WiderPlanted().record.name,
+        model=WiderSynthetic().record.name,
         task="planted",
         redrawn=of_redrawn.as_json(),
         qlora=of_rounded.as_json(),
     )
     assert base != redrawn, "the same draw twice shows nothing"
-    assert of_redrawn.holds, of_redrawn.figure
-    assert of_rounded.holds is False, of_rounded.figure
+    assert of_redrawn.holds, of_redrawn.metric
+    assert of_rounded.holds is False, of_rounded.metric
 
 
-def planted_quality(task: PreparedPlanted, method: Method) -> float | None:
+def synthetic_quality(task: PreparedSynthetic, method: Method) -> float | None:
     job = task.job(method)
     curve = train(job, Schedule(VERDICT_STEPS, PLANTED_RATE))
     return None if curve.divergence else task.scores(job)["quality"]
@@ -189,7 +189,7 @@ def test_qlora_on_text(text_sweep: TextSweep, record: Callable[..., None], decid
         assert first_losses(lora) != first_losses(qlora), "QLoRA's base is LoRA's: nothing was rounded"
     if swept.task.source == CALENDAR:
         conditions = f"{swept.conditions}; LoRA r=16 on q,k,v,o; NF4 with double quantization, computing in float32"
-        decide("qlora-quality", swept.task.model.name, Finding.of(compared.holds, compared.figure, conditions))
+        decide("qlora-quality", swept.task.model.name, Finding.of(compared.holds, compared.metric, conditions))
 
 
 def qualities(results: Sequence[Trained]) -> dict[int, float | None]:

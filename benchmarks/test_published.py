@@ -1,7 +1,7 @@
-"""How far are plans from the memory that GPUs used: published figures, and steps measured on an H200?
+"""How far are plans from the memory that GPUs used: published metrics, and steps measured on an H200?
 
-Each figure of ``fixtures/published.toml`` is planned or counted with the settings that its source gives, and the
-distance, planned over published less 1, is recorded and shown. A figure is asserted as far as its settings are known.
+Each metric of ``fixtures/published.toml`` is planned or counted with the settings that its source gives, and the
+distance, planned over published less 1, is recorded and shown. A metric is asserted as far as its settings are known.
 
 Results with torch 2.13, transformers 5.24 and PEFT 0.21:
 
@@ -22,7 +22,7 @@ Results with torch 2.13, transformers 5.24 and PEFT 0.21:
   steps that are not of the toy model are within 0.03 % of the bytes requested from the allocator, and within 0.6 % of
   `max_memory_allocated` over the first steps; reserved bytes within 8 %, half of them within 0.07 %. For the toy model
   the rounding to blocks of 512, which a plan counts and a request does not, is up to 0.17 %.
-- Two figures are context: torchao's NF4 layer has constants in its own layout (13,312 bytes in addition to packed
+- Two metrics are context: torchao's NF4 layer has constants in its own layout (13,312 bytes in addition to packed
   weights and adapters, against 6,656 here), and the QLoRA paper does not break down its 5,048 MB of base weights.
 """
 
@@ -38,7 +38,7 @@ import pytest
 
 from fixtures.h200 import read_steps
 from peft_gauge import paths
-from peft_gauge.counting import logical_numel, nbytes, quantisation_constants
+from peft_gauge.counting import logical_numel, nbytes, quantization_constants
 from peft_gauge.memory.ledger import rounded
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
@@ -60,8 +60,8 @@ UNITS = {"": 1, "bytes": 1, "bits": 1, "million": 10**6, "MB": 10**6, "GB": 10**
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One entry of ``fixtures/published.toml``: the figure as printed, and the settings that its source gives."""
+class PublishedValue:
+    """One entry of ``fixtures/published.toml``: the metric as printed, and the settings that its source gives."""
 
     id: str
     quantity: str
@@ -93,22 +93,22 @@ class Figure:
         )
 
     def request(self, quantized: str | None = None) -> PlanRequest:
-        """The step that the figure was measured on."""
+        """The step that the metric was measured on."""
         settings = StepSettings(self.stated["batch"], self.stated["seq"], optimizer=self.stated["optimizer"])
         return PlanRequest(self.model(), self.method(quantized), settings)
 
     def model(self) -> models.ModelRecord:
-        """The architecture: one of the project's records, or the config stored with the figures."""
+        """The architecture: one of the project's records, or the config stored with the metrics."""
         name = self.stated["model"]
         if name not in PUBLISHED["model"]:
             return models.resolve(name, weights="random")
         return models.ModelRecord(name, "folder", json.dumps(PUBLISHED["model"][name]["config"]), "random")
 
 
-def read_figures(published: dict[str, Any]) -> Iterator[Figure]:
-    for entry in published["figure"]:
+def read_values(published: dict[str, Any]) -> Iterator[PublishedValue]:
+    for entry in published["metric"]:
         stated = {**published["source"][entry["source"]], **entry}
-        yield Figure(
+        yield PublishedValue(
             id=entry["id"],
             quantity=entry["quantity"],
             published=Decimal(entry["published"]),
@@ -119,14 +119,14 @@ def read_figures(published: dict[str, Any]) -> Iterator[Figure]:
 
 
 PUBLISHED = tomllib.loads(paths.fixture("published.toml").read_text(encoding="utf-8"))
-FIGURES = tuple(read_figures(PUBLISHED))
+METRICS = tuple(read_values(PUBLISHED))
 
 
-# A step of 7B or 13B takes seconds to plan; figures that are only counted are part of every run.
-PLANNED = ("peak of a step", "saved by double quantisation")
+# A step of 7B or 13B takes seconds to plan; metrics that are only counted are part of every run.
+PLANNED = ("peak of a step", "saved by double quantization")
 CASES = [
-    pytest.param(figure, id=figure.id, marks=pytest.mark.slow if figure.quantity in PLANNED else ())
-    for figure in FIGURES
+    pytest.param(metric, id=metric.id, marks=pytest.mark.slow if metric.quantity in PLANNED else ())
+    for metric in METRICS
 ]
 
 
@@ -137,7 +137,7 @@ def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[...,
     """The peak without library workspaces, and the allocated and reserved bytes for it."""
     (found,) = plans([step.request()])
     record(
-        figure=f"H200: {step.id}",
+        metric=f"H200: {step.id}",
         published=step.peak_bytes / 1e9,
         planned=found.peak_bytes / 1e9,
         unit="GB",
@@ -151,44 +151,44 @@ def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[...,
     assert found.peak_bytes == pytest.approx(step.peak_bytes, rel=0.001, abs=64 * 1024)
 
 
-@pytest.mark.parametrize("figure", CASES)
-def test_published(figure: Figure, peaks: Callable[[PlanRequest], int], record: Callable[..., None]) -> None:
-    planned = Decimal(PROCEDURES[figure.quantity](figure, peaks)) / UNITS[figure.unit]
-    distance = 100 * (planned / figure.published - 1)
+@pytest.mark.parametrize("metric", CASES)
+def test_published(metric: PublishedValue, peaks: Callable[[PlanRequest], int], record: Callable[..., None]) -> None:
+    planned = Decimal(PROCEDURES[metric.quantity](metric, peaks)) / UNITS[metric.unit]
+    distance = 100 * (planned / metric.published - 1)
 
     record(
-        figure=figure.id,
-        quantity=figure.quantity,
-        published=float(figure.published),
+        metric=metric.id,
+        quantity=metric.quantity,
+        published=float(metric.published),
         planned=float(planned),
-        unit=figure.unit,
+        unit=metric.unit,
         distance_percent=float(distance),
-        asserted=figure.asserted,
-        **{key: figure.stated[key] for key in ("url", "why", "unstated") if key in figure.stated},
+        asserted=metric.asserted,
+        **{key: metric.stated[key] for key in ("url", "why", "unstated") if key in metric.stated},
     )
-    assert_agreement(figure, planned, distance)
+    assert_agreement(metric, planned, distance)
 
 
-def assert_agreement(figure: Figure, planned: Decimal, distance: Decimal) -> None:
-    """Compare ``planned`` with the published figure, as closely as its source's settings allow."""
-    match figure.asserted:
+def assert_agreement(metric: PublishedValue, planned: Decimal, distance: Decimal) -> None:
+    """Compare ``planned`` with the published metric, as closely as its source's settings allow."""
+    match metric.asserted:
         case "exact":
-            assert abs(planned - figure.published) <= printed_to(figure) / 2
+            assert abs(planned - metric.published) <= printed_to(metric) / 2
         case "within":
-            assert abs(distance) <= figure.stated["within_percent"]
+            assert abs(distance) <= metric.stated["within_percent"]
         case "below":
-            assert figure.stated["why"]
-            assert -figure.stated["within_percent"] <= distance < 0
+            assert metric.stated["why"]
+            assert -metric.stated["within_percent"] <= distance < 0
         case "nothing":
-            assert figure.stated["unstated"], "a figure whose settings are all stated is held to something"
+            assert metric.stated["unstated"], "a metric whose settings are all stated is held to something"
         case other:
-            pytest.fail(f"{figure.id}: asserted = {other!r} is unknown", pytrace=False)
+            pytest.fail(f"{metric.id}: asserted = {other!r} is unknown", pytrace=False)
 
 
-def printed_to(figure: Figure) -> Decimal:
-    """The unit of the last printed digit; twice that for a difference of two printed figures."""
-    last = Decimal(1).scaleb(int(figure.published.as_tuple().exponent))
-    return 2 * last if figure.quantity == "saved by double quantisation" else last
+def printed_to(metric: PublishedValue) -> Decimal:
+    """The unit of the last printed digit; twice that for a difference of two printed metrics."""
+    last = Decimal(1).scaleb(int(metric.published.as_tuple().exponent))
+    return 2 * last if metric.quantity == "saved by double quantization" else last
 
 
 # --- how each quantity is reproduced --------------------------------------------------------------------------
@@ -199,60 +199,60 @@ def peaks(plans: Plans) -> Callable[[PlanRequest], int]:
     """``peaks(request)``: the planned peak in bytes. All steps of the file are planned at the first call."""
 
     def peak(request: PlanRequest) -> int:
-        steps = [figure.request() for figure in FIGURES if figure.quantity == "peak of a step"]
+        steps = [metric.request() for metric in METRICS if metric.quantity == "peak of a step"]
         found = dict(zip(steps, plans(steps), strict=True))
         return found[request].peak_bytes
 
     return peak
 
 
-def peak_of_a_step(figure: Figure, peaks: Callable[[PlanRequest], int]) -> int:
-    return peaks(figure.request())
+def peak_of_a_step(metric: PublishedValue, peaks: Callable[[PlanRequest], int]) -> int:
+    return peaks(metric.request())
 
 
-def saved_by_double_quantisation(figure: Figure, peaks: Callable[[PlanRequest], int]) -> int:
-    return peaks(figure.request("nf4")) - peaks(figure.request("nf4-dq"))
+def saved_by_double_quantization(metric: PublishedValue, peaks: Callable[[PlanRequest], int]) -> int:
+    return peaks(metric.request("nf4")) - peaks(metric.request("nf4-dq"))
 
 
-def trainable_params(figure: Figure, _: object) -> int:
-    return count_on_meta(figure.model(), figure.method()).trainable_params
+def trainable_params(metric: PublishedValue, _: object) -> int:
+    return count_on_meta(metric.model(), metric.method()).trainable_params
 
 
-def all_params(figure: Figure, _: object) -> int:
-    return count_on_meta(figure.model(), figure.method()).total_params
+def all_params(metric: PublishedValue, _: object) -> int:
+    return count_on_meta(metric.model(), metric.method()).total_params
 
 
-def bytes_of_a_layer(figure: Figure, _: object) -> int:
+def bytes_of_a_layer(metric: PublishedValue, _: object) -> int:
     """A linear layer with PEFT's LoRA in float32, each tensor rounded to CUDA's blocks of 512 bytes."""
     import peft
     import torch
     from torch import nn
 
-    size, quantization = figure.stated["size"], figure.quantization()
+    size, quantization = metric.stated["size"], metric.quantization()
     with torch.device("meta"):
         layer = nn.Sequential(nn.Linear(size, size, bias=False))
     if quantization is not None:
         quantize_(layer, double_quant=quantization.double_quant)
-    adapted = peft.get_peft_model(layer, peft.LoraConfig(r=figure.stated["rank"], target_modules=["0"]))
+    adapted = peft.get_peft_model(layer, peft.LoraConfig(r=metric.stated["rank"], target_modules=["0"]))
     return sum(rounded(nbytes(tensor)) for tensor in stored(adapted))
 
 
-def bytes_of_the_base(figure: Figure, _: object) -> int:
+def bytes_of_the_base(metric: PublishedValue, _: object) -> int:
     """All weights with their constants: the linear layers except the head in 4 bit, the rest in bfloat16."""
-    return sum(map(nbytes, stored(quantised_base(figure))))
+    return sum(map(nbytes, stored(quantized_base(metric))))
 
 
-def bits_of_constants(figure: Figure, _: object) -> float:
+def bits_of_constants(metric: PublishedValue, _: object) -> float:
     """Bits in addition to the 4 of each quantized weight, averaged over the model."""
-    quantised = [parameter for parameter in quantised_base(figure).parameters() if hasattr(parameter, "quant_state")]
-    constants = sum(nbytes(tensor) for parameter in quantised for tensor in quantisation_constants(parameter))
-    return 8 * constants / sum(map(logical_numel, quantised))
+    quantized = [parameter for parameter in quantized_base(metric).parameters() if hasattr(parameter, "quant_state")]
+    constants = sum(nbytes(tensor) for parameter in quantized for tensor in quantization_constants(parameter))
+    return 8 * constants / sum(map(logical_numel, quantized))
 
 
-def quantised_base(figure: Figure) -> nn.Module:
-    model = models.build(figure.model(), device="meta", dtype="bfloat16")
-    quantization = figure.quantization()
-    assert quantization is not None, f"{figure.id} gives no format of the quantized base"
+def quantized_base(metric: PublishedValue) -> nn.Module:
+    model = models.build(metric.model(), device="meta", dtype="bfloat16")
+    quantization = metric.quantization()
+    assert quantization is not None, f"{metric.id} gives no format of the quantized base"
     quantize_(model, double_quant=quantization.double_quant, compute_dtype=model.dtype)
     return model
 
@@ -260,12 +260,12 @@ def quantised_base(figure: Figure) -> nn.Module:
 def stored(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter
-        yield from quantisation_constants(parameter)
+        yield from quantization_constants(parameter)
 
 
-PROCEDURES: Mapping[str, Callable[[Figure, Callable[[PlanRequest], int]], float]] = {
+PROCEDURES: Mapping[str, Callable[[PublishedValue, Callable[[PlanRequest], int]], float]] = {
     "peak of a step": peak_of_a_step,
-    "saved by double quantisation": saved_by_double_quantisation,
+    "saved by double quantization": saved_by_double_quantization,
     "trainable parameters": trainable_params,
     "all parameters": all_params,
     "bytes of a layer": bytes_of_a_layer,

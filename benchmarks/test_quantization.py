@@ -3,7 +3,7 @@
 Four formats in blocks of 64: bitsandbytes' NF4 and FP4, with and without double quantization, and two kinds of uniform
 integers, symmetric INT4 and 16 equal steps from minimum to maximum. The result on normal weights depends on which of
 the two "INT4" means. SmolLM2's real weights come from a GGUF file whose projection matrices were already rounded to a
-uniform 4-bit grid: their figures are recorded with ``rounded_before`` and decide nothing.
+uniform 4-bit grid: their metrics are recorded with ``rounded_before`` and decide nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ REAL_MATRICES = [
 def test_error_on_drawn_weights(distribution: str, quant_format: str, double_quant: bool, record: Record) -> None:
     weight = drawn_weight(distribution, seed=0)
 
-    error = formats.quantisation_error(weight, quant_format, double_quant=double_quant)
+    error = formats.quantization_error(weight, quant_format, double_quant=double_quant)
 
     bound = allowed_error(weight, quant_format, double_quant)
     record(**asdict(error), bound_over_absmax=bound)
@@ -67,7 +67,7 @@ def test_error_on_real_weights(
 ) -> None:
     weight = torch.cat(samples(real_matrices[matrix]))
 
-    error = formats.quantisation_error(weight, quant_format, double_quant=double_quant)
+    error = formats.quantization_error(weight, quant_format, double_quant=double_quant)
 
     record(**asdict(error), rounded_before=already_rounded(weight))
     # Real blocks can be too small for float16 constants, and too uneven for the shared ones of double quantization.
@@ -83,7 +83,7 @@ def test_nf4_against_a_rival_on_drawn_weights(
 ) -> None:
     comparison = nf4_against_int4(distribution, rival=rival, double_quant=double_quant)
 
-    record(**comparison.figures(), nf4_loses_less=comparison.holds)
+    record(**comparison.metrics(), nf4_loses_less=comparison.holds)
     assert comparison.unfair is None, "drawn weights were taken for rounded ones"
 
 
@@ -96,7 +96,7 @@ def test_nf4_against_a_rival_on_the_real_embedding(
 
     comparison = compare_nf4(embedding, rival=rival, double_quant=double_quant)
 
-    record(**comparison.figures(), nf4_loses_less=comparison.holds)
+    record(**comparison.metrics(), nf4_loses_less=comparison.holds)
     assert len(comparison.ratios) >= 6, "too few samples for the sign test"
 
 
@@ -119,7 +119,7 @@ def test_bits_a_parameter(quant_format: str, double_quant: bool, shape: tuple[in
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_double_quantisation_keeps_absmax_within_its_own_step(distribution: str, record: Record) -> None:
+def test_double_quantization_keeps_absmax_within_its_own_step(distribution: str, record: Record) -> None:
     shift, bound = formats.absmax_shift(drawn_weight(distribution, seed=0))
 
     record(absmax_shift_over_nested_absmax=shift, bound_over_nested_absmax=bound)

@@ -17,7 +17,7 @@ from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import findings, sweep
-from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
+from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.training import methods
@@ -33,30 +33,30 @@ PLANTED_RANKS = (2, 3, 4, 8)
 
 REACHED = 0.9
 """Share of the base's error that training must remove at the planted rank, and cannot remove below it
-(`tests/unit/quality/test_planted.py` has the figures)."""
+(`tests/unit/quality/test_planted.py` has the metrics)."""
 
 
 @pytest.mark.parametrize(
     "seeds", [pytest.param(SEEDS[:1], id="1-seed"), pytest.param(SEEDS, id="3-seeds", marks=pytest.mark.slow)]
 )
 def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None:
-    settings = [planted_lora(rank) for rank in PLANTED_RANKS]
+    settings = [synthetic_lora(rank) for rank in PLANTED_RANKS]
     # The planned step is the language model's own: the same shape, with its loss against tokens instead of logits.
-    steps = {s.label: PlanRequest(small_decoder(), s.method, Planted().settings, dtype="float32") for s in settings}
+    steps = {s.label: PlanRequest(small_decoder(), s.method, Synthetic().settings, dtype="float32") for s in settings}
     peak_bytes = {label: plan(step).peak_bytes for label, step in steps.items()}
 
-    results = sweep.sweep(lambda seed: Planted(seed, batches=PLANTED_LENGTHS.steps), settings, seeds, PLANTED_LENGTHS)
+    results = sweep.sweep(lambda seed: Synthetic(seed, batches=PLANTED_LENGTHS.steps), settings, seeds, PLANTED_LENGTHS)
 
-    figures = sweep.figures(results, peak_bytes)
-    record(model="toy-llama-half", task="planted", planted_rank=PLANTED_RANK, **figures)
-    by_label = {row["label"]: row for row in figures["pareto"]}
+    metrics = sweep.metrics(results, peak_bytes)
+    record(model="toy-llama-half", task="planted", synthetic_rank=PLANTED_RANK, **metrics)
+    by_label = {row["label"]: row for row in metrics["pareto"]}
     for rank in PLANTED_RANKS:
         row = by_label[f"r{rank}"]
         if rank < PLANTED_RANK:
             assert row["quality_high"] < REACHED, f"rank {rank} cannot hold an update of rank {PLANTED_RANK}"
         else:
             assert row["quality_low"] > REACHED, f"rank {rank} can hold an update of rank {PLANTED_RANK}"
-    knee = figures["knees"]["trainable_params"]
+    knee = metrics["knees"]["trainable_params"]
     assert (knee["knee"], knee["knee_share"]) == (f"r{PLANTED_RANK}", 1.0), "the sweep misses the planted rank"
 
 
@@ -87,7 +87,7 @@ def test_rank_on_text(text_sweep: TextSweep, decide: Decide) -> None:
     decide("rank-tradeoff", swept.task.model.name, finding)
 
 
-def planted_lora(rank: int) -> Setting:
+def synthetic_lora(rank: int) -> Setting:
     config = {
         "r": rank,
         "lora_alpha": 2 * rank,
@@ -95,7 +95,7 @@ def planted_lora(rank: int) -> Setting:
         "target_modules": methods.ATTENTION_QV,
     }
     # The searches in tests and longer sweeps ended within one step of this rate.
-    return Setting(f"r{rank}", methods.LORA.differs(f"lora-qv-r{rank}", f"LoRA r={rank}", peft_config=config), 0.03)
+    return Setting(f"r{rank}", methods.LORA.variant(f"lora-qv-r{rank}", f"LoRA r={rank}", peft_config=config), 0.03)
 
 
 def text_lora(rank: int) -> Setting:

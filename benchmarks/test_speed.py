@@ -16,14 +16,14 @@ import pytest
 
 from fixtures.replay import REPLAY_CLOCK
 from peft_gauge.clock import median_ratio, tokens_per_second
-from peft_gauge.clock.card import impossible, share_of_copy, share_of_product
+from peft_gauge.clock.card import impossible, mbu, mfu
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fixtures.measured import Measured
-    from peft_gauge.clock.card import CardSpeed
+    from peft_gauge.clock.card import PeakThroughput
 
     Replay = Callable[[Sequence[float]], None]
     Record = Callable[..., None]
@@ -37,29 +37,29 @@ def test_phase(phase: str, measured: Measured, replay: Replay, record: Record) -
 
     replay(all_rounds(measured.speeds, name))
 
-    record(**figures(measured.speeds, name))
+    record(**metrics(measured.speeds, name))
 
 
 @pytest.mark.quick
-def test_step(measured: Measured, replay: Replay, record: Record, card_speed: CardSpeed) -> None:
+def test_step(measured: Measured, replay: Replay, record: Record, peak_throughput: PeakThroughput) -> None:
     replay(all_rounds(measured.speeds, "step_seconds"))
 
-    figure = figures(measured.speeds, "step_seconds")
-    seconds = figure["step_seconds"]
-    forward_seconds = figures(measured.speeds, "forward_seconds")["forward_seconds"]
-    weights_read_bytes = measured.figures["speed"]["weights_read_bytes"]
-    of_product = share_of_product(measured.plan.flops_per_step, seconds, card_speed)
-    of_copy = share_of_copy(weights_read_bytes, forward_seconds, card_speed)
+    metric = metrics(measured.speeds, "step_seconds")
+    seconds = metric["step_seconds"]
+    forward_seconds = metrics(measured.speeds, "forward_seconds")["forward_seconds"]
+    weights_read_bytes = measured.metrics["speed"]["weights_read_bytes"]
+    of_product = mfu(measured.plan.flops_per_step, seconds, peak_throughput)
+    of_copy = mbu(weights_read_bytes, forward_seconds, peak_throughput)
     record(
-        **figure,
+        **metric,
         tokens_per_second=tokens_per_second(measured.case.settings.tokens, seconds),
         flops_per_second=measured.plan.flops_per_step / seconds,
-        share_of_product=of_product,
+        mfu=of_product,
         weights_read_per_second_bytes=weights_read_bytes / forward_seconds,
-        share_of_copy=of_copy,
-        card=card_speed.as_json(),
+        mbu=of_copy,
+        gpu=peak_throughput.as_json(),
     )
-    assert measured.figures["learned"], "a trainable weight never moved: this was no training step"
+    assert measured.metrics["learned"], "a trainable weight never moved: this was no training step"
     doubts = [impossible(of_product, "FLOPs of a step"), impossible(of_copy, "weights read by a forward")]
     assert doubts == [None, None]
 
@@ -68,7 +68,7 @@ def all_rounds(speeds: list[dict[str, Any]], name: str) -> list[float]:
     return [seconds for speed in speeds for seconds in speed["samples"][name]]
 
 
-def figures(speeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def metrics(speeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """The median over processes of each one's median, all samples, and reasons to doubt them."""
     samples = [speed["samples"][name] for speed in speeds]
     control = [speed["control_seconds"] for speed in speeds]

@@ -20,7 +20,7 @@ from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import findings, sweep
-from peft_gauge.quality.planted import PLANTED_RANK, Planted, small_decoder
+from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.training import methods
@@ -50,14 +50,14 @@ def test_planted_targets(record: Callable[..., None]) -> None:
     at_equal_rank = [lora(name, targets, PLANTED_RANK) for name, targets in ENOUGH.items()]
     at_equal_budget = at_the_budget_of(at_equal_rank[0], small_decoder())
     settings = [*at_equal_rank, *at_equal_budget]
-    steps = {s.label: PlanRequest(small_decoder(), s.method, Planted().settings, dtype="float32") for s in settings}
+    steps = {s.label: PlanRequest(small_decoder(), s.method, Synthetic().settings, dtype="float32") for s in settings}
     peak_bytes = {label: plan(step).peak_bytes for label, step in steps.items()}
 
-    results = sweep.sweep(lambda seed: Planted(seed, batches=LENGTHS.steps), settings, SEEDS, LENGTHS)
+    results = sweep.sweep(lambda seed: Synthetic(seed, batches=LENGTHS.steps), settings, SEEDS, LENGTHS)
 
-    figures = sweep.figures(results, peak_bytes)
-    record(model="toy-llama-half", task="planted", planted_targets=methods.ATTENTION_QV, **figures)
-    by_label = {row["label"]: row for row in figures["pareto"]}
+    metrics = sweep.metrics(results, peak_bytes)
+    record(model="toy-llama-half", task="planted", synthetic_targets=methods.ATTENTION_QV, **metrics)
+    by_label = {row["label"]: row for row in metrics["pareto"]}
     for setting in at_equal_rank:
         assert by_label[setting.label]["quality_low"] > REACHED, f"{setting.label} holds the planted update"
     for setting in at_equal_budget:
@@ -69,11 +69,11 @@ def test_planted_elsewhere(record: Callable[..., None]) -> None:
     """At the rank of the planted update, and with as many parameters, but in modules without a planted update."""
     elsewhere = lora("k,o", ("k_proj", "o_proj"), PLANTED_RANK)
 
-    results = sweep.sweep(lambda seed: Planted(seed, batches=LENGTHS.steps), [elsewhere], SEEDS, LENGTHS)
+    results = sweep.sweep(lambda seed: Synthetic(seed, batches=LENGTHS.steps), [elsewhere], SEEDS, LENGTHS)
 
-    figures = sweep.figures(results, {})
-    record(model="toy-llama-half", task="planted", planted_targets=methods.ATTENTION_QV, **figures)
-    assert figures["pareto"][0]["quality_high"] < REACHED
+    metrics = sweep.metrics(results, {})
+    record(model="toy-llama-half", task="planted", synthetic_targets=methods.ATTENTION_QV, **metrics)
+    assert metrics["pareto"][0]["quality_high"] < REACHED
 
 
 @pytest.mark.slow
@@ -81,10 +81,10 @@ def test_planted_elsewhere(record: Callable[..., None]) -> None:
 def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     """Does α/r determine the size of the update, or only, like a learning rate, the way to it?
 
-    ``update_over_planted`` is the norm of the learned update over that of the planted one. At one learning rate for all
-    (that of α = 2r) it depends on α/r; at separate rates the same update is found again.
+    ``update_over_synthetic`` is the norm of the learned update over that of the planted one. At one learning rate for
+    all (that of α = 2r) it depends on α/r; at separate rates the same update is found again.
     """
-    task = Planted(0, batches=LENGTHS.steps).prepared()
+    task = Synthetic(0, batches=LENGTHS.steps).prepared()
     at_one_rate: dict[float, Mapping[str, float]] = {}
     at_its_own: dict[float, Trained] = {}
     for scaling in SCALINGS:
@@ -103,8 +103,8 @@ def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     for scaling, each in at_its_own.items():
         assert each.scores["quality"] > REACHED, f"α/r = {scaling} did not find the planted update"
     bounds = ledger()["alpha-scales"].bounds
-    sizes = {scaling: each.scores["update_over_planted"] for scaling, each in at_its_own.items()}
-    shared = {scaling: scores.get("update_over_planted") for scaling, scores in at_one_rate.items()}
+    sizes = {scaling: each.scores["update_over_synthetic"] for scaling, each in at_its_own.items()}
+    shared = {scaling: scores.get("update_over_synthetic") for scaling, scores in at_one_rate.items()}
     decide("alpha-scales", "any", findings.scaling_sets_size(sizes, shared, **bounds))
 
 
@@ -142,7 +142,7 @@ def lora(
     """LoRA without dropout, which would be a further difference between sets."""
     config = {"r": rank, "lora_alpha": scaling * rank, "lora_dropout": 0.0, "target_modules": targets}
     label = f"{name} r{rank}"
-    method = methods.LORA.differs(f"lora {label}", f"LoRA r={rank} on {name}", peft_config=config)
+    method = methods.LORA.variant(f"lora {label}", f"LoRA r={rank} on {name}", peft_config=config)
     return Setting(label, method, start_rate)
 
 

@@ -94,7 +94,7 @@ def test_base_params(architecture: str, record: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 def test_trainable_params(method: methods.Method, architecture: str, record: Callable[..., None]) -> None:
     model = models.resolve(architecture, weights="random")
 
@@ -117,7 +117,7 @@ def test_trainable_params(method: methods.Method, architecture: str, record: Cal
 @pytest.mark.measures
 @pytest.mark.quick
 def test_params_of_the_built_model(measured: Measured, record: Callable[..., None]) -> None:
-    built = measured.figures["counted"]
+    built = measured.metrics["counted"]
 
     record(**built)
     planned = count_on_meta(measured.case.model, measured.case.method)

@@ -210,7 +210,7 @@ def test_two_processes_do_not_show_how_processes_differ(comparisons: int, record
         [verdict(*pair, rule) for pair in each_of(attempt, comparisons * simulation.CASES)] for attempt in range(2)
     )
     verdicts: list[Verdict] = [
-        once if once == twice or once == "same" else "cannot tell" for once, twice in zip(firsts, seconds, strict=True)
+        once if once == twice or once == "same" else "inconclusive" for once, twice in zip(firsts, seconds, strict=True)
     ]
     alarms = suites_with(["worse"], verdicts)
 
@@ -260,7 +260,7 @@ def looked_at(log_ratios: list[float], rule: PairRule) -> tuple[Verdict, int]:
     """Evaluate as `peft-gauge ab` does, at its numbers of process pairs, until one decides; returns that number too."""
     for pairs in PROCESS_PAIRS:
         found = over_processes(log_ratios[:pairs], rule).verdict
-        if found != "cannot tell":
+        if found != "inconclusive":
             break
     return found, pairs
 

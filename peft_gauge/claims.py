@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, unknown
 
-Verdict = Literal["holds", "refuted", "cannot tell"]
+Verdict = Literal["holds", "refuted", "inconclusive"]
 VERDICTS = get_args(Verdict)
 
 # The recorded verdict of a claim that no case has decided yet.
@@ -23,17 +23,17 @@ NOT_MEASURED = "not measured yet"
 
 @dataclass(frozen=True)
 class Finding:
-    """A measurement's result for a claim: the verdict, the figure behind it, and the conditions."""
+    """A measurement's result for a claim: the verdict, the metric behind it, and the conditions."""
 
     verdict: Verdict
-    figure: str
+    metric: str
     conditions: str
 
     @classmethod
-    def of(cls, holds: bool | None, figure: str, conditions: str) -> Finding:
-        """The finding with verdict ``holds``: True, False, or ``None`` for "cannot tell"."""
-        verdicts: dict[bool | None, Verdict] = {True: "holds", False: "refuted", None: "cannot tell"}
-        return cls(verdicts[holds], figure, conditions)
+    def of(cls, holds: bool | None, metric: str, conditions: str) -> Finding:
+        """The finding with verdict ``holds``: True, False, or ``None`` for "inconclusive"."""
+        verdicts: dict[bool | None, Verdict] = {True: "holds", False: "refuted", None: "inconclusive"}
+        return cls(verdicts[holds], metric, conditions)
 
 
 @dataclass(frozen=True)

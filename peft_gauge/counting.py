@@ -48,15 +48,15 @@ def logical_numel(parameter: Tensor) -> int:
 
 
 def constant_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """The scales and zero points that quantized layers keep as buffers, listed in ``quantisation_buffers``."""
+    """The scales and zero points that quantized layers keep as buffers, listed in ``quantization_buffers``."""
     for module in model.modules():
-        for name in getattr(module, "quantisation_buffers", ()):
+        for name in getattr(module, "quantization_buffers", ()):
             buffer = buffers_of(module).get(name)
             if buffer is not None:
                 yield buffer
 
 
-def quantisation_constants(parameter: Tensor) -> Iterator[Tensor]:
+def quantization_constants(parameter: Tensor) -> Iterator[Tensor]:
     """The tensors needed to dequantize a weight: absmax, its second level, offset, codebooks."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
@@ -78,7 +78,7 @@ def count(model: nn.Module) -> ParameterCount:
     """Count ``model``'s parameters and bytes; each tensor once, however many names it has."""
     parameters = list(model.parameters())  # `parameters()` already drops tied duplicates
     trainable = [p for p in parameters if p.requires_grad]
-    constants = {id(t): t for p in parameters for t in quantisation_constants(p)}
+    constants = {id(t): t for p in parameters for t in quantization_constants(p)}
     constants |= {id(t): t for t in constant_buffers(model)}
     buffers = {id(b): b for b in model.buffers() if id(b) not in constants}
     return ParameterCount(

@@ -132,7 +132,7 @@ def why_no_cuda() -> str | None:
 
     torch decides. It is not imported if both NVML and the device files indicate a machine without GPU. A failing NVML
     alone does not count, since CUDA may still work (in a container without permission for NVML); only the driver's
-    figures are then unavailable.
+    metrics are then unavailable.
     """
     driver = nvidia_driver()
     if driver.absent:

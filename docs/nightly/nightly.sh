@@ -11,7 +11,7 @@ results=${PEFT_GAUGE_RESULTS:-$HOME/peft-gauge-results}
 mkdir -p "$results"
 exec 9> "$results/.nightly.lock"
 if ! flock --nonblock 9; then
-  echo "another night is still on the card" >&2
+  echo "another night is still on the GPU" >&2
   exit 1
 fi
 
@@ -25,7 +25,7 @@ peft-gauge doctor --results "$results"
 saved() { find "$results" -name '[0-9]*.json' | sort; }
 saved > "$environment/before"
 measured=0
-# Without --device=cuda every case would be a skip, and the night a success, where the card has gone.
+# Without --device=cuda every case would be a skip, and the night a success, where the GPU has gone.
 pytest -m gpu --device=cuda --results="$results" || measured=$?
 
 # By name: times of files are as coarse as the clock's ticks, and another clock's on a file server.

@@ -19,6 +19,6 @@ def released(library: str, since: str) -> bool:
 def moved(library: str, piece: str) -> str:
     """The warning of a plan that cannot replace ``piece`` because this release does not have it."""
     return (
-        f"{library} {version(library)} has no {piece}, which plans replace by the GPU's behaviour: figures may be "
+        f"{library} {version(library)} has no {piece}, which plans replace by the GPU's behaviour: metrics may be "
         f"wrong, usually too small; plan with an older release of {library}."
     )

@@ -104,7 +104,7 @@ def replace_layers(quantizer: Any, model: Any) -> None:
     quantizer._process_model_before_weight_loading(model)
 
 
-def mark_quantised(config: Any, dtype: Any) -> None:
+def mark_quantized(config: Any, dtype: Any) -> None:
     """Flash attention reads the compute dtype from a quantized model's config, not from its (packed) weights:
     transformers 5 from the first of these attributes, transformers 4 from the second."""
     config._is_quantized = True

@@ -31,7 +31,7 @@ class TimesWork(Protocol):
 
 
 @dataclass(frozen=True)
-class CardSpeed:
+class PeakThroughput:
     """The fastest product and the fastest copy that were measured.
 
     Attributes:
@@ -61,7 +61,9 @@ class CardSpeed:
         return asdict(self) | {"product_shape": list(self.product_shape)}
 
 
-def measure_card(device: str, dtype: str, *, stopwatch: TimesWork | None = None, seconds: float = 0.7) -> CardSpeed:
+def measure_peak_throughput(
+    device: str, dtype: str, *, stopwatch: TimesWork | None = None, seconds: float = 0.7
+) -> PeakThroughput:
     """Measure torch's current ``device`` ("cuda" or "cpu") with matrices of ``dtype``, under the present settings.
 
     The fastest round counts, since the result is an upper limit. The product has 8192² matrices on a GPU and 1024² on
@@ -88,7 +90,7 @@ def measure_card(device: str, dtype: str, *, stopwatch: TimesWork | None = None,
     copy_seconds = _fastest(_copy(device, copy_bytes), watch, seconds)
     if device == "cuda":
         torch.cuda.empty_cache()
-    return CardSpeed(
+    return PeakThroughput(
         device=device,
         dtype=dtype,
         product_flops_per_second=2 * side**3 / product_seconds,
@@ -151,13 +153,13 @@ def _fastest(work: Callable[[], object], watch: TimesWork, seconds: float) -> fl
     return min(each.seconds for each in rounds)
 
 
-def share_of_product(flops: float, seconds: float, card: CardSpeed) -> float:
+def mfu(flops: float, seconds: float, card: PeakThroughput) -> float:
     """``flops`` / ``seconds`` over the device's product speed. Raises `GaugeError` unless ``seconds`` is positive."""
     return _per_second(flops, seconds) / card.product_flops_per_second
 
 
-def share_of_copy(nbytes: float, seconds: float, card: CardSpeed) -> float:
-    """``nbytes``, read and written, / ``seconds`` over the device's copy speed. Raises as `share_of_product`."""
+def mbu(nbytes: float, seconds: float, card: PeakThroughput) -> float:
+    """``nbytes``, read and written, / ``seconds`` over the device's copy speed. Raises as `mfu`."""
     return _per_second(nbytes, seconds) / card.copy_bytes_per_second
 
 
@@ -175,4 +177,4 @@ def impossible(share: float, what: str) -> str | None:
     """
     if share <= 1:
         return None
-    return f"{what}: {share:g} times this device's measured peak; this figure or the clock is wrong"
+    return f"{what}: {share:g} times this device's measured peak; this metric or the clock is wrong"

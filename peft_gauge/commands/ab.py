@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft_gauge.environments.build import Environment
-    from peft_gauge.environments.measurement import Finding, Keep, ProcessPair, Setting
+    from peft_gauge.environments.measurement import Keep, MethodResult, ProcessPair, Setting
     from peft_gauge.environments.pairs import PairRule
     from peft_gauge.environments.progress import Display
     from peft_gauge.environments.state import Kept
     from peft_gauge.environments.worker import CaseSpec
-    from peft_gauge.history.comparison import Comparison
+    from peft_gauge.history.comparison import RunComparison
 
 
 def ab(
@@ -160,7 +160,7 @@ def _findings(
     setting: Setting,
     kept: Kept,
     display: Display,
-) -> list[Finding]:
+) -> list[MethodResult]:
     """One finding per case; process pairs that were measured before an interruption are reused."""
     from peft_gauge.environments.measurement import compare_cases
 
@@ -214,7 +214,7 @@ def _self_checks(
     return lines, wrong
 
 
-def _show(findings: Sequence[Finding], comparison: Comparison, everything: bool) -> None:
+def _show(findings: Sequence[MethodResult], comparison: RunComparison, everything: bool) -> None:
     from rich.console import Console
 
     from peft_gauge.environments.decision import told_differences

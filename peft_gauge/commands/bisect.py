@@ -12,7 +12,7 @@ from peft_gauge.errors import GaugeError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from peft_gauge.environments.bisection import Outcome, Probe
+    from peft_gauge.environments.bisection import BisectionResult, Probe
     from peft_gauge.environments.progress import Display
 
 NOT_WORSE, FOUND = 0, 1
@@ -104,7 +104,7 @@ def _releases(library: str, limits: str) -> list[str]:
 
 def _telling(question: Callable[[str], Probe], change: str, display: Display) -> Callable[[str], Probe]:
     """``question``, with each result printed as it arrives."""
-    words = {"good": f"not {change}", "bad": change.upper(), "unusable": "left out", "cannot tell": "cannot tell"}
+    words = {"good": f"not {change}", "bad": change.upper(), "unusable": "left out", "inconclusive": "inconclusive"}
 
     def ask(release: str) -> Probe:
         probe = question(release)
@@ -115,7 +115,7 @@ def _telling(question: Callable[[str], Probe], change: str, display: Display) ->
     return ask
 
 
-def conclusion(library: str, change: str, outcome: Outcome) -> tuple[int, str]:
+def conclusion(library: str, change: str, outcome: BisectionResult) -> tuple[int, str]:
     """Exit code and last line; raises `GaugeError` where the result is inconclusive."""
     if outcome.reference is None:
         raise GaugeError(
@@ -123,9 +123,9 @@ def conclusion(library: str, change: str, outcome: Outcome) -> tuple[int, str]:
         )
     if outcome.end is None:
         raise GaugeError(f"only {library} {outcome.reference} runs in this range; nothing to compare it with")
-    if outcome.end.answer == "cannot tell":
+    if outcome.end.answer == "inconclusive":
         raise GaugeError(
-            f"cannot tell whether {library} {outcome.end.release} is {change} compared with {outcome.reference} "
+            f"inconclusive whether {library} {outcome.end.release} is {change} compared with {outcome.reference} "
             f"({outcome.end.why}); raise --budget"
         )
     if outcome.first_bad is None:

@@ -77,7 +77,7 @@ def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
         PlanRequest(record, method, StepSettings(batch, seq), dtype=DTYPE)
         for record in [resolve(name, weights="random") for name in models]
         for batch, seq in SHAPES[record.name]
-        for method in methods.SEVEN
+        for method in methods.DEFAULT_METHODS
     ]
     return {_key(request): Margins().ceiling(plan) for request, plan in zip(requests, sweep(requests), strict=True)}
 

@@ -20,7 +20,7 @@ DEFAULT_RUNS = Path("results")
 START, END = "<!-- claims: made by peft-gauge claims --write README.md -->", "<!-- end of claims -->"
 """The marker lines around the table in a file. The text after the first marker's colon is free."""
 
-HEADINGS = ("claim", "model", "verdict", "figure", "conditions", "date", "machine")
+HEADINGS = ("claim", "model", "verdict", "metric", "conditions", "date", "machine")
 BEFORE_ROWS = 5
 """Lines between the first marker and the first claim's row: an empty line, the counts, an empty line, the heading."""
 MOST_NAMED = 3
@@ -110,7 +110,7 @@ def _markdown_rows(standings: Sequence[Standing]) -> Iterable[list[str]]:
     above: list[str] = []
     for one in standings:
         claim = f"**{escape(one.id)}**: {escape(one.statement)}"
-        own = [escape(cell) for cell in (one.model, _verdict(one), one.figure or ABSENT)]
+        own = [escape(cell) for cell in (one.model, _verdict(one), one.metric or ABSENT)]
         often_shared = [claim, *map(escape, (one.conditions or ABSENT, _date(one), _machine(one)))]
         same_claim = above[:1] == [claim]
         first, *last = (
@@ -131,12 +131,12 @@ def _as_terminal(standings: Sequence[Standing]) -> str:
     table = Table(title="claims", title_justify="left", caption=caption, caption_justify="left")
     for heading in ("claim", "model"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("verdict", "figure"):
+    for heading in ("verdict", "metric"):
         table.add_column(heading, overflow="fold")
     table.add_column("date", no_wrap=True)
     table.add_column("machine", overflow="fold")
     for one in standings:
-        cells = (one.id, one.model, _verdict(one), one.figure or ABSENT, _date(one), _machine(one))
+        cells = (one.id, one.model, _verdict(one), one.metric or ABSENT, _date(one), _machine(one))
         table.add_row(*cells)
     return as_text([table], Console().width)
 
@@ -145,13 +145,13 @@ def _counted(standings: Sequence[Standing]) -> str:
     from peft_gauge.report.html.page_data import counted
 
     claims = len({one.id for one in standings})
-    differing = sum(one.differs for one in standings)
+    differing = sum(one.variant for one in standings)
     told = f"{claims} claims, each on one or more models: {counted(one.verdict for one in standings)}"
     return f"{told}; differing from the recorded verdict: {differing}" if differing else told
 
 
 def _verdict(standing: Standing) -> str:
-    remarks = [f"recorded: {standing.recorded}"] if standing.differs else []
+    remarks = [f"recorded: {standing.recorded}"] if standing.variant else []
     remarks += ["of an earlier wording"] if standing.reworded else []
     return f"{standing.verdict} ({', '.join(remarks)})" if remarks else standing.verdict
 
@@ -228,7 +228,7 @@ def _difference(old: list[str], new: list[str], standings: Sequence[Standing]) -
         return "lines outside the claims' rows differ"
     names = [f"{standings[row].id} on {standings[row].model}" for row in changed[:MOST_NAMED]]
     more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
-    return f"{', '.join([*names, *more])} {'differ' if len(changed) > 1 else 'differs'}"
+    return f"{', '.join([*names, *more])} {'differ' if len(changed) > 1 else 'variant'}"
 
 
 def _write(file: Path, lines: list[str]) -> None:

@@ -11,7 +11,7 @@ import typer
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
-    from peft_gauge.history.comparison import Comparison
+    from peft_gauge.history.comparison import RunComparison
     from peft_gauge.history.selection import Chosen
 
 
@@ -43,7 +43,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for example for a CI summary.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the full comparison to this file.")] = None,
 ) -> None:
-    """Compare each NEW with BASE: same, better, worse or cannot tell, with interval and likely cause.
+    """Compare each NEW with BASE: same, better, worse or inconclusive, with interval and likely cause.
 
     Exit code 0: no regression found; 1: regression; 2: runs not comparable or not readable.
     """
@@ -123,7 +123,7 @@ def _this_machine() -> str:
     return str(machine_info()["name"])
 
 
-def _write_json(path: Path, comparisons: list[Comparison], strict: bool) -> None:
+def _write_json(path: Path, comparisons: list[RunComparison], strict: bool) -> None:
     from peft_gauge.files import write_whole
     from peft_gauge.report import comparison
 
@@ -133,7 +133,7 @@ def _write_json(path: Path, comparisons: list[Comparison], strict: bool) -> None
         raise GaugeError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _print(comparisons: list[Comparison], markdown: bool, everything: bool) -> None:
+def _print(comparisons: list[RunComparison], markdown: bool, everything: bool) -> None:
     from rich.console import Console
 
     from peft_gauge.report import comparison
@@ -145,7 +145,7 @@ def _print(comparisons: list[Comparison], markdown: bool, everything: bool) -> N
         print("\n".join(comparison.as_terminal(each, width, everything=everything) for each in comparisons), end="")
 
 
-def _not_comparable(comparison: Comparison, across_machines: bool) -> str:
+def _not_comparable(comparison: RunComparison, across_machines: bool) -> str:
     hint = "" if across_machines or "machines" not in str(comparison.incomparable) else "; add --across-machines to"
     hint += " compare deterministic metrics only" if hint else ""
     return f"{comparison.new} and {comparison.base} are not comparable: {comparison.incomparable}{hint}"

@@ -32,8 +32,8 @@ def memory_curve(
     memory_picture.check_destination(out)
     cards = [card(name) for name in gpu or CARDS]
     points = planned_points(model, parse_seqs(seqs), batch, dtype, method or [])
-    figures = memory_picture.save(points, cards, out)
-    print(f"wrote {out} and its data, {figures}")
+    metrics = memory_picture.save(points, cards, out)
+    print(f"wrote {out} and its data, {metrics}")
 
 
 def parse_seqs(text: str) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
     from peft_gauge.training.step import StepSettings
 
     models.check_dtype(dtype)
-    chosen = [methods.get(name) for name in method_names] or methods.SEVEN
+    chosen = [methods.get(name) for name in method_names] or methods.DEFAULT_METHODS
     record = models.resolve(model)
     record.check_sequence(seqs[-1])
     requests = [PlanRequest(record, method, StepSettings(batch, seq), dtype=dtype) for method in chosen for seq in seqs]

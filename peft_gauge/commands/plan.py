@@ -15,7 +15,7 @@ from peft_gauge.errors import GaugeError, unknown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from peft_gauge.plan.record import Outcome, PlanFailure
+    from peft_gauge.plan.record import PlanFailure, PlanOutcome
     from peft_gauge.training.methods import Method
 
 FINDABLE = ("batch", "seq", "rank")
@@ -107,7 +107,7 @@ def plan(
 
     adapters, unusable = _adapters(adapter or [], record.name)
     chosen: Sequence[Method] = [*map(methods.get, method or []), *adapters]
-    requests = [request(each) for each in (chosen if chosen or unusable else methods.SEVEN)]
+    requests = [request(each) for each in (chosen if chosen or unusable else methods.DEFAULT_METHODS)]
     if find is not None:
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
@@ -186,7 +186,7 @@ def _checked_norm(norm: float | None) -> float | None:
     return norm
 
 
-def _show(outcomes: Sequence[Outcome], as_json: bool) -> None:
+def _show(outcomes: Sequence[PlanOutcome], as_json: bool) -> None:
     from peft_gauge.plan.record import PlanFailure
 
     failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]

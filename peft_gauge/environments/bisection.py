@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Answer = Literal["good", "bad", "unusable", "cannot tell"]
+Answer = Literal["good", "bad", "unusable", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BisectionResult:
     """The result of a bisection.
 
     ``reference``: the release that all others are compared with, ``None`` if none ran; ``first_bad``: the first bad
@@ -42,7 +42,9 @@ class Outcome:
     probes: tuple[Probe, ...]
 
 
-def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Callable[[str], Probe]) -> Outcome:
+def bisect(
+    releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Callable[[str], Probe]
+) -> BisectionResult:
     """Bisect ``releases``, oldest first.
 
     ``is_usable`` is called for releases from the lower end until one is good: the reference. ``probe`` judges a release
@@ -56,7 +58,7 @@ def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Ca
 
     reference = next((i for i, each in enumerate(releases) if ask(is_usable, each).answer == "good"), None)
     if reference is None:
-        return Outcome(None, None, None, (), None, tuple(asked))
+        return BisectionResult(None, None, None, (), None, tuple(asked))
     end, last = None, len(releases) - 1
     while last > reference:
         end = ask(probe, releases[last])
@@ -66,7 +68,7 @@ def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Ca
     else:
         end = None
     if end is None or end.answer != "bad":
-        return Outcome(releases[reference], None, None, (), end, tuple(asked))
+        return BisectionResult(releases[reference], None, None, (), end, tuple(asked))
     good, bad, first_bad, between = reference, last, end, list(range(reference + 1, last))
     while between:
         middle = between[(len(between) - 1) // 2]
@@ -78,7 +80,7 @@ def bisect(releases: Sequence[str], is_usable: Callable[[str], Probe], probe: Ca
             good = middle
         between = [each for each in between if good < each < bad]
     left = tuple(releases[good + 1 : bad])
-    return Outcome(releases[reference], first_bad, releases[good], left, end, tuple(asked))
+    return BisectionResult(releases[reference], first_bad, releases[good], left, end, tuple(asked))
 
 
 def expected_probes(releases: int) -> int:

@@ -16,9 +16,9 @@ from peft_gauge.history.reader import read_run
 from peft_gauge.history.writer import commit_info, write_run
 
 if TYPE_CHECKING:
-    from peft_gauge.environments.measurement import Finding
+    from peft_gauge.environments.measurement import MethodResult
     from peft_gauge.environments.requirements import Side
-    from peft_gauge.history.comparison import Comparison, Row
+    from peft_gauge.history.comparison import Row, RunComparison
     from peft_gauge.history.rules import Rules
 
 CHANGED = "CHANGED"
@@ -28,7 +28,7 @@ METRIC = "step_seconds"
 
 
 def save(
-    findings: Sequence[Finding], sides: tuple[Side, Side], options: Mapping[str, Any], results: Path
+    findings: Sequence[MethodResult], sides: tuple[Side, Side], options: Mapping[str, Any], results: Path
 ) -> tuple[Path, Path]:
     """Save both sides as runs under ``results``, A's first; raises `GaugeError` as `write_run` does."""
     from pytest_benchmark import __version__
@@ -49,7 +49,7 @@ def save(
     return paths[0], paths[1]
 
 
-def compared(findings: Sequence[Finding], paths: tuple[Path, Path], rules: Rules) -> Comparison:
+def compared(findings: Sequence[MethodResult], paths: tuple[Path, Path], rules: Rules) -> RunComparison:
     """The comparison of both saved runs, with the verdicts of ``findings`` on times.
 
     A setting that differs was changed by the releases; it is reported and does not make the runs incomparable. A
@@ -71,16 +71,16 @@ def compared(findings: Sequence[Finding], paths: tuple[Path, Path], rules: Rules
 
 def _comparable(record: schema.CaseRecord) -> schema.CaseRecord:
     """``record`` without settings, and with one median time in place of its rounds: the pairs give the verdict."""
-    figures = {name: value for name, value in record.figures.items() if name not in (SETTINGS, schema.SAMPLES)}
-    samples = record.figures.get(schema.SAMPLES)
+    metrics = {name: value for name, value in record.metrics.items() if name not in (SETTINGS, schema.SAMPLES)}
+    samples = record.metrics.get(schema.SAMPLES)
     if samples is not None:
-        figures[METRIC] = statistics.median([seconds for process in samples[METRIC] for seconds in process])
-    return replace(record, figures=figures)
+        metrics[METRIC] = statistics.median([seconds for process in samples[METRIC] for seconds in process])
+    return replace(record, metrics=metrics)
 
 
-def _decided(row: Row, finding: Finding, shape: str | None) -> Row:
+def _decided(row: Row, finding: MethodResult, shape: str | None) -> Row:
     if row.metric == FINGERPRINT and row.verdict in ("worse", "better"):
-        return replace(row, verdict="cannot tell", label=CHANGED)
+        return replace(row, verdict="inconclusive", label=CHANGED)
     if row.metric != METRIC or finding.judged is None:
         return row
     judged = finding.judged
@@ -91,17 +91,17 @@ def _decided(row: Row, finding: Finding, shape: str | None) -> Row:
     return replace(row, label="same") if same else row  # a label makes an unchanged time visible: it is the result
 
 
-def _settings(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
+def _settings(findings: Sequence[MethodResult]) -> Iterator[tuple[MethodResult, str]]:
     for each in findings:
-        old, new = (dict(flat(record.figures.get(SETTINGS) or {})) for record in each.records)
+        old, new = (dict(flat(record.metrics.get(SETTINGS) or {})) for record in each.records)
         differing = changes(old, new) if old and new else []
         if differing:
             yield each, "; ".join(differing)
 
 
-def told_differences(finding: Finding, limit: int = 20) -> list[str]:
+def told_differences(finding: MethodResult, limit: int = 20) -> list[str]:
     """Lines on how B's step differs, after a line with the case's id; empty if nothing differs."""
-    before, after = (record.figures.get(FINGERPRINT) for record in finding.records)
+    before, after = (record.metrics.get(FINGERPRINT) for record in finding.records)
     if before is None or after is None:
         return []
     texts = [each.text for each in differences(before, after)]

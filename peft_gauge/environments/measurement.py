@@ -32,7 +32,7 @@ Keep = Callable[[str, Sequence["ProcessPair"]], object]
 
 
 @dataclass(frozen=True)
-class Finding:
+class MethodResult:
     """The result of a case on both sides.
 
     ``records``: A's and B's, each for a saved run; ``machines``: the `machine_info` of either side's process;
@@ -49,8 +49,8 @@ class Finding:
 class ProcessPair:
     """The result of a case in one pair of processes.
 
-    ``records`` and ``machines``: as in `Finding`; ``log_ratio``: logarithm of B's step time over A's, ``None`` if a
-    side did not run; ``lead``: log factor by which the first step of a pair is slower; ``a_first``: whether A was
+    ``records`` and ``machines``: as in `MethodResult`; ``log_ratio``: logarithm of B's step time over A's, ``None``
+    if a side did not run; ``lead``: log factor by which the first step of a pair is slower; ``a_first``: whether A was
     started first; ``unsteady``: disturbances of the host meanwhile (`peft_gauge.clock.steadiness.host_unsteady`);
     ``note``: any further remark.
     """
@@ -95,7 +95,7 @@ def compare_case(
     rule: PairRule,
     setting: Setting,
     say: Say = lambda text: None,
-) -> Finding:
+) -> MethodResult:
     """``case`` on both sides; see `compare_cases`."""
     (finding,) = compare_cases(environments, [case], rule, setting, say)
     return finding
@@ -110,7 +110,7 @@ def compare_cases(
     *,
     known: Mapping[str, Sequence[ProcessPair]] | None = None,
     keep: Keep = lambda case_id, found: None,
-) -> Iterator[Finding]:
+) -> Iterator[MethodResult]:
     """Measure each of ``cases`` on both sides; yields each as soon as its verdict is clear or all pairs are used up.
 
     A pair of processes measures all undecided cases in turn, since starting it takes several times as long as the
@@ -121,7 +121,7 @@ def compare_cases(
     fails in a step is an outcome.
     """
 
-    def decided(found: Sequence[ProcessPair]) -> Finding | None:
+    def decided(found: Sequence[ProcessPair]) -> MethodResult | None:
         return _decided(found, rule)
 
     yield from _measured(environments, cases, rule, setting, say, decided, PROCESS_PAIRS[-1], known or {}, keep)
@@ -188,16 +188,16 @@ def _numbered(say: Say, number: int, most: int) -> Say:
     return lambda text: say(f"processes {number} of at most {most}: {text}")
 
 
-def _decided(found: Sequence[ProcessPair], rule: PairRule) -> Finding | None:
+def _decided(found: Sequence[ProcessPair], rule: PairRule) -> MethodResult | None:
     """The finding over all pairs of processes, or ``None`` if more are needed."""
     if not found:
         return None
     if found[-1].log_ratio is None:  # a case that fails once is not valid, even if it ran before
-        return Finding(found[-1].records, found[-1].machines, None, None)
+        return MethodResult(found[-1].records, found[-1].machines, None, None)
     if len(found) not in PROCESS_PAIRS:
         return None
     judged = over_processes([each.log_ratio for each in found if each.log_ratio is not None], rule)
-    if judged.verdict == "cannot tell" and len(found) < PROCESS_PAIRS[-1]:
+    if judged.verdict == "inconclusive" and len(found) < PROCESS_PAIRS[-1]:
         return None
     return _together(found, judged)
 
@@ -235,13 +235,13 @@ def _of_case(say: Say, case: CaseSpec) -> Say:
     return lambda text: say(f"{case.method}: {text}")
 
 
-def _together(found: Sequence[ProcessPair], judged: Judgement) -> Finding:
+def _together(found: Sequence[ProcessPair], judged: Judgement) -> MethodResult:
     """One finding from all pairs of processes."""
     records = [
         replace(
             found[0].records[side],
-            figures=found[0].records[side].figures
-            | {SAMPLES: {STEP: [each.records[side].figures[SAMPLES][STEP][0] for each in found]}},
+            metrics=found[0].records[side].metrics
+            | {SAMPLES: {STEP: [each.records[side].metrics[SAMPLES][STEP][0] for each in found]}},
         )
         for side in (0, 1)
     ]
@@ -252,7 +252,7 @@ def _together(found: Sequence[ProcessPair], judged: Judgement) -> Finding:
     notes += sorted({each.note for each in found if each.note})
     unsteady = why_unsteady(found)
     notes += [] if unsteady is None else [unsteady]
-    return Finding((records[0], records[1]), found[0].machines, judged, "; ".join(notes))
+    return MethodResult((records[0], records[1]), found[0].machines, judged, "; ".join(notes))
 
 
 def why_unsteady(found: Sequence[ProcessPair]) -> str | None:
@@ -290,7 +290,7 @@ def _once(
         return ProcessPair((broken[0], broken[1]), machines, a_first)
     unsteady = host_unsteady(before, host_state())
     for record, seconds in zip(records, (paired.seconds_a, paired.seconds_b), strict=True):
-        record.figures[SAMPLES] = {STEP: [list(seconds)]}
+        record.metrics[SAMPLES] = {STEP: [list(seconds)]}
     return ProcessPair(records, machines, a_first, paired.log_ratio, paired.lead, unsteady, _note(paired))
 
 
@@ -338,12 +338,12 @@ def _built(worker: Worker, case: CaseSpec, described: bool) -> CaseRecord:
     """Build ``case``, ready to step in ``worker``; with its metrics if ``described``."""
     try:
         # A fingerprint takes steps and instruments the optimizer, so the timed job is built after it.
-        figures = worker.describe(case) if described else {}
+        metrics = worker.describe(case) if described else {}
         worker.build(case)
     except WorkerFailed as failure:
         named = {"method": case.method, "model": case.model, "device": case.device}
         return CaseRecord(case.id, QUESTION, failure.outcome, failure.reason, named)
-    return CaseRecord(case.id, QUESTION, "passed", figures=figures)
+    return CaseRecord(case.id, QUESTION, "passed", metrics=metrics)
 
 
 def _progress(paired: Paired) -> str:

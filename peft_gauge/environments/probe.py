@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft_gauge.history.intervals import Judgement
 
 STEP_SECONDS = "step_seconds"
-FIGURES = (STEP_SECONDS, FINGERPRINT, "trainable_params", "allocated_peak_bytes", "flops_per_step")
+METRICS = (STEP_SECONDS, FINGERPRINT, "trainable_params", "allocated_peak_bytes", "flops_per_step")
 PARTS: Mapping[str, tuple[str, ...]] = {
     **{
         name: (name,)
@@ -46,25 +46,25 @@ TOLD = 2
 
 @dataclass(frozen=True)
 class Metric:
-    """``method``: whose step; ``figure``: one of `FIGURES`; ``part``: of the fingerprint, one of `PARTS`, or all."""
+    """``method``: whose step; ``metric``: one of `METRICS`; ``part``: of the fingerprint, one of `PARTS`, or all."""
 
     method: str
-    figure: str
+    name: str
     part: str | None = None
 
     @property
     def is_time(self) -> bool:
-        return self.figure == STEP_SECONDS
+        return self.name == STEP_SECONDS
 
 
 def parse_metric(text: str) -> Metric:
-    """Parse ``method:figure`` or ``method:fingerprint:part``; raises `GaugeError`, with the nearest valid names."""
+    """Parse ``method:metric`` or ``method:fingerprint:part``; raises `GaugeError`, with the nearest valid names."""
     method, *rest = (part.strip().replace(" ", "_") for part in text.split(":"))
     if not 1 <= len(rest) <= 2:
         raise GaugeError(f"{text!r} is not a valid metric; write METHOD:METRIC, as in qlora:step_seconds")
     methods.get(method)
-    if rest[0] not in FIGURES:
-        raise unknown("figure", rest[0], FIGURES)
+    if rest[0] not in METRICS:
+        raise unknown("metric", rest[0], METRICS)
     if len(rest) == 1:
         return Metric(method, rest[0])
     if rest[0] != FINGERPRINT:
@@ -76,9 +76,9 @@ def parse_metric(text: str) -> Metric:
 
 def difference(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """How a deterministic metric differs between two cases, as text; ``None`` if it is equal."""
-    if metric.figure != FINGERPRINT:
-        old, new = before.get(metric.figure), after.get(metric.figure)
-        return None if old == new else f"{metric.figure}: {_told(old)} → {_told(new)}"
+    if metric.name != FINGERPRINT:
+        old, new = before.get(metric.name), after.get(metric.name)
+        return None if old == new else f"{metric.name}: {_told(old)} → {_told(new)}"
     kinds = None if metric.part is None else PARTS[metric.part]
     found = [
         each.text
@@ -156,7 +156,7 @@ class Prober:
         record, why = self._shape(release)
         if record is None:
             return "unusable", why
-        found = difference(self.metric, self._reference[1].figures, record.figures)
+        found = difference(self.metric, self._reference[1].metrics, record.metrics)
         return ("good", "no difference") if found is None else ("bad", found)
 
     def _timed(self, release: str) -> tuple[Answer, str]:
@@ -166,7 +166,7 @@ class Prober:
         except NoEnvironment as error:
             return "unusable", str(error)
         sides = self._environment(self._reference[0]), environment
-        answer: Answer = "cannot tell"
+        answer: Answer = "inconclusive"
         why = ""
         for rule in self._rules():
             try:
@@ -179,7 +179,7 @@ class Prober:
             if finding.judged is None:
                 return "unusable", f"{new.outcome}: {new.reason}"
             answer, why = _answer(finding.judged), _words(finding.judged, finding.note)
-            if answer != "cannot tell":
+            if answer != "inconclusive":
                 break
         return answer, why
 
@@ -220,8 +220,8 @@ def prober(
 
 
 def _answer(judged: Judgement) -> Answer:
-    if judged.verdict == "cannot tell":
-        return "cannot tell"
+    if judged.verdict == "inconclusive":
+        return "inconclusive"
     return "bad" if judged.verdict == "worse" else "good"
 
 

@@ -94,7 +94,7 @@ def _look(pairs: int, deviation: float, rule: PairRule) -> Looked:
 def _judged(log_ratios: Sequence[float], rule: PairRule) -> Judgement:
     for pairs in (each for each in PROCESS_PAIRS if each <= len(log_ratios)):
         judged = over_processes(log_ratios[:pairs], rule)
-        if judged.verdict != "cannot tell":
+        if judged.verdict != "inconclusive":
             break
     return judged
 

@@ -239,8 +239,8 @@ class _Child:
 
         case, job = self._built(names)
         record = fingerprint(job)
-        figures = {**described(case, job), "trainable_params": count(job.model).trainable_params}
-        return {**figures, **_with_direction(record), "fingerprint": record}
+        metrics = {**described(case, job), "trainable_params": count(job.model).trainable_params}
+        return {**metrics, **_with_direction(record), "fingerprint": record}
 
     def build(self, **names: Any) -> None:
         from peft_gauge.clock.rounds import Stopwatch

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge._internals.torch import DispatchMode
-from peft_gauge.counting import count, quantisation_constants, trainable_dtypes
+from peft_gauge.counting import count, quantization_constants, trainable_dtypes
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.operators import Operator
-from peft_gauge.fingerprint.places import Places
+from peft_gauge.fingerprint.places import ModuleAttribution
 from peft_gauge.memory.categories import (
     ADAPTER_WEIGHTS,
     BACKWARD,
@@ -30,7 +30,7 @@ from peft_gauge.memory.categories import (
     LOGITS_AND_LOSS,
     OPTIMIZER,
     OPTIMIZER_STATE,
-    QUANTISATION_CONSTANTS,
+    QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.tracker import StorageTracker, no_collector
 
@@ -86,7 +86,7 @@ def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: in
     if job.optimizer.state:
         raise GaugeError("this job has already taken a step, but a fingerprint needs initial weights; build a new job")
     losses = [_plain_step(job, micro_batches, number) for number in range(1, WARM_UP_STEPS + 1)]
-    recorder = _Recorder(Places(job.model))
+    recorder = _Recorder(ModuleAttribution(job.model))
     tracker = StorageTracker(vocabulary=_vocabulary(job.model))
     _adopt(tracker, job)
     with no_collector():
@@ -162,7 +162,7 @@ def _adopt(tracker: StorageTracker, job: Job) -> None:
     tracker.adopt(job.model.buffers(), BUFFERS)
     for parameter in job.model.parameters():
         tracker.adopt(parameter, ADAPTER_WEIGHTS if parameter.requires_grad else BASE_WEIGHTS)
-        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+        tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
     for state in job.optimizer.state.values():
         tracker.adopt((value for value in state.values() if isinstance(value, Tensor)), OPTIMIZER_STATE)
     tracker.follow(job.optimizer)
@@ -190,7 +190,7 @@ def _traffic(phase: str, recorder: _Recorder, tracker: StorageTracker) -> dict[s
 class _Recorder(DispatchMode):
     """Counts all dispatched operators while it is active; the caller sets ``phase``."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: ModuleAttribution) -> None:
         super().__init__()
         self.places = places
         self.phase = ""

@@ -27,7 +27,7 @@ def _whole(path: str) -> str:
     return path or ROOT
 
 
-class Places:
+class ModuleAttribution:
     """While active, `now` is the path of the innermost running module (folded, unless ``fold`` is off), or `UNKNOWN`.
 
     Autograd numbers its nodes in the order in which the forward pass creates them. The numbers at which modules were
@@ -50,7 +50,7 @@ class Places:
         self._places: list[str] = []
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Places:
+    def __enter__(self) -> ModuleAttribution:
         # `always_call`: checkpointing leaves modules by an exception once it has recomputed enough.
         self._hooks = [
             register_module_forward_pre_hook(self._entered),

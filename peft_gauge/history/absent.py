@@ -18,31 +18,31 @@ NAMING = ("model", "method", "adapter", "device")
 
 
 class Absence(NamedTuple):
-    """``label``: one of `ABSENT`; ``why``: goes on from the run's name, as in "NEW did not ask this question"."""
+    """``label``: one of `ABSENT`; ``why``: goes on from the run's name, as in "NEW did not ask this benchmark"."""
 
     label: str
     why: str
 
 
 class Absences:
-    """``absences(id, question, figures)``: why ``run`` does not hold a case of ``held``.
+    """``absences(id, benchmark, metrics)``: why ``run`` does not hold a case of ``held``.
 
-    A run says what it was asked for and what was deselected (`Selection`). Of an older one, which does not, a question
+    A run says what it was asked for and what was deselected (`Selection`). Of an older one, which does not, a benchmark
     was not asked if it holds none of its cases, and only in other parts if it holds none that the other run has.
     """
 
     def __init__(self, held: Run, run: Run) -> None:
         self._run = run
-        self._questions = {case.question for case in run.cases}
+        self._benchmarks = {case.benchmark for case in run.cases}
         ids = {case.id for case in held.cases}
-        self._repeated = {case.question for case in run.cases if case.id in ids}
+        self._repeated = {case.benchmark for case in run.cases if case.id in ids}
         self._options = [
             f"--{name} {_told(run.options[name])}" if run.options.get(name) is not None else f"no --{name}"
             for name in NAMING
             if held.options.get(name) != run.options.get(name)
         ]
 
-    def __call__(self, id_: str, question: str, figures: Mapping[str, Any]) -> Absence:
+    def __call__(self, id_: str, benchmark: str, metrics: Mapping[str, Any]) -> Absence:
         run, selection = self._run, self._run.selection
         if selection is not None:
             if id_ in (selection.deselected or ()):
@@ -50,17 +50,17 @@ class Absences:
                 return Absence(DESELECTED, f"left it out ({by})")
             if not selection.covers(id_):
                 return Absence(NOT_ASKED, f"was asked for {', '.join(selection.args)} only")
-        # What is about no method has the same name whatever is asked for; what has no figures may be about one.
-        if self._options and ("method" in figures or not figures):
+        # What is about no method has the same name whatever is asked for; what has no metrics may be about one.
+        if self._options and ("method" in metrics or not metrics):
             return Absence(NOT_ASKED, f"had {' and '.join(self._options)}")
         if run.interrupted:
             return Absence(NOT_REACHED, "was interrupted before it")
-        if question not in self._questions and not (selection is not None and selection.deselected is not None):
-            return Absence(NOT_ASKED, "did not ask this question")
-        if selection is None and question not in self._repeated:
-            return Absence(NOT_ASKED, "asked other cases of this question")
+        if benchmark not in self._benchmarks and not (selection is not None and selection.deselected is not None):
+            return Absence(NOT_ASKED, "did not ask this benchmark")
+        if selection is None and benchmark not in self._repeated:
+            return Absence(NOT_ASKED, "asked other cases of this benchmark")
         unsaid = "" if selection is not None else ", and does not say what it left out"
-        return Absence(MISSING, f"asked the question without it{unsaid}")
+        return Absence(MISSING, f"asked the benchmark without it{unsaid}")
 
 
 def _told(option: object) -> str:

@@ -1,7 +1,7 @@
 """What the saved runs of a machine answer, taken together: of each case the newest record in which it ran.
 
-A bare run, a slow one and one of a single question each ask for a part of all there is, so no single run holds it. An
-answer stands until a newer run gives another, or asks the question and no longer holds the case (`Absences`): then the
+A bare run, a slow one and one of a single benchmark each ask for a part of all there is, so no single run holds it. An
+answer stands until a newer run gives another, or asks the benchmark and no longer holds the case (`Absences`): then the
 case is gone from the suite. A run that was interrupted, or left the case out, takes no answer away.
 """
 
@@ -47,14 +47,14 @@ class NewestAnswers:
     def _forget_what_is_gone(self, run: Run, given: Mapping[str, Iterable[CaseRecord]]) -> None:
         places = {place for place, _ in self._records.values()}
         absences = {place: Absences(self._runs[place], run) for place in places}
-        # A run that does not say what it left out may have asked a part again; a question that changed has other cases.
+        # A run without a selection may have run a part only; a benchmark that changed has other cases.
         known = {place: {case.id for case in self._runs[place].cases} for place in places}
-        changed = {place: {case.question for case in run.cases if case.id not in ids} for place, ids in known.items()}
+        changed = {place: {case.benchmark for case in run.cases if case.id not in ids} for place, ids in known.items()}
         for id_, (place, (record, *_)) in list(self._records.items()):
-            may_be_gone = run.selection is not None or record.question in changed[place]
+            may_be_gone = run.selection is not None or record.benchmark in changed[place]
             if id_ in given or not may_be_gone:
                 continue
-            if absences[place](id_, record.question, record.figures).label == MISSING:
+            if absences[place](id_, record.benchmark, record.metrics).label == MISSING:
                 del self._records[id_]
 
     def _let_go(self) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from peft_gauge.history.metrics import Samples
     from peft_gauge.history.rules import HostSpread
 
-Verdict = Literal["same", "better", "worse", "cannot tell"]
+Verdict = Literal["same", "better", "worse", "inconclusive"]
 
 LEAST_ROUNDS = 3
 DRAWS = 9_999
@@ -251,7 +251,7 @@ def judge(
     low, high = (end - relative_to for end in estimate.interval(error))
     centre = estimate.log_ratio - relative_to
     least, most = math.log1p(-minimum_effect), math.log1p(minimum_effect)  # as the per cent that a reader sees
-    verdict: Verdict = "cannot tell"
+    verdict: Verdict = "inconclusive"
     if least <= low and high <= most:
         verdict = "same"
     elif low > 0 and centre > most:
@@ -259,7 +259,7 @@ def judge(
     elif high < 0 and centre < least:
         verdict = "better"
     further = None
-    if verdict == "cannot tell":
+    if verdict == "inconclusive":
         # One process against one is judged by a spread in which what they have in common is contained.
         unseen = _unseen(in_common) if min(estimate.processes) > 1 else 0.0
         further = _further(estimate.processes, centre, low, high, most if centre >= 0 else -least, unseen)

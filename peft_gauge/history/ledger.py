@@ -50,7 +50,7 @@ class Source:
 class Standing:
     """How a claim stands on one model.
 
-    Where no run has decided it, ``verdict`` is "not measured yet", and ``figure``, ``conditions`` and ``source`` are
+    Where no run has decided it, ``verdict`` is "not measured yet", and ``metric``, ``conditions`` and ``source`` are
     ``None``. ``statement`` is the sentence as that run had it. ``recorded``: the verdict in the ledger, where the
     standing is of a ledger's claim.
     """
@@ -59,7 +59,7 @@ class Standing:
     model: str
     statement: str | None = None
     verdict: str = NOT_MEASURED
-    figure: str | None = None
+    metric: str | None = None
     conditions: str | None = None
     source: Source | None = None
     recorded: str | None = None
@@ -67,7 +67,7 @@ class Standing:
     """Whether the ledger's sentence is another one by now than the one that was decided."""
 
     @property
-    def differs(self) -> bool:
+    def variant(self) -> bool:
         """Whether the claim was decided, and not as the ledger records it."""
         return self.source is not None and self.recorded is not None and self.verdict != self.recorded
 
@@ -88,9 +88,9 @@ class NewestVerdicts:
                 continue
             source = Source.of(run)
             if known.source is None or known.source.ended <= source.ended:
-                figure, conditions = _text(claim, "figure"), _text(claim, "conditions")
+                metric, conditions = _text(claim, "metric"), _text(claim, "conditions")
                 self._standings[key] = replace(
-                    undecided, verdict=claim["verdict"], figure=figure, conditions=conditions, source=source
+                    undecided, verdict=claim["verdict"], metric=metric, conditions=conditions, source=source
                 )
 
     def standings(self) -> list[Standing]:

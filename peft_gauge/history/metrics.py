@@ -1,6 +1,6 @@
-"""What of a saved run can be compared: each case's figures by flat names, its raw times, and under which conditions.
+"""What of a saved run can be compared: each case's metrics by flat names, its raw times, and under which conditions.
 
-Nested figures get dotted names (``plan.peak_bytes``). Settings are conditions, not figures: where they differ, two
+Nested metrics get dotted names (``plan.peak_bytes``). Settings are conditions, not metrics: where they differ, two
 cases are not the same experiment.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SETTINGS = "settings"
 FINGERPRINT = "fingerprint"
 IDENTITY = ("method", "model", "device")
-"""The figures that say, with the settings, what a case is about."""
+"""The metrics that say, with the settings, what a case is about."""
 
 ABSENT = "absent"
 SHOWN_DISTRIBUTIONS = 5
@@ -41,14 +41,14 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One case of a run, ready to be compared: ``figures`` are flat, ``settings`` too, ``samples`` are by metric."""
+class RecordedCase:
+    """One case of a run, ready to be compared: ``metrics`` are flat, ``settings`` too, ``samples`` are by metric."""
 
     id: str
-    question: str
+    benchmark: str
     outcome: str
     reason: str | None
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     samples: Mapping[str, Samples]
     settings: Mapping[str, Any]
     fingerprint: Mapping[str, Any] | None
@@ -56,22 +56,22 @@ class Case:
     @property
     def subject(self) -> str | None:
         """The same text for two cases about the same thing; ``None`` where nothing says what a case is about."""
-        named = {name: self.figures[name] for name in IDENTITY if name in self.figures}
+        named = {name: self.metrics[name] for name in IDENTITY if name in self.metrics}
         return json.dumps([named, self.settings], sort_keys=True, default=str) if named and self.settings else None
 
 
-def cases_of(run: Run) -> dict[str, Case]:
+def cases_of(run: Run) -> dict[str, RecordedCase]:
     """The cases of ``run`` by test id."""
     return {
-        record.id: Case(
+        record.id: RecordedCase(
             id=record.id,
-            question=record.question,
+            benchmark=record.benchmark,
             outcome=record.outcome,
             reason=record.reason,
-            figures=dict(_figures(record.figures)),
-            samples=_samples(record.figures),
-            settings=dict(_settings(record.figures)),
-            fingerprint=_mapping(record.figures.get(FINGERPRINT)),
+            metrics=dict(_metrics(record.metrics)),
+            samples=_samples(record.metrics),
+            settings=dict(_settings(record.metrics)),
+            fingerprint=_mapping(record.metrics.get(FINGERPRINT)),
         )
         for record in run.cases
     }
@@ -88,23 +88,23 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _figures(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     apart = {SAMPLES, CONTROL_SAMPLES, SETTINGS, FINGERPRINT}
-    for name, value in flat({name: value for name, value in figures.items() if name not in apart}):
+    for name, value in flat({name: value for name, value in metrics.items() if name not in apart}):
         if f".{SETTINGS}." not in f".{name}":
             yield name, value
 
 
-def _settings(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _settings(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The case's own settings, and those of a record in it, as a plan has."""
-    yield from flat(_mapping(figures.get(SETTINGS)) or {})
-    for name, value in figures.items():
+    yield from flat(_mapping(metrics.get(SETTINGS)) or {})
+    for name, value in metrics.items():
         inner = _mapping(value.get(SETTINGS)) if isinstance(value, Mapping) and name != SETTINGS else None
         yield from flat(inner or {}, f"{name}.")
 
 
-def _samples(figures: Mapping[str, Any]) -> dict[str, Samples]:
-    samples, controls = (_mapping(figures.get(kind)) or {} for kind in (SAMPLES, CONTROL_SAMPLES))
+def _samples(metrics: Mapping[str, Any]) -> dict[str, Samples]:
+    samples, controls = (_mapping(metrics.get(kind)) or {} for kind in (SAMPLES, CONTROL_SAMPLES))
     return {metric: _with_control(seconds, controls.get(metric)) for metric, seconds in samples.items()}
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseRecord, Outcome, Selection
+from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseOutcome, CaseRecord, Selection
+from peft_gauge.history.upgrade import upgraded
 
-OUTCOMES = frozenset(get_args(Outcome))
+OUTCOMES = frozenset(get_args(CaseOutcome))
 
 MOST_BYTES = 100_000_000
 """A larger file is refused unread. A run of a thousand cases with all their rounds takes a few million bytes."""
@@ -39,7 +40,7 @@ class Run:
     ``interrupted``: whether it ended before all its cases; ``selection``: which cases it was asked for, ``None`` for a
     run that does not say so.
 
-    ``schema`` is ``None`` for a file of plain pytest-benchmark. Each of its benchmarks is a passed case with the figure
+    ``schema`` is ``None`` for a file of plain pytest-benchmark. Each of its benchmarks is a passed case with the metric
     ``seconds``, the median, and its rounds as samples where they were saved; it has no options and no claims.
     """
 
@@ -81,7 +82,7 @@ class _Malformed(Exception):
 def read_run(path: Path) -> Run:
     """The run saved in ``path``.
 
-    Rounds that schema 1 kept only under ``benchmarks`` are put among the figures of their case, as one process's
+    Rounds that schema 1 kept only under ``benchmarks`` are put among the metrics of their case, as one process's
     samples. Raises `GaugeError` for a file that cannot be read, holds no run, or one of a newer schema than ours.
     """
     try:
@@ -180,7 +181,7 @@ def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
 
 
 def _refused(constant: str) -> float:
-    raise _Malformed(f"holds {constant}, which is no figure and not JSON")
+    raise _Malformed(f"holds {constant}, which is no metric and not JSON")
 
 
 def _finite(digits: str) -> float:
@@ -193,6 +194,7 @@ def _finite(digits: str) -> float:
 def _run(path: Path, document: dict[str, Any]) -> Run:
     section = _field(document, KEY, dict) if KEY in document else None
     schema = None if section is None else _schema(section)
+    section = None if section is None else upgraded(section)
     benchmarks = _benchmarks(document)
     if section is None:
         cases = [_plain_case(entry) for entry in benchmarks]
@@ -278,13 +280,13 @@ def _case(entry: dict[str, Any], rounds: Mapping[str, list[float]]) -> CaseRecor
     reason = entry.get("reason")
     if reason is not None:
         _field(entry, "reason", str, where)
-    figures = _field(entry, "figures", dict, where)
+    metrics = _field(entry, "metrics", dict, where)
     for kind in (SAMPLES, CONTROL_SAMPLES):
-        if kind in figures:
-            _check_samples(_field(figures, kind, dict, where), f"{where}{kind}")
-    if SAMPLES not in figures and id_ in rounds:
-        figures |= _samples_of(figures, rounds[id_])
-    return CaseRecord(id_, _field(entry, "question", str, where), cast("Outcome", outcome), reason, figures)
+        if kind in metrics:
+            _check_samples(_field(metrics, kind, dict, where), f"{where}{kind}")
+    if SAMPLES not in metrics and id_ in rounds:
+        metrics |= _samples_of(metrics, rounds[id_])
+    return CaseRecord(id_, _field(entry, "benchmark", str, where), cast("CaseOutcome", outcome), reason, metrics)
 
 
 def _check_ids(cases: list[CaseRecord]) -> None:
@@ -301,19 +303,19 @@ def _check_samples(samples: dict[str, Any], where: str) -> None:
             raise _Malformed(f"is malformed: {where} of {metric} are not one list of seconds for each process")
 
 
-def _samples_of(figures: dict[str, Any], rounds: list[float]) -> dict[str, Any]:
+def _samples_of(metrics: dict[str, Any], rounds: list[float]) -> dict[str, Any]:
     """``rounds`` as samples of the time that a case of schema 1 was about; nothing where that is not plain."""
-    times = {name for name, value in figures.items() if name.endswith("_seconds") and _are_seconds([value])}
-    metrics = [*(times - {"control_seconds"})]
-    return {SAMPLES: {metrics[0]: [rounds]}} if len(metrics) == 1 else {}
+    times = {name for name, value in metrics.items() if name.endswith("_seconds") and _are_seconds([value])}
+    measured = [*(times - {"control_seconds"})]
+    return {SAMPLES: {measured[0]: [rounds]}} if len(measured) == 1 else {}
 
 
 def _plain_case(entry: dict[str, Any]) -> CaseRecord:
     fullname, stats = entry["fullname"], entry["stats"]
     if not _are_seconds([stats.get("median")]):
         raise _Malformed(f"is malformed: benchmark {fullname}: stats.median is no time in seconds")
-    figures = {"seconds": stats["median"]} | ({SAMPLES: {"seconds": [stats["data"]]}} if "data" in stats else {})
-    return CaseRecord(fullname, Path(fullname.partition("::")[0]).stem, "passed", None, figures)
+    metrics = {"seconds": stats["median"]} | ({SAMPLES: {"seconds": [stats["data"]]}} if "data" in stats else {})
+    return CaseRecord(fullname, Path(fullname.partition("::")[0]).stem, "passed", None, metrics)
 
 
 def _benchmarks(document: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Which figure is judged how: exactly, within a tolerance, statistically, or not at all.
+"""Which metric is judged how: exactly, within a tolerance, statistically, or not at all.
 
-The rules are data, ``fixtures/rules.toml``: the first whose patterns match a test's id and a figure's name decides.
+The rules are data, ``fixtures/rules.toml``: the first whose patterns match a test's id and a metric's name decides.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _ONLY_FOR = {"absolute": "number", "relative": "number", "minimum_effect": "time
 
 @dataclass(frozen=True)
 class Rule:
-    """How a figure is judged.
+    """How a metric is judged.
 
     ``test`` and ``metric``: patterns as a shell has them, case mattering. ``kind``: exact (any difference counts),
     number (differences up to ``absolute``, or ``relative`` times the base's value, do not), time (an interval decides,
     and what is smaller than ``minimum_effect`` is no change), ignore. ``direction``: which way is better; without one,
-    every change is for the worse. ``noise_free``: the figure does not depend on the machine's state, so it can be
+    every change is for the worse. ``noise_free``: the metric does not depend on the machine's state, so it can be
     compared across machines.
     """
 
@@ -66,11 +66,11 @@ class Rules:
     host_spread: HostSpread
 
     def of(self, test: str, metric: str) -> Rule:
-        """The rule for this figure; the last rule matches everything."""
+        """The rule for this metric; the last rule matches everything."""
         return next(rule for rule in self.rules if rule.matches(test, metric))
 
     def passes_over(self, test: str, metric: str) -> bool:
-        """Whether this figure is ignored only because no rule but the last knows it."""
+        """Whether this metric is ignored only because no rule but the last knows it."""
         return self.of(test, metric) is self.rules[-1] and self.rules[-1].kind == "ignore"
 
 

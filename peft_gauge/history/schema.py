@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 KEY = "peft_gauge"
 
-# 1: cases with outcome and figures, claims with verdicts.
-# 2: measured cases run in a process of their own and can end in ways of their own; raw samples stand with the figures.
-VERSION = 2
+# 1: cases with outcome and metrics, claims with verdicts.
+# 2: measured cases run in a process of their own and can end in ways of their own; raw samples stand with the metrics.
+# 3: the field's words: benchmark, metrics, inconclusive, mfu, mbu (`peft_gauge.history.upgrade` has the older ones).
+VERSION = 3
 
-Outcome = Literal["passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted"]
+CaseOutcome = Literal["passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted"]
 
-NOT_RUN: tuple[Outcome, ...] = ("skipped", "interrupted")
+NOT_RUN: tuple[CaseOutcome, ...] = ("skipped", "interrupted")
 """How a case ends that answers nothing."""
 
 SAMPLES = "sampled_seconds"
-"""The figure under which raw times stand: metric -> one list of seconds for each process that measured it."""
+"""The metric under which raw times stand: metric -> one list of seconds for each process that measured it."""
 CONTROL_SAMPLES = "sampled_control_seconds"
 """The same for the unchanged control, round by round beside `SAMPLES`."""
 
@@ -31,15 +32,15 @@ CONTROL_SAMPLES = "sampled_control_seconds"
 class CaseRecord:
     """One case of a run.
 
-    ``id``: the test id; ``question``: the module's name; ``outcome`` and, unless it passed, the ``reason``;
-    ``figures``: what was counted or measured, by name, units in the names.
+    ``id``: the test id; ``benchmark``: the module's name; ``outcome`` and, unless it passed, the ``reason``;
+    ``metrics``: what was counted or measured, by name, units in the names.
     """
 
     id: str
-    question: str
-    outcome: Outcome
+    benchmark: str
+    outcome: CaseOutcome
     reason: str | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

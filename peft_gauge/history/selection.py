@@ -1,6 +1,6 @@
 """Which saved runs are to be compared: the newest that have cases in common.
 
-A bare run, a slow one and one of a single question follow each other in a history, and the newest two have often
+A bare run, a slow one and one of a single benchmark follow each other in a history, and the newest two have often
 nothing in common. Two runs have a case in common where it ran in both; whether its settings or the machine differ is
 for the comparison to say.
 """

@@ -37,13 +37,13 @@ _END_SECONDS = 3.0  # so long the interpreter may take to end once the result is
 _progress: FileIO | None = None
 
 
-def note(**figures: Any) -> None:
-    """Keep ``figures`` as the last known ones; ``phase`` says in a time-out's reason where it was.
+def note(**metrics: Any) -> None:
+    """Keep ``metrics`` as the last known ones; ``phase`` says in a time-out's reason where it was.
 
     One write of the operating system a call, so nothing is lost with the process. Outside a child it does nothing.
     Raises `ValueError` for what JSON cannot hold.
     """
-    _tell("note", figures)
+    _tell("note", metrics)
 
 
 @contextlib.contextmanager
@@ -85,10 +85,10 @@ def watch(read: Callable[[], Mapping[str, int | None]], period_seconds: float = 
         raise errors[0]
 
 
-def _tell(kind: Literal["note", "watch"], figures: Mapping[str, Any]) -> None:
+def _tell(kind: Literal["note", "watch"], metrics: Mapping[str, Any]) -> None:
     if _progress is not None:
         # Unbuffered and appending: one write, whole also beside those of other threads.
-        _progress.write(_as_json([kind, figures], "a note").encode() + b"\n")
+        _progress.write(_as_json([kind, metrics], "a note").encode() + b"\n")
 
 
 def _as_json(value: Any, what: str) -> str:

@@ -6,7 +6,7 @@ there to inherit, and a child draws random numbers as a fresh interpreter does. 
 their memory is laid out and the seed of Python's hashes: where processes are held against each other, spawn them.
 
 Where a fork is not safe, or would give another process than a spawned one, `start` raises `CannotFork` with the reason;
-the caller spawns. That is so on other systems than Linux, where the imports left a thread or looked at the card, and
+the caller spawns. That is so on other systems than Linux, where the imports left a thread or looked at the GPU, and
 where environment or cores are not those that the server was started with, for libraries read them when imported.
 
 Not `multiprocessing.forkserver`: it forks whatever its imports have made of it, passes over a module that fails, has

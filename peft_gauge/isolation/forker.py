@@ -87,7 +87,7 @@ def _why_unsafe() -> str | None:
         finally:
             os._exit(spoilt)
     cuda_spoilt = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
-    # A look at a card that is not there spoils nothing.
+    # A look at a GPU that is not there spoils nothing.
     if torch is not None and (torch.cuda.is_initialized() or (cuda_spoilt and torch.cuda.is_available())):
         return "CUDA was in use once the modules were imported, and would not work in a forked process"
     return _why_threads()

@@ -10,7 +10,7 @@ Ended = Literal["done", "refused", "out-of-memory", "crashed", "timed-out", "int
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProcessOutcome:
     """How a function in a process of its own ended.
 
     Attributes:
@@ -18,7 +18,7 @@ class Outcome:
             exception, a signal, an end without a result); ``timed-out``; ``interrupted`` (Ctrl-C).
         value: what the function returned, as JSON gives it back (tuples are lists); ``None`` unless done.
         reason: one line on what happened; ``None`` if done.
-        last: the figures last told by `note` and `watch`, later ones over earlier; of watched names that end in
+        last: the metrics last told by `note` and `watch`, later ones over earlier; of watched names that end in
             ``_peak_bytes`` the greatest.
         seconds: wall time from the child's start to its end; the imports of a fork server, once for all its children,
             are before that.
@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def origin(self) -> dict[str, str]:
-        """``process`` and, where there is one, ``why_spawned``, as figures of a case."""
+        """``process`` and, where there is one, ``why_spawned``, as metrics of a case."""
         return {"process": self.process, **({"why_spawned": self.why_spawned} if self.why_spawned else {})}
 
     @property
@@ -50,6 +50,6 @@ class Outcome:
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C while a child ran; ``outcome`` is what was known of it when it was killed."""
 
-    def __init__(self, outcome: Outcome) -> None:
+    def __init__(self, outcome: ProcessOutcome) -> None:
         super().__init__(outcome.reason)
         self.outcome = outcome

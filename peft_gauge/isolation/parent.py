@@ -21,7 +21,7 @@ from peft_gauge.isolation import fork_server
 from peft_gauge.isolation.endings import without_result
 from peft_gauge.isolation.folder import ARGUMENTS, OUTPUT, PROGRESS, RESULT, TASK
 from peft_gauge.isolation.fork_server import CannotFork, Forked
-from peft_gauge.isolation.outcome import Interrupted, Outcome
+from peft_gauge.isolation.outcome import Interrupted, ProcessOutcome
 from peft_gauge.isolation.signals import kill_group
 
 Child = subprocess.Popen[bytes] | Forked
@@ -38,7 +38,7 @@ def run(
     environment: Mapping[str, str | None] | None = None,
     python: str = sys.executable,
     preload: Sequence[str] | None = None,
-) -> Outcome:
+) -> ProcessOutcome:
     """Call ``function`` with ``arguments`` in a fresh process and wait for the end of it, whatever that is.
 
     The child and whatever it started are killed at the limit and at the end; only a grandchild that opens a session
@@ -99,11 +99,11 @@ class _Started:
     why_spawned: str | None = None
 
 
-def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -> Outcome:
+def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -> ProcessOutcome:
     try:
         started = start()
     except KeyboardInterrupt:  # while a fork server imported
-        raise Interrupted(Outcome("interrupted", None, "interrupted before it began", {}, 0.0, None)) from None
+        raise Interrupted(ProcessOutcome("interrupted", None, "interrupted before it began", {}, 0.0, None)) from None
     child = started.child
     # `wait` with a time-out would poll, and find the end up to 50 ms late.
     timer = threading.Timer(limit_seconds, kill_group, [child.pid])
@@ -122,7 +122,7 @@ def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -
             child.wait()
     if interrupted:
         reason = f"interrupted after {seconds:.1f} s"
-        outcome = Outcome("interrupted", None, reason, _last_figures(folder), seconds, None)
+        outcome = ProcessOutcome("interrupted", None, reason, _last_metrics(folder), seconds, None)
     else:
         outcome = _outcome(folder, child.returncode, limit_seconds, seconds)
     process: Literal["spawned", "forked"] = "forked" if isinstance(child, Forked) else "spawned"
@@ -184,29 +184,29 @@ def _spawn(folder: Path, python: str, environment: Mapping[str, str]) -> subproc
         raise GaugeError(f"cannot start the interpreter {python}: {error.strerror or error}") from error
 
 
-def _outcome(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> Outcome:
-    last = _last_figures(folder)
+def _outcome(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> ProcessOutcome:
+    last = _last_metrics(folder)
     result = folder / RESULT
     if result.exists():  # it counts even if the interpreter's own end went wrong
-        return Outcome(last=last, seconds=seconds, **json.loads(result.read_text(encoding="utf-8")))
+        return ProcessOutcome(last=last, seconds=seconds, **json.loads(result.read_text(encoding="utf-8")))
     if seconds >= limit_seconds:
         phase = f"; last seen in phase {last['phase']}" if "phase" in last else ""
-        return Outcome("timed-out", None, f"did not end within {limit_seconds:g} s{phase}", last, seconds, None)
+        return ProcessOutcome("timed-out", None, f"did not end within {limit_seconds:g} s{phase}", last, seconds, None)
     ended, reason = without_result(code, _tail(folder / OUTPUT))
-    return Outcome(ended, None, one_line(reason), last, seconds, None)
+    return ProcessOutcome(ended, None, one_line(reason), last, seconds, None)
 
 
-def _last_figures(folder: Path) -> dict[str, Any]:
-    """What was told, merged. A watched ``None`` (could not be read) takes the place of no known figure."""
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    """What was told, merged. A watched ``None`` (could not be read) takes the place of no known metric."""
     last: dict[str, Any] = {}
     progress = folder / PROGRESS
     lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
     for line in lines:
         try:
-            kind, figures = json.loads(line)
+            kind, metrics = json.loads(line)
         except ValueError:  # cut short by a full disk
             continue
-        for name, value in figures.items():
+        for name, value in metrics.items():
             known = last.get(name)
             if kind == "watch" and known is not None:
                 if value is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_gauge.clock.card import measure_card
+from peft_gauge.clock.card import measure_peak_throughput
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory import allocator
 from peft_gauge.memory.ledger import rounded
@@ -39,10 +39,10 @@ class Reading:
 def calibrate() -> dict[str, Any]:
     """Calibrate this process's first CUDA device; the result suits `overheads.write_calibration`.
 
-    `measure_overheads`, ``usable_bytes`` (the driver's figure of the device's memory) and the records ``workspaces``
+    `measure_overheads`, ``usable_bytes`` (the driver's metric of the device's memory) and the records ``workspaces``
     (`FURTHER`), ``allocator`` (`allocator_sizes`, compute capability), ``nvml`` (the device's bytes before and after,
-    whether the driver lists this process) and ``speed`` (`peft_gauge.clock.card.CardSpeed`, in 16 bit). Raises as
-    `measure_overheads` and `measure_card` do.
+    whether the driver lists this process) and ``speed`` (`peft_gauge.clock.card.PeakThroughput`, in 16 bit). Raises as
+    `measure_overheads` and `measure_peak_throughput` do.
     """
     found = measure_overheads()
     workspaces = {name: found.pop(name) for name in FURTHER}
@@ -55,7 +55,7 @@ def calibrate() -> dict[str, Any]:
         "workspaces": workspaces,
         "allocator": {**found.pop("allocator"), "compute_capability": [properties.major, properties.minor]},
         "nvml": {**found.pop("nvml"), "cuda_used_bytes": total_bytes - free_bytes, "cuda_total_bytes": total_bytes},
-        "speed": measure_card("cuda", dtype).as_json(),
+        "speed": measure_peak_throughput("cuda", dtype).as_json(),
         **found,
     }
 
@@ -217,11 +217,11 @@ def _read(meter: NvmlMeter) -> Reading:
         torch.cuda.synchronize()
         reserved_bytes = torch.cuda.memory_reserved()
     meter.start_phase("overheads")
-    figures: Mapping[str, int | None] = meter.end_phase("overheads")
-    device_bytes = figures["device_bytes"]
+    metrics: Mapping[str, int | None] = meter.end_phase("overheads")
+    device_bytes = metrics["device_bytes"]
     if device_bytes is None:
         raise GaugeError("the CUDA context cannot be measured: the driver no longer reports this device's memory")
-    return Reading(device_bytes, figures["process_bytes"], reserved_bytes)
+    return Reading(device_bytes, metrics["process_bytes"], reserved_bytes)
 
 
 def _matrices(requires_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:

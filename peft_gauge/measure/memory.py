@@ -16,7 +16,7 @@ import torch
 
 from peft_gauge import isolation, meters
 from peft_gauge.clock import timed
-from peft_gauge.counting import quantisation_constants
+from peft_gauge.counting import quantization_constants
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
@@ -27,7 +27,7 @@ from peft_gauge.memory.categories import (
     INPUTS,
     LOGITS_AND_LOSS,
     OPTIMIZER_STATE,
-    QUANTISATION_CONSTANTS,
+    QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.meters.cuda import CudaMeter
@@ -95,7 +95,7 @@ def allocated_bytes(model: nn.Module) -> int:
     parameter = next(model.parameters())
     if parameter.is_cuda:
         return torch.cuda.memory_allocated(parameter.device)
-    constants = [tensor for each in model.parameters() for tensor in quantisation_constants(each)]
+    constants = [tensor for each in model.parameters() for tensor in quantization_constants(each)]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers(), *constants)
@@ -130,10 +130,10 @@ def memory_pass(
     plain_seconds = min(timed(lambda: _metered_step(job, phases)) for _ in range(STEPS))
     whole = phases.peaks().get(meters.WHOLE_STEP, {})
     found: dict[str, Any] = {
-        name: whole[meter][figure]
-        for meter, figures in SUMMARY.items()
-        for figure, name in figures.items()
-        if figure in whole.get(meter, {})
+        name: whole[meter][metric]
+        for meter, metrics in SUMMARY.items()
+        for metric, name in metrics.items()
+        if metric in whole.get(meter, {})
     }
     found |= _own_device_peak(phases, found)
     counts = _counts(phases)
@@ -241,7 +241,7 @@ def _adopt(tracker: StorageTracker, job: TrainingJob, trains_base: bool) -> None
     for parameter in job.model.parameters():
         is_base = trains_base or not parameter.requires_grad
         tracker.adopt(parameter, BASE_WEIGHTS if is_base else ADAPTER_WEIGHTS)
-        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+        tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
     for state in job.optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):

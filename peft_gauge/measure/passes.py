@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_gauge import counting, isolation, meters
-from peft_gauge.clock.card import measure_card
+from peft_gauge.clock.card import measure_peak_throughput
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.fingerprint import fingerprint
 from peft_gauge.measure import memory, speed, trace
@@ -37,7 +37,7 @@ IMPORTS = "imports"
 
 
 @dataclass(frozen=True)
-class Setup:
+class CaseSetup:
     """The work of one process.
 
     Fields:
@@ -60,7 +60,7 @@ class Setup:
     trace: Path | None = None
 
 
-def measure(setup: Setup) -> dict[str, Any]:
+def measure(setup: CaseSetup) -> dict[str, Any]:
     """The metrics of ``setup``'s passes, as JSON.
 
     ``described`` (`cases.described`), ``gradients`` (names of trainable tensors without a finite gradient),
@@ -108,9 +108,9 @@ def measure(setup: Setup) -> dict[str, Any]:
     return found
 
 
-def card_speed(device: str, dtype: str) -> dict[str, Any]:
-    """`peft_gauge.clock.card.CardSpeed` of this process's device, as JSON."""
-    return measure_card(device, dtype).as_json()
+def peak_throughput(device: str, dtype: str) -> dict[str, Any]:
+    """`peft_gauge.clock.card.PeakThroughput` of this process's device, as JSON."""
+    return measure_peak_throughput(device, dtype).as_json()
 
 
 def _import_libraries(case: Case) -> None:
@@ -129,12 +129,12 @@ def _import_libraries(case: Case) -> None:
     del peft, transformers
 
 
-def _base(setup: Setup) -> PreTrainedModel:
+def _base(setup: CaseSetup) -> PreTrainedModel:
     case = setup.case
     return models.build(setup.base, dtype=case.dtype, attn_implementation=case.attention)
 
 
-def _prepared_base(setup: Setup) -> PreTrainedModel:
+def _prepared_base(setup: CaseSetup) -> PreTrainedModel:
     return methods.prepare_base(_base(setup), setup.case.method, device=setup.case.device)
 
 
@@ -142,7 +142,7 @@ def _trains_base(case: Case) -> bool:
     return case.method.kind == "full"
 
 
-def _control_base(setup: Setup) -> PreTrainedModel | None:
+def _control_base(setup: CaseSetup) -> PreTrainedModel | None:
     """A bare base model next to the job, if there is memory for it."""
     gc.collect()
     case = setup.case
@@ -168,7 +168,7 @@ def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
     return {"missing": missing, "not_finite": not_finite}
 
 
-def _fingerprint(setup: Setup, adapter_bytes: int) -> dict[str, Any]:
+def _fingerprint(setup: CaseSetup, adapter_bytes: int) -> dict[str, Any]:
     """`peft_gauge.fingerprint` of a new job of the case."""
     memory.empty_cache()
     job = cases.build_job(setup.case, base=_prepared_base(setup), prepared=True, stream=setup.stream)

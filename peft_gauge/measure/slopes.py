@@ -20,8 +20,8 @@ class Line:
     intercept_bytes: float
 
 
-def lines(points: Sequence[Mapping[str, Any]], figure: str) -> list[Line]:
-    """The line through each two of ``points`` (``batch``, ``seq``, ``figure``) that differ in one size only.
+def lines(points: Sequence[Mapping[str, Any]], metric: str) -> list[Line]:
+    """The line through each two of ``points`` (``batch``, ``seq``, ``metric``) that differ in one size only.
 
     A peak is not linear in general (attention scores, logits versus weight gradients), but two points define a line, so
     planned and measured slopes between the same points can be compared. Points without the metric are skipped.
@@ -29,7 +29,7 @@ def lines(points: Sequence[Mapping[str, Any]], figure: str) -> list[Line]:
     found = []
     for along, other in (("batch", "seq"), ("seq", "batch")):
         for held in sorted({point[other] for point in points}):
-            on = sorted((point[along], point[figure]) for point in points if point[other] == held and figure in point)
+            on = sorted((point[along], point[metric]) for point in points if point[other] == held and metric in point)
             if len(on) == 2 and on[0][0] != on[1][0]:
                 (first, low), (second, high) = on
                 slope = (high - low) / (second - first)

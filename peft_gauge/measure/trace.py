@@ -21,11 +21,11 @@ PHASE = "trace"
 NO_LOG = "the CPU allocator keeps no log; a trace needs --device cuda"
 
 
-def trace_step(case: Case, job: TrainingJob, folder: Path, figures: Mapping[str, Any]) -> dict[str, str]:
+def trace_step(case: Case, job: TrainingJob, folder: Path, metrics: Mapping[str, Any]) -> dict[str, str]:
     """Record a step of ``job``, which is warmed up, in a file in ``folder``; returns ``{"file": name}``, or
     ``{"skipped": reason}``: a trace that fails does not affect the case otherwise.
 
-    ``figures``: the memory pass's metrics, which are complete by then.
+    ``metrics``: the memory pass's metrics, which are complete by then.
     """
     if case.device != "cuda":
         return {"skipped": NO_LOG}
@@ -33,7 +33,7 @@ def trace_step(case: Case, job: TrainingJob, folder: Path, figures: Mapping[str,
     name = f"{case.id}_{datetime.now(UTC):%Y%m%d_%H%M%S}.json.gz"
     try:
         recorded = recorder.record_step(job, case.device)
-        recorder.write(folder / name, recorded, settings_of(case, job), about(figures))
+        recorder.write(folder / name, recorded, settings_of(case, job), about(metrics))
     except Exception as error:  # out of memory, a torch with other names, a full disk
         job.clear()
         return {"skipped": one_line(f"{type(error).__name__}: {error}")}
@@ -58,7 +58,7 @@ def settings_of(case: Case, job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def about(figures: Mapping[str, Any]) -> dict[str, Any]:
+def about(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The GPU, library versions, and the peak that the allocator reported in a step without a log."""
     import torch
 
@@ -69,6 +69,6 @@ def about(figures: Mapping[str, Any]) -> dict[str, Any]:
         "versions": {name: installed_version(name) for name in LIBRARIES},
         "recorded_on": f"{datetime.now(UTC):%Y-%m-%d}",
     }
-    if "allocated_peak_bytes" in figures:
-        found["allocated_peak_bytes"] = figures["allocated_peak_bytes"]
+    if "allocated_peak_bytes" in metrics:
+        found["allocated_peak_bytes"] = metrics["allocated_peak_bytes"]
     return found

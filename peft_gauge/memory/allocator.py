@@ -129,7 +129,7 @@ def segment_size(block_bytes: int) -> int:
 class CachingAllocator:
     """The allocator of one device and one stream.
 
-    `capacity_bytes` is what `cudaMalloc` can hand out in total (the card's memory less the CUDA context);
+    `capacity_bytes` is what `cudaMalloc` can hand out in total (the GPU's memory less the CUDA context);
     None means without limit. Attributes ending in `_bytes` read like their namesakes in
     `torch.cuda.memory_stats`: allocated counts whole blocks, rounding and unsplit remainders included.
     """

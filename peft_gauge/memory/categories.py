@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 BASE_WEIGHTS = "base_weights"
-QUANTISATION_CONSTANTS = "quantisation_constants"
+QUANTIZATION_CONSTANTS = "quantization_constants"
 ADAPTER_WEIGHTS = "adapter_weights"
 BUFFERS = "buffers"
 GRADIENTS = "gradients"
 OPTIMIZER_STATE = "optimizer_state"
 ACTIVATIONS = "activations"
 LOGITS_AND_LOSS = "logits_and_loss"
-DEQUANTISED_TEMPORARIES = "dequantised_temporaries"
+DEQUANTIZED_TEMPORARIES = "dequantized_temporaries"
 OPTIMIZER_TEMPORARIES = "optimizer_temporaries"
 INPUTS = "inputs"
 OTHER = "other"
@@ -20,14 +20,14 @@ HOST = "host"  # on the host in the run that is modelled: kept in the log, never
 
 CATEGORIES = (
     BASE_WEIGHTS,
-    QUANTISATION_CONSTANTS,
+    QUANTIZATION_CONSTANTS,
     ADAPTER_WEIGHTS,
     BUFFERS,
     GRADIENTS,
     OPTIMIZER_STATE,
     ACTIVATIONS,
     LOGITS_AND_LOSS,
-    DEQUANTISED_TEMPORARIES,
+    DEQUANTIZED_TEMPORARIES,
     OPTIMIZER_TEMPORARIES,
     INPUTS,
     OTHER,
@@ -41,7 +41,7 @@ OUTSIDE = "outside"
 PHASE_CATEGORY = {FORWARD: ACTIVATIONS, BACKWARD: ACTIVATIONS, OPTIMIZER: OPTIMIZER_TEMPORARIES}
 
 OPERATOR_CATEGORY: Mapping[str, str] = {
-    "bitsandbytes::dequantize_4bit": DEQUANTISED_TEMPORARIES,
-    "bitsandbytes::dequantize_blockwise": DEQUANTISED_TEMPORARIES,
-    "bitsandbytes::int8_vectorwise_dequant": DEQUANTISED_TEMPORARIES,
+    "bitsandbytes::dequantize_4bit": DEQUANTIZED_TEMPORARIES,
+    "bitsandbytes::dequantize_blockwise": DEQUANTIZED_TEMPORARIES,
+    "bitsandbytes::int8_vectorwise_dequant": DEQUANTIZED_TEMPORARIES,
 }

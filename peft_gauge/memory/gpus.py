@@ -1,4 +1,4 @@
-"""How many bytes a card really offers: a table of common GPUs, each figure with its source."""
+"""How many bytes a GPU really offers: a table of common GPUs, each metric with its source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = {"b": 1} | {
 _SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.ASCII)
 _CAPABILITY = re.compile(r"(.*\S)\s+sm_(\d{1,2})(\d)[a-z]?", re.ASCII | re.IGNORECASE)
 _SOLD = re.compile(r"(\d{1,5})\s*gb", re.ASCII)
-_LEAST_SHARE_REPORTED = 0.97  # of the memory on the box, by cards without ECC
+_LEAST_SHARE_REPORTED = 0.97  # of the memory on the box, by GPUs without ECC
 _MAKER_WORDS = ("nvidia", "geforce", "tesla", "quadro")
 _LEAST_BYTES = 2 << 20  # less than one allocator segment holds no tensor: surely a forgotten unit
 _MOST_BYTES = 2**63 - 1
@@ -30,10 +30,10 @@ _MOST_BYTES = 2**63 - 1
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card, or just a size.
+    """A GPU, or just a size.
 
     `usable_bytes` is the total that the driver reports (`torch.cuda.get_device_properties().total_memory`),
-    to two decimals of a GiB or a whole MiB, as its `source` printed it. `nominal` marks a figure taken from
+    to two decimals of a GiB or a whole MiB, as its `source` printed it. `nominal` marks a metric taken from
     the vendor's data sheet: the driver will report a few per cent less.
     """
 
@@ -47,18 +47,18 @@ class Gpu:
 
 
 def table() -> tuple[Gpu, ...]:
-    """Every card of `fixtures/gpus.toml`, from the smallest to the largest."""
+    """Every GPU of `fixtures/gpus.toml`, from the smallest to the largest."""
     return tuple(sorted(set(_by_key().values()), key=lambda gpu: (gpu.usable_bytes, gpu.name)))
 
 
 def lookup(text: str) -> Gpu:
-    """The card with this name, or a nameless one of this size.
+    """The GPU with this name, or a nameless one of this size.
 
     Names ignore case, spaces, dashes and the maker's words, so that `torch.cuda.get_device_name()` can be
-    passed as it is. A whole number of `GB`, such as `24GB`, is a card sold with that much: it offers what the middle
-    one of the table's cards of that size reports. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or
+    passed as it is. A whole number of `GB`, such as `24GB`, is a GPU sold with that much: it offers what the middle
+    one of the table's GPUs of that size reports. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or
     plain bytes: `80e9`, `17179869184`. A size may have its compute capability behind it, on which the context and the
-    workspaces depend: `24GB sm_90`. A card outside the table is known by its name once it was calibrated here.
+    workspaces depend: `24GB sm_90`. A GPU outside the table is known by its name once it was calibrated here.
     Raises `GaugeError` for a name that is not in the table (with the nearest) and for an unusable size.
     """
     key = _key(text)
@@ -82,8 +82,8 @@ def lookup(text: str) -> Gpu:
 
 
 def _calibrated(key: str) -> Gpu | None:
-    """The card with this key that `peft-gauge calibrate` has measured on this machine. A file that cannot be read is
-    passed over here: it tells of itself where its own card is asked for."""
+    """The GPU with this key that `peft-gauge calibrate` has measured on this machine. A file that cannot be read is
+    passed over here: it tells of itself where its own GPU is asked for."""
     for file in sorted(calibrations().glob("*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -98,13 +98,13 @@ def _calibrated(key: str) -> Gpu | None:
 
 
 def _sold_as(name: str, gigabytes: int) -> Gpu:
-    """A card whose box says ``gigabytes``: makers mean GiB, and the driver keeps some of them."""
+    """A GPU whose box says ``gigabytes``: makers mean GiB, and the driver keeps some of them."""
     same = [gpu for gpu in table() if gpu.marketing_memory == f"{gigabytes} GB" and not gpu.nominal]
     if not same:
         usable_bytes = int(gigabytes * 2**30 * _LEAST_SHARE_REPORTED)
-        return Gpu(name, usable_bytes, None, None, source=f"a card sold with {gigabytes} GB: 97 % of {gigabytes} GiB")
+        return Gpu(name, usable_bytes, None, None, source=f"a GPU sold with {gigabytes} GB: 97 % of {gigabytes} GiB")
     middle = same[(len(same) - 1) // 2]
-    return Gpu(name, middle.usable_bytes, None, None, source=f"a card sold with {gigabytes} GB: as {middle.name}")
+    return Gpu(name, middle.usable_bytes, None, None, source=f"a GPU sold with {gigabytes} GB: as {middle.name}")
 
 
 def parse_bytes(text: str) -> int:
@@ -153,7 +153,7 @@ def _by_key() -> dict[str, Gpu]:
             gpu = _from_row(row)
             for name in (gpu.name, *row.get("aliases", ())):
                 if found.setdefault(_key(name), gpu) is not gpu:
-                    raise ValueError(f"{name!r} names two cards")
+                    raise ValueError(f"{name!r} names two GPUs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GaugeError(f"the GPU table {path} cannot be read ({error}); restore it") from error
     return found

@@ -38,12 +38,12 @@ loading (CUDA 11.7 and later) PyTorch's maintainers speak of about 300 MB (pytor
 (pytorch#109888) after the first operation; the kernels of a training step come on top."""
 
 CONTEXT_HOPPER_BYTES = 794_820_608
-"""The same as an H200 showed it under torch 2.11 for CUDA 13.0 (driver 580.159): NVML's figure for the process less the
+"""The same as an H200 showed it under torch 2.11 for CUDA 13.0 (driver 580.159): NVML's metric for the process less the
 allocator's segments, after training steps with cuDNN's attention; 778,043,392 without (2026-11-27)."""
 
 CUBLAS_WORKSPACE_BYTES = 2 * (4096 << 10) + 8 * (16 << 10)
 """cuBLAS, per handle and stream, with the default `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8`: two buffers of
-4 MiB and eight of 16 KiB, 8,519,680 bytes. From `aten/src/ATen/cuda/CublasHandlePool.cpp`; the same figure
+4 MiB and eight of 16 KiB, 8,519,680 bytes. From `aten/src/ATen/cuda/CublasHandlePool.cpp`; the same metric
 was observed on a device in pytorch#95668."""
 
 CUBLAS_WORKSPACE_HOPPER_BYTES = 8 * (4096 << 10)
@@ -101,9 +101,9 @@ def default_overheads(compute_capability: tuple[int, int] | None) -> DeviceOverh
 
 
 def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> DeviceOverheads:
-    """The overheads on this card (a name or a size, as `gpus.lookup` takes it), measured ones first.
+    """The overheads on this GPU (a name or a size, as `gpus.lookup` takes it), measured ones first.
 
-    ``calibration_folder``: by default the user's. Raises `GaugeError` for a broken calibration file, and for a card
+    ``calibration_folder``: by default the user's. Raises `GaugeError` for a broken calibration file, and for a GPU
     that has neither a row in the table nor a calibration file.
     """
     folder = calibration_folder or paths.calibrations()
@@ -126,7 +126,7 @@ def overheads_for(gpu_name: str, calibration_folder: Path | None = None) -> Devi
 
 
 def calibration_path(folder: Path, gpu_name: str) -> Path:
-    """Where the calibration of a card lies; every spelling that `gpus.lookup` knows leads to one file."""
+    """Where the calibration of a GPU lies; every spelling that `gpus.lookup` knows leads to one file."""
     return folder / f"{_file_name(gpu_name)}.json"
 
 
@@ -141,7 +141,7 @@ def write_calibration(
     cublaslt_workspace_bytes: int,
     **further: Any,
 ) -> Path:
-    """Store what was measured on a card (`measured_on` is an ISO date) and return the file's path.
+    """Store what was measured on a GPU (`measured_on` is an ISO date) and return the file's path.
 
     ``further``: ``usable_bytes`` and any of `RECORDS`. Raises `GaugeError` where the file cannot be written; one that
     is there stays whole until the new one is.
@@ -167,13 +167,13 @@ def write_calibration(
 
 
 def read_calibration(folder: Path, gpu_name: str) -> dict[str, Any] | None:
-    """The calibration of a card as it was written, if there is one. Raises `GaugeError` where it is broken."""
+    """The calibration of a GPU as it was written, if there is one. Raises `GaugeError` where it is broken."""
     path = calibration_path(folder, gpu_name)
     return _read(path, gpu_name) if path.exists() else None
 
 
 def _file_name(gpu_name: str) -> str:
-    with contextlib.suppress(GaugeError):  # a card outside the table is calibrated under its own name
+    with contextlib.suppress(GaugeError):  # a GPU outside the table is calibrated under its own name
         gpu_name = gpus.lookup(gpu_name).name
     name = slug(gpu_name)
     if not name:

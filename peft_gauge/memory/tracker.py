@@ -24,7 +24,7 @@ from peft_gauge.memory.accumulation import ADD, engine_accumulates, lone_holders
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
     BACKWARD,
-    DEQUANTISED_TEMPORARIES,
+    DEQUANTIZED_TEMPORARIES,
     FORWARD,
     GRADIENTS,
     HOST,
@@ -270,7 +270,7 @@ class StorageTracker(DispatchMode):
             source = self._ledger.alive.get(storage_key(args[0].untyped_storage()))
             if source is not None:
                 category = self._ledger.records[source.record].category
-                if category == DEQUANTISED_TEMPORARIES:
+                if category == DEQUANTIZED_TEMPORARIES:
                     return category
         if phase in (FORWARD, BACKWARD) and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
             return LOGITS_AND_LOSS

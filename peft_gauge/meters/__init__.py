@@ -1,7 +1,7 @@
 """Memory meters behind one small interface, read phase by phase.
 
 `tensors.TensorMeter` follows storages on any device, `cuda.CudaMeter` reads torch's caching allocator,
-`nvml.NvmlMeter` reads the driver's figures for the whole GPU and this process, and `host.HostMeter` reads resident
+`nvml.NvmlMeter` reads the driver's metrics for the whole GPU and this process, and `host.HostMeter` reads resident
 memory from the operating system. `Phases` drives any number of them:
 
     phases = Phases([HostMeter(), CudaMeter(), NvmlMeter()])
@@ -100,8 +100,8 @@ class Phases:
         by_meter: dict[str, dict[str, int]] = {}
 
         def end(meter: Meter) -> None:
-            figures = meter.end_phase(name)
-            by_meter[meter.name] = {figure: value for figure, value in figures.items() if value is not None}
+            metrics = meter.end_phase(name)
+            by_meter[meter.name] = {metric: value for metric, value in metrics.items() if value is not None}
 
         try:
             with ExitStack() as open_meters:  # if one meter fails, the others are still ended
@@ -117,11 +117,11 @@ class Phases:
         greatest: dict[str, dict[str, dict[str, int]]] = {}
         for reading in self.readings:
             meters = greatest.setdefault(reading.phase, {})
-            for meter, figures in reading.by_meter.items():
+            for meter, metrics in reading.by_meter.items():
                 kept = meters.setdefault(meter, {})
-                for figure, value in figures.items():
-                    if figure.endswith(PEAK):
-                        kept[figure] = max(value, kept.get(figure, value))
+                for metric, value in metrics.items():
+                    if metric.endswith(PEAK):
+                        kept[metric] = max(value, kept.get(metric, value))
         return greatest
 
 

@@ -68,11 +68,11 @@ class CudaMeter:
         peaks = self._phases.end(name, _pick(stats, _PEAKS))
         before = self._counts_before.pop()
         # No statistics at the start: there was no allocator yet, and its counters began at 0 within the phase.
-        counts = {figure: stats[key] - before.get(key, 0) for figure, key in _COUNTS.items() if key in stats}
-        figures = {**_pick(stats, _LAST), **peaks, **dict.fromkeys(_COUNTS), **counts}
+        counts = {metric: stats[key] - before.get(key, 0) for metric, key in _COUNTS.items() if key in stats}
+        metrics = {**_pick(stats, _LAST), **peaks, **dict.fromkeys(_COUNTS), **counts}
         if stats and not _is_native():
-            figures |= dict.fromkeys(_ONLY_NATIVE)
-        return figures
+            metrics |= dict.fromkeys(_ONLY_NATIVE)
+        return metrics
 
     def _stats(self) -> Mapping[str, int]:
         import torch
@@ -81,7 +81,7 @@ class CudaMeter:
 
 
 def _pick(stats: Mapping[str, int], keys: Mapping[str, str]) -> dict[str, int | None]:
-    return {figure: stats.get(key) for figure, key in keys.items()}
+    return {metric: stats.get(key) for metric, key in keys.items()}
 
 
 def _is_native() -> bool:

@@ -74,7 +74,7 @@ class NvmlMeter:
 
     def end_phase(self, name: str) -> Mapping[str, int | None]:
         greatest, last = self._sampled.end(name)
-        return {**last, **{peak: greatest[figure] for peak, figure in _PEAKS.items()}}
+        return {**last, **{peak: greatest[metric] for peak, metric in _PEAKS.items()}}
 
     def _device(self) -> NvmlDevice:
         if self._found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-Figures = Mapping[str, int | None]
+Readings = Mapping[str, int | None]
 
 
 class OpenPhases:
@@ -21,19 +21,19 @@ class OpenPhases:
     def __len__(self) -> int:
         return len(self._open)
 
-    def note(self, figures: Figures) -> None:
-        """Count ``figures`` in every open phase; ``None`` values are ignored."""
+    def note(self, metrics: Readings) -> None:
+        """Count ``metrics`` in every open phase; ``None`` values are ignored."""
         with self._lock:
-            self._note(figures)
+            self._note(metrics)
 
-    def start(self, name: str, figures: Figures) -> None:
-        """Open phase ``name``; ``figures`` are the readings at its start."""
+    def start(self, name: str, metrics: Readings) -> None:
+        """Open phase ``name``; ``metrics`` are the readings at its start."""
         with self._lock:
             self._open.append((name, {}))
-            self._note(figures)
+            self._note(metrics)
 
-    def end(self, name: str, figures: Figures) -> dict[str, int | None]:
-        """Close the innermost phase, count its last ``figures``, and return its greatest values.
+    def end(self, name: str, metrics: Readings) -> dict[str, int | None]:
+        """Close the innermost phase, count its last ``metrics``, and return its greatest values.
 
         Raises `ValueError` if it is not called ``name``; it then stays open.
         """
@@ -41,14 +41,14 @@ class OpenPhases:
             innermost = self._open[-1][0] if self._open else None
             if innermost != name:
                 raise ValueError(f"cannot end phase {name!r}: the innermost open phase is {innermost!r}")
-            self._note(figures)
+            self._note(metrics)
             return self._open.pop()[1]
 
-    def _note(self, figures: Figures) -> None:
+    def _note(self, metrics: Readings) -> None:
         for _, greatest in self._open:
-            for figure, value in figures.items():
-                before = greatest.get(figure)
-                greatest[figure] = value if before is None else before if value is None else max(before, value)
+            for metric, value in metrics.items():
+                before = greatest.get(metric)
+                greatest[metric] = value if before is None else before if value is None else max(before, value)
 
 
 class SampledPhases:
@@ -61,7 +61,7 @@ class SampledPhases:
         period_seconds: time between two samples of the thread.
     """
 
-    def __init__(self, read: Callable[[], Figures], period_seconds: float) -> None:
+    def __init__(self, read: Callable[[], Readings], period_seconds: float) -> None:
         self._read = read
         self._period_seconds = period_seconds
         self._phases = OpenPhases()
@@ -77,7 +77,7 @@ class SampledPhases:
             self._thread = threading.Thread(target=self._sample, name="peft-gauge-sampler", daemon=True)
             self._thread.start()
 
-    def end(self, name: str) -> tuple[Figures, Figures]:
+    def end(self, name: str) -> tuple[Readings, Readings]:
         """Close phase ``name``; returns its greatest values and its last ones.
 
         Re-raises an exception that stopped the thread: peaks may have been missed.

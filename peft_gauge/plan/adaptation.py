@@ -41,7 +41,7 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
         stored_layers.store_(base, request.model.stored)
     base = methods.prepare_base(base, method)
     ids, places = frozenset(map(id, base.parameters())), targets.Places.of(base)
-    notes += _unquantised(base, request)
+    notes += _unquantized(base, request)
     if models.is_recurrent(base):
         notes.append(
             "recurrent layers are planned as transformers' PyTorch code computes them; with kernels for them "
@@ -75,13 +75,13 @@ def _unmatched(method: methods.Method, base: PreTrainedModel, places: targets.Pl
             yield f"target_modules that {base.config.model_type} has not, and PEFT passes over: {', '.join(missing)}"
 
 
-def _unquantised(base: nn.Module, request: PlanRequest) -> Iterator[str]:
-    """What of a base that ``request`` quantises is not, and what that costs: why QLoRA can need more than LoRA."""
+def _unquantized(base: nn.Module, request: PlanRequest) -> Iterator[str]:
+    """What of a base that ``request`` quantizes is not, and what that costs: why QLoRA can need more than LoRA."""
     if request.method.quantization is None:
         return
-    from peft_gauge.training.quantization import left_unquantised
+    from peft_gauge.training.quantization import left_unquantized
 
-    left = left_unquantised(base)
+    left = left_unquantized(base)
     numels = {where: sum(parameter.numel() for parameter in held) for where, held in left.items()}
     total, itemsize = sum(numels.values()), models.torch_dtype(request.dtype).itemsize
     is_cast = request.method.prepare_kbit and itemsize < 4
@@ -94,11 +94,11 @@ def _unquantised(base: nn.Module, request: PlanRequest) -> Iterator[str]:
     parts += [f"the rest {_shown_bytes(rest * itemsize)}"] if rest else []
     sentence = f"not stored in {request.method.quantization.quant_format}: {', '.join(parts)} in {request.dtype}"
     if has_experts:
-        sentence += "; bitsandbytes quantises linear layers, not the 3-D parameters that hold a layer's experts"
+        sentence += "; bitsandbytes quantizes linear layers, not the 3-D parameters that hold a layer's experts"
     if is_cast:
         sentence += (
             f"; k-bit preparation casts all of these to float32, {_shown_bytes(total * 4)}, and with them the "
-            f"activations between quantised layers (--no-prepare-kbit leaves both in {request.dtype})"
+            f"activations between quantized layers (--no-prepare-kbit leaves both in {request.dtype})"
         )
     yield sentence
 
@@ -124,7 +124,7 @@ def attention(record: ModelRecord, dtype: str, asked: str | None) -> str:
 
 
 def quant_format(request: PlanRequest) -> str | None:
-    """bitsandbytes' format of the base, as the checkpoint stores it or as the method quantises it."""
+    """bitsandbytes' format of the base, as the checkpoint stores it or as the method quantizes it."""
     stored, quantization = request.model.stored, request.method.quantization
     if stored is not None:
         return stored.settings.get("quant_format") if stored.kind == "bitsandbytes" else None

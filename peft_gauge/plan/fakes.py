@@ -32,7 +32,7 @@ def fake_mode() -> FakeTensorMode:
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:
-    """Replaces, in place, each parameter, buffer and quantisation constant of `model` by a fake on device `cpu`.
+    """Replaces, in place, each parameter, buffer and quantization constant of `model` by a fake on device `cpu`.
 
     Shapes, strides, dtypes, `requires_grad` and attributes stay, and so do ties: what was one parameter is one
     fake, what shared a storage shares one. The originals may be on `meta` or real. Unpacked 4-bit parameters are

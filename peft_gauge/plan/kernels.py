@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FLASH_ROW_MULTIPLE = 128  # flash attention's backward pads the sequence of its FP32 buffers to this
 FLASH_WIDTH_MULTIPLE = 32  # and the head dimension to this
 FLASH_WIDEST = 256  # the widest head that flash attention has a kernel for
-FUSED_4BIT_ROWS = 4  # bitsandbytes multiplies up to this many rows without a dequantised copy on every GPU
+FUSED_4BIT_ROWS = 4  # bitsandbytes multiplies up to this many rows without a dequantized copy on every GPU
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
     - attention: flash or memory-efficient attention as CUDA chooses between them (no quadratic matrix), with the mask
       converted and padded as there; the math path where CUDA would take it;
     - dropout: one byte an element for the mask;
-    - 4-bit products: a dequantised copy of the weight inside the operator, for more than `fused_4bit_rows` rows.
+    - 4-bit products: a dequantized copy of the weight inside the operator, for more than `fused_4bit_rows` rows.
       Between 4 and 1536 rows bitsandbytes chooses by GPU and shape, so this is an upper bound there.
     """
     routes: dict[str, dict[str, Callable[..., Any]]] = {
@@ -178,7 +178,7 @@ def _math_attention(
 
 
 # The filters of `can_use_flash_attention` and `can_use_mem_efficient_attention` that depend on the tensors alone, as of
-# torch 2.13; those that ask for the card (a head wider than 192 on compute capability 8.6, 8.9 or 12) are left out, and
+# torch 2.13; those that ask for the GPU (a head wider than 192 on compute capability 8.6, 8.9 or 12) are left out, and
 # so is cuDNN's kernel, which recent releases prefer on compute capability 9 and 10.
 
 

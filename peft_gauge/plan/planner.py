@@ -107,7 +107,7 @@ def _base(request: PlanRequest) -> str:
     if request.model.stored is not None:
         return request.model.stored.description
     quantization = request.method.quantization
-    return request.dtype if quantization is None else f"{quantization.quant_format.upper()}, quantised by the method"
+    return request.dtype if quantization is None else f"{quantization.quant_format.upper()}, quantized by the method"
 
 
 def _check_sizes(request: PlanRequest) -> Iterator[str]:
@@ -123,7 +123,7 @@ def _check_sizes(request: PlanRequest) -> Iterator[str]:
 def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: float) -> Plan:
     steps = Steps(trace.tracker.events, trace.made_after_update)
     overheads = _overheads(request)
-    # With one GPU the estimate is of that one, and what a reader adds up is one figure.
+    # With one GPU the estimate is of that one, and what a reader adds up is one metric.
     device = device_estimate(steps, overheads[0] if len(overheads) == 1 else None)
     _check_order(request, trace, device)
     gpus = tuple(fit(steps, gpu, each) for gpu, each in zip(request.gpus, overheads, strict=True))
@@ -133,7 +133,7 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
         if found.fits and found.retries:
             notes.append(
                 f"{found.gpu}: fits only because cached segments are given back on the way, which costs time; "
-                f"a card without a limit would show {device.total_bytes / 1e9:.2f} GB"
+                f"a GPU without a limit would show {device.total_bytes / 1e9:.2f} GB"
             )
     return Plan(
         model=request.model.name,

@@ -26,7 +26,7 @@ class PlanRequest:
     Fields:
         model, method: what is trained, and how.
         settings: batch × seq tokens, optimizer, checkpointing, accumulation, clipping.
-        dtype: that of the base weights and of a quantised base's arithmetic.
+        dtype: that of the base weights and of a quantized base's arithmetic.
         loss: ``"full"`` as the model computes it, or ``"chunked"``: a stand-in for the chunked losses of training
             libraries (see `peft_gauge.plan.call`).
         padded: whether the batch comes with an attention mask.
@@ -37,7 +37,7 @@ class PlanRequest:
         attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose), ``"eager"`` or
             ``"flash_attention_2"``; ``None`` is sdpa where the architecture has it, else eager.
         gpus: names or sizes, as `peft_gauge.memory.gpus.lookup` takes them.
-        calibration_folder: measured overheads by card (`peft_gauge.memory.overheads`), if there are any.
+        calibration_folder: measured overheads by GPU (`peft_gauge.memory.overheads`), if there are any.
     """
 
     model: ModelRecord
@@ -57,7 +57,7 @@ class PlanRequest:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
         if self.method.kind == "full" and self.method.quantization is not None:
-            raise GaugeError(f"{self.method.name} trains the base weights, which cannot be quantised; drop --quantize")
+            raise GaugeError(f"{self.method.name} trains the base weights, which cannot be quantized; drop --quantize")
 
     @property
     def name(self) -> str:
@@ -107,9 +107,9 @@ class DeviceEstimate:
 class GpuFit:
     """Whether a step fits one GPU.
 
-    ``fits``: the step's allocations, replayed with this card's memory less its context, never run out.
-    ``device_bytes``: what the card will show as used: that replay's segments and the context; where it does not fit,
-    what a card without a limit would show. ``headroom_bytes``: ``usable_bytes`` less ``device_bytes``, negative where
+    ``fits``: the step's allocations, replayed with this GPU's memory less its context, never run out.
+    ``device_bytes``: what the GPU will show as used: that replay's segments and the context; where it does not fit,
+    what a GPU without a limit would show. ``headroom_bytes``: ``usable_bytes`` less ``device_bytes``, negative where
     it does not fit. ``retries``: how often cached segments had to be given back to make room, which costs time.
     """
 
@@ -124,7 +124,7 @@ class GpuFit:
 @dataclass(frozen=True)
 class Plan:
     """What one training step needs. Bytes are counted in blocks of 512, to which CUDA's allocator rounds a request;
-    what it hands out beyond that, where it does not split a cached block, is in the reserved figures.
+    what it hands out beyond that, where it does not split a cached block, is in the reserved metrics.
 
     Fields:
         model, method: names; ``settings``: everything that was assumed.
@@ -221,4 +221,4 @@ class Found:
         return {**self.plan.as_json(), "find": found}
 
 
-Outcome = Plan | Found | PlanFailure
+PlanOutcome = Plan | Found | PlanFailure

@@ -1,4 +1,4 @@
-"""From a step's log to the segments that CUDA's caching allocator reserves, and to whether a card holds them."""
+"""From a step's log to the segments that CUDA's caching allocator reserves, and to whether a GPU holds them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def device_estimate(steps: Steps, overheads: DeviceOverheads | None = None) -> D
 
 
 def fit(steps: Steps, gpu_name: str, overheads: DeviceOverheads) -> GpuFit:
-    """Whether the steps fit the card called (or as large as) ``gpu_name``, which has these ``overheads``; raises
+    """Whether the steps fit the GPU called (or as large as) ``gpu_name``, which has these ``overheads``; raises
     `GaugeError` for an unknown one."""
     gpu = gpus.lookup(gpu_name)
     usable_bytes = gpu.usable_bytes if overheads.usable_bytes is None else overheads.usable_bytes

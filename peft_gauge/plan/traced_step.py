@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_gauge._internals.torch import unset_fake_temporarily
-from peft_gauge.counting import ParameterCount, constant_buffers, quantisation_constants
-from peft_gauge.fingerprint.places import UNKNOWN, Places
+from peft_gauge.counting import ParameterCount, constant_buffers, quantization_constants
+from peft_gauge.fingerprint.places import UNKNOWN, ModuleAttribution
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,
     BACKWARD,
     BASE_WEIGHTS,
     BUFFERS,
-    DEQUANTISED_TEMPORARIES,
+    DEQUANTIZED_TEMPORARIES,
     FORWARD,
     HOST,
     INPUTS,
@@ -27,7 +27,7 @@ from peft_gauge.memory.categories import (
     OPERATOR_CATEGORY,
     OPTIMIZER,
     OPTIMIZER_STATE,
-    QUANTISATION_CONSTANTS,
+    QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.ledger import Snapshot, rounded
 from peft_gauge.memory.tracker import StorageTracker, no_collector
@@ -90,10 +90,10 @@ def follow(
     The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see. ``located``:
     also note of each storage which module and which Python function made it, at the cost of some time.
     """
-    places = Places(model, fold=False) if located else None
+    places = ModuleAttribution(model, fold=False) if located else None
     tracker = StorageTracker(
         vocabulary=request.model.vocab_size,
-        operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTISED_TEMPORARIES},
+        operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTIZED_TEMPORARIES},
         workspaces=kernels.CUDA_WORKSPACES,
         where=None if places is None else functools.partial(_where, places),
     )
@@ -111,7 +111,7 @@ def follow(
     return trace
 
 
-def _where(places: Places) -> tuple[str, str]:
+def _where(places: ModuleAttribution) -> tuple[str, str]:
     module = places.now
     return "" if module == UNKNOWN else module, site_here(sys._getframe(1))
 
@@ -120,19 +120,19 @@ def _name_residents(tracker: StorageTracker, model: nn.Module, job: TrainingJob)
     """Put down what is there before the step to the module of its parameter."""
     for name, parameter in model.named_parameters():
         state = job.optimizer.state.get(parameter, {}).values()
-        held = [parameter, *quantisation_constants(parameter), *(t for t in state if isinstance(t, torch.Tensor))]
+        held = [parameter, *quantization_constants(parameter), *(t for t in state if isinstance(t, torch.Tensor))]
         for number in tracker.storages(held):
             tracker.records[number].module = name.rpartition(".")[0]
 
 
 def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
     tracker.adopt(model.buffers(), BUFFERS)
-    tracker.adopt(constant_buffers(model), QUANTISATION_CONSTANTS)
+    tracker.adopt(constant_buffers(model), QUANTIZATION_CONSTANTS)
     tracker.adopt(fakes.plain_tensors(model), BUFFERS)
     known = set(map(id, base))
     for parameter in model.parameters():
         tracker.adopt(parameter, BASE_WEIGHTS if id(parameter) in known else ADAPTER_WEIGHTS)
-        tracker.adopt(quantisation_constants(parameter), QUANTISATION_CONSTANTS)
+        tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
 
 
 def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tuple[TrainingJob, ModelCall]:

@@ -28,7 +28,7 @@ from peft_gauge.plan.record import PlanFailure
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from peft_gauge.plan.record import Outcome, PlanRequest
+    from peft_gauge.plan.record import PlanOutcome, PlanRequest
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "peft_gauge.plan.worker")
@@ -43,7 +43,7 @@ class Preloaded:
     environment: Mapping[str, str]
 
 
-def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[Outcome]:
+def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[PlanOutcome]:
     """The outcomes of ``requests``, in their order; with ``find`` (batch, seq, rank) one `Found` a GPU of each.
 
     A case that cannot be planned, or that ends its worker, is a `PlanFailure`; the others go on.
@@ -53,7 +53,7 @@ def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Ite
 
 def _plan_all(
     requests: Sequence[PlanRequest], find: str | None, preloaded: Preloaded | None, crew: _Crew
-) -> Iterator[Outcome]:
+) -> Iterator[PlanOutcome]:
     done = 0
     while done < len(requests):
         worker = _start(requests[done:], find, preloaded)
@@ -78,7 +78,7 @@ def _plan_all(
 
 def plan_in_parallel(
     requests: Sequence[PlanRequest], *, workers: int | None = None, preloaded: Preloaded | None = None
-) -> list[Outcome]:
+) -> list[PlanOutcome]:
     """The outcomes of ``requests``, in their order, planned by several processes (by default one a core).
 
     Tracing a step is Python on one core. Each worker pays for its imports once, unless it can be forked from
@@ -186,7 +186,7 @@ def _fork(preloaded: Preloaded) -> _Worker:
     return _Worker(process, os.fdopen(ours, "wb"), os.fdopen(output, "rb"))
 
 
-def _outcomes(worker: _Worker) -> Iterator[list[Outcome]]:
+def _outcomes(worker: _Worker) -> Iterator[list[PlanOutcome]]:
     try:
         while True:
             try:
@@ -205,7 +205,7 @@ def _ended(code: int | None) -> str:
     return f"ended the planning process with exit code {code}; its last words are above"
 
 
-def _outcome(request: PlanRequest, find: str | None) -> list[Outcome]:
+def _outcome(request: PlanRequest, find: str | None) -> list[PlanOutcome]:
     from peft_gauge.plan.planner import plan
     from peft_gauge.plan.search import find_each
 

@@ -109,7 +109,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, all questions to one case go to one worker, unless the user chose another way to share them out."""
+    """With ``-n``, all benchmarks to one case go to one worker, unless the user chose another way to share them out."""
     return case_scheduling(config, log) if config.getoption("dist") == "load" else None
 
 
@@ -131,7 +131,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = metafunc.config.stash[VARIED_CASES if varies else CASES]
     marks = {"cuda": [pytest.mark.gpu], "cpu": [pytest.mark.slow] if slow_on_cpu else []}
     marked = [pytest.param(case, id=case.id, marks=marks[case.device]) for case in cases]
-    # In session scope pytest puts the questions to one case next to each other, and one job serves them all.
+    # In session scope pytest puts the benchmarks to one case next to each other, and one job serves them all.
     metafunc.parametrize("case", marked, scope="session")
 
 

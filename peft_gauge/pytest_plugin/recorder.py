@@ -35,15 +35,15 @@ BASELINE = pytest.StashKey[Run | None]()
 LAST_WORDS = pytest.StashKey[list[schema.CaseRecord]]()
 """Cases that an interrupt ended while they were measured; pytest itself reports nothing of them."""
 
-FIGURES = "figures"  # the name of the user property in which a case's figures travel on its report
+METRICS = "metrics"  # the name of the user property in which a case's metrics travel on its report
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``record(name=value, …)`` keeps figures with the case: in the saved run and in the summary."""
+    """``record(name=value, …)`` keeps metrics with the case: in the saved run and in the summary."""
 
-    def keep(**figures: Any) -> None:
-        request.node.user_properties.append((FIGURES, figures))
+    def keep(**metrics: Any) -> None:
+        request.node.user_properties.append((METRICS, metrics))
 
     return keep
 
@@ -73,7 +73,7 @@ class Recorder:
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
         if call.when == "call" and report.passed and benchmark is not None and benchmark.stats:
             # pytest-benchmark holds extra_info by reference, so it is changed, never replaced (pytest-benchmark#256).
-            benchmark.extra_info.update(_figures(report))
+            benchmark.extra_info.update(_metrics(report))
             self.timings.append(benchmark.stats)
         return report
 
@@ -81,14 +81,14 @@ class Recorder:
         ended = report.when == "call" or not report.passed
         if not ended or not report.nodeid.startswith("benchmarks/"):
             return
-        figures = _figures(report)
-        claim = figures.pop("claim", None)
+        metrics = _metrics(report)
+        claim = metrics.pop("claim", None)
         if claim is not None:
             self.claims.append(claim)
-        question = Path(report.nodeid.partition("::")[0]).stem
+        benchmark = Path(report.nodeid.partition("::")[0]).stem
         # How a process of the case's own ended says more than that the test failed.
-        outcome = figures.pop("ended", report.outcome)
-        self.cases.append(schema.CaseRecord(report.nodeid, question, outcome, _reason(report), figures))
+        outcome = metrics.pop("ended", report.outcome)
+        self.cases.append(schema.CaseRecord(report.nodeid, benchmark, outcome, _reason(report), metrics))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, exitstatus: int) -> None:
@@ -185,11 +185,11 @@ class Recorder:
             terminalreporter.write_line(note)
 
 
-def _figures(report: pytest.TestReport) -> dict[str, Any]:
+def _metrics(report: pytest.TestReport) -> dict[str, Any]:
     merged: dict[str, Any] = {}
-    for name, figures in report.user_properties:
-        if name == FIGURES and isinstance(figures, dict):
-            merged |= figures
+    for name, metrics in report.user_properties:
+        if name == METRICS and isinstance(metrics, dict):
+            merged |= metrics
     return merged
 
 

@@ -85,7 +85,7 @@ class Asked:
 
 
 def gpu_name(card: machine.Accelerator) -> str:
-    """``card`` as plans look it up: by its name, unless it has other memory than the card of that name (a slice of one,
+    """``GPU`` as plans look it up: by its name, unless it has other memory than the GPU of that name (a slice of one,
     or none that is known), and then by its memory and its compute capability: workspaces and context depend on that."""
     major, minor = card.compute_capability
     by_size = f"{card.memory_bytes} sm_{major}{minor}"

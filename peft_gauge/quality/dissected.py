@@ -98,14 +98,14 @@ class PreparedDissected:
             with updates.truncated(rank):
                 cut = self.whole.scores(job)
             left |= {f"{name}_at_rank_{rank}": cut[name] for name in LEFT if name in cut}
-        return {**scores, **left, **spectral_figures(updates.spectra)}
+        return {**scores, **left, **spectral_metrics(updates.spectra)}
 
 
-def spectral_figures(spectra: Spectra) -> dict[str, float]:
+def spectral_metrics(spectra: Spectra) -> dict[str, float]:
     """Metrics of `Updates.spectra`, named as in this module's docstring."""
     over_random = {path: own.energy_rank / random.energy_rank for path, (own, random) in spectra.items()}
     effective = [own.effective_rank / random.effective_rank for own, random in spectra.values()]
-    figures: dict[str, float] = {
+    metrics: dict[str, float] = {
         "energy_rank_over_random": statistics.median(over_random.values()),
         "effective_rank_over_random": statistics.median(effective),
     }
@@ -114,7 +114,7 @@ def spectral_figures(spectra: Spectra) -> dict[str, float]:
         kinds.setdefault(path.rpartition(".")[2], []).append(path)
     for kind, paths in kinds.items():
         own, random = ([spectra[path][which] for path in paths] for which in (0, 1))
-        figures |= {
+        metrics |= {
             f"{kind}.layers": len(paths),
             **_spread(f"{kind}.energy_rank_over_random", [over_random[path] for path in paths]),
             **_spread(f"{kind}.energy_rank", [each.energy_rank for each in own]),
@@ -125,8 +125,8 @@ def spectral_figures(spectra: Spectra) -> dict[str, float]:
             **_median_energies(f"{kind}.random", random),
         }
     for path in (min(over_random, key=over_random.__getitem__), max(over_random, key=over_random.__getitem__)):
-        figures |= _median_energies(path, [spectra[path][0]])
-    return figures
+        metrics |= _median_energies(path, [spectra[path][0]])
+    return metrics
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:

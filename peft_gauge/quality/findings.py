@@ -39,10 +39,10 @@ def best_rank(
         for cost, each in found.items()
     )
     reached = f"quality {qualities}; {at}" if knee else ""
-    figure = "; ".join(filter(None, (reached, f"diverged: {', '.join(diverged)}" if diverged else "")))
+    metric = "; ".join(filter(None, (reached, f"diverged: {', '.join(diverged)}" if diverged else "")))
     if knee is None or diverged or knee.share < least_share or knee.seeds < paired.LEAST_PAIRS:
-        return Finding.of(None, figure, conditions)
-    return Finding.of(knee.label is not None, figure, conditions)
+        return Finding.of(None, metric, conditions)
+    return Finding.of(knee.label is not None, metric, conditions)
 
 
 def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) -> Finding:
@@ -61,18 +61,18 @@ def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) 
         (first, second): paired.compare(qualities[second], qualities[first], margin=margin).difference
         for first, second in permutations(qualities, 2)
     }
-    figure = f"quality at equal parameters: {means}"
+    metric = f"quality at equal parameters: {means}"
     if any(each is None for each in compared.values()):
-        return Finding.of(None, f"{figure}; a set diverged, or there are too few seeds", conditions)
+        return Finding.of(None, f"{metric}; a set diverged, or there are too few seeds", conditions)
     differences = {pair: each for pair, each in compared.items() if each is not None}
     for label in qualities:
         ahead = [differences[label, other] for other in qualities if other != label]
         if all(each.low > 0 for each in ahead):
             nearest = min(each.low for each in ahead)
-            return Finding.of(True, f"{figure}; {label} is ahead of every other by at least {nearest:.3f}", conditions)
+            return Finding.of(True, f"{metric}; {label} is ahead of every other by at least {nearest:.3f}", conditions)
     widest = max(abs(end) for each in differences.values() for end in (each.low, each.high))
-    figure += f"; 95 % intervals of the differences reach ±{widest:.3f}"
-    return Finding.of(False if widest < margin else None, figure, conditions)
+    metric += f"; 95 % intervals of the differences reach ±{widest:.3f}"
+    return Finding.of(False if widest < margin else None, metric, conditions)
 
 
 def scaling_sets_size(
@@ -90,10 +90,10 @@ def scaling_sets_size(
     shared = ", ".join(
         f"{scaling:g}: " + ("diverged" if size is None else f"{size:.2f}") for scaling, size in at_one_rate.items()
     )
-    figure = f"norm of the update over that of the planted one, by α/r: {shown}; at one learning rate for all {shared}"
+    metric = f"norm of the update over that of the planted one, by α/r: {shown}; at one learning rate for all {shared}"
     verdict = True if growth >= grows else False if spread <= alike else None
     return Finding.of(
-        verdict, figure, "an update of rank 4 planted in a small decoder, LoRA r=4 on q,v, rates searched"
+        verdict, metric, "an update of rank 4 planted in a small decoder, LoRA r=4 on q,v, rates searched"
     )
 
 

@@ -34,7 +34,7 @@ class Difference:
 
     def no_worse_than(self, margin: float) -> bool | None:
         """Whether the new method loses less than ``margin``: True or False if the whole interval agrees, ``None``
-        (cannot tell) if it contains -``margin``."""
+        (inconclusive) if it contains -``margin``."""
         if not (math.isfinite(margin) and margin > 0):
             raise GaugeError(f"the margin must be positive and finite, got {margin}")
         if self.low > -margin:
@@ -43,12 +43,12 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Whether the new method keeps the base's quality (``None``: cannot tell), with the ``figure`` or reason as text;
+class NonInferiority:
+    """Whether the new method keeps the base's quality (``None``: inconclusive), with the ``metric`` or reason as text;
     ``difference`` is ``None`` if it could not be computed."""
 
     holds: bool | None
-    figure: str
+    metric: str
     difference: Difference | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def compare(
     margin: float,
     least_base: float = -math.inf,
     names: tuple[str, str] = ("base", "new"),
-) -> Comparison:
+) -> NonInferiority:
     """Whether ``new`` keeps the quality of ``base`` within ``margin``, given both qualities under every seed; ``names``
     name the two in the text.
 
@@ -98,19 +98,19 @@ def compare(
     for name, qualities in zip(names, (base, new), strict=True):
         diverged = [str(seed) for seed, quality in qualities.items() if quality is None]
         if diverged:
-            return Comparison(None, f"{name} diverged under seed {' and '.join(diverged)}")
+            return NonInferiority(None, f"{name} diverged under seed {' and '.join(diverged)}")
     if len(base) < LEAST_PAIRS:
-        return Comparison(None, f"{len(base)} seeds are too few, at least {LEAST_PAIRS} are needed")
+        return NonInferiority(None, f"{len(base)} seeds are too few, at least {LEAST_PAIRS} are needed")
     of_base, of_new = ({k: q for k, q in side.items() if q is not None} for side in (base, new))
     found = difference(of_base, of_new)
     means = [
         f"{name} {statistics.fmean(side.values()):.4f}" for name, side in zip(names, (of_base, of_new), strict=True)
     ]
     interval = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}) over {found.pairs} seeds"
-    figure = f"quality: {', '.join(means)}; {interval}, margin {margin:g}"
+    metric = f"quality: {', '.join(means)}; {interval}, margin {margin:g}"
     if statistics.fmean(of_base.values()) < least_base:
-        return Comparison(None, f"{figure}; {names[0]} learned too little, less than {least_base:g}", found)
-    return Comparison(found.no_worse_than(margin), figure, found)
+        return NonInferiority(None, f"{metric}; {names[0]} learned too little, less than {least_base:g}", found)
+    return NonInferiority(found.no_worse_than(margin), metric, found)
 
 
 def _check_partners(base: Mapping[int, object], new: Mapping[int, object]) -> None:

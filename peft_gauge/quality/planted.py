@@ -75,7 +75,7 @@ class Student(nn.Module):
 
 
 @dataclass(frozen=True)
-class Planted:
+class Synthetic:
     """One synthetic task: an update of ``rank`` in the ``targets`` of every layer, all drawn from ``seed``.
 
     Rank 0 is the control: the teacher is the base model itself. Training uses ``batches`` of ``batch`` × ``seq``
@@ -110,10 +110,10 @@ class Planted:
         fields = {key: getattr(self, key) for key in ("seed", "rank", "targets", "batches", "batch", "seq")}
         return {"task": self.name, "config": self.record.config_json, "size": UPDATE_OVER_WEIGHT, **fields}
 
-    def prepared(self) -> PreparedPlanted:
+    def prepared(self) -> PreparedSynthetic:
         """The task with base, teacher and batches built: a fraction of a second, once for all settings."""
         base = models.build(self.record)
-        teacher, planted_norm = plant(base, self.rank, self.targets, seed=self.seed)
+        teacher, synthetic_norm = plant(base, self.rank, self.targets, seed=self.seed)
 
         def taught(number: int, rows: int, seed: int) -> list[dict[str, Tensor]]:
             generator = torch.Generator().manual_seed(seed)
@@ -122,10 +122,10 @@ class Planted:
             with torch.no_grad():
                 return [{"input_ids": rows, "labels": teacher(rows, use_cache=False).logits} for rows in ids]
 
-        return PreparedPlanted(
+        return PreparedSynthetic(
             task=self,
             base=base,
-            planted_norm=planted_norm,
+            synthetic_norm=synthetic_norm,
             training=taught(self.batches, self.batch, self.seed),
             validation=taught(1, 8 * self.batch, VALIDATION_SEED + self.seed),
             held_out=taught(1, 8 * self.batch, HELD_OUT_SEED + self.seed),
@@ -133,13 +133,13 @@ class Planted:
 
 
 @dataclass(frozen=True)
-class PreparedPlanted:
-    """A `Planted` task ready for training. ``planted_norm``: Frobenius norm of the planted update over all layers;
+class PreparedSynthetic:
+    """A `Synthetic` task ready for training. ``synthetic_norm``: Frobenius norm of the planted update over all layers;
     ``validation``: batches to select learning rates; ``held_out``: batches to score a trained student."""
 
-    task: Planted
+    task: Synthetic
     base: PreTrainedModel
-    planted_norm: float
+    synthetic_norm: float
     training: Sequence[dict[str, Tensor]]
     validation: Sequence[dict[str, Tensor]]
     held_out: Sequence[dict[str, Tensor]]
@@ -158,7 +158,7 @@ class PreparedPlanted:
     def scores(self, job: TrainingJob) -> dict[str, float]:
         """``held_out_loss``, mean squared; unless teacher and base are equal, ``quality``: the share of the base's
         error that the student removed (at most 1; below 0 if it is worse than the base); and for LoRA,
-        ``update_over_planted``: the norm of its update over that of the planted one."""
+        ``update_over_synthetic``: the norm of its update over that of the planted one."""
         loss, of_base = loss_on(job.model, self.held_out), loss_on(Student(self.base), self.held_out)
         scores = {"held_out_loss": loss, "base_held_out_loss": of_base}
         if of_base == 0:
@@ -166,7 +166,7 @@ class PreparedPlanted:
         scores["quality"] = 1 - loss / of_base
         update_norm = lora_update_norm(job.model)
         if update_norm is not None:
-            scores["update_over_planted"] = update_norm / self.planted_norm
+            scores["update_over_synthetic"] = update_norm / self.synthetic_norm
         return scores
 
 

@@ -250,7 +250,7 @@ def _alike(cost: str, values: Sequence[float]) -> bool:
     return cost == "step_seconds" and max(values) < TIMES_ALIKE * min(values)
 
 
-def figures(results: Sequence[Trained], peak_bytes: Mapping[str, int]) -> dict[str, Any]:
+def metrics(results: Sequence[Trained], peak_bytes: Mapping[str, int]) -> dict[str, Any]:
     """A benchmark's record of a sweep: ``pareto`` rows, ``knees`` by cost, and every training with its curve."""
     rows = pareto_rows(results, peak_bytes)
     found = {cost: knee.as_json() for cost, knee in knees(results, rows).items()}

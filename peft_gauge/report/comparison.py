@@ -14,10 +14,10 @@ from peft_gauge.history.metrics import is_number
 from peft_gauge.report.terminal.summary import ABSENT, shown_seconds
 
 if TYPE_CHECKING:
-    from peft_gauge.history.comparison import Comparison, Row
+    from peft_gauge.history.comparison import Row, RunComparison
 
 SCHEMA = 1
-HEADINGS = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause or note")
+HEADINGS = ("verdict", "case", "metric", "before", "after", "change", "judged", "cause or note")
 OVER = " over "
 TEXT_LIMIT = 48
 NARROWEST = 40  # columns; a terminal that reports fewer is ignored
@@ -33,7 +33,7 @@ class Cells:
 
     verdict: str
     case: str
-    figure: str
+    metric: str
     before: str
     after: str
     change: str
@@ -49,7 +49,7 @@ def cells(row: Row) -> Cells:
     return Cells(
         verdict=row.says if row.label in (None, row.says) else f"{row.says}: {row.label}",
         case=row.test.removeprefix("benchmarks/"),
-        figure=row.metric,
+        metric=row.metric,
         before=_value(row.before, row.metric),
         after=_value(row.after, row.metric),
         change=_change(row),
@@ -102,7 +102,7 @@ class Line:
     cells: Cells
 
 
-def shown_lines(comparison: Comparison, *, everything: bool) -> list[Line]:
+def shown_lines(comparison: RunComparison, *, everything: bool) -> list[Line]:
     """The lines of ``comparison``, worst first; with ``everything``, all rows one by one.
 
     Otherwise unchanged rows are left out, more than `FEW` undecided times share a line, and so do more than `FEW` cases
@@ -123,7 +123,7 @@ UNDECIDED = "undecided times"
 def _group(row: Row) -> Hashable:
     """The key that rows in a shared line have in common."""
     if row.label is None:
-        return UNDECIDED if row.verdict == "cannot tell" and row.metric.endswith("seconds") else row
+        return UNDECIDED if row.verdict == "inconclusive" and row.metric.endswith("seconds") else row
     if row.verdict in ("worse", "better") or row.judged is not None or row.cause is not None:
         return row
     return row.verdict, row.label, row.metric, row.note
@@ -151,9 +151,9 @@ def _undecided(rows: Sequence[Row]) -> Cells:
         "--all shows each",
     ]
     return Cells(
-        verdict="cannot tell",
+        verdict="inconclusive",
         case=f"{len(rows)} times of {len({row.test for row in rows})} cases",
-        figure=", ".join(f"{metric} ({number})" for metric, number in metrics.items()),
+        metric=", ".join(f"{metric} ({number})" for metric, number in metrics.items()),
         before=ABSENT,
         after=ABSENT,
         change=f"{_percent(ratios[0])} to {_percent(ratios[-1])}" + (f"{OVER}{', '.join(over)}" if over else ""),
@@ -172,7 +172,7 @@ def _alike(rows: Sequence[Row]) -> Cells:
     return Cells(
         verdict=cells(rows[0]).verdict,
         case=f"{len(rows)} cases: {named}{more}",
-        figure=rows[0].metric,
+        metric=rows[0].metric,
         before=shown[0],
         after=shown[1],
         change=ABSENT,
@@ -181,7 +181,7 @@ def _alike(rows: Sequence[Row]) -> Cells:
     )
 
 
-def heading(comparison: Comparison) -> list[str]:
+def heading(comparison: RunComparison) -> list[str]:
     """The lines above a table: the runs, the differences between them, and notes."""
     lines = [f"{comparison.new} against {comparison.base}"]
     lines += [f"differs: {change}" for change in comparison.environment]
@@ -191,12 +191,12 @@ def heading(comparison: Comparison) -> list[str]:
     return lines
 
 
-def counts(comparison: Comparison) -> str:
-    """One line: the number of figures with each verdict, and the number of rows with each label."""
+def counts(comparison: RunComparison) -> str:
+    """One line: the number of metrics with each verdict, and the number of rows with each label."""
     return ", ".join(f"{number} {name}" for name, number in comparison.counts.items())
 
 
-def as_terminal(comparison: Comparison, width: int, *, everything: bool = False) -> str:
+def as_terminal(comparison: RunComparison, width: int, *, everything: bool = False) -> str:
     """``comparison`` as text within ``width`` columns: for each verdict its subject, values and remarks."""
     width = max(width, NARROWEST)
     first, *rest = heading(comparison)
@@ -213,11 +213,11 @@ def as_terminal(comparison: Comparison, width: int, *, everything: bool = False)
 
 
 def _told(told: Cells) -> list[str]:
-    """The lines of one row: the case; its figure before and after, and the change; the judged ratio; remarks."""
+    """The lines of one row: the case; its metric before and after, and the change; the judged ratio; remarks."""
     values = f"{told.before} → {told.after}" if (told.before, told.after) != (ABSENT, ABSENT) else ""
-    figure = told.figure if told.figure != "outcome" else ""
+    metric = told.metric if told.metric != "outcome" else ""
     change = told.change if told.change != ABSENT else ""
-    about = ": ".join(filter(None, (figure, ", ".join(filter(None, (values, change))))))
+    about = ": ".join(filter(None, (metric, ", ".join(filter(None, (values, change))))))
     judged = f"judged {told.judged}" if told.judged != ABSENT else ""
     return [told.case, *filter(None, (about, judged, told.remark if told.remark != ABSENT else ""))]
 
@@ -226,12 +226,12 @@ def _wrapped(text: str, width: int, *, hanging: int) -> list[str]:
     return textwrap.wrap(text, width, subsequent_indent=" " * hanging, break_on_hyphens=False) or [""]
 
 
-def as_markdown(comparisons: Iterable[Comparison], *, everything: bool = False) -> str:
+def as_markdown(comparisons: Iterable[RunComparison], *, everything: bool = False) -> str:
     """All comparisons as Markdown, each under its own heading, for a job's summary on GitHub."""
     return "\n".join(_markdown(comparison, everything) for comparison in comparisons)
 
 
-def _markdown(comparison: Comparison, everything: bool) -> str:
+def _markdown(comparison: RunComparison, everything: bool) -> str:
     first, *rest = map(in_markdown, heading(comparison))
     lines = [f"### {first}", "", f"**{counts(comparison)}**", ""]
     lines += [f"- {line}" for line in rest] + ([""] if rest else [])
@@ -253,14 +253,14 @@ def in_markdown(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def as_json(comparisons: Iterable[Comparison], *, strict: bool = False) -> str:
+def as_json(comparisons: Iterable[RunComparison], *, strict: bool = False) -> str:
     """The full comparison for programs::
 
         {"schema": 1, "comparisons": [{
             "base": path, "new": path, "environment": [text], "notes": [text],
             "incomparable": text or null, "exit_code": 0, 1 or 2, "counts": {verdict or label: number},
             "rows": [{
-                "test": id, "metric": name, "verdict": "same", "better", "worse" or "cannot tell",
+                "test": id, "metric": name, "verdict": "same", "better", "worse" or "inconclusive",
                 "label": NEW, MISSING, … or null, "before": value, "after": value, "ratio": after / before or null,
                 "judged": null or {"verdict", "ratio", "low", "high", "error", "further"}  (see `Judgement`),
                 "relative_to": the factor divided out of the judged ratio, or null,

@@ -81,11 +81,11 @@ def _about(runs: Sequence[Run], claims: Sequence[Standing]) -> Iterator[str]:
 
 def _answers(run: Run, newest: Run) -> str:
     """The benchmarks with results from ``run`` and their numbers of cases, its end, and what changed since."""
-    questions = Counter(case.question for case in run.cases)
-    told = ", ".join(f"{escape(question)} ({number})" for question, number in questions.items()) or "no cases"
-    differs = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
+    benchmarks = Counter(case.benchmark for case in run.cases)
+    told = ", ".join(f"{escape(benchmark)} ({number})" for benchmark, number in benchmarks.items()) or "no cases"
+    variant = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
     when = f"ended {run.when:%Y-%m-%d %H:%M %Z}{', interrupted' if run.interrupted else ''}"
-    return f"{told}; {when}" + (f"; since then {'; '.join(differs)}" if differs else "")
+    return f"{told}; {when}" + (f"; since then {'; '.join(variant)}" if variant else "")
 
 
 def _with_run(runs: Sequence[Run], headings: Sequence[str]) -> list[str]:
@@ -184,7 +184,7 @@ def _plan(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _sweep(runs: Sequence[Run], run: Run, case: CaseRecord) -> list[str]:
-    headings, lines = sweep_table.told(case.figures)
+    headings, lines = sweep_table.told(case.metrics)
     about = [sweep_table.knees(case), sweep_table.note(case)]
     return [
         f"### {escape(sweep_table.title(case))}{f' (run {escape(run.name)})' if len(runs) > 1 else ''}",

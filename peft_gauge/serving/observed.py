@@ -200,8 +200,8 @@ def _weight(layer: Any) -> Tensor:
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit
 
-    dequantised: Tensor = dequantize_4bit(weight.data, state)
-    return dequantised
+    dequantized: Tensor = dequantize_4bit(weight.data, state)
+    return dequantized
 
 
 def _drift(layers: dict[str, Any], start: dict[str, Tensor]) -> float:

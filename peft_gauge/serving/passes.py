@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Setup:
+class ServingSetup:
     """The work of one process.
 
     Fields:
@@ -36,7 +36,7 @@ class Setup:
     cycles: int = 10
 
 
-def measure(setup: Setup) -> dict[str, Any]:
+def measure(setup: ServingSetup) -> dict[str, Any]:
     """Metrics of ``setup``, as JSON: ``reloading``, with one adapter; ``served``, a record for each count; and, with
     the most adapters, ``turnover`` and ``merging``."""
     case = setup.case
@@ -50,14 +50,14 @@ def measure(setup: Setup) -> dict[str, Any]:
     for number in setup.counts:
         isolation.note(phase=f"{number} adapters")
         grow(server, number, case.seed)
-        served.append({"adapters": number, **figures(server, setup)})
+        served.append({"adapters": number, **metrics(server, setup)})
     isolation.note(phase="merging")
     turnover = turn_over(server, ids, server.names[-1])
-    merging = merging_figures(server, ids, setup.cycles)
+    merging = merging_metrics(server, ids, setup.cycles)
     return {"reloading": reloading, "served": served, "turnover": asdict(turnover), "merging": merging}
 
 
-def figures(server: Server, setup: Setup) -> dict[str, Any]:
+def metrics(server: Server, setup: ServingSetup) -> dict[str, Any]:
     """Metrics of ``server`` with its present adapters, as a flat record."""
     looked_at = spread(server.names, 2)
     names = [*looked_at, BASE, looked_at[0]]  # the rows of an adapter need not be adjacent
@@ -85,7 +85,7 @@ def figures(server: Server, setup: Setup) -> dict[str, Any]:
     }
 
 
-def merging_figures(server: Server, ids: Tensor, cycles: int) -> dict[str, Any]:
+def merging_metrics(server: Server, ids: Tensor, cycles: int) -> dict[str, Any]:
     """Metrics of merging and unmerging the active adapter, as a flat record."""
     found = merge_cycles(server, ids, cycles)
     record: dict[str, Any] = {

@@ -66,7 +66,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TraceComparison:
     """What was found; see the module.
 
     Fields:
@@ -119,7 +119,7 @@ class Comparison:
         }
 
 
-def compare(planned: StepLog, measured: StepLog) -> Comparison:
+def compare(planned: StepLog, measured: StepLog) -> TraceComparison:
     """``planned`` beside ``measured``."""
     return _Comparer(planned, measured).result()
 
@@ -179,7 +179,7 @@ class _Comparer:
 
     # The moment that is compared
 
-    def result(self) -> Comparison:
+    def result(self) -> TraceComparison:
         planned_at, measured_at = self.planned.peak(), self._measured_peak()
         planned_peak, measured_peak = self.planned.bytes_at(planned_at), self.measured.bytes_at(measured_at)
         if self.measured.unlisted_before_bytes is None:
@@ -205,7 +205,7 @@ class _Comparer:
         rows = grouped(each for each in found if each.bytes)
         differences = self.differences()
         assert sum(row.bytes for row in rows) == measured_peak - planned_peak, "rows add up to the difference"
-        return Comparison(
+        return TraceComparison(
             planned=_side(self.planned, planned_at, planned_peak),
             measured=_side(self.measured, measured_at, measured_peak),
             phases=tuple(self._phase_counts(offset)),

@@ -92,7 +92,7 @@ def mark(number: int, device: str) -> None:
 def write(path: Path, recording: Recording, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Keep ``recording`` in ``path``, a gzipped JSON of at most `MOST_BYTES` where that can be done by shorter stacks.
 
-    ``settings``: what was trained (`peft_gauge.commands.trace` makes a plan of it); ``about``: card, versions, figures
+    ``settings``: what was trained (`peft_gauge.commands.trace` makes a plan of it); ``about``: GPU, versions, metrics
     of the same case. The file appears complete or not at all; raises `GaugeError` where it cannot be written.
     """
     for frames in FRAMES:

@@ -28,7 +28,7 @@ class Recording:
     ``events``: (sign, address, bytes asked for, index into ``stacks`` or -1), in order of time; of the two events of
     a free, the request and its completion, the first. ``phases``: the phase of each event. ``blocks``: address ->
     (bytes asked for, bytes of the block) of what was in use at the end, ``None`` where only sums are known:
-    ``in_use_bytes``. ``settings``: what was trained, where the file says so; ``about``: card, versions and the like.
+    ``in_use_bytes``. ``settings``: what was trained, where the file says so; ``about``: GPU, versions and the like.
     """
 
     events: list[tuple[int, int, int, int]]

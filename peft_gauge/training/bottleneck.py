@@ -59,7 +59,7 @@ class BottleneckConfig:
 
 
 def attach_(model: nn.Module, config: BottleneckConfig, *, dtype: torch.dtype | None = None, seed: int = 0) -> None:
-    """Freeze ``model`` and add trainable adapters to it in place; quantise the base before, not after.
+    """Freeze ``model`` and add trainable adapters to it in place; quantize the base before, not after.
 
     Adapters are on the device of the module they adapt, in ``dtype`` (default float32, as PEFT has it, also over
     16-bit and 4-bit bases). The same ``seed`` draws the same weights on every device. Raises `GaugeError` where the

@@ -25,7 +25,7 @@ BATCHES = 4
 class Case:
     """What is built and measured; two equal cases take the same steps over the same bytes.
 
-    ``dtype`` is that of the base weights and of a quantised base's arithmetic; ``seed`` draws random weights,
+    ``dtype`` is that of the base weights and of a quantized base's arithmetic; ``seed`` draws random weights,
     adapters and, where the model has no tokenizer, token ids; ``attention`` as `models.build` takes it.
     """
 
@@ -77,7 +77,7 @@ def build_job(
 
 
 def described(case: Case, job: TrainingJob) -> dict[str, Any]:
-    """What a figure of ``case`` is a figure of: names, and every setting that changes the outcome, read back from
+    """What a metric of ``case`` is a metric of: names, and every setting that changes the outcome, read back from
     what was built."""
     from peft_gauge.counting import trainable_dtypes
 
@@ -102,9 +102,9 @@ def described(case: Case, job: TrainingJob) -> dict[str, Any]:
 def count_on_meta(model: ModelRecord, method: Method) -> ParameterCount:
     """The parameters of ``model`` with ``method`` attached, counted on ``meta``: no memory, a second or so for 70B.
 
-    A quantised base is left unquantised here: packing changes how weights are stored, not how many there are.
+    A quantized base is left unquantized here: packing changes how weights are stored, not how many there are.
     """
     from peft_gauge.counting import count
 
-    unquantised = replace(method, quantization=None, prepare_kbit=False)
-    return count(methods.attach(models.build(model, device="meta", as_stored=False), unquantised))
+    unquantized = replace(method, quantization=None, prepare_kbit=False)
+    return count(methods.attach(models.build(model, device="meta", as_stored=False), unquantized))

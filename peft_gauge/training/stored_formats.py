@@ -1,6 +1,6 @@
 """How a checkpoint stores its weights, read from its config: what is planned as stored, what is not, and why.
 
-A published config says with ``quantization_config`` that its weights are quantised already. The library that
+A published config says with ``quantization_config`` that its weights are quantized already. The library that
 transformers hands them to decides what a training step over them needs; `peft_gauge.training.stored_layers` builds
 those layers.
 """
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from peft_gauge.errors import GaugeError
 
-Kind = Literal["bitsandbytes", "fp8", "gptq", "awq", "dequantised"]
+Kind = Literal["bitsandbytes", "fp8", "gptq", "awq", "dequantized"]
 
 # Group sizes and bit widths that a checkpoint can have; anything else is a mistake in the config.
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
@@ -34,7 +34,7 @@ IN_A_NAME = re.compile(r"(?:^|[-_.])(nvfp4|mxfp4|fp8|w8a8|w4a16|awq|gptq|bnb|4bi
 class StoredFormat:
     """How weights are stored.
 
-    ``kind``: whose layers hold them; ``"dequantised"`` are formats that transformers turns into 16 bit before a step.
+    ``kind``: whose layers hold them; ``"dequantized"`` are formats that transformers turns into 16 bit before a step.
     ``title`` as tables show it. ``settings``: the checkpoint's own ``quantization_config``. ``remark``: what to know of
     a step over such a base, or ``None``.
     """
@@ -47,11 +47,11 @@ class StoredFormat:
     @property
     def description(self) -> str:
         """One phrase for tables: the format and where it is known from."""
-        loaded = ", 16 bit once loaded" if self.kind == "dequantised" else ""
+        loaded = ", 16 bit once loaded" if self.kind == "dequantized" else ""
         return f"{self.title}, as its config says{loaded}"
 
     def same_as(self, quant_format: str) -> bool:
-        """Whether these are the weights that quantising a 16-bit base to ``quant_format`` makes."""
+        """Whether these are the weights that quantizing a 16-bit base to ``quant_format`` makes."""
         return self.kind == "bitsandbytes" and self.settings["quant_format"] == quant_format
 
 
@@ -70,7 +70,7 @@ def stored_format(config: dict[str, Any], origin: str) -> StoredFormat | None:
         raise GaugeError(f"{origin}: quantization_config is not an object")
     method = _method(settings)
     if method == "gguf":
-        return None  # dequantised on the way in: what is built is an ordinary model
+        return None  # dequantized on the way in: what is built is an ordinary model
     read = _READERS.get(method)
     if read is None:
         raise GaugeError(
@@ -85,7 +85,7 @@ def name_says(name: str, config: dict[str, Any]) -> str | None:
     found = IN_A_NAME.search(name)
     if found is None or config.get("quantization_config") or config.get("compression_config"):
         return None
-    return f"{name} has {found[1]} in its name and no quantization_config in its config: taken as an unquantised base"
+    return f"{name} has {found[1]} in its name and no quantization_config in its config: taken as an unquantized base"
 
 
 def _method(settings: dict[str, Any]) -> str:
@@ -128,7 +128,7 @@ def _fp8(settings: dict[str, Any], origin: str) -> StoredFormat:
     sizes = [1, 1] if block is None else block
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise GaugeError(f"{origin}: weight_block_size = {block!r} is not two whole numbers")
-    return StoredFormat("fp8", "FP8", settings, "FP8: a backward dequantises each layer's weights to 16 bit")
+    return StoredFormat("fp8", "FP8", settings, "FP8: a backward dequantizes each layer's weights to 16 bit")
 
 
 def _grouped(kind: Literal["gptq", "awq"], remark: str, settings: dict[str, Any], origin: str) -> StoredFormat:
@@ -143,7 +143,7 @@ def _grouped(kind: Literal["gptq", "awq"], remark: str, settings: dict[str, Any]
 
 def _gptq(settings: dict[str, Any], origin: str) -> StoredFormat:
     said = (
-        "GPTQ: as gptqmodel's trainable kernel does it (GPTQConfig(backend='auto_trainable')), which dequantises each "
+        "GPTQ: as gptqmodel's trainable kernel does it (GPTQConfig(backend='auto_trainable')), which dequantizes each "
         "layer's weights in forward and keeps them for backward"
     )
     return _grouped("gptq", said, settings, origin)
@@ -162,7 +162,7 @@ def _mxfp4(settings: dict[str, Any], origin: str) -> StoredFormat:
         "MXFP4: transformers' kernels for it have no backward pass; planned as 16 bit, as "
         "Mxfp4Config(dequantize=True) loads it"
     )
-    return StoredFormat("dequantised", "MXFP4", settings, said)
+    return StoredFormat("dequantized", "MXFP4", settings, said)
 
 
 def _compressed_tensors(settings: dict[str, Any], origin: str) -> StoredFormat:
@@ -172,7 +172,7 @@ def _compressed_tensors(settings: dict[str, Any], origin: str) -> StoredFormat:
     kinds = {_number_format(each) for each in weights if isinstance(each, dict)}
     title = f"{' and '.join(sorted(kinds)) or settings.get('format', 'weights')} (compressed-tensors)"
     said = "compressed-tensors: its layers are decompressed for good in the first forward; planned as 16 bit"
-    return StoredFormat("dequantised", title, settings, said)
+    return StoredFormat("dequantized", title, settings, said)
 
 
 def _number_format(weights: dict[str, Any]) -> str:

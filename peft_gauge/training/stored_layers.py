@@ -2,7 +2,7 @@
 
 What a layer is comes from the library that transformers hands the checkpoint to: bitsandbytes, transformers' own FP8
 layers, gptqmodel. Where that library needs a GPU or is not here, the layer below has its tensors and its memory:
-what it keeps for backward and what it dequantises, each with its source.
+what it keeps for backward and what it dequantizes, each with its source.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from peft_gauge._internals.torch import FakeTensor, flop_formulas, parameters_of
-from peft_gauge._internals.transformers import mark_quantised, replace_layers
+from peft_gauge._internals.transformers import mark_quantized, replace_layers
 from peft_gauge.errors import GaugeError
 from peft_gauge.training.stored_formats import STORED_FORMAT, StoredFormat
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKED_BITS = 32  # GPTQ and AWQ pack weights and zero points into 32-bit words
-AWQ_FUSED_ROWS = 1024  # up to this many rows gptqmodel multiplies AWQ weights without a dequantised copy
+AWQ_FUSED_ROWS = 1024  # up to this many rows gptqmodel multiplies AWQ weights without a dequantized copy
 
 
 def format_of(model: nn.Module) -> StoredFormat | None:
@@ -41,7 +41,7 @@ def format_of(model: nn.Module) -> StoredFormat | None:
 def store_(model: PreTrainedModel, stored: StoredFormat) -> None:
     """Replace ``model``'s layers in place by such as hold weights in the format ``stored``, and mark it.
 
-    bitsandbytes' formats quantise the weights that are there, on any device; of the others the model must be on
+    bitsandbytes' formats quantize the weights that are there, on any device; of the others the model must be on
     ``meta``. Which layers stay in 16 bit is what transformers leaves out for this format. Raises `GaugeError` where no
     layer fits, or this transformers cannot train over the format.
     """
@@ -144,7 +144,7 @@ def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
             for name in scales:
                 scale = parameters.pop(name)
                 module.register_buffer(name, None if scale is None else scale.detach())
-            module.quantisation_buffers = tuple(scales)
+            module.quantization_buffers = tuple(scales)
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
             if parameters.get("bias") is not None:
@@ -164,11 +164,11 @@ def _fp8_layers() -> Any:
 
 
 def _mark(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> None:
-    """As transformers marks a model that it loaded quantised; PEFT reads it."""
+    """As transformers marks a model that it loaded quantized; PEFT reads it."""
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
-    mark_quantised(model.config, dtype)
+    mark_quantized(model.config, dtype)
 
 
 # ---- GPTQ and AWQ ----------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _store_grouped(model: PreTrainedModel, stored: StoredFormat) -> None:
 
     settings = stored.settings
     kept = kept_names(model, settings.get("modules_to_not_convert"), add_defaults=stored.kind == "awq")
-    inside = settings.get("modules_in_block_to_quantize")  # GPTQ: lists of names, the only ones that are quantised
+    inside = settings.get("modules_in_block_to_quantize")  # GPTQ: lists of names, the only ones that are quantized
     wanted = None if inside is None else [name for part in inside for name in ([part] if type(part) is str else part)]
     layer = GptqLinear if stored.kind == "gptq" else AwqLinear
     found = False
@@ -200,7 +200,7 @@ class GroupedLinear(nn.Linear):
     shape (groups, out): the tensors of AutoGPTQ's and AutoAWQ's checkpoints. ``weight`` is ``None``.
     """
 
-    quantisation_buffers: tuple[str, ...] = ("qzeros", "scales")
+    quantization_buffers: tuple[str, ...] = ("qzeros", "scales")
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
         nn.Module.__init__(self)
@@ -227,11 +227,11 @@ class GroupedLinear(nn.Linear):
 class GptqLinear(GroupedLinear):
     """GPTQ as gptqmodel trains over it: `TorchLinear.forward` (nn_modules/qlinear/torch.py, gptqmodel 7.7).
 
-    Weights are packed along the input; ``g_idx`` has the group of each input. Dequantised weights go into an ordinary
+    Weights are packed along the input; ``g_idx`` has the group of each input. Dequantized weights go into an ordinary
     product under autograd, which keeps them for the input's gradient.
     """
 
-    quantisation_buffers = ("qzeros", "scales", "g_idx")
+    quantization_buffers = ("qzeros", "scales", "g_idx")
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int) -> None:
         super().__init__(linear, bits, group_size)
@@ -251,7 +251,7 @@ class GptqLinear(GroupedLinear):
 class AwqLinear(GroupedLinear):
     """AWQ as gptqmodel trains over it: `AwqGEMMLinear` (nn_modules/qlinear/gemm_awq.py, gptqmodel 7.7).
 
-    Weights are packed along the output. Nothing is kept for backward but the packed weights; backward dequantises
+    Weights are packed along the output. Nothing is kept for backward but the packed weights; backward dequantizes
     them, forward does so for more than 1024 rows.
     """
 
@@ -299,7 +299,7 @@ DEQUANTIZE, PRODUCT = "peft_gauge::dequantize", "peft_gauge::stored_product"
 @torch.library.custom_op(DEQUANTIZE, mutates_args=())
 def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     """The weights behind ``packed``, of shape (rows, columns) and the scales' dtype; on fakes only."""
-    raise GaugeError("stored weights are dequantised in plans only")
+    raise GaugeError("stored weights are dequantized in plans only")
 
 
 @dequantize.register_fake
@@ -331,7 +331,7 @@ if torch.ops.peft_gauge.stored_product not in flop_formulas():
 def kernels() -> Iterator[None]:
     """While active, transformers' FP8 layers run on fakes: kernels as the operators above, the rest their own code.
 
-    A product quantises its input to FP8 with a float32 scale a block first (DeepGEMM, which is preferred from Hopper
+    A product quantizes its input to FP8 with a float32 scale a block first (DeepGEMM, which is preferred from Hopper
     on, in a kernel of its own; the Triton kernel in the same).
     """
     fp8 = _fp8_layers()
@@ -341,7 +341,7 @@ def kernels() -> Iterator[None]:
     patched = {
         "load_finegrained_fp8_kernel": lambda: _Fp8Kernels,
         "is_deepgemm_loadable": lambda: False,
-        "_dequantize_fp8_weight": _dequantised_fp8,
+        "_dequantize_fp8_weight": _dequantized_fp8,
     }
     originals = {name: getattr(fp8, name) for name in patched}
     for name, replacement in patched.items():
@@ -358,9 +358,9 @@ class _Fp8Kernels:
 
     @staticmethod
     def matmul(input: Tensor, weight: Tensor, scale: Tensor, block_size: Any, dtype: Any, **how: Any) -> Tensor:
-        quantised = _quantised_input(input, block_size)
+        quantized = _quantized_input(input, block_size)
         out = stored_product(input, weight, weight.shape[-2])
-        del quantised
+        del quantized
         return out
 
     @staticmethod
@@ -368,15 +368,15 @@ class _Fp8Kernels:
         return _Fp8Kernels.matmul(input, weight, scale, block_size, input.dtype)
 
 
-def _quantised_input(input: Tensor, block_size: Any) -> tuple[Tensor, Tensor]:
+def _quantized_input(input: Tensor, block_size: Any) -> tuple[Tensor, Tensor]:
     blocks = 1 if block_size is None else -(-input.shape[-1] // block_size[1])
     scales = input.new_empty(*input.shape[:-1], blocks, dtype=torch.float32)
     return torch.empty_like(input, dtype=torch.float8_e4m3fn), scales
 
 
-def _dequantised_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
+def _dequantized_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
     if not isinstance(weight, FakeTensor):
-        raise GaugeError("stored weights are dequantised in plans only")
+        raise GaugeError("stored weights are dequantized in plans only")
     scales = scale.to(dtype)
     *others, columns = weight.shape
     return dequantize(weight, scales, math.prod(others), columns).view(weight.shape)

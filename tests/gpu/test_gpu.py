@@ -1,4 +1,4 @@
-"""The instruments on a CUDA device, against what is known beforehand; every process that uses the card is a child.
+"""The instruments on a CUDA device, against what is known beforehand; every process that uses the GPU is a child.
 
 A child's allocator is fresh and its settings are torch's own, so that sizes can be told to the block. What the tests
 judge by is held without a GPU, at the end.
@@ -28,7 +28,7 @@ from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
     from fixtures.plans import Plans
-    from peft_gauge.isolation import Outcome
+    from peft_gauge.isolation import ProcessOutcome
 
 MIB = 2**20
 GIB = 2**30
@@ -36,7 +36,7 @@ SEGMENT_BYTES = 2 * MIB  # what torch's allocator takes from the driver is a mul
 LIMIT_SECONDS = 300.0
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
-# (batch, seq) at which plans are held against the card, by model.
+# (batch, seq) at which plans are held against the GPU, by model.
 SHAPES = {"toy-llama": (8, 128), "smollm2-135m": (2, 256)}
 LEAST_OF_PLAN = 0.8
 UNSPLIT_BYTES = 2 * MIB
@@ -45,7 +45,7 @@ UNSPLIT_BYTES = 2 * MIB
 RecordProperty = Callable[[str, object], None]
 
 
-def call(function: str, *arguments: Any, preload: Sequence[str] | None = None, **environment: str) -> Outcome:
+def call(function: str, *arguments: Any, preload: Sequence[str] | None = None, **environment: str) -> ProcessOutcome:
     """``function`` of this file in a child with torch's own allocator settings and ``environment``."""
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
     name = function if ":" in function else f"tests.gpu.test_gpu:{function}"
@@ -53,7 +53,7 @@ def call(function: str, *arguments: Any, preload: Sequence[str] | None = None, *
     return isolation.run(name, *arguments, limit_seconds=LIMIT_SECONDS, environment=variables, preload=preload)
 
 
-def value_of(outcome: Outcome) -> Any:
+def value_of(outcome: ProcessOutcome) -> Any:
     assert outcome.ended == "done", outcome.reason
     return outcome.value
 
@@ -128,7 +128,7 @@ def find_the_device() -> dict[str, str]:
 
 
 def fill_up_to(cap_bytes: int, piece_bytes: int) -> None:
-    """Take pieces until the allocator, which may have ``cap_bytes`` only, runs out; nobody else on the card suffers."""
+    """Take pieces until the allocator, which may have ``cap_bytes`` only, runs out; nobody else on the GPU suffers."""
     import torch
 
     from peft_gauge.measure.memory import present
@@ -161,8 +161,8 @@ def multiply() -> float:
     return float((ones @ ones).sum())
 
 
-def quantise_layer_by_layer(folder: str) -> dict[str, int]:
-    """The most that was allocated while a 16-bit base was brought to the card in 4 bit, and how large it was."""
+def quantize_layer_by_layer(folder: str) -> dict[str, int]:
+    """The most that was allocated while a 16-bit base was brought to the GPU in 4 bit, and how large it was."""
     import torch
 
     from peft_gauge.meters import PREPARE, Phases
@@ -175,17 +175,17 @@ def quantise_layer_by_layer(folder: str) -> dict[str, int]:
     phases = Phases([CudaMeter()])
     with phases.phase(PREPARE):
         methods.prepare_base(base, methods.QLORA, device="cuda")
-    figures = phases.peaks()[PREPARE][CudaMeter.name]
+    metrics = phases.peaks()[PREPARE][CudaMeter.name]
     return {
         "base_bytes": base_bytes,
         "largest_bytes": largest_bytes,
-        "peak_bytes": figures["allocated_peak_bytes"],
+        "peak_bytes": metrics["allocated_peak_bytes"],
         "kept_bytes": torch.cuda.memory_allocated(),
     }
 
 
 def begin_on_the_card(nbytes: int) -> dict[str, Any]:
-    """What a process finds before it uses the card, what a tensor of ``nbytes`` then takes, and who else computes."""
+    """What a process finds before it uses the GPU, what a tensor of ``nbytes`` then takes, and who else computes."""
     import torch
 
     from peft_gauge.meters.nvml import NvmlMeter
@@ -210,7 +210,7 @@ def begin_on_the_card(nbytes: int) -> dict[str, Any]:
 @pytest.mark.gpu
 def test_a_forked_process_has_a_context_and_an_allocator_of_its_own() -> None:
     """The second finds what the first found, and both find what a new interpreter does: no context, nothing reserved,
-    and nobody more on the card."""
+    and nobody more on the GPU."""
     first, second = (call("begin_on_the_card", 64 * MIB, preload=PRELOAD) for _ in range(2))
     spawned = call("begin_on_the_card", 64 * MIB)
     assert (first.process, second.process) == ("forked", "forked"), first.why_spawned
@@ -251,7 +251,7 @@ def test_a_tensor_is_counted_to_the_block(
 @pytest.mark.gpu
 def test_segments_are_taken_in_their_unit_and_kept(taken: Mapping[str, Mapping[str, int]]) -> None:
     assert taken["take 1"]["reserved_bytes"] == taken["give 1"]["reserved_bytes"] == SEGMENT_BYTES
-    assert all(figures["reserved_bytes"] % SEGMENT_BYTES == 0 for figures in taken.values())
+    assert all(metrics["reserved_bytes"] % SEGMENT_BYTES == 0 for metrics in taken.values())
     assert taken[f"give {64 * MIB + 1}"]["reserved_bytes"] >= 64 * MIB
 
 
@@ -274,7 +274,7 @@ def test_the_driver_sees_what_was_allocated(record_property: RecordProperty) -> 
     assert held["device_bytes"] >= found["allocated_bytes"] >= GIB
     record_property("device_growth_bytes", held["device_bytes"] - before["device_bytes"])
     record_property("process_bytes", held.get("process_bytes", "not told"))
-    if "process_bytes" in held:  # where the driver shows this process, its share needs no quiet card
+    if "process_bytes" in held:  # where the driver shows this process, its share needs no quiet GPU
         assert held["process_bytes"] - before["process_bytes"] == pytest.approx(GIB, abs=4 * MIB)
         assert held["process_bytes"] <= held["device_bytes"]
 
@@ -288,7 +288,7 @@ def test_the_last_card_is_found_under_cuda_visible_devices(named_by: str) -> Non
     last = machine.accelerators()[-1]
     if named_by == "uuid":
         if last.uuid is None:
-            pytest.skip("this torch does not tell the UUIDs of cards")
+            pytest.skip("this torch does not tell the UUIDs of GPUs")
         visible = last.uuid
     else:
         if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -334,7 +334,7 @@ def overheads() -> dict[str, Any]:
 
 @pytest.mark.gpu
 def test_the_overheads_of_this_card(overheads: dict[str, Any], record_property: RecordProperty, tmp_path: Path) -> None:
-    """What is printed (``-s``) can be kept for `peft-gauge plan` as a calibration of this card."""
+    """What is printed (``-s``) can be kept for `peft-gauge plan` as a calibration of this GPU."""
     for name, value in overheads.items():
         record_property(name, value)
     record = {name: value for name, value in overheads.items() if name not in (*FURTHER, "nvml", "allocator")}
@@ -366,7 +366,7 @@ def test_a_calibration_is_what_plans_for_this_card_then_use(tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("model", sorted(SHAPES))
 def test_a_step_takes_what_was_planned(
     model: str,
@@ -376,17 +376,17 @@ def test_a_step_takes_what_was_planned(
     record_property: RecordProperty,
 ) -> None:
     (plan,) = plans([request_of(model, method)])
-    figures = value_of(call("measure_memory", model, method.name, preload=PRELOAD))
+    metrics = value_of(call("measure_memory", model, method.name, preload=PRELOAD))
     margins = replace(
         ceilings.read(paths.fixture("ceilings.toml")).margins,
         workspace_bytes=overheads["cublas_workspace_bytes"] + overheads["cublaslt_workspace_bytes"],
     )
-    measured_bytes = figures["allocated_peak_bytes"]
+    measured_bytes = metrics["allocated_peak_bytes"]
     without_workspace = measured_bytes - overheads["cublas_workspace_bytes"]
     record_property("planned_peak_bytes", plan.peak_bytes)
     record_property("allocated_peak_bytes", measured_bytes)
     record_property("relative_distance", without_workspace / plan.peak_bytes - 1)
-    record_property("tracked_relative_distance", figures["tensor_peak_bytes"] / plan.peak_bytes - 1)
+    record_property("tracked_relative_distance", metrics["tensor_peak_bytes"] / plan.peak_bytes - 1)
     assert beyond(measured_bytes, plan, margins) is None
 
 
@@ -412,7 +412,7 @@ def test_a_traced_step_is_the_planned_one(method: str, tmp_path: Path, record_pr
 
 @pytest.mark.gpu
 def test_a_16_bit_base_is_never_whole_on_the_card(tmp_path: Path, record_property: RecordProperty) -> None:
-    found = value_of(call("quantise_layer_by_layer", wide_model(tmp_path)))
+    found = value_of(call("quantize_layer_by_layer", wide_model(tmp_path)))
     for name, value in found.items():
         record_property(name, value)
     # The largest layer stands there in 16 bit and once more while its blocks are made.
@@ -431,20 +431,20 @@ def request_of(model: str, method: methods.Method) -> PlanRequest:
 
 def measure_memory(model: str, method: str, device: str = "cuda", traces: str | None = None) -> dict[str, Any]:
     """The memory pass of the case that `request_of` plans; with a trace in the folder ``traces``."""
-    from peft_gauge.measure.passes import Setup, measure
+    from peft_gauge.measure.passes import CaseSetup, measure
     from peft_gauge.training.batches import token_stream
 
     request = request_of(model, methods.get(method))
     case = Case(request.model, request.method, request.settings, device, request.dtype)
     tokens = BATCHES * request.settings.batch * request.settings.seq
     stream = token_stream(None, vocab_size=int(request.model.config["vocab_size"]), tokens=tokens)
-    setup = Setup(case, request.model, stream, passes=("memory",), trace=None if traces is None else Path(traces))
+    setup = CaseSetup(case, request.model, stream, passes=("memory",), trace=None if traces is None else Path(traces))
     return dict(measure(setup)["memory"])
 
 
 def beyond(measured_bytes: int, plan: Plan, margins: ceilings.Margins) -> str | None:
     """What is wrong with a measured allocated peak: above the ceiling of its plan, or so far below that the plan is of
-    no use; ``margins`` has this card's workspaces."""
+    no use; ``margins`` has this GPU's workspaces."""
     most = margins.ceiling(plan).allocated_bytes + UNSPLIT_BYTES
     least = int(LEAST_OF_PLAN * plan.peak_bytes) + margins.workspace_bytes - UNSPLIT_BYTES
     if least <= measured_bytes <= most:
@@ -460,7 +460,7 @@ def wide_model(folder: Path) -> str:
     return str(folder)
 
 
-def test_the_wide_model_fits_in_half_its_size_once_quantised(tmp_path: Path) -> None:
+def test_the_wide_model_fits_in_half_its_size_once_quantized(tmp_path: Path) -> None:
     """The packed linear layers with their constants, and the rest in float32: else no order could keep to the bound."""
     from peft_gauge.training.cases import count_on_meta
 
@@ -496,8 +496,8 @@ def test_a_measured_peak_may_be_within_the_margins_of_its_plan(
 def test_the_child_measures_the_case_that_is_planned(plans: Plans) -> None:
     """On a CPU, whose kernels keep other things: the peak is of the same step, so of the same order."""
     (plan,) = plans([request_of("toy-llama", methods.LORA)])
-    figures = value_of(call("measure_memory", "toy-llama", "lora", "cpu"))
-    assert 0.5 < figures["tensor_peak_bytes"] / plan.peak_bytes < 2
+    metrics = value_of(call("measure_memory", "toy-llama", "lora", "cpu"))
+    assert 0.5 < metrics["tensor_peak_bytes"] / plan.peak_bytes < 2
 
 
 def test_the_context_is_what_neither_the_allocator_nor_another_process_has() -> None:

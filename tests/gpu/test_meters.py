@@ -1,4 +1,4 @@
-"""The meters on a CUDA device: a tensor of known size, and the card that NVML and torch agree on."""
+"""The meters on a CUDA device: a tensor of known size, and the GPU that NVML and torch agree on."""
 
 from __future__ import annotations
 

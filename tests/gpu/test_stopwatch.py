@@ -1,4 +1,4 @@
-"""The stopwatch on a CUDA device: kernels whose duration is known beforehand, and the speed of the card."""
+"""The stopwatch on a CUDA device: kernels whose duration is known beforehand, and the speed of the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spin(seconds: float, mhz: int) -> None:
 
 
 def busy_sm_clock_mhz() -> int:
-    """The SM clock while a kernel spins: an idle card has a lower one, and takes a while to raise it."""
+    """The SM clock while a kernel spins: an idle GPU has a lower one, and takes a while to raise it."""
     import torch
 
     from peft_gauge.meters.nvml import NvmlMeter
@@ -27,7 +27,7 @@ def busy_sm_clock_mhz() -> int:
     mhz = NvmlMeter().state().sm_clock_mhz
     torch.cuda.synchronize()
     if mhz is None:
-        pytest.skip("NVML does not tell the SM clock of this card")
+        pytest.skip("NVML does not tell the SM clock of this GPU")
     return mhz
 
 
@@ -53,11 +53,11 @@ def test_a_second_product_is_within_the_measured_speed() -> None:
 
     from peft_gauge.clock import card
 
-    speed = card.measure_card("cuda", "bfloat16")
+    speed = card.measure_peak_throughput("cuda", "bfloat16")
     side = speed.product_shape[0]
     left, right = (torch.randn(side, side, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     stopwatch = Stopwatch("cuda")
     product = stopwatch.time(lambda: torch.mm(left, right))
     product = stopwatch.time(lambda: torch.mm(left, right))
-    share = card.share_of_product(2 * side**3, product.seconds, speed)
+    share = card.mfu(2 * side**3, product.seconds, speed)
     assert 0.25 < share <= 1

@@ -200,7 +200,7 @@ def test_a_toy_run_is_saved_and_shown(ran: dict[str, Ran]) -> None:
     assert f"saved {saved}" in done.stdout
     run = json.loads(saved.read_text())
     assert [len(benchmark["stats"]["data"]) for benchmark in run["benchmarks"]] == [1, 1, 1, 1]
-    settings = run["peft_gauge"]["cases"][0]["figures"]["settings"]
+    settings = run["peft_gauge"]["cases"][0]["metrics"]["settings"]
     assert settings["num_virtual_tokens"] == 20
     assert settings["optimizer"] == "AdamW"
     assert settings["attention"] == "sdpa"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.suite import Suite, by_question, sessions
+from tests.support.suite import Suite, by_benchmark, sessions
 
 MEMORY = "benchmarks/test_memory.py"
 
@@ -23,14 +23,14 @@ def test_a_run_with_a_budget_is_saved_and_gone_on_with(tmp_path: Path) -> None:
     file = next((tmp_path / "results").glob("*/0001_*.json"))
     run = json.loads(file.read_text())
     for record in run["peft_gauge"]["cases"]:
-        record["figures"]["process_seconds"] = 5000.0 if "[full-" in record["id"] else 1.0
+        record["metrics"]["process_seconds"] = 5000.0 if "[full-" in record["id"] else 1.0
     file.write_text(json.dumps(run))
     before = suite.started()
 
     second = suite.run(*arguments, "--budget=300", planted=names, plans={})
     assert second.returncode == 0, second.stdout
     assert suite.started() - before == {"lora": 1, "ia3": 1}
-    cases = by_question(suite.saved(2))
+    cases = by_benchmark(suite.saved(2))
     assert {name: record["outcome"] for name, record in cases.items()} == {
         "test_peak full": "skipped",
         "test_peak lora": "passed",
@@ -41,12 +41,12 @@ def test_a_run_with_a_budget_is_saved_and_gone_on_with(tmp_path: Path) -> None:
     assert "not begun: full-toy-llama-cpu; the same command with --resume goes on" in second.stdout
 
     for record in run["peft_gauge"]["cases"]:
-        record["figures"]["process_seconds"] = 1.0
+        record["metrics"]["process_seconds"] = 1.0
     file.write_text(json.dumps(run))
     third = suite.run(*arguments, "--budget=300", "--resume", planted=names, plans={})
     assert third.returncode == 0, third.stdout
     assert suite.started() - before == {"lora": 1, "ia3": 1, "full": 1}
-    assert {record["outcome"] for record in by_question(suite.saved(3)).values()} == {"passed"}
+    assert {record["outcome"] for record in by_benchmark(suite.saved(3)).values()} == {"passed"}
 
 
 REFUSED: dict[tuple[str, ...], str] = {

@@ -135,7 +135,7 @@ def answers() -> dict[str, Any]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], index: Path) -> None:
-    """Ask pip each question once in this module, and copy wheels instead of downloading them.
+    """Ask pip each benchmark once in this module, and copy wheels instead of downloading them.
 
     For tests of what is made of pip's answers; others look at pip itself.
     """

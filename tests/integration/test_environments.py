@@ -369,7 +369,7 @@ def test_the_real_child_steps_on_one_thread() -> None:
     cores = worker.quietest_cores(1)
     with Worker(INSTALLED, threads=1, cores=cores) as child:
         machine = child.start(also=["tokenizers", "gaugeabsent"])
-        figures = child.describe(CASE)
+        metrics = child.describe(CASE)
         child.build(CASE)
         assert child.step() > 0
         status = Path(f"/proc/{child.pid}/status")
@@ -378,11 +378,11 @@ def test_the_real_child_steps_on_one_thread() -> None:
     for name in ("peft", "tokenizers"):
         assert machine["libraries"][name] == build.installed()[name]
     assert machine["libraries"]["gaugeabsent"] is None
-    assert figures["settings"]["batch"] == 1
-    record = figures["fingerprint"]
-    assert figures["trainable_params"] == record["trainable"]["total"] > 0
-    assert figures["flops_per_step"] == sum(sum(each.values()) for each in record["flops"].values()) > 0
-    assert figures["allocated_peak_bytes"] == record["peak_bytes"]["total"] > 0
+    assert metrics["settings"]["batch"] == 1
+    record = metrics["fingerprint"]
+    assert metrics["trainable_params"] == record["trainable"]["total"] > 0
+    assert metrics["flops_per_step"] == sum(sum(each.values()) for each in record["flops"].values()) > 0
+    assert metrics["allocated_peak_bytes"] == record["peak_bytes"]["total"] > 0
     if cores is not None and allowed:
         assert f"Cpus_allowed_list:\t{min(cores)}\n" in allowed
 

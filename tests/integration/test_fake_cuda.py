@@ -18,7 +18,7 @@ Seen = Mapping[str, Any]
 
 
 def on_the_card(folder: Path, *functions: str) -> Seen:
-    """What functions of `fake_cuda_children` return, called in turn in one process on a card of 3 GiB, of which
+    """What functions of `fake_cuda_children` return, called in turn in one process on a GPU of 3 GiB, of which
     another process has one."""
     outcome = isolation.run(
         "tests.support.fake_cuda_children:several",
@@ -34,12 +34,12 @@ def on_the_card(folder: Path, *functions: str) -> Seen:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """By function; the last one breaks the device."""
     return on_the_card(
-        tmp_path_factory.mktemp("card"),
+        tmp_path_factory.mktemp("GPU"),
         "tell_about_the_card",
         "place_tensors",
         "time_by_events",
         "go_backward",
-        "quantise_on_the_card",
+        "quantize_on_the_card",
         "fork_after_use",
         "break_the_device",
     )
@@ -151,7 +151,7 @@ def test_cuda_cannot_be_used_after_a_fork(seen: Seen) -> None:
 
 
 def test_bitsandbytes_packs_on_the_card(seen: Seen) -> None:
-    found = seen["quantise_on_the_card"]
+    found = seen["quantize_on_the_card"]
     assert found["weight"] == ["cuda:0", "torch.uint8", 64 * 64 // 2]
     assert found["absmax"] == found["result"] == found["gradient"] == "cuda:0"
     assert found["available"]

@@ -92,7 +92,7 @@ def test_an_interpreter_without_the_project_is_told(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
-    """Every command of this interpreter fails, but for the question whether the project is there."""
+    """Every command of this interpreter fails, but for the benchmark whether the project is there."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho it cannot >&2\nexit 3\n')
     python.chmod(0o755)

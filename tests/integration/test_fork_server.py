@@ -30,7 +30,7 @@ from tests.support import children
 from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
-    from peft_gauge.isolation import Outcome
+    from peft_gauge.isolation import ProcessOutcome
 
 LIMIT_SECONDS = 120.0
 
@@ -46,12 +46,12 @@ def usual_environment() -> dict[str, str]:
     return isolation.child_environment(process_environment())
 
 
-def fork(function: str, *arguments: Any, preload: Sequence[str] = (), **options: Any) -> Outcome:
+def fork(function: str, *arguments: Any, preload: Sequence[str] = (), **options: Any) -> ProcessOutcome:
     options = {"limit_seconds": LIMIT_SECONDS, "environment": process_environment(), **options}
     return isolation.run(f"tests.support.children:{function}", *arguments, preload=preload, **options)
 
 
-def spawn(function: str, *arguments: Any) -> Outcome:
+def spawn(function: str, *arguments: Any) -> ProcessOutcome:
     return isolation.run(f"tests.support.children:{function}", *arguments, limit_seconds=LIMIT_SECONDS)
 
 
@@ -138,17 +138,17 @@ def test_a_case_has_the_same_figures_in_either(method: str) -> None:
     """Bytes of tensors, counts, the fingerprint and the losses of training are equal; resident memory is about so."""
     import torch
 
-    from peft_gauge.measure.passes import Setup
+    from peft_gauge.measure.passes import CaseSetup
 
     model, settings = models.resolve("toy-llama"), StepSettings(1, 8)
     case = Case(model, methods.get(method), settings, "cpu", "float32")
     stream = torch.arange(BATCHES * settings.tokens) % model.vocab_size
-    setup = Setup(case, model, stream, ("memory", "fingerprint"), ((2, 8),))
+    setup = CaseSetup(case, model, stream, ("memory", "fingerprint"), ((2, 8),))
     forked, spawned = fork("measure_and_train", setup, preload=PRELOAD), spawn("measure_and_train", setup)
     assert (forked.ended, forked.process) == ("done", "forked"), (forked.reason, forked.why_spawned)
     assert (spawned.ended, spawned.process) == ("done", "spawned"), spawned.reason
     assert forked.value["losses"] == spawned.value["losses"]
-    ours, theirs = forked.value["figures"], spawned.value["figures"]
+    ours, theirs = forked.value["metrics"], spawned.value["metrics"]
     for name in ("described", "counted", "gradients", "learned", "fingerprint"):
         assert ours[name] == theirs[name], name
     for name in ("naive_after_loading_bytes", "tensor_peak_bytes", "resident_bytes", "peak_by_category",
@@ -221,7 +221,7 @@ def test_a_process_is_spawned_that_cannot_be_forked(source: str, reason: str, mo
     "source",
     [
         PLANTED_TORCH.format(initialized=False, available=True, spoilt=False),
-        # A look at a card that is not there, as any process takes that has a CUDA build of torch and no driver.
+        # A look at a GPU that is not there, as any process takes that has a CUDA build of torch and no driver.
         PLANTED_TORCH.format(initialized=False, available=False, spoilt=True),
         # OpenBLAS starts threads when it is loaded, and ends them by itself before a fork.
         "import numpy",
@@ -303,7 +303,7 @@ def test_where_it_works_nothing_of_cuda_is_there_before_and_one_thread_forks() -
     assert value.process == "forked", value.why_spawned
     import torch
 
-    # A CUDA build that has looked for a card calls the fork a bad one also where there is none to be spoilt.
+    # A CUDA build that has looked for a GPU calls the fork a bad one also where there is none to be spoilt.
     looked_in_vain = torch.version.cuda is not None and not torch.cuda.is_available()
     assert value.value == {"cuda_initialized": False, "in_bad_fork": value.value["in_bad_fork"] and looked_in_vain}
     assert len(list(Path(f"/proc/{server_pid(PRELOAD)}/task").iterdir())) == 1

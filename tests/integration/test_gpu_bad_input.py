@@ -1,6 +1,6 @@
 """A GPU that cannot be used, one way after another: the line that the user reads, and what still runs.
 
-The cards are invented: `fake_pynvml` in NVML's place, and torch's answers replaced. What torch and bitsandbytes
+The GPUs are invented: `fake_pynvml` in NVML's place, and torch's answers replaced. What torch and bitsandbytes
 say themselves is theirs, word for word.
 """
 
@@ -54,7 +54,7 @@ UNKNOWN = (
 
 
 def nvml_stand_in(cards: list[Card], *, broken: type[Exception] | None = None, cuda: int | None = 12040) -> ModuleType:
-    """`fake_pynvml` over ``cards``, and what only this file needs of NVML; ``cuda`` ``None``: not told."""
+    """`fake_pynvml` over ``GPUs``, and what only this file needs of NVML; ``cuda`` ``None``: not told."""
     fake_pynvml.machine = Machine(cards, broken=broken)  # type: ignore[arg-type]
     module = ModuleType("pynvml")
     vars(module).update({name: value for name, value in vars(fake_pynvml).items() if not name.startswith("__")})
@@ -96,7 +96,7 @@ Invent = Callable[..., None]
 
 @pytest.fixture
 def invent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invent]:
-    """``invent(…)``: what driver, torch and environment say from now on; by default a card that works."""
+    """``invent(…)``: what driver, torch and environment say from now on; by default a GPU that works."""
 
     def describe(
         *,
@@ -209,7 +209,7 @@ def test_the_stand_in_has_the_signatures_of_the_real_modules() -> None:
         "-1 visible",
         "a number too large",
         "an unknown UUID",
-        "no card",
+        "no GPU",
         "unknown",
         "device files only",
     ],
@@ -238,7 +238,7 @@ def test_a_driver_that_tells_nothing_else_still_counts_its_cards(invent: Invent)
     card = Card("GPU-aaaa-1111", refuses={"nvmlDeviceGetUUID": fake_pynvml.NVMLError_NoPermission})
     invent(cards=[card], cuda=None, available=False, visible="GPU-cccc")
     assert machine.nvidia_driver() == Driver(version="550.54.14", cards=1)
-    assert machine.why_no_cuda() == (  # which of the cards it names cannot be told
+    assert machine.why_no_cuda() == (  # which of the GPUs it names cannot be told
         "no CUDA device that torch can use: torch gives no reason (the NVIDIA driver 550.54.14 does respond); "
         "run nvidia-smi for details"
     )
@@ -326,7 +326,7 @@ def test_a_card_that_is_too_small_is_said_with_plan_and_headroom(monkeypatch: py
     with pytest.raises(pytest.skip.Exception) as caught:
         measured._skip_what_cannot_fit(Case(toy, methods.PROMPT, settings, "cuda", "bfloat16"), planned)
     assert str(caught.value) == (
-        "does not fit: planned 3.10 GB on a card with 2.00 GB (headroom -1.10 GB); take a smaller model, --batch or "
+        "does not fit: planned 3.10 GB on a GPU with 2.00 GB (headroom -1.10 GB); take a smaller model, --batch or "
         "--seq"
     )
 
@@ -353,7 +353,7 @@ def native() -> Any:
 
 @pytest.fixture
 def with_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch sees one card; only a CUDA build could be asked for it."""
+    """torch sees one GPU; only a CUDA build could be asked for it."""
 
     def accelerators() -> tuple[Accelerator, ...]:
         return (H100,) if machine.why_no_cuda() is None else ()
@@ -481,7 +481,7 @@ def test_qlora_is_refused_in_one_line_where_bitsandbytes_has_no_binary(
 
 
 def test_weights_without_data_need_no_binary(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan has them on a card that need not be there."""
+    """A plan has them on a GPU that need not be there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from peft_gauge.training.quantization import quantize_
@@ -498,7 +498,7 @@ def test_weights_without_data_need_no_binary(native: Any, monkeypatch: pytest.Mo
 
 
 def test_a_library_that_does_not_load_is_no_traceback() -> None:
-    """The real import: torch says that there is a card, and the CUDA library finds no CUDA on this machine."""
+    """The real import: torch says that there is a GPU, and the CUDA library finds no CUDA on this machine."""
     code = (
         "import torch\n"
         "torch.cuda.is_available = lambda: True\n"

@@ -18,13 +18,13 @@ import pytest
 
 from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import Interrupted, Outcome, child, endings, fork_server, parent
+from peft_gauge.isolation import Interrupted, ProcessOutcome, child, endings, fork_server, parent
 from peft_gauge.pytest_plugin.workers import process_environment
 from tests.support import children
 from tests.support.paths import ROOT
 
 LIMIT_SECONDS = 60.0  # of what ends by itself; far off, for a busy machine
-FIGURES = {"phase": "step", "allocated_peak_bytes": 123_456_789_012_345, "loss": 0.1, "device_bytes": None}
+METRICS = {"phase": "step", "allocated_peak_bytes": 123_456_789_012_345, "loss": 0.1, "device_bytes": None}
 
 
 PRELOADS: dict[str, Sequence[str] | None] = {"spawned": None, "forked": ()}
@@ -50,13 +50,13 @@ def no_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     wait_until(lambda: list(folder.iterdir()) == [])  # a fork server removes what a dead parent left, a moment later
 
 
-def run(function: str, *arguments: Any, **options: Any) -> Outcome:
+def run(function: str, *arguments: Any, **options: Any) -> ProcessOutcome:
     if _way == "forked":  # whatever libraries have written into this process's environment in other tests
         options.setdefault("environment", process_environment())
     return isolation.run(function, *arguments, preload=PRELOADS[_way], **options)
 
 
-def call(function: str, *arguments: Any, limit_seconds: float = LIMIT_SECONDS) -> Outcome:
+def call(function: str, *arguments: Any, limit_seconds: float = LIMIT_SECONDS) -> ProcessOutcome:
     return run(f"tests.support.children:{function}", *arguments, limit_seconds=limit_seconds)
 
 
@@ -91,7 +91,7 @@ def test_a_value_comes_back() -> None:
 
 
 def test_arguments_keep_their_class() -> None:
-    outcome = call("describe", Outcome("refused", None, "for this test", {}, 0.25, None))
+    outcome = call("describe", ProcessOutcome("refused", None, "for this test", {}, 0.25, None))
     assert outcome.value == {"class": "Outcome", "ended": "refused", "seconds": 0.25}
 
 
@@ -151,7 +151,7 @@ def test_a_result_stands_though_the_interpreter_does_not_end() -> None:
     assert outcome.seconds >= child._END_SECONDS
 
 
-# Figures -------------------------------------------------------------------------------------------------------------
+# Metrics -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_memory_of_a_known_tensor_is_watched() -> None:
@@ -368,12 +368,12 @@ def test_an_interpreter_that_is_none() -> None:
 
 @pytest.mark.parametrize(("by", "cause"), [("SIGKILL", "out-of-memory killer"), ("SIGABRT", "native code gave up")])
 def test_what_was_told_before_a_kill_is_known_to_the_byte(by: str, cause: str) -> None:
-    outcome = call("be_killed", int(signal.Signals[by]), FIGURES)
+    outcome = call("be_killed", int(signal.Signals[by]), METRICS)
     assert outcome.ended == "crashed"
     assert outcome.reason is not None
     assert outcome.reason.startswith(f"killed by {by} (")
     assert cause in outcome.reason
-    assert outcome.last == {"step": 1, **FIGURES}
+    assert outcome.last == {"step": 1, **METRICS}
     assert outcome.work_seconds is None
 
 
@@ -394,15 +394,15 @@ def test_a_hang_is_ended_at_the_limit(function: str, monkeypatch: pytest.MonkeyP
     codes: list[int | None] = []
     told = parent._outcome
 
-    def noted(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> Outcome:
+    def noted(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> ProcessOutcome:
         codes.append(code)
         return told(folder, code, limit_seconds, seconds)
 
     monkeypatch.setattr(parent, "_outcome", noted)
-    outcome = call(function, FIGURES, limit_seconds=1.5)
+    outcome = call(function, METRICS, limit_seconds=1.5)
     assert outcome.ended == "timed-out"
     assert outcome.reason == "did not end within 1.5 s; last seen in phase step"
-    assert outcome.last == FIGURES
+    assert outcome.last == METRICS
     assert codes == [-signal.SIGKILL]  # by its parent: its own, later limit would have ended it with code 1
     assert outcome.seconds >= 1.5
     assert (outcome.work_seconds, outcome.besides_seconds) == (None, None)
@@ -451,17 +451,17 @@ def start_parent(no_folder_stays: Path) -> Iterator[Callable[..., subprocess.Pop
 
 def test_ctrl_c_kills_the_child_and_tells_what_is_known(tmp_path: Path, start_parent: Callable[..., Any]) -> None:
     pid_file = tmp_path / "pid"
-    parent = start_parent("tests.support.children:announce_and_hang", LIMIT_SECONDS, str(pid_file), FIGURES)
+    parent = start_parent("tests.support.children:announce_and_hang", LIMIT_SECONDS, str(pid_file), METRICS)
     wait_until(pid_file.exists)
     # A forked child may be at work before its parent is told its pid; the thread of the limit is started after that.
     wait_until(lambda: psutil.Process(parent.pid).num_threads() > 1)
     parent.send_signal(signal.SIGINT)
     told, _ = parent.communicate(timeout=20)
-    outcome = Outcome(**json.loads(told))
+    outcome = ProcessOutcome(**json.loads(told))
     assert outcome.ended == "interrupted"
     assert outcome.reason is not None
     assert outcome.reason.startswith("interrupted after ")
-    assert outcome.last == FIGURES
+    assert outcome.last == METRICS
     assert outcome.work_seconds is None
     assert is_dead(int(pid_file.read_text()))
     assert parent.returncode != 0
@@ -477,7 +477,7 @@ def test_an_interrupt_is_a_keyboard_interrupt() -> None:
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path, start_parent: Callable[..., Any], by: int) -> None:
     pid_file = tmp_path / "pid"
-    parent = start_parent("tests.support.children:announce_and_hang", LIMIT_SECONDS, str(pid_file), FIGURES)
+    parent = start_parent("tests.support.children:announce_and_hang", LIMIT_SECONDS, str(pid_file), METRICS)
     wait_until(pid_file.exists)
     parent.send_signal(by)
     parent.wait()
@@ -488,7 +488,7 @@ def test_an_orphan_that_lets_no_thread_run_ends_at_its_limit(
     tmp_path: Path, start_parent: Callable[..., Any], no_folder_stays: Path, way: str
 ) -> None:
     pid_file = tmp_path / "pid"
-    parent = start_parent("tests.support.children:hang_in_native_code", 1.5, FIGURES, str(pid_file))
+    parent = start_parent("tests.support.children:hang_in_native_code", 1.5, METRICS, str(pid_file))
     wait_until(pid_file.exists)
     parent.kill()
     parent.wait()

@@ -28,14 +28,14 @@ from peft_gauge.training.step import StepSettings
 from tests.support.children import heed_ctrl_c
 from tests.support.paths import ROOT
 from tests.support.planted_cases import LAST, PLANNED_PEAK_BYTES, TENSOR_PEAK_BYTES, plan_of
-from tests.support.suite import Suite, by_question, outcomes
+from tests.support.suite import Suite, by_benchmark, outcomes
 
 TOO_LARGE_BYTES = 10**15
 
 
 # One case measured, one that runs out of memory ----------------------------------------------------------------------
 
-QUESTIONS = ("test_peak", "test_phase", "test_step")
+BENCHMARKS = ("test_peak", "test_phase", "test_step")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def measured_run(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """LoRA is measured, full fine-tuning has no memory for its first update; both are asked three questions."""
+    """LoRA is measured, full fine-tuning has no memory for its first update; both are asked three benchmarks."""
     suite = Suite(tmp_path_factory.mktemp("measured"))
     done = suite.run(
         "benchmarks/test_memory.py",
@@ -65,32 +65,32 @@ def measured_run(tmp_path_factory: pytest.TempPathFactory) -> Ended:
 
 def test_out_of_memory_is_an_outcome_and_the_other_case_is_measured(measured_run: Ended) -> None:
     assert measured_run.code == pytest.ExitCode.TESTS_FAILED, measured_run.output
-    expected = {f"{question} full": "out-of-memory" for question in QUESTIONS}
-    assert outcomes(measured_run.saved) == {**expected, **{f"{question} lora": "passed" for question in QUESTIONS}}
+    expected = {f"{benchmark} full": "out-of-memory" for benchmark in BENCHMARKS}
+    assert outcomes(measured_run.saved) == {**expected, **{f"{benchmark} lora": "passed" for benchmark in BENCHMARKS}}
     assert measured_run.saved["peft_gauge"]["interrupted"] is False
 
 
 def test_what_was_known_of_the_dead_stands_with_its_plan(measured_run: Ended) -> None:
-    case = by_question(measured_run.saved)["test_peak full"]
+    case = by_benchmark(measured_run.saved)["test_peak full"]
     assert case["reason"].startswith("out-of-memory: OutOfMemoryError: known by its class")
-    assert case["figures"]["last_known"]["phase"] == "warm-up"
-    assert case["figures"]["last_known"]["rss_peak_bytes"] > 50e6  # python and torch alone take more
-    planned = case["figures"]["planned_peak_bytes"]
+    assert case["metrics"]["last_known"]["phase"] == "warm-up"
+    assert case["metrics"]["last_known"]["rss_peak_bytes"] > 50e6  # python and torch alone take more
+    planned = case["metrics"]["planned_peak_bytes"]
     assert 1e6 < planned < 3e6  # parameters, gradients and AdamW's state of 106,816 float32 weights: 1.7 MB
-    assert case["figures"]["planned_device_bytes"] > planned
-    assert "tensor_peak_bytes" not in case["figures"]
+    assert case["metrics"]["planned_device_bytes"] > planned
+    assert "tensor_peak_bytes" not in case["metrics"]
 
 
-def test_a_further_question_costs_no_further_process(measured_run: Ended) -> None:
+def test_a_further_benchmark_costs_no_further_process(measured_run: Ended) -> None:
     assert measured_run.started == {"full": 1, "lora": 1}
-    cases = by_question(measured_run.saved)
-    assert len({cases[f"{question} lora"]["figures"]["process_seconds"] for question in QUESTIONS}) == 1
-    assert cases["test_peak lora"]["figures"]["besides_seconds"] > 0
+    cases = by_benchmark(measured_run.saved)
+    assert len({cases[f"{benchmark} lora"]["metrics"]["process_seconds"] for benchmark in BENCHMARKS}) == 1
+    assert cases["test_peak lora"]["metrics"]["besides_seconds"] > 0
 
 
 def test_a_case_says_how_its_process_came_to_be(measured_run: Ended) -> None:
-    figures = by_question(measured_run.saved)["test_peak lora"]["figures"]
-    assert figures["process"] == "forked", figures["why_spawned"]
+    metrics = by_benchmark(measured_run.saved)["test_peak lora"]["metrics"]
+    assert metrics["process"] == "forked", metrics["why_spawned"]
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_nothing_is_imported_for_a_session_that_measures_nothing(prepared: list[
 
 
 def test_the_rounds_of_the_process_are_those_of_the_benchmark(measured_run: Ended) -> None:
-    step = by_question(measured_run.saved)["test_step lora"]["figures"]
+    step = by_benchmark(measured_run.saved)["test_step lora"]["metrics"]
     (timed,) = [entry for entry in measured_run.saved["benchmarks"] if entry["name"].startswith("test_step[lora")]
     assert step["sampled_seconds"]["step_seconds"] == [timed["stats"]["data"]]
     assert len(timed["stats"]["data"]) == 3
@@ -208,23 +208,23 @@ def test_an_interrupted_run_is_saved(interrupted: Ended, suite: Suite) -> None:
     ],
 )
 def test_a_crash_keeps_its_reason_and_the_last_known_figures(interrupted: Ended, method: str, reason: str) -> None:
-    case = by_question(interrupted.saved)[f"test_peak {method}"]
+    case = by_benchmark(interrupted.saved)[f"test_peak {method}"]
     assert case["reason"].startswith(reason)
-    assert case["figures"]["last_known"].items() >= LAST.items()
-    assert case["figures"]["planned_peak_bytes"] == PLANNED_PEAK_BYTES
-    assert case["figures"]["planned_device_bytes"] == 3 * PLANNED_PEAK_BYTES
+    assert case["metrics"]["last_known"].items() >= LAST.items()
+    assert case["metrics"]["planned_peak_bytes"] == PLANNED_PEAK_BYTES
+    assert case["metrics"]["planned_device_bytes"] == 3 * PLANNED_PEAK_BYTES
 
 
 def test_the_interrupted_case_keeps_what_was_known(interrupted: Ended) -> None:
-    case = by_question(interrupted.saved)["test_peak bottleneck"]
+    case = by_benchmark(interrupted.saved)["test_peak bottleneck"]
     assert case["reason"].startswith("interrupted after ")
-    assert case["question"] == "test_memory"
-    assert case["figures"]["last_known"] == LAST
-    assert case["figures"]["method"] == "bottleneck"
+    assert case["benchmark"] == "test_memory"
+    assert case["metrics"]["last_known"] == LAST
+    assert case["metrics"]["method"] == "bottleneck"
 
 
 def test_a_case_that_cannot_fit_is_skipped_with_plan_and_room(interrupted: Ended) -> None:
-    reason = by_question(interrupted.saved)["test_peak prompt"]["reason"]
+    reason = by_benchmark(interrupted.saved)["test_peak prompt"]["reason"]
     assert reason.startswith("does not fit: planned 1000000.00 GB with ")
     assert "GB of host memory free (headroom -999" in reason
     assert "take a smaller model, --batch or --seq" in reason
@@ -259,10 +259,10 @@ def test_the_resumed_run_holds_every_case_once(resumed: Ended) -> None:
 
 
 def test_a_hang_is_ended_and_keeps_the_last_known_figures(resumed: Ended) -> None:
-    case = by_question(resumed.saved)["test_peak bottleneck"]
+    case = by_benchmark(resumed.saved)["test_peak bottleneck"]
     assert case["reason"] == "timed-out: did not end within 5 s; last seen in phase step"
-    assert case["figures"]["last_known"] == LAST
-    assert case["figures"]["planned_peak_bytes"] == PLANNED_PEAK_BYTES
+    assert case["metrics"]["last_known"] == LAST
+    assert case["metrics"]["planned_peak_bytes"] == PLANNED_PEAK_BYTES
 
 
 def test_it_is_compared_with_the_interrupted_run_and_says_so(resumed: Ended) -> None:
@@ -273,7 +273,7 @@ def test_it_is_compared_with_the_interrupted_run_and_says_so(resumed: Ended) -> 
     assert "test_memory.py::test_peak[prefix-toy-llama-cpu] – → passed BASE was interrupted before it" in told
     assert "MISSING" not in told
     assert "settings" not in told
-    assert "1 worse, 0 cannot tell, 2 better," in told  # what had crashed goes well now; the hang has timed out
+    assert "1 worse, 0 inconclusive, 2 better," in told  # what had crashed goes well now; the hang has timed out
 
 
 def test_a_run_with_other_options_is_not_gone_on_with(resumed: Ended, suite: Suite) -> None:
@@ -291,7 +291,7 @@ def test_a_run_with_other_options_is_not_gone_on_with(resumed: Ended, suite: Sui
 
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Two workers for three cases, each with a question to its memory and one to its times."""
+    """Two workers for three cases, each with a benchmark to its memory and one to its times."""
     pytest.importorskip("xdist")
     suite = Suite(tmp_path_factory.mktemp("shared"))
     ends = {"lora": "give", "full": "be_killed", "ia3": "give"}
@@ -304,19 +304,19 @@ def test_workers_share_the_cases_and_the_run_is_saved_once(shared_run: Ended) ->
     assert shared_run.code == pytest.ExitCode.TESTS_FAILED, shared_run.output
     assert shared_run.started == {"lora": 1, "full": 1, "ia3": 1}
     assert shared_run.saved["peft_gauge"]["selection"]["deselected"] is None  # it is the workers that collect
-    cases = by_question(shared_run.saved)
+    cases = by_benchmark(shared_run.saved)
     assert {name: case["outcome"] for name, case in cases.items() if name.startswith("test_peak")} == {
         "test_peak lora": "passed",
         "test_peak full": "crashed",
         "test_peak ia3": "passed",
     }
-    assert cases["test_peak ia3"]["figures"]["tensor_peak_bytes"] == TENSOR_PEAK_BYTES
-    assert cases["test_peak full"]["figures"]["last_known"].items() >= LAST.items()
+    assert cases["test_peak ia3"]["metrics"]["tensor_peak_bytes"] == TENSOR_PEAK_BYTES
+    assert cases["test_peak full"]["metrics"]["last_known"].items() >= LAST.items()
 
 
 def test_workers_do_not_time_on_a_cpu_that_they_share(shared_run: Ended) -> None:
     for method in ("lora", "full", "ia3"):
-        case = by_question(shared_run.saved)[f"test_step {method}"]
+        case = by_benchmark(shared_run.saved)[f"test_step {method}"]
         assert case["outcome"] == "skipped"
         assert case["reason"] == "timing cases do not share this CPU (-n); run without -n"
     assert shared_run.saved["benchmarks"] == []
@@ -361,7 +361,7 @@ def test_the_card_decides_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = GpuFit("10000000000", 9_500_000_000, 12_340_000_000, False, -2_840_000_000, 0)
     plan = replace(plan_of(request_of(case)), gpus=(fit,))
     assert why_skipped(case, plan) == (
-        "does not fit: planned 12.34 GB on a card with 9.50 GB (headroom -2.84 GB); "
+        "does not fit: planned 12.34 GB on a GPU with 9.50 GB (headroom -2.84 GB); "
         "take a smaller model, --batch or --seq"
     )
     assert why_skipped(case, replace(plan, gpus=(replace(fit, fits=True, headroom_bytes=1),))) is None
@@ -377,7 +377,7 @@ def test_a_library_that_cannot_work_here_is_a_skip_and_a_case_that_does_not_fit_
         plans={},
     )
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
-    cases = by_question(suite.saved())
+    cases = by_benchmark(suite.saved())
     assert {name: case["outcome"] for name, case in cases.items()} == {
         "test_peak full": "passed",
         "test_peak lora": "failed",
@@ -391,12 +391,12 @@ def test_the_attention_that_is_asked_for_is_measured_and_planned(tmp_path: Path)
     suite = Suite(tmp_path)
     done = suite.run(MEMORY, "-k=peak", "--method=ia3", "--attention=eager", "--dtype=bfloat16", planted={})
     assert done.returncode == 0, done.stdout
-    figures = by_question(suite.saved())["test_peak ia3"]["figures"]
-    assert figures["settings"]["attention"] == "eager"
+    metrics = by_benchmark(suite.saved())["test_peak ia3"]["metrics"]
+    assert metrics["settings"]["attention"] == "eager"
     assert suite.saved()["peft_gauge"]["options"]["attention"] == "eager"
     # In float32 a GPU has no fused kernel for shared key-value heads, and both are written out.
     case = replace(case_on("cpu"), method=methods.IA3, settings=StepSettings(1, 64), dtype="bfloat16")
     sdpa, eager = (
         plan(replace(request_of(case), attention=name)).saved_activation_bytes_per_token for name in ("sdpa", "eager")
     )
-    assert figures["planned_saved_activation_bytes_per_token"] == eager > sdpa, "eager keeps the scores"
+    assert metrics["planned_saved_activation_bytes_per_token"] == eager > sdpa, "eager keeps the scores"

@@ -1,7 +1,7 @@
-"""The path of every benchmark on a GPU, and of tests/gpu, run to its end on the card of `tests.support.fake_cuda`.
+"""The path of every benchmark on a GPU, and of tests/gpu, run to its end on the GPU of `tests.support.fake_cuda`.
 
-What is asserted is that each case passes and is recorded as one of a GPU is. Figures are of the CPU's kernels, and of
-no card: times mean nothing, and peaks little.
+What is asserted is that each case passes and is recorded as one of a GPU is. Metrics are of the CPU's kernels, and of
+no GPU: times mean nothing, and peaks little.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support import fake_cuda
 from tests.support.fake_cuda import CONTEXT_BYTES, GIB, MIB, NAME, SM_CLOCK_MHZ
 from tests.support.paths import ROOT
 
-# float32: most CPUs multiply 16 bit ten times as slowly. The card is so small that its matrices are too.
+# float32: most CPUs multiply 16 bit ten times as slowly. The GPU is so small that its matrices are too.
 QUICK = ["--model=toy-llama", "--dtype=float32", "--batch=2", "--seq=64", "--rounds=3"]
 SMALL_CARD_BYTES = 1280 * MIB
 
@@ -45,52 +45,52 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def check(folder: Path, done: subprocess.CompletedProcess[str], wanted: set[tuple[str, str]]) -> None:
-    """That all ``wanted`` (question, method) passed, with a GPU's figures, and that nothing else happened."""
+    """That all ``wanted`` (benchmark, method) passed, with a GPU's metrics, and that nothing else happened."""
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     cases = records(folder)
     assert {case["outcome"] for case in cases} <= {"passed"}, done.stdout[-6000:]
-    found = {(case["question"], case["figures"].get("method")) for case in cases}
+    found = {(case["benchmark"], case["metrics"].get("method")) for case in cases}
     assert wanted <= found, sorted(wanted - found)
     for case in cases:
-        figures = case["figures"]
-        assert figures["device"] == "cuda"
-        if "allocated_peak_bytes" in figures:
-            check_memory(figures)
-        for line in figures.get("growth", ()):
+        metrics = case["metrics"]
+        assert metrics["device"] == "cuda"
+        if "allocated_peak_bytes" in metrics:
+            check_memory(metrics)
+        for line in metrics.get("growth", ()):
             assert abs(line["intercept_bytes"] - line["planned_intercept_bytes"]) < 4 * MIB
-        if "step_seconds" in figures:
-            assert figures["host_step_seconds"] > 0
-            assert figures["states"][0]["before"]["sm_clock_mhz"] == SM_CLOCK_MHZ
+        if "step_seconds" in metrics:
+            assert metrics["host_step_seconds"] > 0
+            assert metrics["states"][0]["before"]["sm_clock_mhz"] == SM_CLOCK_MHZ
 
 
-def check_memory(figures: dict[str, Any]) -> None:
-    assert figures["unavailable"] == {}
-    assert 0 < figures["allocated_peak_bytes"] <= figures["reserved_peak_bytes"]
-    assert figures["process_peak_bytes"] >= CONTEXT_BYTES + figures["reserved_peak_bytes"]
-    assert figures["own_device_peak_bytes"] == figures["process_peak_bytes"]
-    assert figures["ooms"] == figures["alloc_retries"] == 0
-    # Of a toy's step most are workspaces, which are planned as the card's.
-    assert abs(figures["relative_error"]["allocated_peak_bytes"]) < 0.05
+def check_memory(metrics: dict[str, Any]) -> None:
+    assert metrics["unavailable"] == {}
+    assert 0 < metrics["allocated_peak_bytes"] <= metrics["reserved_peak_bytes"]
+    assert metrics["process_peak_bytes"] >= CONTEXT_BYTES + metrics["reserved_peak_bytes"]
+    assert metrics["own_device_peak_bytes"] == metrics["process_peak_bytes"]
+    assert metrics["ooms"] == metrics["alloc_retries"] == 0
+    # Of a toy's step most are workspaces, which are planned as the GPU's.
+    assert abs(metrics["relative_error"]["allocated_peak_bytes"]) < 0.05
     # The tracker's sum and the allocator's, which have the same events, in bytes and in blocks.
-    assert 0.9 < figures["tensor_peak_bytes"] / (figures["allocated_peak_bytes"] - WORKSPACES_BYTES) <= 1.0
+    assert 0.9 < metrics["tensor_peak_bytes"] / (metrics["allocated_peak_bytes"] - WORKSPACES_BYTES) <= 1.0
 
 
 WORKSPACES_BYTES = 2 * fake_cuda.WORKSPACE_BYTES  # of forward's thread and of backward's
 
 
 def test_a_method_is_measured_on_a_card(tmp_path: Path) -> None:
-    """LoRA's peak, times and fingerprint; without its growth, and without the card's speed."""
-    questions = ("test_memory", "test_speed", "test_fingerprint")
-    selected = [*(f"benchmarks/{name}.py" for name in questions), "-k", "test_peak or test_phase or test_fingerprint"]
+    """LoRA's peak, times and fingerprint; without its growth, and without the GPU's speed."""
+    benchmarks = ("test_memory", "test_speed", "test_fingerprint")
+    selected = [*(f"benchmarks/{name}.py" for name in benchmarks), "-k", "test_peak or test_phase or test_fingerprint"]
     done = run_pytest(tmp_path, *selected, "-m", "gpu", *QUICK, "--method=lora", total_bytes=SMALL_CARD_BYTES)
-    check(tmp_path, done, {(name, "lora") for name in questions})
+    check(tmp_path, done, {(name, "lora") for name in benchmarks})
 
 
 @pytest.mark.slow
 def test_every_benchmark_of_every_method_on_a_card(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "benchmarks", "-m", "gpu", *QUICK, total_bytes=SMALL_CARD_BYTES)
-    names = [method.name for method in methods.SEVEN]
-    check(tmp_path, done, {(question, name) for question in ("test_memory", "test_speed") for name in names})
+    names = [method.name for method in methods.DEFAULT_METHODS]
+    check(tmp_path, done, {(benchmark, name) for benchmark in ("test_memory", "test_speed") for name in names})
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_the_json_of_a_real_worker_keeps_the_contract(run_command: Run) -> None:
 
 def test_forked_workers_plan_the_same_in_the_order_of_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of them share four cases; a spawned one plans all."""
-    requests = [PlanRequest(TOY, method, StepSettings(1, 8)) for method in methods.SEVEN[3:]]
+    requests = [PlanRequest(TOY, method, StepSettings(1, 8)) for method in methods.DEFAULT_METHODS[3:]]
     alone: list[Any] = list(worker.plan_all(requests))
     monkeypatch.setattr(worker, "_spawn", lambda: pytest.fail("it was not forked"))
     preloaded = Preloaded(PRELOAD, child_environment(process_environment()))

@@ -171,7 +171,7 @@ def test_pytest_itself_says_what_is_wrong_with_an_expression(selected: Selected)
 
 
 def test_where_there_is_a_gpu(selected: Selected, selected_with_cuda: Selected) -> None:
-    """A bare run takes the card; what is slow on a CPU only is not slow there."""
+    """A bare run takes the GPU; what is slow on a CPU only is not slow there."""
     everything, slow = ids(selected_with_cuda, EVERYTHING), marked(selected_with_cuda, "slow")
     gpu = marked(selected_with_cuda, "gpu")
     of_cpu = {case for case in everything if case.endswith(f"{CPU}]") or f"{CPU}-" in case}

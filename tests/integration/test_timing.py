@@ -1,4 +1,4 @@
-"""The whole timing path under a fake clock: stored, derived, shown and exported figures agree to the last digit."""
+"""The whole timing path under a fake clock: stored, derived, shown and exported metrics agree to the last digit."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def test_derived_and_shown_figures_agree_with_the_stored(planted_run: tuple[str,
     shown, run = planted_run
     (benchmark,) = run["benchmarks"]
     (case,) = (each for each in run["peft_gauge"]["cases"] if "test_planted.py::test_planted" in each["id"])
-    assert benchmark["extra_info"] == case["figures"]
-    assert case["figures"]["step_over_control"] == 2.0
-    assert case["figures"]["tokens_per_second"] == 512
+    assert benchmark["extra_info"] == case["metrics"]
+    assert case["metrics"]["step_over_control"] == 2.0
+    assert case["metrics"]["tokens_per_second"] == 512
     row = next(line for line in shown.splitlines() if line.startswith("│ lora"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["lora", "–", "–", "–", "125.00 ms", "–", "–", "125.00 ms", "2.00", "512"]
@@ -149,10 +149,10 @@ def test_bytes_as_shown(value: float | None, shown: str) -> None:
 
 
 def test_a_failed_case_lends_no_figures_to_the_table() -> None:
-    figures = {"method": "lora", "model": "m", "device": "cpu", "step_seconds": 1.0}
+    metrics = {"method": "lora", "model": "m", "device": "cpu", "step_seconds": 1.0}
     cases = [
-        CaseRecord("a", "test_speed", "failed", "out of memory", figures),
-        CaseRecord("b", "test_speed", "passed", None, {**figures, "step_seconds": 2.0}),
+        CaseRecord("a", "test_speed", "failed", "out of memory", metrics),
+        CaseRecord("b", "test_speed", "passed", None, {**metrics, "step_seconds": 2.0}),
     ]
     assert [row["step_seconds"] for row in summary.method_rows(cases)] == [2.0]
 

@@ -13,14 +13,14 @@ from fixtures.traces import measured_step, planned_step, trace_request
 from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, FORWARD, GRADIENTS
 from peft_gauge.plan.planner import plan
 from peft_gauge.traces import differences
-from peft_gauge.traces.comparison import Comparison, compare
+from peft_gauge.traces.comparison import TraceComparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
 PLAIN = ("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
 LAYERS = 22
 
 
-def compared(name: str, planned: StepLog | None = None) -> Comparison:
+def compared(name: str, planned: StepLog | None = None) -> TraceComparison:
     found = compare(planned or planned_step(name), measured_step(name))
     assert sum(row.bytes for row in found.rows) == found.difference_bytes
     assert sum(measured - planned for planned, measured in found.by_category.values()) == found.difference_bytes

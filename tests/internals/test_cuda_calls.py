@@ -75,9 +75,9 @@ def test_figures_of_the_allocator_are_those_that_torch_documents_or_shows() -> N
     }
     assert len(asked) > 8
     for path, key in sorted(asked):
-        figure, _, rest = key.partition(".")
+        metric, _, rest = key.partition(".")
         known = key in counters or (
-            figure in by_pool and rest.split(".")[1] in ("current", "peak", "allocated", "freed")
+            metric in by_pool and rest.split(".")[1] in ("current", "peak", "allocated", "freed")
         )
         assert known, f"{path}: torch.cuda.memory_stats has no {key!r}"
 

@@ -325,7 +325,7 @@ def test_transformers_model_classes_tell_their_attentions() -> None:
 
 
 def test_transformers_configs_can_be_marked_and_made_nameless() -> None:
-    """Flash attention reads the dtype of a quantised model off one of these names, saving an adapter the other."""
+    """Flash attention reads the dtype of a quantized model off one of these names, saving an adapter the other."""
     from transformers import LlamaConfig
     from transformers import modeling_flash_attention_utils as utils
     from transformers.integrations import flash_attention as caller
@@ -334,13 +334,13 @@ def test_transformers_configs_can_be_marked_and_made_nameless() -> None:
     assert config._name_or_path == "somewhere"
     from_transformers.forget_origin(config)
     assert config._name_or_path == ""
-    from_transformers.mark_quantised(config, torch.bfloat16)
+    from_transformers.mark_quantized(config, torch.bfloat16)
     sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (utils, caller)]
     assert any(re.search(r"_is_quantized|_pre_quantization_dtype", source) for source in sources)
 
 
-def test_transformers_quantisers_replace_layers_before_weights_are_loaded() -> None:
-    """`test_stored_formats.py` holds what comes of it; here that every quantiser has the method."""
+def test_transformers_quantizers_replace_layers_before_weights_are_loaded() -> None:
+    """`test_stored_formats.py` holds what comes of it; here that every quantizer has the method."""
     from transformers.quantizers.base import HfQuantizer
 
     with patch.object(HfQuantizer, "_process_model_before_weight_loading") as called:
@@ -579,7 +579,7 @@ def test_a_piece_that_came_later_is_not_missed(monkeypatch: pytest.MonkeyPatch) 
     assert said == []
 
 
-def _quantised_plan_warnings() -> list[str]:
+def _quantized_plan_warnings() -> list[str]:
     from peft_gauge.plan.planner import plan
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.training.step import StepSettings
@@ -593,13 +593,13 @@ def test_a_plan_without_its_4_bit_route_says_so(monkeypatch: pytest.MonkeyPatch,
     real = _internals.version
     monkeypatch.setattr(from_bitsandbytes, "has_product_4bit", lambda: False)
     monkeypatch.setattr(_internals, "version", lambda name: release if name == "bitsandbytes" else real(name))
-    found = _quantised_plan_warnings()
+    found = _quantized_plan_warnings()
     assert len(found) == told
     assert all(f"bitsandbytes {release} has no operator gemm_4bit" in warning for warning in found)
 
 
 def test_a_plan_says_that_packing_could_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _quantised_plan_warnings() == []
+    assert _quantized_plan_warnings() == []
     monkeypatch.setattr(from_transformers, "PACKING", "no_such_name")
-    [found] = _quantised_plan_warnings()
+    [found] = _quantized_plan_warnings()
     assert found.startswith(f"transformers {version('transformers')} has no masking_utils.")

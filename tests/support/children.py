@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import Outcome, note, watch
+from peft_gauge.isolation import ProcessOutcome, note, watch
 
 MIB = 2**20
 HUGE_BYTES = 2**62
@@ -36,7 +36,7 @@ def give(value: Any) -> Any:
     return value
 
 
-def describe(outcome: Outcome) -> dict[str, Any]:
+def describe(outcome: ProcessOutcome) -> dict[str, Any]:
     return {"class": type(outcome).__qualname__, "ended": outcome.ended, "seconds": outcome.seconds}
 
 
@@ -99,7 +99,7 @@ def import_what_is_measured_with() -> None:
 
 
 def import_beside_a_card() -> dict[str, list[str]]:
-    """What asked for the card while all was imported that a server imports on a machine that has one."""
+    """What asked for the GPU while all was imported that a server imports on a machine that has one."""
     import torch
 
     from peft_gauge import machine
@@ -147,10 +147,10 @@ def measure_and_train(setup: Any) -> dict[str, Any]:
     from peft_gauge.measure import passes
     from peft_gauge.training.cases import build_job
 
-    figures = passes.measure(setup)
+    metrics = passes.measure(setup)
     job = build_job(setup.case, stream=setup.stream)
     job.warm_up(4)
-    return {"figures": figures, "losses": job.losses}
+    return {"metrics": metrics, "losses": job.losses}
 
 
 def sleep(seconds: float) -> None:
@@ -289,9 +289,9 @@ def exit_as_bitsandbytes_does() -> NoReturn:
     os._exit(1)
 
 
-def be_killed(by: int, figures: dict[str, Any]) -> None:
+def be_killed(by: int, metrics: dict[str, Any]) -> None:
     note(phase="build", step=1)
-    note(**figures)
+    note(**metrics)
     os.kill(os.getpid(), by)
     time.sleep(LONG_SECONDS)
 
@@ -301,15 +301,15 @@ def read_address_zero() -> None:
     ctypes.string_at(0)
 
 
-def hang_in_python(figures: dict[str, Any]) -> None:
+def hang_in_python(metrics: dict[str, Any]) -> None:
     """`re` holds the interpreter lock while it backtracks."""
-    note(**figures)
+    note(**metrics)
     re.fullmatch(r"(a+)+b", "a" * 64)
 
 
-def hang_in_native_code(figures: dict[str, Any], pid_file: str | None = None) -> None:
+def hang_in_native_code(metrics: dict[str, Any], pid_file: str | None = None) -> None:
     """A `PyDLL` call keeps the interpreter lock, so no other thread of this process runs."""
-    note(**figures)
+    note(**metrics)
     if pid_file is not None:
         write_pid(pid_file)
     ctypes.PyDLL(None).sleep(int(LONG_SECONDS))
@@ -329,8 +329,8 @@ def leave_a_grandchild_behind() -> dict[str, int]:
     return {"grandchild": pid}
 
 
-def announce_and_hang(pid_file: str, figures: dict[str, Any]) -> None:
-    note(**figures)
+def announce_and_hang(pid_file: str, metrics: dict[str, Any]) -> None:
+    note(**metrics)
     write_pid(pid_file)
     time.sleep(LONG_SECONDS)
 

@@ -1,6 +1,6 @@
 """Every use of `torch.cuda` and `pynvml` in source code, and what is wrong with it by the modules that are installed.
 
-Code for a GPU is not run where there is none, so a misspelt name or a wrong argument would be found on the first card.
+Code for a GPU is not run where there is none, so a misspelt name or a wrong argument would be found on the first GPU.
 Here the source is read instead: names are looked up in the real modules, arguments are bound to real signatures, and
 attributes of what a call returns are those of its class or of torch's stub. The reading is by name within a file and
 knows imports, assignments, returns, comprehensions and loops; what it cannot follow it does not judge.

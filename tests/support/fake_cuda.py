@@ -9,9 +9,9 @@ has it replaced.
 
 Tensors "on cuda" are the CPU's; `fake_cuda_tensors` marks their storages, and is loaded when CUDA comes into use.
 Memory is kept by `peft_gauge.memory.allocator`, which models torch's own allocator; NVML is `fake_cuda_nvml`,
-whose figures follow it. Nothing of this is known to the code under test.
+whose metrics follow it. Nothing of this is known to the code under test.
 
-What is not modelled: CUDA graphs, a second card, speed. Pinned memory is any memory. Of streams there is only which one
+What is not modelled: CUDA graphs, a second GPU, speed. Pinned memory is any memory. Of streams there is only which one
 is current, and that each has a workspace of its own: their work is done at once, and their blocks lie in one pool.
 """
 
@@ -48,9 +48,9 @@ OTHERS_VARIABLE = "FAKE_CUDA_OTHERS_BYTES"
 
 
 def settings(folder: Path, *, total_bytes: int = 2 * GIB, others_bytes: int = 0) -> dict[str, str]:
-    """The environment of a process that is to see the stand-in's card; what starts it is written into ``folder``.
+    """The environment of a process that is to see the stand-in's GPU; what starts it is written into ``folder``.
 
-    ``total_bytes``: the card's memory; ``others_bytes``: what another process holds of it.
+    ``total_bytes``: the GPU's memory; ``others_bytes``: what another process holds of it.
     """
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.path.append({str(ROOT)!r})\nfrom tests.support.fake_cuda import start\nstart()\n"
@@ -67,7 +67,7 @@ def settings(folder: Path, *, total_bytes: int = 2 * GIB, others_bytes: int = 0)
 
 
 class Memory:
-    """The card's memory as torch's allocator has it, with the counters of ``torch.cuda.memory_stats``.
+    """The GPU's memory as torch's allocator has it, with the counters of ``torch.cuda.memory_stats``.
 
     Storages end wherever Python ends them, within an allocation too: what they give back waits until no one is at work.
     """
@@ -285,7 +285,7 @@ def _size(nbytes: int) -> str:
 
 
 class Device:
-    """The one card, as this process has it."""
+    """The one GPU, as this process has it."""
 
     def __init__(self) -> None:
         self.initialised_in: int | None = None  # the process that brought CUDA into use

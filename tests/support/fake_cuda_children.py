@@ -1,4 +1,4 @@
-"""What the children of test_fake_cuda.py run, on the card of `tests.support.fake_cuda`; each returns what it saw."""
+"""What the children of test_fake_cuda.py run, on the GPU of `tests.support.fake_cuda`; each returns what it saw."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def fork_after_use() -> dict[str, Any]:
     return {"child": os.read(reading, 4000).decode()}
 
 
-def quantise_on_the_card() -> dict[str, Any]:
+def quantize_on_the_card() -> dict[str, Any]:
     import torch
 
     from peft_gauge.training.quantization import load_bitsandbytes

@@ -1,4 +1,4 @@
-"""`fake_pynvml` over the card of `fake_cuda`: its figures are those of this process's allocator."""
+"""`fake_pynvml` over the GPU of `fake_cuda`: its metrics are those of this process's allocator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Card(Card):
 
     @used.setter
     def used(self, _: int) -> None:
-        """`Card` sets what it is given."""
+        """`GPU` sets what it is given."""
 
     @property
     def processes(self) -> list[tuple[int, int | None]]:

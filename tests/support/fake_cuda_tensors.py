@@ -56,7 +56,7 @@ class _Watch(weakref.ref):
 
 
 class OnCuda(DispatchMode):
-    """The mode; one a process, and its ``alive`` are the storages on the card."""
+    """The mode; one a process, and its ``alive`` are the storages on the GPU."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class OnCuda(DispatchMode):
             return False
 
     def shows(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is to say that it is on the card: to a kernel, which is the CPU's, it is not."""
+        """Whether ``tensor`` is to say that it is on the GPU: to a kernel, which is the CPU's, it is not."""
         return not getattr(self._local, "in_kernel", False) and self.holds(tensor)
 
     def mark(self, tensor: torch.Tensor) -> None:
@@ -381,7 +381,7 @@ _engine_threads: dict[int, tuple[str, int]] = {}
 
 
 class _Engine:
-    """The engine, which runs what is on the card in a thread of its own."""
+    """The engine, which runs what is on the GPU in a thread of its own."""
 
     def __init__(self, real: Any, mode: OnCuda) -> None:
         self._real_engine = real

@@ -1,4 +1,4 @@
-"""A stand-in for the module `pynvml`: the real names, signatures, constants and error classes over invented cards.
+"""A stand-in for the module `pynvml`: the real names, signatures, constants and error classes over invented GPUs.
 
 A test describes a machine, puts it in `machine`, and gives this module to ``sys.modules["pynvml"]``. That names,
 signatures, constants and errors are the real ones is itself a test.
@@ -61,7 +61,7 @@ NVMLError_GpuIsLost = _error(NVML_ERROR_GPU_IS_LOST, "GPU is lost")
 
 @dataclass(eq=False)
 class Card:
-    """A card, or a MIG instance if it has a ``parent``. Figures left at ``None`` raise ``NVMLError_NotSupported``."""
+    """A GPU, or a MIG instance if it has a ``parent``. Metrics left at ``None`` raise ``NVMLError_NotSupported``."""
 
     uuid: str
     name: str = "Invented 80GB"
@@ -74,15 +74,15 @@ class Card:
     temperature_celsius: int | None = None
     reasons: int | None = None
     instances: list[Card | None] | None = None
-    """Places for MIG instances; ``None`` for a card that knows nothing of MIG, an empty list for one undivided."""
+    """Places for MIG instances; ``None`` for a GPU that knows nothing of MIG, an empty list for one undivided."""
     parent: Card | None = None
     refuses: dict[str, type[NVMLError]] = field(default_factory=dict)
-    """Function's name -> the error that it raises for this card."""
+    """Function's name -> the error that it raises for this GPU."""
 
 
 @dataclass
 class Machine:
-    """The cards of a machine, in NVML's order, or the error that stops the driver from answering at all."""
+    """The GPUs of a machine, in NVML's order, or the error that stops the driver from answering at all."""
 
     cards: list[Card] = field(default_factory=list)
     broken: type[NVMLError] | None = None

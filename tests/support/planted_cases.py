@@ -22,7 +22,7 @@ from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
-    from peft_gauge.measure.passes import Setup
+    from peft_gauge.measure.passes import CaseSetup
 
 PLANTED = "PEFT_GAUGE_TEST_PLANTED"  # JSON: method -> function
 STARTED = "PEFT_GAUGE_TEST_STARTED"
@@ -56,8 +56,8 @@ def plan_of(request: PlanRequest, peak_bytes: int = PLANNED_PEAK_BYTES) -> Plan:
     )
 
 
-def figures_of(setup: Setup) -> dict[str, Any]:
-    """The figures of a memory pass, invented."""
+def metrics_of(setup: CaseSetup) -> dict[str, Any]:
+    """The metrics of a memory pass, invented."""
     case = setup.case
     settings = {"batch": case.settings.batch, "seq": case.settings.seq, "dtype": case.dtype, "weights": "random"}
     names = {"method": case.method.name, "title": case.method.title, "model": case.model.name, "device": case.device}
@@ -106,11 +106,11 @@ def hang(_: dict[str, Any]) -> None:
     children.announce_and_hang(str(Path(os.environ[STARTED], "hanging")), LAST)
 
 
-def give(figures: dict[str, Any]) -> dict[str, Any]:
-    return figures
+def give(metrics: dict[str, Any]) -> dict[str, Any]:
+    return metrics
 
 
-def run_out_of_memory(setup: Setup) -> dict[str, Any]:
+def run_out_of_memory(setup: CaseSetup) -> dict[str, Any]:
     """The real measurement, of a step for whose update there is no memory."""
     from peft_gauge.measure import passes
     from peft_gauge.training.step import TrainingJob
@@ -125,9 +125,9 @@ def run_out_of_memory(setup: Setup) -> dict[str, Any]:
 _run = isolation.run
 
 
-def run(function: str, *arguments: Any, **options: Any) -> isolation.Outcome:
+def run(function: str, *arguments: Any, **options: Any) -> isolation.ProcessOutcome:
     invented = {**options, "preload": None}  # what measures nothing need not wait for the imports of a measurement
-    if function == "peft_gauge.measure.passes:card_speed":
+    if function == "peft_gauge.measure.passes:peak_throughput":
         return _run("tests.support.planted_cases:give", _card_speed(*arguments), **invented)
     (setup,) = arguments
     method = setup.case.method.name
@@ -139,7 +139,7 @@ def run(function: str, *arguments: Any, **options: Any) -> isolation.Outcome:
     # But for the real measurement, what is sent must not bring torch into the process: it would take seconds.
     if planted == run_out_of_memory.__name__:
         return _run(f"tests.support.planted_cases:{planted}", setup, **options)
-    return _run(f"tests.support.planted_cases:{planted}", figures_of(setup), **invented)
+    return _run(f"tests.support.planted_cases:{planted}", metrics_of(setup), **invented)
 
 
 def _card_speed(device: str, dtype: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Saved runs with known figures, for the tests of the report: two machines, two methods, and what changed when."""
+"""Saved runs with known metrics, for the tests of the report: two machines, two methods, and what changed when."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CATEGORIES = {"base_weights": 1_000_000_000, "adapter_weights": 20_480, "activat
 PEAK = sum(CATEGORIES.values())
 CPU = {"name": "cpu-box", "accelerator": {"name": None, "memory_bytes": None}, "threads": 2}
 CARD = {
-    "name": "card-box",
+    "name": "GPU-box",
     "accelerator": {"name": "NVIDIA H100", "memory_bytes": 85_000_000_000, "driver": "570.1", "cuda": "12.8"},
     "threads": 8,
 }
@@ -26,14 +26,14 @@ def subject(method: str, model: str, device: str = "cpu") -> dict[str, Any]:
     return {"method": method, "model": model, "device": device, "settings": dict(SETTINGS)}
 
 
-def memory_case(method: str, model: str, *, extra: int = 0, **figures: Any) -> CaseRecord:
+def memory_case(method: str, model: str, *, extra: int = 0, **metrics: Any) -> CaseRecord:
     """A measured peak of `PEAK` bytes and ``extra`` activations, planned at 1.2 GB."""
     peak = PEAK + extra
     return CaseRecord(
         f"benchmarks/test_memory.py::test_peak[{method}-{model}-cpu]",
         "test_memory",
         "passed",
-        figures={
+        metrics={
             **subject(method, model),
             "tensor_peak_bytes": peak,
             "peak_by_category": CATEGORIES | {"activations": CATEGORIES["activations"] + extra},
@@ -44,7 +44,7 @@ def memory_case(method: str, model: str, *, extra: int = 0, **figures: Any) -> C
             "growth": [{"along": "seq", "held": 1, "slope_bytes": 4096.5, "planned_slope_bytes": 4000.0}],
             "growth_of": "tensor_peak_bytes",
             "ceiling": None,
-            **figures,
+            **metrics,
         },
     )
 
@@ -57,7 +57,7 @@ def step_case(method: str, model: str, *, ratio: float = 3.0, processes: int = 5
         f"benchmarks/test_speed.py::test_step[{method}-{model}-cpu]",
         "test_speed",
         "passed",
-        figures={
+        metrics={
             **subject(method, model),
             "step_seconds": ratio,
             "step_over_control": ratio,
@@ -74,7 +74,7 @@ def claim(verdict: str, id_: str = "lora-memory", model: str = "toy") -> dict[st
         "model": model,
         "statement": "LoRA needs < 2 GB & no more.",
         "verdict": verdict,
-        "figure": "1.23 GB",
+        "metric": "1.23 GB",
         "conditions": "1×64 tokens",
     }
 
@@ -113,9 +113,7 @@ def three_runs(results: Path) -> list[Path]:
     """
     full = [memory_case("full", "toy", extra=3_000_000_000), step_case("full", "toy", ratio=9.0)]
     bigger = memory_case("lora", "toy", extra=5_120_000)
-    broken = CaseRecord(
-        full[0].id, "test_memory", "out-of-memory", "the card's 24 GB were full", subject("full", "toy")
-    )
+    broken = CaseRecord(full[0].id, "test_memory", "out-of-memory", "the GPU's 24 GB were full", subject("full", "toy"))
     skipped = CaseRecord("benchmarks/test_memory.py::test_peak[qlora-toy-cpu]", "test_memory", "skipped", "no <CUDA>")
     return [
         save(results, 1, [memory_case("lora", "toy"), step_case("lora", "toy"), *full], [claim("holds")]),
@@ -124,7 +122,7 @@ def three_runs(results: Path) -> list[Path]:
             results,
             3,
             [bigger, step_case("lora", "toy", ratio=1.5), broken, full[1], skipped],
-            [claim("refuted"), claim("cannot tell", "other", "any")],
+            [claim("refuted"), claim("inconclusive", "other", "any")],
             torch="2.14.0",
         ),
     ]
@@ -147,7 +145,7 @@ def card_run(results: Path) -> Path:
         "settings": dict(SETTINGS),
         "peak_bytes": 5_000_000_000,
         "resident_bytes": 4_000_000_000,
-        "peak_by_category": {"base_weights": 4_000_000_000, "dequantised_temporaries": 1_000_000_000},
+        "peak_by_category": {"base_weights": 4_000_000_000, "dequantized_temporaries": 1_000_000_000},
         "phase_of_peak": "backward",
     }
     sweep = [

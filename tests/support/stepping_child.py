@@ -60,7 +60,7 @@ def shape(products: int = 2) -> dict[str, Any]:
     }
 
 
-def figures(products: int = 2, **more: Any) -> dict[str, Any]:
+def metrics(products: int = 2, **more: Any) -> dict[str, Any]:
     """What a built case tells, as `peft_gauge.environments.worker` gives it."""
     return {
         "method": "lora",
@@ -106,7 +106,7 @@ class Child:
     def describe(self, **case: Any) -> dict[str, Any]:
         self.build(**case)
         settings = self.facts.get("settings", {"batch": 1})
-        return figures(self.facts.get("products", 2), settings=settings, method=case["method"])
+        return metrics(self.facts.get("products", 2), settings=settings, method=case["method"])
 
     def build(self, **case: Any) -> None:
         try:

@@ -59,7 +59,7 @@ class Suite:
         return Counter(file.name.partition(".")[0] for file in (self.folder / "started").iterdir() if "." in file.name)
 
 
-def by_question(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def by_benchmark(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The case records by function and method, as in ``"test_peak lora"``; none may be there twice."""
     cases = {}
     for case in run["peft_gauge"]["cases"]:
@@ -71,7 +71,7 @@ def by_question(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def outcomes(run: dict[str, Any]) -> dict[str, str]:
-    return {name: case["outcome"] for name, case in by_question(run).items()}
+    return {name: case["outcome"] for name, case in by_benchmark(run).items()}
 
 
 SESSIONS = """

@@ -51,7 +51,11 @@ def test_a_broken_ledger_is_one_line(text: str, said: str, tmp_path: Path) -> No
 
 
 def test_findings_have_three_verdicts() -> None:
-    assert [Finding.of(holds, "f", "c").verdict for holds in (True, False, None)] == ["holds", "refuted", "cannot tell"]
+    assert [Finding.of(holds, "f", "c").verdict for holds in (True, False, None)] == [
+        "holds",
+        "refuted",
+        "inconclusive",
+    ]
 
 
 def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
@@ -66,7 +70,7 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
 
         @pytest.fixture
         def record(request):
-            return lambda **figures: request.node.user_properties.append(("figures", figures))
+            return lambda **metrics: request.node.user_properties.append(("metrics", metrics))
 
         @pytest.fixture(scope="session")
         def plans():
@@ -88,7 +92,7 @@ def test_a_verdict_that_differs_fails(pytester: pytest.Pytester) -> None:
 
 def test_claims_are_shown_with_their_verdicts() -> None:
     shown = summary(
-        [], [{"id": "lora-ratio", "model": "tinyllama", "verdict": "holds", "figure": "0.4096 % of the base"}], 80
+        [], [{"id": "lora-ratio", "model": "tinyllama", "verdict": "holds", "metric": "0.4096 % of the base"}], 80
     )
     assert re.search(r"lora-ratio +│ tinyllama +│ holds +│ 0.4096 % of the base", shown)
 

@@ -56,7 +56,7 @@ def test_dtypes_of_what_trains() -> None:
 
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
 def test_a_count_on_meta_is_the_count_of_the_built_model(name: str) -> None:
-    """Also where the base is really quantised to 4 bit."""
+    """Also where the base is really quantized to 4 bit."""
     record, method = models.resolve("toy-llama"), methods.get(name)
     built = count(methods.attach(models.build(record), method))
     on_meta = count_on_meta(record, method)

@@ -1,4 +1,4 @@
-"""Two saved runs, figure by figure: same, better, worse or cannot tell, with the change and its likely cause."""
+"""Two saved runs, metric by metric: same, better, worse or inconclusive, with the change and its likely cause."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
     from peft_gauge.history.rules import Rules
 
-__all__ = ["Comparison", "Row", "compare", "judge_value", "outcome_verdict"]
+__all__ = ["Row", "RunComparison", "compare", "judge_value", "outcome_verdict"]
 
-TOLD_QUESTIONS = 3
+TOLD_BENCHMARKS = 3
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """NEW against BASE. ``environment``: what differs besides the code under test; ``notes``: what else to know.
 
     ``incomparable``: why the two runs cannot be compared at all, or ``None``. ``rows``: the worst first.
@@ -50,7 +50,7 @@ class Comparison:
     def counts(self) -> dict[str, int]:
         """Rows by what they say, the four verdicts first."""
         found = Counter(row.says for row in self.rows)
-        return {name: found[name] for name in ("worse", "cannot tell", "better", "same")} | dict(sorted(found.items()))
+        return {name: found[name] for name in ("worse", "inconclusive", "better", "same")} | dict(sorted(found.items()))
 
     def exit_code(self, *, strict: bool = False) -> int:
         """0: nothing got worse; 1: something did, or, if ``strict``, is no longer checked; 2: not comparable."""
@@ -60,7 +60,7 @@ class Comparison:
         return 1 if bad else 0
 
 
-def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False) -> Comparison:
+def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False) -> RunComparison:
     """``new`` judged against ``base``; ``across_machines`` lets machines differ, and leaves out all that has noise."""
     machines = machine_changes(base, new)
     if machines and not across_machines:
@@ -89,9 +89,9 @@ def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False)
     return _comparison(base, new, rows, notes, None if comparable else _why_incomparable(base, new, pairs))
 
 
-def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], incomparable: str | None) -> Comparison:
+def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], incomparable: str | None) -> RunComparison:
     interrupted = [f"{name} was interrupted" for name, run in (("BASE", base), ("NEW", new)) if run.interrupted]
-    return Comparison(
+    return RunComparison(
         base=str(base.path),
         new=str(new.path),
         environment=tuple(environment_changes(base, new)),
@@ -107,20 +107,20 @@ def _why_incomparable(base: Run, new: Run, pairs: Sequence[Pair]) -> str:
         differing = Counter(change for pair in pairs for change in pair.differing)
         ((most, _),) = differing.most_common(1)
         return f"the settings of every case in both differ ({most}{', …' if len(differing) > 1 else ''})"
-    asked = [{case.question for case in run.cases} for run in (base, new)]
-    told = " and ".join(f"{name} {_questions(run)}" for name, run in (("BASE", base), ("NEW", new)))
+    asked = [{case.benchmark for case in run.cases} for run in (base, new)]
+    told = " and ".join(f"{name} {_benchmarks(run)}" for name, run in (("BASE", base), ("NEW", new)))
     if not asked[0] & asked[1]:
-        return f"no case stands in both; they ask different questions: {told}"
+        return f"no case stands in both; they ask different benchmarks: {told}"
     absences = Absences(base, new)
-    reasons = Counter(absences(case.id, case.question, case.figures).why for case in base.cases)
+    reasons = Counter(absences(case.id, case.benchmark, case.metrics).why for case in base.cases)
     return f"no case stands in both, although both ask {', '.join(sorted(asked[0] & asked[1]))}: NEW {_most(reasons)}"
 
 
-def _questions(run: Run) -> str:
+def _benchmarks(run: Run) -> str:
     """ "test_speed (28 cases) and 3 more", and that it was interrupted where it was."""
-    counted = Counter(case.question for case in run.cases).most_common()
-    named = [f"{question} ({number} case{'s' * (number != 1)})" for question, number in counted[:TOLD_QUESTIONS]]
-    more = f" and {len(counted) - TOLD_QUESTIONS} more" if len(counted) > TOLD_QUESTIONS else ""
+    counted = Counter(case.benchmark for case in run.cases).most_common()
+    named = [f"{benchmark} ({number} case{'s' * (number != 1)})" for benchmark, number in counted[:TOLD_BENCHMARKS]]
+    more = f" and {len(counted) - TOLD_BENCHMARKS} more" if len(counted) > TOLD_BENCHMARKS else ""
     return f"{', '.join(named) or 'none'}{more}{', interrupted' if run.interrupted else ''}"
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from peft_gauge.history.absent import MISSING, Absences
 from peft_gauge.history.comparison.rows import NEW, RENAMED, Row
-from peft_gauge.history.metrics import IDENTITY, Case
+from peft_gauge.history.metrics import IDENTITY, RecordedCase
 from peft_gauge.history.schema import NOT_RUN
 
 if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
 
 
-def renamed(old_cases: Mapping[str, Case], new_cases: Mapping[str, Case]) -> dict[str, str]:
+def renamed(old_cases: Mapping[str, RecordedCase], new_cases: Mapping[str, RecordedCase]) -> dict[str, str]:
     """Old id -> new id of cases that only changed their name.
 
-    The same figures' names under the same test in another file, or about the same subject; or the same fingerprint.
+    The same metrics' names under the same test in another file, or about the same subject; or the same fingerprint.
     Where two could be meant, none is.
     """
     gone = [case for case in old_cases.values() if case.id not in new_cases]
@@ -33,27 +33,27 @@ def renamed(old_cases: Mapping[str, Case], new_cases: Mapping[str, Case]) -> dic
     return found
 
 
-def _by_test(case: Case) -> str | None:
-    return json.dumps([case.id.partition("::")[2], sorted(case.figures)])
+def _by_test(case: RecordedCase) -> str | None:
+    return json.dumps([case.id.partition("::")[2], sorted(case.metrics)])
 
 
-def _by_subject_and_file(case: Case) -> str | None:
-    return None if case.subject is None else json.dumps([case.question, sorted(case.figures), case.subject])
+def _by_subject_and_file(case: RecordedCase) -> str | None:
+    return None if case.subject is None else json.dumps([case.benchmark, sorted(case.metrics), case.subject])
 
 
-def _by_subject(case: Case) -> str | None:
-    """In any file: then figures besides those that name the subject have to say what was asked of it."""
-    said = case.figures.keys() - {*IDENTITY}
+def _by_subject(case: RecordedCase) -> str | None:
+    """In any file: then metrics besides those that name the subject have to say what was asked of it."""
+    said = case.metrics.keys() - {*IDENTITY}
     return None if case.subject is None or not said else json.dumps([sorted(said), case.subject])
 
 
-def _by_fingerprint(case: Case) -> str | None:
+def _by_fingerprint(case: RecordedCase) -> str | None:
     from peft_gauge.history.fingerprints import digest
 
-    return None if case.fingerprint is None else f"{case.question} {digest(case.fingerprint)}"
+    return None if case.fingerprint is None else f"{case.benchmark} {digest(case.fingerprint)}"
 
 
-def _unique(cases: list[Case], key: Callable[[Case], str | None]) -> dict[str, Case]:
+def _unique(cases: list[RecordedCase], key: Callable[[RecordedCase], str | None]) -> dict[str, RecordedCase]:
     keys = Counter(map(key, cases))
     return {name: case for case in cases if (name := key(case)) is not None and keys[name] == 1}
 
@@ -63,24 +63,32 @@ def renamed_row(old: str, new: str) -> Row:
 
 
 def only_in_base(
-    base: Run, new: Run, old_cases: Mapping[str, Case], new_cases: Mapping[str, Case], names: Mapping[str, str]
+    base: Run,
+    new: Run,
+    old_cases: Mapping[str, RecordedCase],
+    new_cases: Mapping[str, RecordedCase],
+    names: Mapping[str, str],
 ) -> Iterator[Row]:
     """Rows of cases that NEW does not hold, and why; one that did not run in BASE either is no loss."""
     absences = Absences(base, new)
     for case in old_cases.values():
         if case.id not in new_cases and case.id not in names and case.outcome not in NOT_RUN:
-            label, why = absences(case.id, case.question, case.figures)
-            yield Row(case.id, "outcome", "cannot tell", label, before=case.outcome, note=f"NEW {why}")
+            label, why = absences(case.id, case.benchmark, case.metrics)
+            yield Row(case.id, "outcome", "inconclusive", label, before=case.outcome, note=f"NEW {why}")
 
 
 def only_in_new(
-    base: Run, new: Run, old_cases: Mapping[str, Case], new_cases: Mapping[str, Case], names: Mapping[str, str]
+    base: Run,
+    new: Run,
+    old_cases: Mapping[str, RecordedCase],
+    new_cases: Mapping[str, RecordedCase],
+    names: Mapping[str, str],
 ) -> Iterator[Row]:
     """Rows of cases that BASE does not hold, and why, where it is not only that they are new."""
     absences = Absences(new, base)
     known = set(names.values())
     for case in new_cases.values():
         if case.id not in old_cases and case.id not in known:
-            label, why = absences(case.id, case.question, case.figures)
+            label, why = absences(case.id, case.benchmark, case.metrics)
             note = None if label == MISSING else f"BASE {why}"
-            yield Row(case.id, "outcome", "cannot tell", NEW, after=case.outcome, note=case.reason or note)
+            yield Row(case.id, "outcome", "inconclusive", NEW, after=case.outcome, note=case.reason or note)

@@ -10,13 +10,13 @@ from peft_gauge.history.comparison.rows import Pair, Shape, names_of
 
 if TYPE_CHECKING:
     from peft_gauge.history.intervals import Verdict
-    from peft_gauge.history.metrics import Case
+    from peft_gauge.history.metrics import RecordedCase
 
 TOLD_DIFFERENCES = 2
 """How many of a fingerprint's differences stand beside a verdict."""
 
 
-def fingerprint(case: Case, cases: Mapping[str, Case]) -> Mapping[str, Any] | None:
+def fingerprint(case: RecordedCase, cases: Mapping[str, RecordedCase]) -> Mapping[str, Any] | None:
     """That of the case, or of the one case of its run about the same subject that took one."""
     if case.fingerprint is not None or case.subject is None:
         return case.fingerprint
@@ -37,10 +37,10 @@ def cause(pair: Pair, metric: str) -> str | None:
     by_category = f"{parent}{dot}{kinds[0]}_by_category." if kinds else None
     parts = [
         f"{each.removeprefix(by_category)} {after - before:+,} B"
-        for each in names_of(pair.old.figures, pair.new.figures)
+        for each in names_of(pair.old.metrics, pair.new.metrics)
         if by_category is not None
         and each.startswith(by_category)
-        and (before := pair.old.figures.get(each, 0)) != (after := pair.new.figures.get(each, 0))
+        and (before := pair.old.metrics.get(each, 0)) != (after := pair.new.metrics.get(each, 0))
     ]
     if parts:
         return ", ".join(parts)

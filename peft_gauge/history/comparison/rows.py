@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.history.absent import ABSENT, MISSING
-from peft_gauge.history.metrics import Case, changes, is_number
+from peft_gauge.history.metrics import RecordedCase, changes, is_number
 from peft_gauge.history.schema import NOT_RUN
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ UNCHECKED = frozenset({*ABSENT, NOT_COMPARABLE, *(name.upper() for name in NOT_R
 class Row:
     """One line of a comparison.
 
-    ``test`` and ``metric``: what was compared; ``label``: for what is no plain figure, what it is (NEW, RENAMED,
+    ``test`` and ``metric``: what was compared; ``label``: for what is no plain metric, what it is (NEW, RENAMED,
     SKIPPED, OUT OF MEMORY, …; of a case that only BASE holds, one of `ABSENT`); ``before`` and ``after``: the values,
     of a time in seconds; ``ratio``: after / before. Of a time that was judged: ``judged``, which may be ``relative_to``
     the control or a common factor.
@@ -50,7 +50,7 @@ class Row:
     @property
     def badness(self) -> tuple[int, int, float]:
         """Sorts the worst first."""
-        order = 3 if self.label == NEW else {"worse": 0, "cannot tell": 1, "better": 2, "same": 4}[self.verdict]
+        order = 3 if self.label == NEW else {"worse": 0, "inconclusive": 1, "better": 2, "same": 4}[self.verdict]
         size = abs(math.log(self.ratio)) if self.ratio is not None and self.ratio > 0 else math.inf
         return order, 0 if self.label else 1, -size
 
@@ -62,15 +62,15 @@ class Shape:
 
     difference: str | None
     unknown: str | None = None
-    verdict: Verdict = "cannot tell"
+    verdict: Verdict = "inconclusive"
 
 
 @dataclass(frozen=True)
 class Pair:
     """The same case in both runs."""
 
-    old: Case
-    new: Case
+    old: RecordedCase
+    new: RecordedCase
     shape: Shape | None
 
     @property
@@ -81,9 +81,9 @@ class Pair:
         return changes(self.old.settings, self.new.settings) if known or both_passed else []
 
     def one_sided(self, row: Row) -> Iterator[Row]:
-        """The row of a figure that one run lacks; of a case that did not pass, that says nothing new."""
+        """The row of a metric that one run lacks; of a case that did not pass, that says nothing new."""
         if self.old.outcome == self.new.outcome == "passed":
-            yield replace(row, verdict="cannot tell", label=NEW if row.before is None else MISSING)
+            yield replace(row, verdict="inconclusive", label=NEW if row.before is None else MISSING)
 
 
 def names_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from peft_gauge.history.schema import NOT_RUN
 
 if TYPE_CHECKING:
     from peft_gauge.history.intervals import Estimate, Judgement, Verdict
-    from peft_gauge.history.metrics import Case, Samples
+    from peft_gauge.history.metrics import RecordedCase, Samples
     from peft_gauge.history.rules import Rule, Rules
 
 LEAST_TIMES = 5
@@ -36,7 +36,7 @@ class _Time:
 def judged_times(pairs: Sequence[Pair], rules: Rules, moved: bool) -> tuple[list[Row], list[str]]:
     """Rows of all times, judged as one family, and notes on what moved with all of them.
 
-    ``moved``: whether any figure without noise changed; if so, no common factor is looked for.
+    ``moved``: whether any metric without noise changed; if so, no common factor is looked for.
     """
     found = [each for pair in pairs for each in _times_of(pair, rules)]
     rows = [each for each in found if isinstance(each, Row)]
@@ -53,13 +53,13 @@ def judged_times(pairs: Sequence[Pair], rules: Rules, moved: bool) -> tuple[list
 def _times_of(pair: Pair, rules: Rules) -> Iterator[Row | _Time]:
     if pair.old.outcome in NOT_RUN or pair.new.outcome in NOT_RUN:
         return
-    for metric in names_of({**pair.old.figures, **pair.old.samples}, {**pair.new.figures, **pair.new.samples}):
+    for metric in names_of({**pair.old.metrics, **pair.old.samples}, {**pair.new.metrics, **pair.new.samples}):
         rule = rules.of(pair.new.id, metric)
         if rule.kind != "time":
             continue
         old, new = pair.old.samples.get(metric), pair.new.samples.get(metric)
         before, after = (_seconds(case, metric) for case in (pair.old, pair.new))
-        row = Row(pair.new.id, metric, "cannot tell", before=before, after=after, ratio=ratio(before, after))
+        row = Row(pair.new.id, metric, "inconclusive", before=before, after=after, ratio=ratio(before, after))
         if before is None or after is None:
             yield from pair.one_sided(row)
             continue
@@ -83,17 +83,17 @@ def _unsteady(pair: Pair) -> str | None:
     doubts = [
         f"{name} unsteady: {', '.join(map(str, reasons))}"
         for name, case in (("BASE", pair.old), ("NEW", pair.new))
-        if isinstance(reasons := case.figures.get("unsteady"), list) and reasons
+        if isinstance(reasons := case.metrics.get("unsteady"), list) and reasons
     ]
     return "; ".join(doubts) or None
 
 
-def _seconds(case: Case, metric: str) -> float | None:
+def _seconds(case: RecordedCase, metric: str) -> float | None:
     """Of the rounds where there are any, since a table's median may have been taken otherwise."""
     samples = case.samples.get(metric)
     if samples is not None and intervals.why_no_estimate(samples) is None:
         return intervals.centre_seconds(samples.seconds)
-    value = case.figures.get(metric)
+    value = case.metrics.get(metric)
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -158,13 +158,13 @@ def _all_times(judged: Sequence[Row], factor: float) -> Row:
     """One row instead of many. What moved the times but not their control is no mere change of the environment."""
     verdicts = {row.verdict for row in judged}
     controlled = all(row.relative_to == "control" for row in judged)
-    verdict: Verdict = "cannot tell"
+    verdict: Verdict = "inconclusive"
     if controlled and verdicts & {"worse", "better"}:
         verdict = "worse" if factor > 0 else "better"
     note = (
-        "all times moved alike while their control did not and no figure without noise changed"
+        "all times moved alike while their control did not and no metric without noise changed"
         if controlled
-        else "all times moved alike and no figure without noise changed: the environment (machine, or a library that"
+        else "all times moved alike and no metric without noise changed: the environment (machine, or a library that"
         " all cases share); below, times are judged relative to this"
     )
     return Row("(all)", "seconds", verdict, ALL_TIMES, ratio=math.exp(factor), note=note)

@@ -1,4 +1,4 @@
-"""Outcomes, claims, and figures without noise or with a known tolerance."""
+"""Outcomes, claims, and metrics without noise or with a known tolerance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def conditions(pair: Pair) -> Iterator[Row]:
     note = pair.new.reason if new != "passed" else pair.old.reason
     yield Row(pair.new.id, "outcome", outcome_verdict(old, new), label, old, new, note=note)
     if pair.differing:
-        yield Row(pair.new.id, "settings", "cannot tell", NOT_COMPARABLE, note="; ".join(pair.differing))
+        yield Row(pair.new.id, "settings", "inconclusive", NOT_COMPARABLE, note="; ".join(pair.differing))
 
 
 def outcome_verdict(old: str, new: str) -> Verdict:
@@ -37,20 +37,20 @@ def outcome_verdict(old: str, new: str) -> Verdict:
     if old == new:
         return "same"
     if new in BROKEN:
-        return "cannot tell" if old in BROKEN else "worse"
-    return "better" if old in BROKEN and new == "passed" else "cannot tell"
+        return "inconclusive" if old in BROKEN else "worse"
+    return "better" if old in BROKEN and new == "passed" else "inconclusive"
 
 
 def noise_free(pair: Pair, rules: Rules, only_noise_free: bool) -> Iterator[Row]:
-    """Rows of all figures of a case but its times."""
+    """Rows of all metrics of a case but its times."""
     if pair.old.outcome in NOT_RUN or pair.new.outcome in NOT_RUN:
         return
-    for metric in names_of(pair.old.figures, pair.new.figures):
+    for metric in names_of(pair.old.metrics, pair.new.metrics):
         rule = rules.of(pair.new.id, metric)
         if rule.kind in ("time", "ignore") or (only_noise_free and not rule.noise_free):
             continue
-        before, after = pair.old.figures.get(metric), pair.new.figures.get(metric)
-        row = Row(pair.new.id, metric, "cannot tell", before=before, after=after, ratio=ratio(before, after))
+        before, after = pair.old.metrics.get(metric), pair.new.metrics.get(metric)
+        row = Row(pair.new.id, metric, "inconclusive", before=before, after=after, ratio=ratio(before, after))
         if before is None or after is None:
             yield from pair.one_sided(row)
             continue
@@ -60,11 +60,11 @@ def noise_free(pair: Pair, rules: Rules, only_noise_free: bool) -> Iterator[Row]
 
 
 def without_rule(pairs: Sequence[Pair], rules: Rules) -> list[str]:
-    """A note on figures that were not compared because nobody has said how."""
+    """A note on metrics that were not compared because nobody has said how."""
     found = [
         metric
         for pair in pairs
-        for metric in names_of(pair.old.figures, pair.new.figures)
+        for metric in names_of(pair.old.metrics, pair.new.metrics)
         if rules.passes_over(pair.new.id, metric)
     ]
     names = sorted(set(found))
@@ -83,17 +83,17 @@ def _fingerprint_rows(pair: Pair, rules: Rules) -> Iterator[Row]:
         return
     if before is None or after is None:
         shown = [None if each is None else "taken" for each in (before, after)]
-        yield from pair.one_sided(Row(pair.new.id, FINGERPRINT, "cannot tell", before=shown[0], after=shown[1]))
+        yield from pair.one_sided(Row(pair.new.id, FINGERPRINT, "inconclusive", before=shown[0], after=shown[1]))
         return
     assert pair.shape is not None
     if pair.shape.unknown is not None:
-        yield Row(pair.new.id, FINGERPRINT, "cannot tell", NOT_COMPARABLE, note=pair.shape.unknown)
+        yield Row(pair.new.id, FINGERPRINT, "inconclusive", NOT_COMPARABLE, note=pair.shape.unknown)
         return
     yield Row(pair.new.id, FINGERPRINT, pair.shape.verdict, cause=pair.shape.difference)
 
 
 def judge_value(rule: Rule, before: Any, after: Any) -> Verdict:
-    """The verdict on a figure of kind exact or number; what is no number is compared exactly."""
+    """The verdict on a metric of kind exact or number; what is no number is compared exactly."""
     if before == after:
         return "same"
     if not (is_number(before) and is_number(after)):
@@ -104,27 +104,27 @@ def judge_value(rule: Rule, before: Any, after: Any) -> Verdict:
 
 
 def claims(base: Run, new: Run, rules: Rules) -> Iterator[Row]:
-    """A claim's verdict must not change; only a decision instead of "cannot tell" is for the better."""
+    """A claim's verdict must not change; only a decision instead of "inconclusive" is for the better."""
     old, now = ({f"claim::{claim['id']}[{claim['model']}]": claim for claim in run.claims} for run in (base, new))
     for name in names_of(old, now):
         if rules.of(name, "verdict").kind == "ignore":
             continue
         before, after = (_decided(run.get(name)) for run in (old, now))
-        row = Row(name, "verdict", "same", before=before, after=after, note=now.get(name, {}).get("figure"))
+        row = Row(name, "verdict", "same", before=before, after=after, note=now.get(name, {}).get("metric"))
         if before == after:
             yield row
         elif before is None:
-            yield replace(row, verdict="cannot tell", label=NEW)
+            yield replace(row, verdict="inconclusive", label=NEW)
         elif after is None:
-            # A claim that a run lists and does not decide, or of a run without claims, is decided by a question that
+            # A claim that a run lists and does not decide, or of a run without claims, is decided by a benchmark that
             # it did not ask.
             asked = now and name not in now
             label = NOT_REACHED if new.interrupted else MISSING if asked else NOT_ASKED
             yield replace(
-                row, verdict="cannot tell", label=label, note=None if label == MISSING else "NEW does not decide it"
+                row, verdict="inconclusive", label=label, note=None if label == MISSING else "NEW does not decide it"
             )
         else:
-            yield replace(row, verdict="better" if before == "cannot tell" else "worse")
+            yield replace(row, verdict="better" if before == "inconclusive" else "worse")
 
 
 def _decided(claim: Mapping[str, Any] | None) -> str | None:

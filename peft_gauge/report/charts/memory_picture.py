@@ -71,13 +71,13 @@ def check_destination(out: Path) -> None:
 def save(points: Sequence[Point], cards: Sequence[Card], out: Path) -> Path:
     """Draw ``points`` to ``out`` and save their data next to it; returns the path of the data, a CSV file."""
     chart = draw(points, cards)
-    figures = out.with_suffix(".csv")
+    metrics = out.with_suffix(".csv")
     try:
         chart.save(str(out), **({"scale_factor": 2} if out.suffix.lower() == ".png" else {}))
-        figures.write_text(as_csv(points), encoding="utf-8")
+        metrics.write_text(as_csv(points), encoding="utf-8")
     except OSError as error:
         raise GaugeError(f"cannot save {out}: {error.strerror or error}") from error
-    return figures
+    return metrics
 
 
 def as_csv(points: Sequence[Point]) -> str:

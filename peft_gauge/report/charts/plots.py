@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 # category also has a letter, shown in its segment.
 CATEGORIES = {
     "base_weights": ("W", "#332288"),
-    "quantisation_constants": ("Q", "#88CCEE"),
+    "quantization_constants": ("Q", "#88CCEE"),
     "adapter_weights": ("A", "#44AA99"),
     "gradients": ("G", "#117733"),
     "optimizer_state": ("S", "#999933"),
     "optimizer_temporaries": ("T", "#DDCC77"),
     "activations": ("V", "#CC6677"),
     "logits_and_loss": ("L", "#882255"),
-    "dequantised_temporaries": ("D", "#AA4499"),
+    "dequantized_temporaries": ("D", "#AA4499"),
     "inputs": ("I", "#666666"),
     "buffers": ("B", "#999999"),
     "other": ("O", "#DDDDDD"),
@@ -260,7 +260,7 @@ def _pareto(alt: Any, name: str, _labels: Sequence[str]) -> Any:
 
 
 def _history(alt: Any, name: str, labels: Sequence[str]) -> Any:
-    """One figure over dates, or over ``versions`` of libraries; ``labels`` are machines. The unit is a parameter."""
+    """One metric over dates, or over ``versions`` of libraries; ``labels`` are machines. The unit is a parameter."""
     if name == "history":
         x = alt.X("when:T", title="end of the run (UTC)", scale=alt.Scale(type="utc", padding=12))
     else:

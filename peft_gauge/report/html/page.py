@@ -172,8 +172,8 @@ def _summary(report: Report) -> str:
             lines = "".join(f"<li>{line}</li>" for line in notes)
             parts.append(f'<ul data-machine="{html.escape(name)}">{lines}</ul>')
     decided = page_tables.compared("t-decided", report, ("worse", "better"))
-    parts.append(decided or "<p>No figure got worse or better in the newest results.</p>")
-    rest = page_tables.compared("t-undecided", report, ("cannot tell", "same"))
+    parts.append(decided or "<p>No metric got worse or better in the newest results.</p>")
+    rest = page_tables.compared("t-undecided", report, ("inconclusive", "same"))
     return "\n".join([*parts, *([_details(rest, "Undecided, new or missing")] if rest else [])])
 
 
@@ -191,18 +191,18 @@ def _details(content: str, heading: str = "Data as a table") -> str:
 
 
 def _history_section(history: History) -> str:
-    return f"""<p id="about-history">Every figure over all runs of its machine. A change point (▲ worse, ▼ better) is
+    return f"""<p id="about-history">Every metric over all runs of its machine. A change point (▲ worse, ▼ better) is
 where <code>peft-gauge compare</code> reports a change from the previous run with the same case: by its interval for a
 time, by its tolerance or exactly for anything else; and where the level of a time changes over many runs, which takes
 about a dozen runs. Bars are 95 % intervals of the rounds’ median.</p>
 <form class="pick" aria-label="Which history">
 <label>case<select name="case"></select></label>
-<label>figure<select name="figure"></select></label>
+<label>metric<select name="metric"></select></label>
 <label>across<select name="across"><option value="history">dates</option>
 <option value="versions">versions of the libraries</option></select></label></form>
 <div class="plot" data-plot="history" role="group" aria-label="History: plot" aria-describedby="about-history"></div>
 <details id="history-data"><summary>Data as a table</summary></details>
-{page_tables.changes(history) if history.changes else "<p>No figure changed in any run.</p>"}"""
+{page_tables.changes(history) if history.changes else "<p>No metric changed in any run.</p>"}"""
 
 
 # Data for the page's script
@@ -225,21 +225,21 @@ def history_data(history: History) -> dict[str, Any]:
     """A history for the page, without repetitions.
 
     ``runs``: [machine, name, end, commit, versions] by index; ``versions``: texts of all libraries, ``differing``: of
-    those that vary between runs, both by index; ``cases``: [id, method, model]; ``figures``: names; ``at``: lists of
-    indices of runs; ``series``: [machine, case, figure, at, values, lows, highs], indices except for the values, where
-    [number, times] stands for a repeated number; ``changes``: [run, case, figure, verdict].
+    those that vary between runs, both by index; ``cases``: [id, method, model]; ``metrics``: names; ``at``: lists of
+    indices of runs; ``series``: [machine, case, metric, at, values, lows, highs], indices except for the values, where
+    [number, times] stands for a repeated number; ``changes``: [run, case, metric, verdict].
     """
-    machines, cases, figures, versions, at = (_Index() for _ in range(5))
+    machines, cases, metrics, versions, at = (_Index() for _ in range(5))
     runs = [
         [machines[run.machine], run.name, run.when, run.commit, versions[tuple(run.libraries.items())]]
         for run in history.runs
     ]
     series = [
-        [machines[one.machine], cases[one.case], figures[one.metric], at[tuple(one.runs)], *_values_of(one)]
+        [machines[one.machine], cases[one.case], metrics[one.metric], at[tuple(one.runs)], *_values_of(one)]
         for one in history.series.values()
     ]
     changes = [
-        [change.run, cases[change.case], figures[change.metric], change.verdict]
+        [change.run, cases[change.case], metrics[change.metric], change.verdict]
         for change in history.changes
         if (change.machine, change.case, change.metric) in history.series
     ]
@@ -252,7 +252,7 @@ def history_data(history: History) -> dict[str, Any]:
         "cases": [
             [case, about.get("method"), about.get("model")] for case, about in zip(cases.names, subjects, strict=True)
         ],
-        "figures": figures.names,
+        "metrics": metrics.names,
         "at": at.names,
         "series": series,
         "changes": changes,
@@ -308,7 +308,7 @@ def _repeated(values: Sequence[float]) -> list[Any]:
 
 
 def _opening(history: History) -> list[str] | None:
-    """The case and figure whose history is shown first: the newest change, otherwise a step's time or peak."""
+    """The case and metric whose history is shown first: the newest change, otherwise a step's time or peak."""
     for change in reversed(history.changes):
         if (change.machine, change.case, change.metric) in history.series:
             return [change.case, change.metric]

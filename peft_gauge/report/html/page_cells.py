@@ -20,7 +20,7 @@ SIGNS = {
     "worse": "▲",
     "better": "▼",
     "same": "=",
-    "cannot tell": "?",
+    "inconclusive": "?",
     "holds": "✓",
     "refuted": "✗",
     "failed": "✗",
@@ -62,7 +62,7 @@ def verdict(word: str | None) -> str:
 
 
 def any_value(metric: str, value: object) -> str:
-    """A figure as in a comparison, formatted by its name: bytes and seconds with units."""
+    """A metric as in a comparison, formatted by its name: bytes and seconds with units."""
     if not is_number(value):
         return text(None if value is None else one_line(told(value), 60))
     if metric == "seconds" or metric.endswith("_seconds"):

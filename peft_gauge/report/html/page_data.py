@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.answers import NewestAnswers
 from peft_gauge.history.ledger import NewestVerdicts
-from peft_gauge.history.metrics import Case, cases_of, is_number, machine_changes
+from peft_gauge.history.metrics import RecordedCase, cases_of, is_number, machine_changes
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
 from peft_gauge.medians import median_interval
@@ -27,7 +27,7 @@ from peft_gauge.report.terminal.summary import PHASES, label, method_rows
 from peft_gauge.report.terminal.sweep_table import ABOUT_QUALITY, swept
 
 if TYPE_CHECKING:
-    from peft_gauge.history.comparison import Comparison
+    from peft_gauge.history.comparison import RunComparison
     from peft_gauge.history.ledger import Standing
     from peft_gauge.history.reader import Run
     from peft_gauge.history.rules import Rules
@@ -46,7 +46,7 @@ class Answering:
 
     run: Run
     base: Run | None = None
-    comparison: Comparison | None = None
+    comparison: RunComparison | None = None
 
 
 @dataclass
@@ -178,12 +178,12 @@ def _against_newest(new: Run, earlier: Sequence[Run], answered: set[str], rules:
     """Compare with BASE's cases of the same benchmarks; cases shown from other runs are neither missing nor new."""
     from peft_gauge.history.comparison import compare
 
-    own, questions = {case.id for case in new.cases}, {case.question for case in new.cases}
+    own, benchmarks = {case.id for case in new.cases}, {case.benchmark for case in new.cases}
     decided = {(claim["id"], claim["model"]) for claim in new.claims}
     for base in reversed(earlier):
         if not own & {case.id for case in base.cases} or machine_changes(base, new):
             continue
-        asked = (each for each in base.cases if each.id in own or each.question in questions)
+        asked = (each for each in base.cases if each.id in own or each.benchmark in benchmarks)
         cases = tuple(each for each in asked if each.id in own or each.id not in answered)
         comparison = compare(replace(_with_claims(base, decided), cases=cases), new, rules)
         if comparison.incomparable is None:
@@ -194,8 +194,8 @@ def _against_newest(new: Run, earlier: Sequence[Run], answered: set[str], rules:
 # Rows of one run
 
 
-def _of_method(run: Run, figures: Mapping[str, Any]) -> Row:
-    return {"machine": machine_of(run), "model": figures.get("model"), "method": figures.get("method")}
+def _of_method(run: Run, metrics: Mapping[str, Any]) -> Row:
+    return {"machine": machine_of(run), "model": metrics.get("model"), "method": metrics.get("method")}
 
 
 def conditions(settings: Mapping[str, Any]) -> str:
@@ -206,21 +206,21 @@ def conditions(settings: Mapping[str, Any]) -> str:
 def plans_of(run: Run) -> Iterator[Mapping[str, Any]]:
     """All planned steps among the cases of ``run``."""
     for case in run.cases:
-        plan = case.figures.get("plan")
+        plan = case.metrics.get("plan")
         if isinstance(plan, Mapping) and {"model", "method", "peak_bytes", "settings"} <= plan.keys():
             yield plan
 
 
 def methods_told(runs: Sequence[Run]) -> list[Row]:
-    """A merged row of figures for each method that was counted or timed, separated by the way it was trained.
+    """A merged row of metrics for each method that was counted or timed, separated by the way it was trained.
 
-    Figures with equal settings are merged over ``runs``, newest first; ``run`` names all runs of a row.
+    Metrics with equal settings are merged over ``runs``, newest first; ``run`` names all runs of a row.
     """
     told = {"trainable_params", *(f"{phase}_seconds" for phase in PHASES)}
     by_settings: dict[str, list[tuple[Run, CaseRecord]]] = {}
     for run in reversed(runs):
         for case in run.cases:
-            if told & case.figures.keys() and "method" in case.figures and case.outcome == "passed":
+            if told & case.metrics.keys() and "method" in case.metrics and case.outcome == "passed":
                 by_settings.setdefault(_settings_of(case), []).append((run, case))
     rows = []
     for records in by_settings.values():
@@ -231,7 +231,7 @@ def methods_told(runs: Sequence[Run]) -> list[Row]:
 
 
 def _settings_of(case: CaseRecord) -> str:
-    return json.dumps(case.figures.get("settings"), sort_keys=True, default=str)
+    return json.dumps(case.metrics.get("settings"), sort_keys=True, default=str)
 
 
 def _is_of(row: Row, case: CaseRecord) -> bool:
@@ -240,7 +240,7 @@ def _is_of(row: Row, case: CaseRecord) -> bool:
 
 
 def measured_steps(run: Run) -> list[Row]:
-    """A merged row of figures for each method whose memory was measured, separated by the way it was trained."""
+    """A merged row of metrics for each method whose memory was measured, separated by the way it was trained."""
     return [row for row in method_rows(run.cases) if row.get("tensor_peak_bytes") is not None]
 
 
@@ -273,8 +273,8 @@ def planned_rows(run: Run) -> Iterator[Row]:
     for row in measured_steps(run):
         where = f"{row['model']} on {row['device']}, {conditions(row.get('settings', {}))}, {machine_of(run)}"
         for meter, (measured, planned) in (ON_CUDA if row["device"] == "cuda" else ON_CPU).items():
-            planned_figure = planned_bytes(row, planned)
-            if row.get(measured) is None or planned_figure is None:
+            planned_metric = planned_bytes(row, planned)
+            if row.get(measured) is None or planned_metric is None:
                 continue
             yield {
                 **_of_method(run, row),
@@ -282,7 +282,7 @@ def planned_rows(run: Run) -> Iterator[Row]:
                 "label": f"{label(row)}, {meter}",
                 "meter": meter,
                 "measured_bytes": row[measured],
-                "planned_bytes": planned_figure,
+                "planned_bytes": planned_metric,
                 "ceiling_bytes": (row.get("ceiling") or {}).get(measured),
                 "relative_error": (row.get("relative_error") or {}).get(measured),
             }
@@ -313,7 +313,7 @@ def _planned_points(run: Run) -> Iterator[Row]:
             run, plan, _planned(plan), "planned", settings.get("batch"), settings.get("seq"), plan["peak_bytes"]
         )
     for case in run.cases:
-        by_seq = case.figures.get("peak_bytes_by_seq")
+        by_seq = case.metrics.get("peak_bytes_by_seq")
         if not isinstance(by_seq, Mapping):
             continue
         model = case.id.partition("[")[2].rstrip("]") or "a model"  # such a case covers one model and many methods
@@ -324,10 +324,10 @@ def _planned_points(run: Run) -> Iterator[Row]:
 
 def _measured_points(run: Run) -> Iterator[Row]:
     for row in measured_steps(run):
-        figure = "allocated_peak_bytes" if row["device"] == "cuda" else "tensor_peak_bytes"
+        peak = "allocated_peak_bytes" if row["device"] == "cuda" else "tensor_peak_bytes"
         for shape in row.get("shapes") or []:
-            if shape.get(figure) is not None:
-                yield _point(run, row, label(row), "measured", shape["batch"], shape["seq"], shape[figure])
+            if shape.get(peak) is not None:
+                yield _point(run, row, label(row), "measured", shape["batch"], shape["seq"], shape[peak])
 
 
 def _point(run: Run, about: Mapping[str, Any], name: str, source: str, batch: object, seq: object, size: int) -> Row:
@@ -340,7 +340,7 @@ def growth_rows(run: Run) -> Iterator[Row]:
     """Growth of the peak per token and per row, measured and planned."""
     for row in method_rows(run.cases):
         for line in row.get("growth") or []:
-            yield {**_of_method(run, row), "label": label(row), "figure": row.get("growth_of"), **line}
+            yield {**_of_method(run, row), "label": label(row), "metric": row.get("growth_of"), **line}
 
 
 def time_rows(run: Run) -> Iterator[Row]:
@@ -348,38 +348,38 @@ def time_rows(run: Run) -> Iterator[Row]:
     for record in run.cases:
         if record.outcome != "passed":
             continue
-        for metric, value in record.figures.items():
+        for metric, value in record.metrics.items():
             if _is_measured_time(metric, record) and is_number(value):
                 yield _time(run, record, metric, value)
 
 
 def _is_measured_time(metric: str, record: CaseRecord) -> bool:
     """Whether it is a time of the case itself: one with samples, or, in a run without samples, named after a phase."""
-    samples = record.figures.get(SAMPLES)
+    samples = record.metrics.get(SAMPLES)
     if samples is not None:
         return metric in samples
     return metric in ("seconds", *(f"{phase}_seconds" for phase in ("forward", "backward", "optimizer", "step")))
 
 
 def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
-    figures = record.figures
-    processes = (figures.get(SAMPLES) or {}).get(metric) or []
+    metrics = record.metrics
+    processes = (metrics.get(SAMPLES) or {}).get(metric) or []
     interval = median_interval(list(chain.from_iterable(processes)))
-    about = _of_method(run, figures)
+    about = _of_method(run, metrics)
     is_method = about["method"] is not None
-    where = f"{about['model']} on {figures.get('device')}, {conditions(figures.get('settings') or {})}, "
+    where = f"{about['model']} on {metrics.get('device')}, {conditions(metrics.get('settings') or {})}, "
     return {
         **about,
         "panel": f"{metric.removesuffix('_seconds')}, {where if is_method else ''}{about['machine']}",
-        "label": label(figures) if is_method else record.id,
+        "label": label(metrics) if is_method else record.id,
         "metric": metric,
         "seconds": value,
         "low_seconds": interval and interval[0],
         "high_seconds": interval and interval[1],
         "rounds": sum(map(len, processes)),
         "processes": len(processes),
-        "over_control": figures.get(metric.replace("_seconds", "_over_control")),
-        "unsteady": "; ".join(map(str, figures.get("unsteady") or [])) or None,
+        "over_control": metrics.get(metric.replace("_seconds", "_over_control")),
+        "unsteady": "; ".join(map(str, metrics.get("unsteady") or [])) or None,
     }
 
 
@@ -396,15 +396,15 @@ def pareto_rows(run: Run, record: CaseRecord) -> Iterator[Row]:
     ``front``: no other point of the sweep has at most this cost and higher quality, or lower cost and equal quality. A
     point without a quality, whose training diverged, is not on the front.
     """
-    points = record.figures.get("pareto") or []
-    quality = record.figures.get("quality_is") or "quality"
+    points = record.metrics.get("pareto") or []
+    quality = record.metrics.get("quality_is") or "quality"
     costs = {name for point in points for name, value in point.items() if is_number(value)} - ABOUT_QUALITY
     for cost in sorted(costs):
         swept = [point for point in points if is_number(point.get(cost))]
         known = [point for point in swept if is_number(point.get("quality"))]
         for point in swept:
             yield {
-                **_of_method(run, record.figures),
+                **_of_method(run, record.metrics),
                 "panel": f"{record.id.removeprefix('benchmarks/')}: {quality} against {cost}, {machine_of(run)}",
                 "label": str(point.get("label")),
                 "cost": cost,
@@ -435,6 +435,6 @@ def counted(values: Iterable[str]) -> str:
     return ", ".join(f"{number} {value}" for value, number in Counter(values).most_common())
 
 
-def case_subjects(run: Run) -> dict[str, Case]:
+def case_subjects(run: Run) -> dict[str, RecordedCase]:
     """The cases of ``run`` by id, named as in a comparison's rows."""
     return cases_of(run)

@@ -1,7 +1,7 @@
-"""Every figure over all runs of its machine, and its changes.
+"""Every metric over all runs of its machine, and its changes.
 
 A change is a verdict of worse or better by `history.comparison`. Its bootstrap would take minutes for a thousand runs,
-so it is used only for pairs of runs where a time can have been decided; deterministic figures are judged by the rules
+so it is used only for pairs of runs where a time can have been decided; deterministic metrics are judged by the rules
 directly. A time also changes where its level over many runs does (`history.changes`).
 """
 
@@ -19,7 +19,14 @@ from peft_gauge.claims import NOT_MEASURED
 from peft_gauge.history import intervals, metrics
 from peft_gauge.history.changes import CHANCE, LEAST_RUNS, change_points
 from peft_gauge.history.comparison import Row, compare, judge_value, outcome_verdict
-from peft_gauge.history.metrics import FINGERPRINT, Case, Samples, cases_of, environment_changes, machine_changes
+from peft_gauge.history.metrics import (
+    FINGERPRINT,
+    RecordedCase,
+    Samples,
+    cases_of,
+    environment_changes,
+    machine_changes,
+)
 from peft_gauge.history.rules import Rule, Rules
 from peft_gauge.history.schema import NOT_RUN
 from peft_gauge.medians import median_interval
@@ -27,14 +34,14 @@ from peft_gauge.medians import median_interval
 if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
 
-# Figures about the measurement itself, and names of shapes: without a rule they get no history.
-OF_MEASURING = ("meters.", "card.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
+# Metrics about the measurement itself, and names of shapes: without a rule they get no history.
+OF_MEASURING = ("meters.", "gpu.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
 OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
 
 
 @dataclass(frozen=True)
 class RememberedRules(Rules):
-    """`Rules` that look up a figure's rule once instead of in every run."""
+    """`Rules` that look up a metric's rule once instead of in every run."""
 
     known: dict[tuple[str, str], Rule] = field(default_factory=dict, compare=False, repr=False)
 
@@ -51,7 +58,7 @@ class RememberedRules(Rules):
 
 @dataclass
 class Series:
-    """One figure of one case on one machine: ``values`` at the indices ``runs``; for a time, also its intervals."""
+    """One metric of one case on one machine: ``values`` at the indices ``runs``; for a time, also its intervals."""
 
     machine: str
     case: str
@@ -82,7 +89,7 @@ class Change:
 
 @dataclass(frozen=True)
 class RunNote:
-    """A history's record of a run apart from its figures; ``when`` is its end in ISO format."""
+    """A history's record of a run apart from its metrics; ``when`` is its end in ISO format."""
 
     machine: str
     name: str
@@ -102,7 +109,7 @@ class History:
     series: dict[tuple[str, str, str], Series] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     subjects: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _last: dict[tuple[str, str], tuple[Case, Run]] = field(default_factory=dict)
+    _last: dict[tuple[str, str], tuple[RecordedCase, Run]] = field(default_factory=dict)
     _verdicts: dict[tuple[str, str], str] = field(default_factory=dict)
     _passed_over: set[tuple[str, str]] = field(default_factory=set)
     _breaks: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -182,8 +189,8 @@ class History:
                 levels=True,
             )
 
-    def _keep(self, machine: str, index: int, case: Case) -> None:
-        for metric, value in case.figures.items():
+    def _keep(self, machine: str, index: int, case: RecordedCase) -> None:
+        for metric, value in case.metrics.items():
             if not metrics.is_number(value) or (case.id, metric) in self._passed_over:
                 continue
             key = machine, case.id, metric
@@ -208,7 +215,7 @@ class History:
         self.changes.append(Change(index, machine, row.test, row.metric, row.verdict, *told, environment))
 
     def _add_claims(self, machine: str, index: int, run: Run) -> None:
-        """Note changed verdicts of claims; only a decision after "cannot tell" is an improvement."""
+        """Note changed verdicts of claims; only a decision after "inconclusive" is an improvement."""
         for claim in run.claims:
             name, now = f"claim::{claim['id']}[{claim['model']}]", claim["verdict"]
             if now == NOT_MEASURED:
@@ -217,7 +224,7 @@ class History:
             self._verdicts[machine, name] = now
             self.subjects[name] = {"model": claim["model"]}
             if before != now:
-                row = Row(name, "verdict", "better" if before == "cannot tell" else "worse", before=before, after=now)
+                row = Row(name, "verdict", "better" if before == "inconclusive" else "worse", before=before, after=now)
                 self._note(index, row, ())
 
 
@@ -226,7 +233,7 @@ class _Pairs:
     """The cases of a run whose previous record is in ``base``, as pairs of that record and the new one."""
 
     base: Run
-    cases: list[tuple[Case, Case]] = field(default_factory=list)
+    cases: list[tuple[RecordedCase, RecordedCase]] = field(default_factory=list)
 
     def changed(self, run: Run, rules: RememberedRules) -> Iterable[Row]:
         """The rows that got worse or better."""
@@ -245,9 +252,9 @@ class _Pairs:
                     yield row
 
 
-def _noise_free_changes(old: Case, new: Case, rules: RememberedRules) -> Iterable[Row]:
-    for metric, after in new.figures.items():
-        before = old.figures.get(metric)
+def _noise_free_changes(old: RecordedCase, new: RecordedCase, rules: RememberedRules) -> Iterable[Row]:
+    for metric, after in new.metrics.items():
+        before = old.metrics.get(metric)
         if before is None or before == after:
             continue
         rule = rules.of(new.id, metric)
@@ -255,7 +262,7 @@ def _noise_free_changes(old: Case, new: Case, rules: RememberedRules) -> Iterabl
             yield Row(new.id, metric, verdict, before=before, after=after)
 
 
-def _can_decide_a_time(cases: Sequence[tuple[Case, Case]], rules: RememberedRules) -> bool:
+def _can_decide_a_time(cases: Sequence[tuple[RecordedCase, RecordedCase]], rules: RememberedRules) -> bool:
     """Whether `compare` can judge any time of ``cases`` worse or better; if False, it certainly does not.
 
     The interval of a time from one process extends by the spread of hosts beyond the bootstrap's quantiles, so it can
@@ -306,10 +313,10 @@ def machine_of(run: Run) -> str:
     return name if isinstance(name, str) else run.path.parent.name
 
 
-def subject_of(case: Case) -> dict[str, Any]:
-    """The properties to filter a case by: ``method`` and ``model``, if its figures name them."""
+def subject_of(case: RecordedCase) -> dict[str, Any]:
+    """The properties to filter a case by: ``method`` and ``model``, if its metrics name them."""
     return {
         name: value
         for name in ("method", "model")
-        if isinstance(value := case.figures.get(name, case.figures.get(f"plan.{name}")), str)
+        if isinstance(value := case.metrics.get(name, case.metrics.get(f"plan.{name}")), str)
     }

@@ -16,7 +16,7 @@ from peft_gauge.report.terminal.summary import ABSENT, PHASES, label
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from peft_gauge.history.comparison import Comparison
+    from peft_gauge.history.comparison import RunComparison
     from peft_gauge.history.ledger import Source
     from peft_gauge.history.reader import Run
     from peft_gauge.report.html.page_cells import Line
@@ -39,7 +39,7 @@ def machines(report: Report) -> str:
         "compared with",
         "worse",
         "better",
-        "cannot tell",
+        "inconclusive",
         "same",
     )
     return table(
@@ -57,11 +57,11 @@ def machines(report: Report) -> str:
 def _machine(name: str, answering: Answering) -> list[str]:
     run, compared = answering.run, answering.comparison
     about = run.name + (", interrupted" if run.interrupted else "")
-    questions = ", ".join(dict.fromkeys(case.question.removeprefix("test_") for case in run.cases))
-    cells = [text(name), text(about), text(f"{run.when:%Y-%m-%d %H:%M}"), plain(len(run.cases), "{}"), text(questions)]
+    benchmarks = ", ".join(dict.fromkeys(case.benchmark.removeprefix("test_") for case in run.cases))
+    cells = [text(name), text(about), text(f"{run.when:%Y-%m-%d %H:%M}"), plain(len(run.cases), "{}"), text(benchmarks)]
     if compared is None or answering.base is None:
         return [*cells, text("none: no comparable earlier run"), *[ABSENT] * 4]
-    counts = [compared.counts[verdict] for verdict in ("worse", "better", "cannot tell", "same")]
+    counts = [compared.counts[verdict] for verdict in ("worse", "better", "inconclusive", "same")]
     return [*cells, text(answering.base.name), *(plain(count, "{}") for count in counts)]
 
 
@@ -88,15 +88,15 @@ def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
             for row, about, cells in _rows(each.run, each.comparison)
             if row.verdict in wanted
         ]
-    headings = ("verdict", "case", "figure", "before", "after", "change", "judged", "cause or note", "runs")
+    headings = ("verdict", "case", "metric", "before", "after", "change", "judged", "cause or note", "runs")
     return table(name, f"Newest results against earlier ones: {', '.join(wanted)}", headings, lines) if lines else ""
 
 
-def _rows(run: Run, comparison: Comparison) -> Iterable[tuple[Any, Row, list[str]]]:
+def _rows(run: Run, comparison: RunComparison) -> Iterable[tuple[Any, Row, list[str]]]:
     subjects = {name: subject_of(case) for name, case in page_data.case_subjects(run).items()}
     for line in words.shown_lines(comparison, everything=False):
         row, told_as = line.rows[0], line.cells
-        kind = f"{told_as.figure} ({row.label})" if row.label else told_as.figure
+        kind = f"{told_as.metric} ({row.label})" if row.label else told_as.metric
         rest = (told_as.change, told_as.judged, told_as.remark.removesuffix("; --all shows each"))
         if len(line.rows) > 1:
             yield row, {}, [text(told_as.case), text(kind), text(told_as.before), text(told_as.after), *map(text, rest)]
@@ -115,13 +115,13 @@ def claims(report: Report) -> str:
                 text(claim.id),
                 text(claim.model),
                 verdict(claim.verdict),
-                *map(text, (claim.figure, claim.conditions, _decided(claim.source), claim.statement, name)),
+                *map(text, (claim.metric, claim.conditions, _decided(claim.source), claim.statement, name)),
             ],
         )
         for name, machine in report.machines.items()
         for claim in machine.claims
     ]
-    about_it = ("figure", "conditions", "decided (UTC)", "statement", "machine")
+    about_it = ("metric", "conditions", "decided (UTC)", "statement", "machine")
     caption = "Claims of the literature, with each machine’s newest verdict over all its runs"
     return table("t-claims", caption, ("claim", "model", "verdict", *about_it), lines)
 
@@ -275,14 +275,14 @@ def changes(history: History) -> str:
         ({**history.subjects.get(change.case, {}), "machine": change.machine}, _change(history, change))
         for change in newest
     ]
-    headings = ("verdict", "run", "ended (UTC)", "case", "figure", "before", "after", "other changes", "machine")
+    headings = ("verdict", "run", "ended (UTC)", "case", "metric", "before", "after", "other changes", "machine")
     more = f", the newest {MOST_CHANGES} of {len(history.changes)}" if len(history.changes) > MOST_CHANGES else ""
     return table("t-changes", f"Changes in the history{more}", headings, lines)
 
 
 def _change(history: History, change: Change) -> list[str]:
     run = history.runs[change.run]
-    case = urlencode({"case": change.case, "figure": change.metric, "section": "history"})
+    case = urlencode({"case": change.case, "metric": change.metric, "section": "history"})
     name = text(change.case.removeprefix("benchmarks/"))
     known = (change.machine, change.case, change.metric) in history.series
     return [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from peft_gauge.history.schema import CaseRecord
 
-# heading -> (measured figure, planned figure); each contains the previous one
+# heading -> (measured metric, planned metric); each contains the previous one
 ON_CUDA = {
     "allocated": ("allocated_peak_bytes", "planned_allocated_bytes"),
     "reserved": ("reserved_peak_bytes", "planned_reserved_bytes"),
@@ -32,11 +32,11 @@ ON_CUDA = {
 ON_CPU = {"tensors": ("tensor_peak_bytes", "planned_peak_bytes")}
 
 
-def planned_bytes(row: Mapping[str, Any], figure: str) -> Any:
-    """The planned ``figure`` of a case. Older runs do not have it separately: they compared the allocator's peak, which
+def planned_bytes(row: Mapping[str, Any], metric: str) -> Any:
+    """The planned ``metric`` of a case. Older runs do not have it separately: they compared the allocator's peak, which
     includes the libraries' workspaces, with the planned peak of tensors."""
-    value = row.get(figure)
-    return row.get("planned_peak_bytes") if value is None and figure == "planned_allocated_bytes" else value
+    value = row.get(metric)
+    return row.get("planned_peak_bytes") if value is None and metric == "planned_allocated_bytes" else value
 
 
 def summary(cases: Iterable[CaseRecord], width: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Each category as (heading, glyph, colour): the glyphs distinguish them without colour.
 LOOKS = {
     "base_weights": ("base weights", "█", "blue"),
-    "quantisation_constants": ("quantization constants", "▙", "bright_blue"),
+    "quantization_constants": ("quantization constants", "▙", "bright_blue"),
     "adapter_weights": ("adapter weights", "▓", "cyan"),
     "buffers": ("buffers", "▖", "white"),
     "gradients": ("gradients", "▒", "yellow"),
@@ -29,7 +29,7 @@ LOOKS = {
     "optimizer_temporaries": ("optimizer temporaries", "▘", "bright_magenta"),
     "activations": ("activations", "░", "green"),
     "logits_and_loss": ("logits and loss", "╬", "red"),
-    "dequantised_temporaries": ("dequantized temporaries", "▝", "bright_green"),
+    "dequantized_temporaries": ("dequantized temporaries", "▝", "bright_green"),
     "inputs": ("inputs", "▗", "bright_black"),
     "other": ("other", "·", "bright_black"),
 }
@@ -51,8 +51,8 @@ def summary(cases: Iterable[CaseRecord], width: int) -> str:
     """A table for each model and shape planned by a run's cases, as text."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for case in cases:
-        if "plan" in case.figures:
-            groups.setdefault(_title([case.figures["plan"]]), []).append(case.figures["plan"])
+        if "plan" in case.metrics:
+            groups.setdefault(_title([case.metrics["plan"]]), []).append(case.metrics["plan"])
     return as_text(map(_table, groups.values()), width)
 
 

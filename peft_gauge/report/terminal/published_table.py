@@ -1,4 +1,4 @@
-"""Published figures next to the planned ones, for the terminal."""
+"""Published metrics next to the planned ones, for the terminal."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 def published_table(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
-    """A line for each case with a ``published`` figure, with its distance from the planned one.
+    """A line for each case with a ``published`` metric, with its distance from the planned one.
 
     Failed cases are included, since their distance shows how they failed. Empty text without such cases.
     """
-    rows = [case for case in cases if "published" in case.figures]
+    rows = [case for case in cases if "published" in case.metrics]
     if not rows:
         return ""
-    table = Table(title="published figures", title_justify="left", caption_justify="left")
+    table = Table(title="published metrics", title_justify="left", caption_justify="left")
     table.caption = "distance: planned / published - 1; asserted: the tolerance that the run checks"
-    table.add_column("figure", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
     for heading in ("published", "planned", "distance"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("asserted", no_wrap=True)
     for case in rows:
-        figures = case.figures
+        metrics = case.metrics
         mark = "" if case.outcome == "passed" else f" ({case.outcome})"
         table.add_row(
-            figures["figure"],
-            _number(figures["published"], figures["unit"]),
-            _number(figures["planned"], figures["unit"]),
-            f"{figures['distance_percent']:+.2f} %",
-            figures["asserted"] + mark,
+            metrics["metric"],
+            _number(metrics["published"], metrics["unit"]),
+            _number(metrics["planned"], metrics["unit"]),
+            f"{metrics['distance_percent']:+.2f} %",
+            metrics["asserted"] + mark,
         )
     return as_text([table], width)
 

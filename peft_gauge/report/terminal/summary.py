@@ -12,7 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from peft_gauge.history.schema import CaseRecord
 
-# Shown for an unavailable figure; never 0.
+# Shown for an unavailable metric; never 0.
 ABSENT = "–"
 
 PHASES = ("forward", "backward", "optimizer", "step")
@@ -46,14 +46,14 @@ def as_text(tables: Iterable[Table], width: int) -> str:
 
 
 def method_rows(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
-    """One row for each method × model × device, with and without gradient checkpointing, merging the figures of all its
+    """One row for each method × model × device, with and without gradient checkpointing, merging the metrics of all its
     passed cases."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for case in cases:
-        figures = case.figures
-        if "method" in figures and case.outcome == "passed":
-            key = (figures["method"], figures["model"], figures["device"], _is_checkpointed(figures))
-            rows.setdefault(key, {}).update(figures)
+        metrics = case.metrics
+        if "method" in metrics and case.outcome == "passed":
+            key = (metrics["method"], metrics["model"], metrics["device"], _is_checkpointed(metrics))
+            rows.setdefault(key, {}).update(metrics)
     return list(rows.values())
 
 
@@ -62,8 +62,8 @@ def label(row: Mapping[str, Any]) -> str:
     return f"{row['method']}, checkpointing" if _is_checkpointed(row) else str(row["method"])
 
 
-def _is_checkpointed(figures: Mapping[str, Any]) -> bool:
-    return bool((figures.get("settings") or {}).get("grad_checkpointing"))
+def _is_checkpointed(metrics: Mapping[str, Any]) -> bool:
+    return bool((metrics.get("settings") or {}).get("grad_checkpointing"))
 
 
 def _timed_or_counted(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
@@ -116,9 +116,9 @@ def _claim_table(claims: list[Mapping[str, Any]]) -> Table:
     table = Table(title="claims", title_justify="left")
     for heading in ("claim", "model", "verdict"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("figure", overflow="fold")
+    table.add_column("metric", overflow="fold")
     for claim in claims:
-        table.add_row(claim["id"], claim["model"], claim["verdict"], claim.get("figure") or ABSENT)
+        table.add_row(claim["id"], claim["model"], claim["verdict"], claim.get("metric") or ABSENT)
     return table
 
 

@@ -25,14 +25,14 @@ def summary(cases: Iterable[CaseRecord], width: int = WIDTH) -> str:
 
 def swept(cases: Iterable[CaseRecord]) -> list[CaseRecord]:
     """Those of ``cases`` that swept over settings."""
-    return [case for case in cases if case.figures.get("pareto")]
+    return [case for case in cases if case.metrics.get("pareto")]
 
 
 def _table(case: CaseRecord) -> Table:
     named = title(case)
     table = Table(title=named, title_justify="left", caption_justify="left", min_width=len(named))
     table.caption = "\n".join(filter(None, (knees(case), note(case))))
-    headings, lines = told(case.figures)
+    headings, lines = told(case.metrics)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", no_wrap=True)
     for line in lines:
@@ -42,24 +42,24 @@ def _table(case: CaseRecord) -> Table:
 
 def title(case: CaseRecord) -> str:
     """The name of the sweep, with its model and task if it has them."""
-    about = [str(case.figures[name]) for name in ("model", "task") if name in case.figures]
+    about = [str(case.metrics[name]) for name in ("model", "task") if name in case.metrics]
     return ": ".join(filter(None, (case.id.rpartition("::")[2], ", ".join(about))))
 
 
 def note(case: CaseRecord) -> str:
     """Explains the table's quality: that of trained models, unless the sweep names another."""
-    other = case.figures.get("quality_is")
+    other = case.metrics.get("quality_is")
     return f"quality: {other}, higher is better" if other else NOTE
 
 
-def told(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each point of the sweep in ``figures``: costs, learning rate, mean quality.
+def told(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each point of the sweep in ``metrics``: costs, learning rate, mean quality.
 
     Columns without values are omitted, such as learning rate and seeds of a sweep without training.
     """
-    points: Sequence[Mapping[str, Any]] = figures["pareto"]
+    points: Sequence[Mapping[str, Any]] = metrics["pareto"]
     costs = list(dict.fromkeys(name for point in points for name in point if name not in {"label", *ABOUT_QUALITY}))
-    rates = _rates(figures)
+    rates = _rates(metrics)
     columns = [("setting", [str(point["label"]) for point in points])]
     columns += [(_heading(name), [_cost(name, point.get(name)) for point in points]) for name in costs]
     if any(point["label"] in rates for point in points):
@@ -94,10 +94,10 @@ def _quality(value: float | None) -> str:
     return shown(value, "{:.1e}" if tiny else "{:.4f}")
 
 
-def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
+def _rates(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The learning rates chosen by each setting's search, by label."""
     chosen: dict[str, list[float]] = {}
-    for training in figures.get("trainings") or ():
+    for training in metrics.get("trainings") or ():
         rate = (training.get("search") or {}).get("chosen")
         if rate is not None:
             chosen.setdefault(training["label"], []).append(rate)
@@ -107,7 +107,7 @@ def _rates(figures: Mapping[str, Any]) -> dict[str, str]:
 def knees(case: CaseRecord) -> str:
     """The knee of quality against each cost and, with several seeds, the share of resamples that agree."""
 
-    found = case.figures.get("knees") or {}
+    found = case.metrics.get("knees") or {}
     several = any(each["seeds"] > 1 for each in found.values())
     lines = [
         f"{_heading(cost)}: {each['knee'] or 'none'}" + f" in {100 * each['knee_share']:.0f} %" * several

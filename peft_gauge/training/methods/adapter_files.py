@@ -32,7 +32,7 @@ def save(model: nn.Module, method: Method, folder: Path) -> int:
 def load(model: PreTrainedModel, method: Method, folder: Path) -> nn.Module:
     """Attach to the fresh base ``model`` what `save` wrote into ``folder``.
 
-    A quantised method's base must be given unquantised, as to `attach`. Raises `GaugeError` for a folder without it.
+    A quantized method's base must be given unquantized, as to `attach`. Raises `GaugeError` for a folder without it.
     """
     if method.kind == "full":
         return type(model).from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)

@@ -41,8 +41,8 @@ def attach(
 ) -> nn.Module:
     """Make ``model`` ready to be trained by ``method``, in place, and return what is to be called.
 
-    ``compute_dtype``: what 4-bit weights are dequantised to (default: the model's own dtype). New weights are drawn
-    from ``seed``. ``device`` is where the base goes first, layer by layer where it is quantised (default: it stays
+    ``compute_dtype``: what 4-bit weights are dequantized to (default: the model's own dtype). New weights are drawn
+    from ``seed``. ``device`` is where the base goes first, layer by layer where it is quantized (default: it stays
     where it is). Gradient checkpointing is a setting of the step and off unless asked for, also where a library's
     preparation would turn it on silently. Raises `GaugeError` where the method does not fit the model.
     """
@@ -75,8 +75,8 @@ def prepare_base(
     compute_dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> PreTrainedModel:
-    """Quantise the base and cast it for k-bit training, in place, as far as ``method`` says, and bring it to
-    ``device``. A base that comes quantised stays as it is stored; raises `GaugeError` where ``method`` does not fit."""
+    """Quantize the base and cast it for k-bit training, in place, as far as ``method`` says, and bring it to
+    ``device``. A base that comes quantized stays as it is stored; raises `GaugeError` where ``method`` does not fit."""
     stored = _check_stored(model, method)
     if method.quantization is not None and stored is None:
         from peft_gauge.training.quantization import quantize_
@@ -99,7 +99,7 @@ def prepare_base(
 
 
 def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None:
-    """The format that the base is stored in, if it is quantised; raises `GaugeError` where ``method`` needs another."""
+    """The format that the base is stored in, if it is quantized; raises `GaugeError` where ``method`` needs another."""
     from peft_gauge.training.stored_layers import check_adapter, format_of
 
     stored = format_of(model)
@@ -112,7 +112,7 @@ def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None
         )
     if method.quantization is not None and not stored.same_as(method.quantization.quant_format):
         raise GaugeError(
-            f"{method.name} quantises the base to {method.quantization.quant_format}, and this checkpoint is stored as "
+            f"{method.name} quantizes the base to {method.quantization.quant_format}, and this checkpoint is stored as "
             f"{stored.title} already; use a method that leaves the base as it is, such as lora"
         )
     if method.kind == "peft":
@@ -223,7 +223,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def effective_settings(model: nn.Module, method: Method) -> dict[str, Any]:
-    """What was really attached, read back from the model: PEFT type, rank, alpha, dropout, targets, quantisation."""
+    """What was really attached, read back from the model: PEFT type, rank, alpha, dropout, targets, quantization."""
     found: dict[str, Any] = {"kind": method.kind, "prepare_kbit": method.prepare_kbit}
     if method.kind == "peft":
         config = cast("Any", model).peft_config["default"].to_dict()

@@ -25,7 +25,7 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the frozen base is stored: ``quant_format`` nf4, fp4 or int8; double quantisation for the 4-bit ones."""
+    """How the frozen base is stored: ``quant_format`` nf4, fp4 or int8; double quantization for the 4-bit ones."""
 
     quant_format: Literal["nf4", "fp4", "int8"] = "nf4"
     double_quant: bool = True
@@ -36,7 +36,7 @@ class Method:
     """One way to fine-tune.
 
     ``kind``: full, peft (``peft_config`` is the content of an ``adapter_config.json``) or bottleneck (``bottleneck``).
-    ``prepare_kbit``: cast what is not quantised to float32, as `peft.prepare_model_for_kbit_training` does.
+    ``prepare_kbit``: cast what is not quantized to float32, as `peft.prepare_model_for_kbit_training` does.
     ``autocast_adapter_dtype``: PEFT's default keeps 16-bit adapters in float32.
     ``starts_as_base``: the output before the first step is the base model's (LoRA, IA³, zero-initialised bottleneck).
     ``merges``: the trained update can be folded into the base weights.
@@ -53,7 +53,7 @@ class Method:
     starts_as_base: bool = True
     merges: bool = False
 
-    def differs(self, name: str, title: str, **changes: Any) -> Method:
+    def variant(self, name: str, title: str, **changes: Any) -> Method:
         """A variant: this method under another ``name``, with ``changes``; those of ``peft_config`` are merged in."""
         if "peft_config" in changes:
             changes["peft_config"] = {**self.peft_config, **changes["peft_config"]}
@@ -71,7 +71,7 @@ _LORA_CONFIG = {
 
 FULL = Method("full", "full fine-tuning", "full")
 LORA = Method("lora", "LoRA", "peft", peft_config=_LORA_CONFIG, merges=True)
-QLORA = LORA.differs("qlora", "QLoRA", quantization=Quantization(), prepare_kbit=True)
+QLORA = LORA.variant("qlora", "QLoRA", quantization=Quantization(), prepare_kbit=True)
 BOTTLENECK = Method(
     "bottleneck", "bottleneck adapters (Houlsby)", "bottleneck", bottleneck=BottleneckConfig(style="houlsby")
 )
@@ -100,19 +100,19 @@ IA3 = Method(
 )
 
 # The seven that every table shows, in the order it shows them.
-SEVEN = (FULL, LORA, QLORA, BOTTLENECK, PREFIX, PROMPT, IA3)
+DEFAULT_METHODS = (FULL, LORA, QLORA, BOTTLENECK, PREFIX, PROMPT, IA3)
 
 VARIANTS = (
     *(
-        LORA.differs(f"lora-r{r}", f"LoRA r={r}", peft_config={"r": r, "lora_alpha": 2 * r})
+        LORA.variant(f"lora-r{r}", f"LoRA r={r}", peft_config={"r": r, "lora_alpha": 2 * r})
         for r in RANKS
         if r != LORA.peft_config["r"]
     ),
-    LORA.differs("lora-qv", "LoRA on q,v", peft_config={"target_modules": ATTENTION_QV}),
-    LORA.differs("lora-all-linear", "LoRA on all linear layers", peft_config={"target_modules": ALL_LINEAR}),
-    LORA.differs("lora-no-dropout", "LoRA without dropout", peft_config={"lora_dropout": 0.0}),
-    LORA.differs("lora-16bit", "LoRA, adapters kept in 16 bit", autocast_adapter_dtype=False),
-    QLORA.differs("qlora-unprepared", "QLoRA, not prepared for k-bit training", prepare_kbit=False),
+    LORA.variant("lora-qv", "LoRA on q,v", peft_config={"target_modules": ATTENTION_QV}),
+    LORA.variant("lora-all-linear", "LoRA on all linear layers", peft_config={"target_modules": ALL_LINEAR}),
+    LORA.variant("lora-no-dropout", "LoRA without dropout", peft_config={"lora_dropout": 0.0}),
+    LORA.variant("lora-16bit", "LoRA, adapters kept in 16 bit", autocast_adapter_dtype=False),
+    QLORA.variant("qlora-unprepared", "QLoRA, not prepared for k-bit training", prepare_kbit=False),
     replace(
         BOTTLENECK,
         name="bottleneck-pfeiffer",
@@ -121,7 +121,7 @@ VARIANTS = (
     ),
 )
 
-METHODS = {method.name: method for method in (*SEVEN, *VARIANTS)}
+METHODS = {method.name: method for method in (*DEFAULT_METHODS, *VARIANTS)}
 
 
 def get(name: str) -> Method:

@@ -35,7 +35,7 @@ def auto_class(record: ModelRecord) -> Any:
 
 
 def remarks(record: ModelRecord) -> list[str]:
-    """What a reader of a figure about ``record`` should know of how its config was read, a sentence each."""
+    """What a reader of a metric about ``record`` should know of how its config was read, a sentence each."""
     stored, named = record.stored, name_says(record.name, record.config)
     said = [stored.remark if stored is not None else None, named]
     return [*_defaulted(record), *_towers(record), *filter(None, said)]

@@ -34,12 +34,12 @@ def build(
     attn_implementation: str | None = None,
     as_stored: bool = True,
 ) -> PreTrainedModel:
-    """The model of ``record`` on ``device``, with weights in ``dtype``; quantised, where the checkpoint is.
+    """The model of ``record`` on ``device``, with weights in ``dtype``; quantized, where the checkpoint is.
 
     On ``"meta"`` nothing is allocated (70B takes about a second). Random weights are drawn in float32 on the CPU from
     ``record.seed`` by the architecture's own initialisation and then rounded to ``dtype``, so the same seed gives
     the same bytes on every device. ``attn_implementation``: one of `ATTENTIONS`, or ``None`` for sdpa where the
-    architecture has it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantised.
+    architecture has it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantized.
     Raises `GaugeError` where the architecture has not the attention asked for, where the machine has not enough
     memory, or where the weights do not match the architecture.
     """
@@ -94,7 +94,7 @@ def check_measurable(record: ModelRecord) -> None:
     """Raise `GaugeError` where the base comes in a format whose steps are planned but not measured."""
     stored = record.stored
     if stored is not None and stored.kind != "bitsandbytes":
-        needed = "loading them takes" if stored.kind == "dequantised" else "their layers take"
+        needed = "loading them takes" if stored.kind == "dequantized" else "their layers take"
         raise GaugeError(
             f"{record.name} is stored as {stored.title}; steps over such weights are planned (peft-gauge plan) and not "
             f"measured, because {needed} packages that this project does not require; measure a 16-bit checkpoint"
@@ -104,9 +104,9 @@ def check_measurable(record: ModelRecord) -> None:
 def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     """``record`` with its very weights as safetensors in ``dtype`` in ``folder``, from which they load in a moment.
 
-    For whoever builds the same base many times, in processes of their own: drawing weights and dequantising a GGUF
+    For whoever builds the same base many times, in processes of their own: drawing weights and dequantizing a GGUF
     take longer than reading them. A record that loads from safetensors already comes back as it is, and so does one
-    whose drawn weights are quantised, which are small, or which the GPU draws: they are drawn again.
+    whose drawn weights are quantized, which are small, or which the GPU draws: they are drawn again.
     """
     in_safetensors = record.weights == "real" and not str(record.location).endswith(".gguf")
     if in_safetensors or record.weights == "random-gpu" or record.stored is not None:
@@ -124,7 +124,7 @@ KEPT_COPIES = 3
 def kept(record: ModelRecord, dtype: str) -> ModelRecord:
     """`stored`, beside the GGUF in the user's cache, for good; any other record comes back as it is.
 
-    A copy is of one release of transformers, which dequantises the weights and names the fields of the config. Raises
+    A copy is of one release of transformers, which dequantizes the weights and names the fields of the config. Raises
     `OSError` where it cannot be written.
     """
     gguf = Path(record.location or "")
@@ -207,7 +207,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Drop the marks of a quantised model: the weights of a GGUF were dequantised on the way in."""
+    """Drop the marks of a quantized model: the weights of a GGUF were dequantized on the way in."""
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         model.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)

@@ -32,7 +32,7 @@ def default_dtype(device: str) -> str:
     """float32 on CPU, 16 bit on CUDA (bfloat16 from compute capability 8.0 on, else float16).
 
     Few CPUs multiply bfloat16 natively and the others take about ten times as long in it, so a suite whose CPU
-    figures are to be compared across machines starts from float32; ``--dtype`` changes it.
+    metrics are to be compared across machines starts from float32; ``--dtype`` changes it.
     """
     if device != "cuda":
         return "float32"

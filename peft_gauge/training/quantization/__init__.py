@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_gauge.training.quantization.layers import LAYER_FORMATS, left_unquantised, output_heads, quantize_
+from peft_gauge.training.quantization.layers import LAYER_FORMATS, left_unquantized, output_heads, quantize_
 from peft_gauge.training.quantization.library import load_bitsandbytes
 
-__all__ = ["LAYER_FORMATS", "left_unquantised", "load_bitsandbytes", "output_heads", "quantize_"]
+__all__ = ["LAYER_FORMATS", "left_unquantized", "load_bitsandbytes", "output_heads", "quantize_"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_gauge.errors import GaugeError, unknown
-from peft_gauge.training.quantization.formats import bits_per_parameter, quantisation_error
+from peft_gauge.training.quantization.formats import bits_per_parameter, quantization_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -64,7 +64,7 @@ def already_rounded(weight: Tensor, block_size: int = 32) -> bool:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FormatComparison:
     """NF4 against a rival format on the same weights, sample by sample.
 
     ``nf4_errors`` and ``rival_errors`` are relative RMS errors, in pairs; ``nf4_bits`` and ``rival_bits`` are
@@ -93,12 +93,12 @@ class Comparison:
 
     @property
     def holds(self) -> bool | None:
-        """Whether NF4 loses less than the rival; ``None`` (cannot tell) at p ≥ 0.05 or on unfair samples."""
+        """Whether NF4 loses less than the rival; ``None`` (inconclusive) at p ≥ 0.05 or on unfair samples."""
         if self.unfair is not None or self.p_value >= 0.05:
             return None
         return sum(ratio < 1 for ratio in self.ratios) * 2 > len(self.ratios)
 
-    def figures(self) -> dict[str, float | str | None]:
+    def metrics(self) -> dict[str, float | str | None]:
         """The numbers behind `holds`, flat, for a result file."""
         return {
             "rival": self.rival,
@@ -114,8 +114,8 @@ class Comparison:
         }
 
 
-def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant: bool = False) -> Comparison:
-    """NF4 (``double_quant``: with double quantisation, as a ``"fp4"`` rival then has too) against ``rival``.
+def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant: bool = False) -> FormatComparison:
+    """NF4 (``double_quant``: with double quantization, as a ``"fp4"`` rival then has too) against ``rival``.
 
     Blocks of 64 on both sides. ``samples``: weight matrices, one pair of errors each; six or more are needed
     to tell.
@@ -123,13 +123,13 @@ def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant:
     rival_double_quant = double_quant and rival == "fp4"
     nf4_errors, rival_errors, rounded = [], [], 0
     for weight in samples:
-        nf4_errors.append(quantisation_error(weight, "nf4", double_quant=double_quant).relative_rms)
-        rival_errors.append(quantisation_error(weight, rival, double_quant=rival_double_quant).relative_rms)
+        nf4_errors.append(quantization_error(weight, "nf4", double_quant=double_quant).relative_rms)
+        rival_errors.append(quantization_error(weight, rival, double_quant=rival_double_quant).relative_rms)
         rounded += already_rounded(weight)
     if not nf4_errors:
         raise GaugeError("no weights to compare the formats on")
     unfair = f"{rounded} of {len(nf4_errors)} samples hold at most 16 values a block: rounded to 4 bit before"
-    return Comparison(
+    return FormatComparison(
         rival=rival,
         nf4_errors=tuple(nf4_errors),
         rival_errors=tuple(rival_errors),
@@ -141,7 +141,7 @@ def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant:
 
 def nf4_against_int4(
     distribution: str, seeds: Iterable[int] = range(8), *, rival: str = "int4", double_quant: bool = False
-) -> Comparison:
+) -> FormatComparison:
     """`compare_nf4` on weights drawn from ``distribution``, one sample a seed.
 
     The literature's INT4 (QLoRA, table 4) is symmetric, here ``"int4"``; ``rival="int4-minmax"`` asks the

@@ -29,7 +29,7 @@ def pack(
     return packed, state
 
 
-def dequantised(
+def dequantized(
     weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
 ) -> Tensor:
     """``weight`` rounded to ``quant_format`` in blocks and back, as a float32 tensor of the same shape.
@@ -54,7 +54,7 @@ def dequantised(
         restored: Tensor = load_bitsandbytes().functional.dequantize_4bit(packed, state)
         return restored.view_as(weight)
     if double_quant:
-        raise GaugeError(f"double quantisation belongs to nf4 and fp4, not to {quant_format}")
+        raise GaugeError(f"double quantization belongs to nf4 and fp4, not to {quant_format}")
     blocks = weight.view(-1, block_size)
     return (_symmetric(blocks) if quant_format == "int4" else _minmax(blocks)).view_as(weight)
 
@@ -88,7 +88,7 @@ def levels(quant_format: str) -> Tensor:
 
 
 def error_bound(quant_format: str) -> float:
-    """The most that one weight can change, in units of its block's absmax, without double quantisation.
+    """The most that one weight can change, in units of its block's absmax, without double quantization.
 
     Half the widest gap between two levels. For ``"int4-minmax"`` the range is at most twice absmax, so 1/15,
     and rounding minimum and step to float16 adds at most 2⁻¹¹ of absmax and of the range (constants of normal
@@ -100,7 +100,7 @@ def error_bound(quant_format: str) -> float:
 
 
 @dataclass(frozen=True)
-class QuantisationError:
+class QuantizationError:
     """What rounding to a format lost: ``relative_rms`` is ‖W − Q(W)‖ / ‖W‖, ``max_over_absmax`` the largest
     change of one weight in units of its block's absmax, ``mean_abs`` the mean change in the weights' own
     unit.
@@ -111,22 +111,22 @@ class QuantisationError:
     mean_abs: float
 
 
-def quantisation_error(
+def quantization_error(
     weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
-) -> QuantisationError:
-    """The error of `dequantised` on ``weight``; raises `GaugeError` as it does, and for a weight of zeros."""
+) -> QuantizationError:
+    """The error of `dequantized` on ``weight``; raises `GaugeError` as it does, and for a weight of zeros."""
     weight = weight.detach().float()
     norm = weight.norm().item()
     if norm == 0:
         raise GaugeError("all weights are zero: a relative error has no meaning")
-    change = (weight - dequantised(weight, quant_format, double_quant=double_quant, block_size=block_size)).abs()
+    change = (weight - dequantized(weight, quant_format, double_quant=double_quant, block_size=block_size)).abs()
     absmax = _no_zero(weight.reshape(-1, block_size).abs().amax(dim=1))
     largest = change.view(-1, block_size).amax(dim=1)
-    return QuantisationError(change.norm().item() / norm, (largest / absmax).max().item(), change.mean().item())
+    return QuantizationError(change.norm().item() / norm, (largest / absmax).max().item(), change.mean().item())
 
 
 def absmax_shift(weight: Tensor, quant_format: str = "nf4") -> tuple[float, float]:
-    """How far double quantisation moves a block's absmax, and how far it may: both in units of the nested
+    """How far double quantization moves a block's absmax, and how far it may: both in units of the nested
     absmax.
 
     The largest shift found in ``weight``, and half the widest gap of bitsandbytes' 8-bit dynamic code.
@@ -145,11 +145,11 @@ def absmax_shift(weight: Tensor, quant_format: str = "nf4") -> tuple[float, floa
 def bits_per_parameter(
     quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE, numel: int | None = None
 ) -> float:
-    """Bits that one weight takes with its share of the quantisation constants, by arithmetic.
+    """Bits that one weight takes with its share of the quantization constants, by arithmetic.
 
-    For ``"nf4"``, ``"fp4"`` and ``"int4"`` 4 + 32/64 = 4.5; with double quantisation 4 + 8/64 + 32/(64·256) ≈
+    For ``"nf4"``, ``"fp4"`` and ``"int4"`` 4 + 32/64 = 4.5; with double quantization 4 + 8/64 + 32/(64·256) ≈
     4.127 (QLoRA, section 3); for ``"int4-minmax"`` 4 + (16 + 16)/64. That is the limit for a large matrix;
-    with ``numel`` weights the last, partly filled blocks and the 32-bit offset of double quantisation count
+    with ``numel`` weights the last, partly filled blocks and the 32-bit offset of double quantization count
     too. Codebooks are not in it.
     """
     if quant_format not in FOUR_BIT_FORMATS:
@@ -167,7 +167,7 @@ class StoredBytes:
     """The bytes of one packed 4-bit weight of ``params`` parameters, tensor by tensor.
 
     ``codebook_bytes`` hold the same values in every layer, though bitsandbytes stores a copy with each: the
-    16 levels in float32 and, with double quantisation, the 256 values of the 8-bit code.
+    16 levels in float32 and, with double quantization, the 256 values of the 8-bit code.
     """
 
     params: int

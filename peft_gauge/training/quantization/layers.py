@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_gauge._internals.bitsandbytes import code_books
 from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
-from peft_gauge._internals.transformers import mark_quantised
+from peft_gauge._internals.transformers import mark_quantized
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.training.quantization.formats import BLOCK_SIZE, pack
 from peft_gauge.training.quantization.library import load_bitsandbytes
@@ -40,13 +40,13 @@ def quantize_(
     The layers are those that transformers' integration replaces: ``nn.Linear`` itself, and GPT-2's ``Conv1D`` with its
     weight transposed. Left alone are layers whose name is, or ends in, an entry of ``skip`` (default: the output head,
     whatever its name); layers whose weight is tied to another module's; subclasses of ``nn.Linear``; and what is no
-    layer at all, such as the experts of a mixture, one 3-D parameter a layer (`left_unquantised` lists all these).
+    layer at all, such as the experts of a mixture, one 3-D parameter a layer (`left_unquantized` lists all these).
 
-    Each weight is quantised in blocks of 64 on ``device`` (default: where it is) and its full-precision tensor is let
+    Each weight is quantized in blocks of 64 on ``device`` (default: where it is) and its full-precision tensor is let
     go before the next one is touched; so a model that does not fit a GPU in 16 bit is brought there in 4. Where a row
     is no multiple of a block, blocks run across rows, and the last one of a weight may be short. Biases stay as they
-    are. ``double_quant`` and ``compute_dtype`` concern the 4-bit formats. The backward pass dequantises to the dtype
-    that the weight had before. The model is marked as transformers marks one that it loaded quantised, so PEFT picks
+    are. ``double_quant`` and ``compute_dtype`` concern the 4-bit formats. The backward pass dequantizes to the dtype
+    that the weight had before. The model is marked as transformers marks one that it loaded quantized, so PEFT picks
     its own layers for it.
 
     Two things to know when reading memory:
@@ -55,16 +55,16 @@ def quantize_(
       (bitsandbytes' own parameter classes cannot hold a fake tensor) with the same shape, dtype and
       attributes as the real one.
     - On a CPU with AVX-512 BF16, recent bitsandbytes repacks a layer on its first forward in ``eval()`` mode
-      without input gradients: double quantisation is undone and the layer then computes in bfloat16. Steps in
+      without input gradients: double quantization is undone and the layer then computes in bfloat16. Steps in
       ``train()`` mode are not touched by this.
 
-    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantised already, weights that
+    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantized already, weights that
     are not 16- or 32-bit floats, and, on a CPU, rows that this bitsandbytes unpacks wrongly there.
     """
     if quant_format not in LAYER_FORMATS:
-        raise unknown("quantised layer format", quant_format, LAYER_FORMATS)
+        raise unknown("quantized layer format", quant_format, LAYER_FORMATS)
     if getattr(model, "is_quantized", False):
-        raise GaugeError("the model is quantised already; start from one in 16 or 32 bit")
+        raise GaugeError("the model is quantized already; start from one in 16 or 32 bit")
     kernels_device = _kernels_device(model, device)
     load_bitsandbytes(kernels_device)
     skip = output_heads(model) if skip is None else skip
@@ -80,20 +80,20 @@ def quantize_(
         linear = _as_linear(model.get_submodule(name))
         if device is not None:
             linear.to(device)
-        model.set_submodule(name, _quantised_layer(linear, quant_format, double_quant, compute_dtype))
+        model.set_submodule(name, _quantized_layer(linear, quant_format, double_quant, compute_dtype))
     _mark(model, quant_format, double_quant, compute_dtype, skip)
 
 
 def output_heads(model: nn.Module) -> list[str]:
-    """The names of ``model``'s output head (lm_head, in RWKV head), which QLoRA does not quantise; ``lm_head`` where
+    """The names of ``model``'s output head (lm_head, in RWKV head), which QLoRA does not quantize; ``lm_head`` where
     the model does not tell."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     return [name for name, module in model.named_modules() if module is head] if head is not None else ["lm_head"]
 
 
-def left_unquantised(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The floating-point parameters of ``model`` that are not quantised, by the module or parameter that holds them.
+def left_unquantized(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The floating-point parameters of ``model`` that are not quantized, by the module or parameter that holds them.
 
     Names have no layer numbers: the same thing in all layers is one entry. A module's own matrices count under its name
     (``lm_head``), parameters that are no ``weight`` under their own (``mlp.experts.gate_up_proj``), and vectors (norms,
@@ -110,7 +110,7 @@ def left_unquantised(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _kernels_device(model: nn.Module, device: str | None) -> str:
-    """Where ``model`` is going to be quantised; weights without data run no kernels, wherever they say they are."""
+    """Where ``model`` is going to be quantized; weights without data run no kernels, wherever they say they are."""
     return device or next(model.parameters()).device.type if _has_data(model) else "cpu"
 
 
@@ -141,17 +141,17 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _why_none(model: nn.Module, skip: Sequence[str]) -> str:
-    """Why nothing of ``model`` can be quantised, by what stands where its linear layers would be."""
+    """Why nothing of ``model`` can be quantized, by what stands where its linear layers would be."""
     own = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"})
     architecture = type(model).__name__
     if own:
         return (
-            f"no layer of {architecture} can be quantised: its linear layers are of a class of its own, "
-            f"{', '.join(own)}, which transformers' bitsandbytes integration leaves in 16 bit; train it unquantised "
+            f"no layer of {architecture} can be quantized: its linear layers are of a class of its own, "
+            f"{', '.join(own)}, which transformers' bitsandbytes integration leaves in 16 bit; train it unquantized "
             f"(lora instead of qlora)"
         )
     return (
-        f"no layer of {architecture} can be quantised: it has no linear layers beside those left alone "
+        f"no layer of {architecture} can be quantized: it has no linear layers beside those left alone "
         f"({', '.join(skip)}, and weights that are tied)"
     )
 
@@ -171,7 +171,7 @@ def _as_linear(layer: nn.Module) -> nn.Linear:
 def _check(name: str, linear: nn.Module) -> None:
     weight: Any = linear.weight
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise GaugeError(f"{name} is {weight.dtype}; only float32, float16 and bfloat16 weights can be quantised")
+        raise GaugeError(f"{name} is {weight.dtype}; only float32, float16 and bfloat16 weights can be quantized")
 
 
 def _check_unpacking(model: nn.Module, names: Sequence[str], quant_format: str) -> None:
@@ -208,12 +208,12 @@ def _check_mixers(model: nn.Module, names: Sequence[str]) -> None:
         holder = type(model.get_submodule(parent)).__name__
         if _MULTIPLIED_BY_HAND.get(holder) == own:
             raise GaugeError(
-                f"{type(model).__name__} cannot be trained quantised: its {holder} multiplies by the weight of {own} "
-                f"itself, which is packed then; train it unquantised (lora instead of qlora)"
+                f"{type(model).__name__} cannot be trained quantized: its {holder} multiplies by the weight of {own} "
+                f"itself, which is packed then; train it unquantized (lora instead of qlora)"
             )
 
 
-def _quantised_layer(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
+def _quantized_layer(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
     eight_bit = quant_format == "int8"
     # The constructors allocate a weight of their own; on meta, outside any fake mode, that costs nothing.
     with unset_fake_temporarily():
@@ -222,7 +222,7 @@ def _quantised_layer(linear: nn.Linear, quant_format: str, double_quant: bool, c
     if weight.is_meta or is_fake(weight):
         layer.weight = _fake_weight(weight, quant_format, double_quant)
     elif eight_bit:
-        # bitsandbytes quantises an 8-bit weight only on its way from the CPU.
+        # bitsandbytes quantizes an 8-bit weight only on its way from the CPU.
         layer.weight = load_bitsandbytes().nn.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
     else:
         make: Any = load_bitsandbytes().nn.Params4bit
@@ -309,4 +309,4 @@ def _mark(
         setattr(model, name, value)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = config
-        mark_quantised(model.config, model.dtype)
+        mark_quantized(model.config, model.dtype)

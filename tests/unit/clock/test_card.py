@@ -1,4 +1,4 @@
-"""The speed of a card out of planted times, and the shares that cannot be."""
+"""The speed of a GPU out of planted times, and the shares that cannot be."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from peft_gauge.clock import card
-from peft_gauge.clock.card import CardSpeed
+from peft_gauge.clock.card import PeakThroughput
 from peft_gauge.clock.rounds import Round
 from peft_gauge.errors import GaugeError
 
 GIB = 2**30
-SPEED = CardSpeed("cuda", "bfloat16", 1024.0, 256.0, (8, 8, 8), 64)
+SPEED = PeakThroughput("cuda", "bfloat16", 1024.0, 256.0, (8, 8, 8), 64)
 
 
 class PlannedStopwatch:
@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_speeds_are_work_over_the_fastest_round() -> None:
-    speed = card.measure_card("cpu", "float32", stopwatch=on_host(3.0, 2.0, 0.5, 0.75), seconds=1.0)
+    speed = card.measure_peak_throughput("cpu", "float32", stopwatch=on_host(3.0, 2.0, 0.5, 0.75), seconds=1.0)
     assert speed.product_shape == (256, 256, 256)
     assert speed.copy_bytes == 2**26
     # Two rounds at least, 3 s and 2 s, and none more once a second is spent.
@@ -52,7 +52,7 @@ def test_speeds_are_work_over_the_fastest_round() -> None:
 @pytest.mark.usefixtures("small")
 def test_rounds_go_on_until_the_time_is_spent() -> None:
     stopwatch = on_host(*[0.25] * 3, 0.125, 0.25, 1.0, 1.0)
-    speed = card.measure_card("cpu", "float32", stopwatch=stopwatch, seconds=1.125)
+    speed = card.measure_peak_throughput("cpu", "float32", stopwatch=stopwatch, seconds=1.125)
     assert stopwatch.asked == 7
     assert speed.product_flops_per_second == 2 * 256**3 / 0.125
     assert speed.copy_bytes_per_second == 2 * 2**26 / 1.0
@@ -61,21 +61,21 @@ def test_rounds_go_on_until_the_time_is_spent() -> None:
 @pytest.mark.usefixtures("small")
 def test_the_clock_of_the_device_counts_where_there_is_one() -> None:
     stopwatch = PlannedStopwatch(Round(host_seconds=9.0, device_seconds=0.5))
-    speed = card.measure_card("cpu", "float32", stopwatch=stopwatch, seconds=0.5)
+    speed = card.measure_peak_throughput("cpu", "float32", stopwatch=stopwatch, seconds=0.5)
     assert speed.product_flops_per_second == 2 * 256**3 / 0.5
 
 
 @pytest.mark.usefixtures("small")
 def test_a_clock_too_coarse_is_refused() -> None:
     with pytest.raises(GaugeError, match="too coarse"):
-        card.measure_card("cpu", "float32", stopwatch=on_host(0.0))
+        card.measure_peak_throughput("cpu", "float32", stopwatch=on_host(0.0))
 
 
 @pytest.mark.usefixtures("small")
 def test_the_settings_in_force_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    speed = card.measure_card("cpu", "bfloat16", stopwatch=on_host(1.0))
+    speed = card.measure_peak_throughput("cpu", "bfloat16", stopwatch=on_host(1.0))
     kept = speed.as_json()
     assert json.loads(json.dumps(kept)) == kept
     assert kept == {
@@ -93,7 +93,7 @@ def test_the_settings_in_force_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_this_processor_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_SIZES", {"cpu": (256, 2**22)})
-    speed = card.measure_card("cpu", "float32", seconds=0.01)
+    speed = card.measure_peak_throughput("cpu", "float32", seconds=0.01)
     # Between what no computer is too slow for and what no core reaches.
     assert 1e7 < speed.product_flops_per_second < 1e15
     assert 1e7 < speed.copy_bytes_per_second < 1e13
@@ -109,7 +109,7 @@ def test_the_product_does_the_flops_that_are_counted() -> None:
     assert counter.get_total_flops() == 2 * 64**3
     assert isinstance(out, torch.Tensor)
     assert out.shape == (64, 64)
-    assert out.std() > 1  # 8 for random matrices; a product of zeros would be too easy on a card
+    assert out.std() > 1  # 8 for random matrices; a product of zeros would be too easy on a GPU
 
 
 def test_the_copy_moves_the_bytes_that_are_counted() -> None:
@@ -144,23 +144,23 @@ def test_too_little_memory_is_one_line() -> None:
 
 def test_unknown_names_are_one_line() -> None:
     with pytest.raises(GaugeError, match="unknown dtype 'bfloat'; did you mean bfloat16"):
-        card.measure_card("cpu", "bfloat")
+        card.measure_peak_throughput("cpu", "bfloat")
     with pytest.raises(GaugeError, match="unknown device 'tpu'"):
-        card.measure_card("tpu", "float32", stopwatch=on_host(1.0))
+        card.measure_peak_throughput("tpu", "float32", stopwatch=on_host(1.0))
 
 
 # Shares
 
 
 def test_shares_of_planted_work() -> None:
-    assert card.share_of_product(256.0, 0.5, SPEED) == 0.5
-    assert card.share_of_copy(16.0, 0.25, SPEED) == 0.25
+    assert card.mfu(256.0, 0.5, SPEED) == 0.5
+    assert card.mbu(16.0, 0.25, SPEED) == 0.25
 
 
 def test_the_measurement_itself_has_a_share_of_one() -> None:
-    speed = CardSpeed("cpu", "float32", 2 * 1024**3 / 0.125, 2 * GIB / 0.25, (1024,) * 3, GIB)
-    assert card.share_of_product(2 * 1024**3, 0.125, speed) == 1
-    assert card.share_of_copy(2 * GIB, 0.25, speed) == 1
+    speed = PeakThroughput("cpu", "float32", 2 * 1024**3 / 0.125, 2 * GIB / 0.25, (1024,) * 3, GIB)
+    assert card.mfu(2 * 1024**3, 0.125, speed) == 1
+    assert card.mbu(2 * GIB, 0.25, speed) == 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -178,6 +178,6 @@ def test_a_share_above_one_is_refused(share: float, shown: str) -> None:
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_no_speed_without_time(seconds: float) -> None:
     with pytest.raises(GaugeError, match="cannot compute throughput"):
-        card.share_of_product(1.0, seconds, SPEED)
+        card.mfu(1.0, seconds, SPEED)
     with pytest.raises(GaugeError, match="cannot compute throughput"):
-        card.share_of_copy(1.0, seconds, SPEED)
+        card.mbu(1.0, seconds, SPEED)

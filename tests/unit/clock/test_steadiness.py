@@ -25,7 +25,7 @@ def after(wall: float = 10.0, busy: float = 0.0, own: float = 0.0, stolen: float
     return HostState(1000.0 + wall, 4, 5000.0 + busy, 30.0 + own, 8.0 + stolen)
 
 
-# The card
+# The GPU
 
 
 def test_a_steady_card_gives_no_reason() -> None:
@@ -45,7 +45,7 @@ def test_throttling_is_named_with_its_moment() -> None:
         (1980, 1410, ("SM clock fell from 1980 to 1410 MHz",)),
         (2000, 1899, ("SM clock fell from 2000 to 1899 MHz",)),
         (2000, 1900, ()),  # 5 % is allowed
-        (1410, 1980, ()),  # a card that was idle at the start
+        (1410, 1980, ()),  # a GPU that was idle at the start
         (None, 1410, ()),
         (1980, None, ()),
     ],

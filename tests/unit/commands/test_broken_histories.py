@@ -23,9 +23,9 @@ STEP = "benchmarks/test_speed.py::test_step[lora-toy-cpu]"
 Document = dict[str, Any]
 
 
-def case(figures: Document | None = None, id_: str = STEP) -> Document:
-    figures = {"settings": {"batch": 1}, "peak_bytes": 1_000_000} if figures is None else figures
-    return {"id": id_, "question": "test_speed", "outcome": "passed", "reason": None, "figures": figures}
+def case(metrics: Document | None = None, id_: str = STEP) -> Document:
+    metrics = {"settings": {"batch": 1}, "peak_bytes": 1_000_000} if metrics is None else metrics
+    return {"id": id_, "benchmark": "test_speed", "outcome": "passed", "reason": None, "metrics": metrics}
 
 
 def timed(metric: str, *processes: list[float]) -> Document:
@@ -186,7 +186,7 @@ def test_another_unit_is_another_figure(saved: Saved, run_command: Command) -> N
     (comparison,) = json.loads(table.read_text())["comparisons"]
     labels = {row["metric"]: row["label"] for row in comparison["rows"] if row["label"]}
     assert labels == {"step_seconds": "MISSING"}
-    assert any("step_ms" in note for note in comparison["notes"])  # no rule knows such a figure
+    assert any("step_ms" in note for note in comparison["notes"])  # no rule knows such a metric
     assert code == 0
     assert run_command("compare", str(old), str(new), "--strict")[0] == 1
 

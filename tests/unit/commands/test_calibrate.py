@@ -11,7 +11,7 @@ import pytest
 
 from peft_gauge import isolation, machine, paths
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import Outcome
+from peft_gauge.isolation import ProcessOutcome
 from peft_gauge.measure.calibration import assumptions
 from peft_gauge.memory import allocator, gpus
 from peft_gauge.memory.overheads import (
@@ -65,14 +65,14 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, outcome: ProcessOutcome) -> None:
     """A machine whose GPU's process ends in ``outcome``."""
     monkeypatch.setattr(machine, "why_no_cuda", lambda: None)
     monkeypatch.setattr(isolation, "run", lambda function, **options: outcome)
 
 
-def done(value: dict[str, Any]) -> Outcome:
-    return Outcome("done", value, None, {}, 1.0, 1.0)
+def done(value: dict[str, Any]) -> ProcessOutcome:
+    return ProcessOutcome("done", value, None, {}, 1.0, 1.0)
 
 
 def test_a_gpu_that_is_as_plans_assume(run_command: Run, monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_context_may_be_a_few_percent_off(monkeypatch: pytest.MonkeyPatch) -> 
     near, far = (found(context_bytes=round(default.context_bytes * factor)) for factor in (1.04, 1.06))
     by_name = [{row.name: row.holds for row in assumptions(each, default, None)} for each in (near, far)]
     assert [each["CUDA context"] for each in by_name] == [True, False]
-    assert "usable memory" not in by_name[0], "the card is not in the table"
+    assert "usable memory" not in by_name[0], "the GPU is not in the table"
 
 
 def test_every_assumption_of_the_allocator_is_compared() -> None:
@@ -170,22 +170,22 @@ def test_json_is_what_is_kept(run_command: Run, monkeypatch: pytest.MonkeyPatch)
     ("outcome", "words"),
     [
         (
-            Outcome("out-of-memory", None, "OutOfMemoryError: CUDA out of memory", {}, 1.0, 1.0),
+            ProcessOutcome("out-of-memory", None, "OutOfMemoryError: CUDA out of memory", {}, 1.0, 1.0),
             "not enough free GPU memory to calibrate (OutOfMemoryError: CUDA out of memory); "
             "wait for other processes to end",
         ),
         (
-            Outcome("refused", None, "the CUDA context cannot be measured: no NVML", {}, 1.0, 1.0),
+            ProcessOutcome("refused", None, "the CUDA context cannot be measured: no NVML", {}, 1.0, 1.0),
             "this GPU cannot be calibrated: the CUDA context cannot be measured: no NVML",
         ),
         (
-            Outcome("timed-out", None, "did not end within 180 s", {}, 180.0, None),
+            ProcessOutcome("timed-out", None, "did not end within 180 s", {}, 180.0, None),
             "this GPU cannot be calibrated: did not end within 180 s",
         ),
     ],
 )
 def test_a_gpu_that_cannot_be_measured_is_one_line(
-    outcome: Outcome, words: str, run_command: Run, monkeypatch: pytest.MonkeyPatch, own_folder: Path
+    outcome: ProcessOutcome, words: str, run_command: Run, monkeypatch: pytest.MonkeyPatch, own_folder: Path
 ) -> None:
     on_a_gpu(monkeypatch, outcome)
     code, out, err = run_command("calibrate")

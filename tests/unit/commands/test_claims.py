@@ -30,10 +30,10 @@ PAGE = f"# Title\n\nThe line {START} begins it.\n\n{START}\nold\n{END}\n\nThe en
 
 
 def claim(verdict: str, id_: str = "lora-memory", model: str = "llama-2-7b", **changes: Any) -> dict[str, Any]:
-    """A claim of the ledger, in its words, as a run saves it; one that is not measured has no figure."""
+    """A claim of the ledger, in its words, as a run saves it; one that is not measured has no metric."""
     found = report_runs.claim(verdict, id_, model) | {"statement": ledger()[id_].statement}
     if verdict == NOT_MEASURED:
-        found |= {"figure": None, "conditions": None}
+        found |= {"metric": None, "conditions": None}
     return found | changes
 
 
@@ -46,9 +46,9 @@ def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results"
     adapters = ("many-adapters", "smollm2-135m")
     undecided = claim(NOT_MEASURED, "qlora-quality", "smollm2-135m")
-    save(folder, 1, [], [claim("holds"), claim("holds", *adapters, figure="7 MB | [b] <b>"), undecided])
-    save(folder, 2, [], [claim("refuted", figure="16 GB"), claim(NOT_MEASURED, *adapters), undecided])
-    save(folder, 3, [], [claim("cannot tell", figure="17 GB"), claim("holds", "identity", "any")], machine=CARD)
+    save(folder, 1, [], [claim("holds"), claim("holds", *adapters, metric="7 MB | [b] <b>"), undecided])
+    save(folder, 2, [], [claim("refuted", metric="16 GB"), claim(NOT_MEASURED, *adapters), undecided])
+    save(folder, 3, [], [claim("inconclusive", metric="17 GB"), claim("holds", "identity", "any")], machine=CARD)
     return folder
 
 
@@ -82,7 +82,7 @@ def test_the_newest_run_that_decided_a_claim_counts(results: Path) -> None:
     assert memory.source is not None
     assert (adapters.verdict, adapters.source.run, adapters.source.machine) == ("holds", "0001", "cpu-box")
     assert f"{adapters.source.ended:%Y-%m-%d}" == "2026-02-01"
-    assert (memory.verdict, memory.figure, memory.source.machine) == ("cannot tell", "17 GB", "card-box")
+    assert (memory.verdict, memory.metric, memory.source.machine) == ("inconclusive", "17 GB", "GPU-box")
     assert (memory.source.commit, memory.source.libraries["torch"]) == ("000000000000", "2.13.0")
 
 
@@ -90,8 +90,8 @@ def test_what_no_run_decided_is_not_measured_yet(results: Path) -> None:
     found = standings_of(runs_in(results))
     for key in (("qlora-quality", "smollm2-135m"), ("rank-tradeoff", "smollm2-135m")):  # asked, and never asked
         one = found[key]
-        assert (one.verdict, one.figure, one.conditions, one.source) == (NOT_MEASURED, None, None, None)
-        assert not one.differs
+        assert (one.verdict, one.metric, one.conditions, one.source) == (NOT_MEASURED, None, None, None)
+        assert not one.variant
         assert not one.reworded
 
 
@@ -121,15 +121,15 @@ def test_a_time_zone_changes_neither_order_nor_date(tmp_path: Path) -> None:
     assert f"{source.ended:%Y-%m-%d %H:%M}" == "2026-02-01 20:30"
 
 
-@pytest.mark.parametrize("recorded", ["holds", "refuted", "cannot tell", NOT_MEASURED])
-@pytest.mark.parametrize("measured", ["holds", "refuted", "cannot tell", NOT_MEASURED])
+@pytest.mark.parametrize("recorded", ["holds", "refuted", "inconclusive", NOT_MEASURED])
+@pytest.mark.parametrize("measured", ["holds", "refuted", "inconclusive", NOT_MEASURED])
 def test_a_verdict_other_than_the_recorded_one_is_marked(measured: str, recorded: str, tmp_path: Path) -> None:
     newest = NewestVerdicts()
     newest.add(read_run(save(tmp_path, 1, [], [claim(measured)])))
     asked = replace(ledger()["lora-memory"], recorded={"llama-2-7b": recorded})
     (found,) = newest.of_ledger({asked.id: asked})
-    assert found.differs == (measured not in (recorded, NOT_MEASURED))
-    assert any(f"{measured} (recorded: {recorded})" in line for line in as_markdown([found])) == found.differs
+    assert found.variant == (measured not in (recorded, NOT_MEASURED))
+    assert any(f"{measured} (recorded: {recorded})" in line for line in as_markdown([found])) == found.variant
 
 
 def test_a_decision_on_other_words_is_marked(tmp_path: Path) -> None:
@@ -152,17 +152,17 @@ def test_markdown_has_a_row_for_each_with_what_is_shared_left_empty(results: Pat
     assert len(rows) == 2 + ROWS
     assert len([row for row in rows if row[0].startswith(" **")]) == len(ledger())
     assert lines[0] == (
-        f"{len(ledger())} claims, each on one or more models: {ROWS - 3} not measured yet, 2 holds, 1 cannot tell; "
+        f"{len(ledger())} claims, each on one or more models: {ROWS - 3} not measured yet, 2 holds, 1 inconclusive; "
         "differing from the recorded verdict: 1. An empty cell repeats the one above."
     )
     memory = ledger()["lora-memory"].statement
-    verdict = "cannot tell (recorded: refuted)"
+    verdict = "inconclusive (recorded: refuted)"
     assert (
-        f"| **lora-memory**: {memory} | llama-2-7b | {verdict} | 17 GB | 1×64 tokens | 2026-02-03 | card-box |" in lines
+        f"| **lora-memory**: {memory} | llama-2-7b | {verdict} | 17 GB | 1×64 tokens | 2026-02-03 | GPU-box |" in lines
     )
     assert any(line.endswith(" | 7 MB \\| \\[b\\] &lt;b&gt; | 1×64 tokens | 2026-02-01 | cpu-box |") for line in lines)
     assert lines[-2:] == [
-        "- 2026-02-03 on card-box: run 0001, commit 000000000000, torch 2.13.0, peft 0.21.2",
+        "- 2026-02-03 on GPU-box: run 0001, commit 000000000000, torch 2.13.0, peft 0.21.2",
         "- 2026-02-01 on cpu-box: run 0001, commit 000000000000, torch 2.13.0, peft 0.21.2",
     ]
 
@@ -174,10 +174,10 @@ def test_an_empty_cell_is_as_above_in_the_same_claim(tmp_path: Path) -> None:
     found = standings_of([save(tmp_path, 1, [], [*asked, other])])
     shown = as_markdown([one for key, one in found.items() if key[0].endswith("lora-ratio")])
     cells = [line.strip("|").split("|") for line in shown if line.startswith("| ") and "1.23 GB" in line]
-    first, again, differs, back, next_claim = [[*map(str.strip, row)] for row in cells]
+    first, again, variant, back, next_claim = [[*map(str.strip, row)] for row in cells]
     assert first[4:] == ["a", "2026-02-01", "cpu-box"]
     assert (again[0], again[4:]) == ("", ["", "", ""])
-    assert (differs[0], differs[4:]) == ("", ["b", "", ""])
+    assert (variant[0], variant[4:]) == ("", ["b", "", ""])
     assert (back[0], back[4:]) == ("", ["a", "", ""])
     assert next_claim[0].startswith("**qlora-ratio**")
     assert next_claim[4:] == first[4:]
@@ -188,7 +188,7 @@ def test_the_terminal_shows_verdicts_figures_dates_and_machines(results: Path, r
     assert (code, complaint) == (0, "")
     assert re.search(r"many-adapters +│ smollm2-135m +│ holds +│ 7 MB \| \[b\] <b> +│ 2026-02-01 │ cpu-box", printed)
     assert re.search(r"rank-tradeoff +│ smollm2-135m +│ not measured yet +│ – +│ – +│ –", printed)
-    assert re.search(r"lora-memory +│ llama-2-7b +│ cannot tell \(recorded: refuted\) +│ 17 GB", printed)
+    assert re.search(r"lora-memory +│ llama-2-7b +│ inconclusive \(recorded: refuted\) +│ 17 GB", printed)
     assert "differing from the recorded verdict: 1" in " ".join(printed.split())
 
 

@@ -26,7 +26,7 @@ JUDGED = Judgement("same", ratio=1.0, low=0.99, high=1.01, error=0.05, further=N
 CONTROL = [[1.0, 1.1, 0.9], [1.0, 1.2, 1.1], [0.9, 1.0, 1.0]]
 
 
-def figures(slower: float = 1.0, **changes: Any) -> dict[str, Any]:
+def metrics(slower: float = 1.0, **changes: Any) -> dict[str, Any]:
     """Three processes whose rounds are always ``slower`` times 3 controls, but for a thousandth."""
     seconds = [
         [3 * slower * control * (1 + 0.001 * process) for control in rounds] for process, rounds in enumerate(CONTROL)
@@ -42,10 +42,10 @@ def figures(slower: float = 1.0, **changes: Any) -> dict[str, Any]:
 def save(
     path: Path, *changed: dict[str, Any], machine: dict[str, Any] | None = None, section: dict[str, Any] | None = None
 ) -> str:
-    """A run of three cases, the first of them with the ``changed`` figures; the path as the command takes it."""
-    of_each = [*changed, *[figures() for _ in IDS]][: len(IDS)]
+    """A run of three cases, the first of them with the ``changed`` metrics; the path as the command takes it."""
+    of_each = [*changed, *[metrics() for _ in IDS]][: len(IDS)]
     cases = [
-        {"id": id_, "question": "test_speed", "outcome": "passed", "reason": None, "figures": each}
+        {"id": id_, "benchmark": "test_speed", "outcome": "passed", "reason": None, "metrics": each}
         for id_, each in zip(IDS, of_each, strict=True)
     ]
     whole = {
@@ -83,7 +83,7 @@ def base(tmp_path: Path) -> str:
 def test_the_exit_code_says_whether_anything_got_worse(
     change: dict[str, Any], code: int, verdict: str, base: str, tmp_path: Path, run_command: Command
 ) -> None:
-    new = save(tmp_path / "0002_new.json", figures(**change))
+    new = save(tmp_path / "0002_new.json", metrics(**change))
     found, printed, complaint = run_command("compare", base, new)
     assert (found, complaint) == (code, "")
     counts = printed.splitlines()[-1]
@@ -104,7 +104,7 @@ def test_a_missing_case_fails_only_when_strict(base: str, tmp_path: Path, run_co
 
 
 def test_every_new_run_is_compared_with_the_base(base: str, tmp_path: Path, run_command: Command) -> None:
-    runs = [save(tmp_path / f"000{n}.json", figures(slower=slower)) for n, slower in ((2, 1.0), (3, 1.2), (4, 1.0))]
+    runs = [save(tmp_path / f"000{n}.json", metrics(slower=slower)) for n, slower in ((2, 1.0), (3, 1.2), (4, 1.0))]
     code, printed, _ = run_command("compare", base, *runs)
     assert code == 1
     assert [line for line in printed.splitlines() if " against " in line] == [f"{run} against {base}" for run in runs]
@@ -123,7 +123,7 @@ def test_same_rows_are_shown_on_request(base: str, run_command: Command) -> None
 def test_a_folder_is_its_newest_run(base: str, tmp_path: Path, run_command: Command) -> None:
     folder = tmp_path / "results" / "a-2c-cpu"
     save(folder / "0009_x.json")
-    save(folder / "0010_x.json", figures(slower=1.2))
+    save(folder / "0010_x.json", metrics(slower=1.2))
     for named in (folder, folder.parent):
         code, printed, _ = run_command("compare", base, str(named))
         assert code == 1
@@ -133,7 +133,7 @@ def test_a_folder_is_its_newest_run(base: str, tmp_path: Path, run_command: Comm
 def test_the_last_runs_of_a_machine(tmp_path: Path, run_command: Command) -> None:
     results = tmp_path / "results"
     for number in (1, 2, 3):
-        save(results / "a-2c-cpu" / f"000{number}_x.json", figures(slower=1.2 if number == 1 else 1.0))
+        save(results / "a-2c-cpu" / f"000{number}_x.json", metrics(slower=1.2 if number == 1 else 1.0))
     options = ("--results", str(results), "--machine", "a-2c-cpu")
     code, printed, _ = run_command("compare", "--last", "2", *options)
     assert code == 0
@@ -143,17 +143,17 @@ def test_the_last_runs_of_a_machine(tmp_path: Path, run_command: Command) -> Non
     assert run_command("compare", "--last", "3", *options)[1].count("1 better") == 2
 
 
-def other_question(name: str) -> dict[str, Any]:
+def other_benchmark(name: str) -> dict[str, Any]:
     id_ = f"benchmarks/test_verdicts.py::test_{name}"
-    return {"id": id_, "question": "test_verdicts", "outcome": "passed", "reason": None, "figures": {}}
+    return {"id": id_, "benchmark": "test_verdicts", "outcome": "passed", "reason": None, "metrics": {}}
 
 
-def test_runs_of_other_questions_are_passed_over(tmp_path: Path, run_command: Command) -> None:
+def test_runs_of_other_benchmarks_are_passed_over(tmp_path: Path, run_command: Command) -> None:
     folder = tmp_path / "results" / "a-2c-cpu"
     save(folder / "0001_x.json")
-    save(folder / "0002_x.json", section={"cases": [other_question("simulated")]})
-    save(folder / "0003_x.json", figures(slower=1.2))
-    save(folder / "0004_x.json", section={"cases": [other_question("real")]})
+    save(folder / "0002_x.json", section={"cases": [other_benchmark("simulated")]})
+    save(folder / "0003_x.json", metrics(slower=1.2))
+    save(folder / "0004_x.json", section={"cases": [other_benchmark("real")]})
     options = ("--results", str(tmp_path / "results"), "--machine", "a-2c-cpu")
     for arguments in (["--last", "2", *options], [str(folder)], [str(folder.parent)], [str(folder), str(folder)]):
         code, printed, _ = run_command("compare", *arguments)
@@ -168,10 +168,10 @@ def test_runs_of_other_questions_are_passed_over(tmp_path: Path, run_command: Co
 
 
 def test_one_run_is_compared_with_the_newest_before_it_that_it_can_be(tmp_path: Path, run_command: Command) -> None:
-    save(tmp_path / "0001_x.json", figures(slower=1.2))
+    save(tmp_path / "0001_x.json", metrics(slower=1.2))
     save(tmp_path / "0002_x.json")
-    save(tmp_path / "0003_x.json", section={"cases": [other_question("real")]})
-    new = save(tmp_path / "0004_x.json", figures(slower=1.2))
+    save(tmp_path / "0003_x.json", section={"cases": [other_benchmark("real")]})
+    new = save(tmp_path / "0004_x.json", metrics(slower=1.2))
     save(tmp_path / "0005_x.json")  # after it, and none of its business
     code, printed, _ = run_command("compare", new)
     assert code == 1
@@ -185,12 +185,12 @@ def test_without_a_name_the_last_runs_are_this_machine_s(
     monkeypatch.setattr("peft_gauge.machine.machine_info", lambda: {"name": "mine"})
     for number in (1, 2):
         save(tmp_path / "mine" / f"000{number}_x.json")
-        save(tmp_path / "other" / f"000{number}_x.json", figures(slower=number))
+        save(tmp_path / "other" / f"000{number}_x.json", metrics(slower=number))
     assert run_command("compare", "--last", "2", "--results", str(tmp_path))[0] == 0
 
 
 def test_own_rules(base: str, tmp_path: Path, run_command: Command) -> None:
-    new = save(tmp_path / "new.json", figures(trainable_params=5))
+    new = save(tmp_path / "new.json", metrics(trainable_params=5))
     rules = tmp_path / "rules.toml"
     rules.write_text(
         'family_error = 0.05\nhost_spread = {seconds = 2, over_control = 2}\nrules = [{metric = "*", kind = "ignore"}]'
@@ -232,7 +232,7 @@ def test_what_cannot_be_compared_is_one_line(
     save(folder / "newer.json", section={"schema": VERSION + 1})
     save(folder / "other.json", machine={"name": "b", "threads": 4})
     save(folder / "apart" / "m" / "0001_x.json")
-    save(folder / "apart" / "m" / "0002_x.json", section={"cases": [other_question("real")]})
+    save(folder / "apart" / "m" / "0002_x.json", section={"cases": [other_benchmark("real")]})
     for machine in ("m", "n"):
         save(folder / "two" / machine / "0001_x.json")
     code, _, complaint = run_command("compare", *(each.format(base=base, folder=folder) for each in arguments))
@@ -242,13 +242,13 @@ def test_what_cannot_be_compared_is_one_line(
 
 
 def test_other_machines_are_compared_by_what_carries_no_noise(base: str, tmp_path: Path, run_command: Command) -> None:
-    new = save(tmp_path / "new.json", figures(slower=3.0), machine={"name": "b"})
+    new = save(tmp_path / "new.json", metrics(slower=3.0), machine={"name": "b"})
     assert "--across-machines" in run_command("compare", base, new)[2]
     code, printed, complaint = run_command("compare", base, new, "--across-machines")
     assert (code, complaint) == (0, "")
     assert "note: machines differ: machine: a-2c-cpu → b" in printed
     assert "step_seconds" not in printed
-    worse = save(tmp_path / "worse.json", figures(trainable_params=3), machine={"name": "b"})
+    worse = save(tmp_path / "worse.json", metrics(trainable_params=3), machine={"name": "b"})
     assert run_command("compare", base, worse, "--across-machines")[0] == 1
 
 
@@ -257,7 +257,7 @@ def test_one_run_that_is_not_comparable_does_not_hide_the_others(
 ) -> None:
     runs = [
         save(tmp_path / "2.json", machine={"threads": 4}),
-        save(tmp_path / "3.json", figures(slower=1.2)),
+        save(tmp_path / "3.json", metrics(slower=1.2)),
     ]
     out = tmp_path / "out.json"
     code, printed, complaint = run_command("compare", base, *runs, "--json", str(out))
@@ -275,16 +275,16 @@ def test_one_run_that_is_not_comparable_does_not_hide_the_others(
 def outputs(base: str, tmp_path: Path, run_command: Command) -> dict[str, str]:
     """The terminal's text, the Markdown and the JSON of one comparison in which everything happens."""
     odd = "a|b`c <d> [e] *f* _g_ \\ &"
-    changed = figures(
+    changed = metrics(
         slower=1.0837,
         trainable_params=1_843_201,
         allocated_peak_bytes=1_300_000_017,
         held_out_loss=2.34567891,
         phase_of_peak=odd,
     )
-    new = save(tmp_path / "new.json", changed, figures(slower=0.5), machine={"libraries": {"torch": "2.13"}})
+    new = save(tmp_path / "new.json", changed, metrics(slower=0.5), machine={"libraries": {"torch": "2.13"}})
     first = json.loads(Path(base).read_text())
-    first["peft_gauge"]["cases"][0]["figures"] |= {"held_out_loss": 2.0, "phase_of_peak": "backward"}
+    first["peft_gauge"]["cases"][0]["metrics"] |= {"held_out_loss": 2.0, "phase_of_peak": "backward"}
     Path(base).write_text(json.dumps(first))
     out = tmp_path / "out.json"
     code, terminal, _ = run_command("compare", base, new, "--all", "--json", str(out))
@@ -300,10 +300,10 @@ def test_terminal_markdown_and_json_agree(outputs: dict[str, str]) -> None:
     in_markdown = [[unescaped(part) for part in re.split(r"(?<!\\) ?\| ?", line)[1:-1]] for line in table]
     assert in_markdown == shown
     terminal = spaceless(outputs["terminal"])
-    for verdict, case, figure, before, after, change, judged, remark in shown:
+    for verdict, case, metric, before, after, change, judged, remark in shown:
         values = f"{before} → {after}" if (before, after) != ("–", "–") else ""
         about = ", ".join(part for part in (values, change) if part not in ("", "–"))
-        told = ": ".join(part for part in (figure if figure != "outcome" else "", about) if part)
+        told = ": ".join(part for part in (metric if metric != "outcome" else "", about) if part)
         told += (f"judged {judged}" if judged != "–" else "") + (remark if remark != "–" else "")
         place = terminal.find(spaceless(f"{verdict}{case}{told}"))
         assert place >= 0, told
@@ -377,18 +377,18 @@ def many(tmp_path: Path) -> tuple[str, str]:
         cases = [
             {
                 "id": f"benchmarks/test_speed.py::test_step[method-{number}-toy-cpu]",
-                "question": "test_speed",
+                "benchmark": "test_speed",
                 "outcome": "passed",
                 "reason": None,
-                "figures": {"trainable_params": 7, SAMPLES: {"step_seconds": [[slower * (1 + number / 100)] * 5]}},
+                "metrics": {"trainable_params": 7, SAMPLES: {"step_seconds": [[slower * (1 + number / 100)] * 5]}},
             }
             for number in range(9)
         ]
         return {"cases": [*cases, *others]}
 
-    gone = [{**other_question(f"gone[{number}]"), "question": "test_speed"} for number in range(4)]
-    come = [other_question(f"come[{number}]") for number in range(5)]
-    worse = other_question("worse") | {"question": "test_speed"}
+    gone = [{**other_benchmark(f"gone[{number}]"), "benchmark": "test_speed"} for number in range(4)]
+    come = [other_benchmark(f"come[{number}]") for number in range(5)]
+    worse = other_benchmark("worse") | {"benchmark": "test_speed"}
     return (
         save(tmp_path / "1.json", section=document(1.0, *gone, worse)),
         save(tmp_path / "2.json", section=document(1.02, *come, worse | {"outcome": "crashed", "reason": "signal 11"})),
@@ -399,14 +399,14 @@ def test_times_that_cannot_be_told_apart_are_one_line(many: tuple[str, str], run
     code, printed, _ = run_command("compare", *many)
     assert code == 1
     verdicts = [line[:12].strip() for line in printed.splitlines()[1:-1] if not line.startswith(" ")]
-    assert verdicts == ["worse: CRASH", "MISSING", "cannot tell", "NEW"]
+    assert verdicts == ["worse: CRASH", "MISSING", "inconclusive", "NEW"]
     assert "9 times of 9 cases" in printed
     assert "step_seconds (9): +2.0 % to +2.0 %" in printed
     assert "more processes per side would decide the clearest; --all" in " ".join(printed.split())
     assert "4 cases: test_verdicts.py (4)" in printed
     assert "5 cases: test_verdicts.py (5)" in printed
-    assert "BASE did not ask this question" in printed
-    assert printed.splitlines()[-1] == "1 worse, 9 cannot tell, 0 better, 18 same, 4 MISSING, 5 NEW"
+    assert "BASE did not ask this benchmark" in printed
+    assert printed.splitlines()[-1] == "1 worse, 9 inconclusive, 0 better, 18 same, 4 MISSING, 5 NEW"
     every = run_command("compare", *many, "--all")[1]
     assert every.count("step_seconds") == 9
     assert every.count("MISSING") == 4 + 1
@@ -427,7 +427,7 @@ def test_it_fits_the_terminal(
 @pytest.mark.parametrize(
     ("row", "heading", "text"),
     [
-        (Row("t", "x", "cannot tell", "NEW"), "verdict", "NEW"),
+        (Row("t", "x", "inconclusive", "NEW"), "verdict", "NEW"),
         (Row("t", "x", "worse", "OUT OF MEMORY"), "verdict", "worse: OUT OF MEMORY"),
         (Row("t", "x", "worse"), "verdict", "worse"),
         (Row("benchmarks/a.py::b", "x", "same"), "case", "a.py::b"),
@@ -441,7 +441,7 @@ def test_it_fits_the_terminal(
         (Row("t", "x", "worse", before=4, after=3, ratio=0.75), "change", "-1, -25.0 %"),
         (Row("t", "x", "same", before=4, after=4, ratio=1.0), "change", "–"),
         (Row("t", "x", "worse", before=1, after=20, ratio=20.0), "change", "+19, > +999 %"),
-        (Row("(all)", "seconds", "cannot tell", "ALL TIMES", ratio=1.2), "change", "+20.0 %"),
+        (Row("(all)", "seconds", "inconclusive", "ALL TIMES", ratio=1.2), "change", "+20.0 %"),
         (
             Row("t", "x", "same", judged=Judgement("same", 1.0, 0.99, 1.01, 0.05, None)),
             "judged",
@@ -455,7 +455,7 @@ def test_cells(row: Row, heading: str, text: str) -> None:
 
 
 def test_output_is_the_same_each_time(base: str, tmp_path: Path, run_command: Command) -> None:
-    new = save(tmp_path / "new.json", figures() | {SAMPLES: {"step_seconds": [[1.0, 2.0, 3.0, 2.5]]}})
+    new = save(tmp_path / "new.json", metrics() | {SAMPLES: {"step_seconds": [[1.0, 2.0, 3.0, 2.5]]}})
     assert run_command("compare", base, new) == run_command("compare", base, new)
 
 

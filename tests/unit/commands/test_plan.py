@@ -57,8 +57,8 @@ def run(run_command: Run) -> Run:
 def test_all_seven_are_the_default(run: Run, in_process: list[PlanRequest]) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
-    assert [request.method for request in in_process] == list(methods.SEVEN)
-    assert all(method.name in out for method in methods.SEVEN)
+    assert [request.method for request in in_process] == list(methods.DEFAULT_METHODS)
+    assert all(method.name in out for method in methods.DEFAULT_METHODS)
 
 
 def test_options_reach_the_request(run: Run, in_process: list[PlanRequest]) -> None:
@@ -77,7 +77,7 @@ def test_options_reach_the_request(run: Run, in_process: list[PlanRequest]) -> N
     assert in_process == [expected]
 
 
-def test_a_newly_quantised_base_is_prepared_unless_told_otherwise() -> None:
+def test_a_newly_quantized_base_is_prepared_unless_told_otherwise() -> None:
     assert adjusted(methods.LORA, "nf4", None, None, None).prepare_kbit
     assert not adjusted(methods.LORA, "nf4", None, None, False).prepare_kbit
     assert adjusted(methods.QLORA, None, False, None, None).quantization == methods.Quantization("nf4", False)
@@ -124,7 +124,7 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
         (("--find", "rank", "--gpu", "24GB", "--method", "prompt"), "no rank"),
         (("--find", "rank", "--gpu", "24GB", "--adapter", str(OFT)), "no rank"),
         (("--quantize", "nf5"), "unknown quantized layer format"),
-        (("--quantize", "nf4", "--method", "full"), "cannot be quantised"),
+        (("--quantize", "nf4", "--method", "full"), "cannot be quantized"),
         (("--dtype", "float8"), "unknown dtype"),
         (("--loss", "none"), "unknown loss"),
         (("--batch", "0"), "batch must be at least 1"),

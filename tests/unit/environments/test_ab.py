@@ -22,7 +22,7 @@ from peft_gauge.commands import ab_options
 from peft_gauge.environments import measurement
 from peft_gauge.environments.build import Environment
 from peft_gauge.environments.measurement import (
-    Finding,
+    MethodResult,
     ProcessPair,
     Setting,
     compare_case,
@@ -48,7 +48,7 @@ from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
-from tests.support.stepping_child import MACHINE, figures
+from tests.support.stepping_child import MACHINE, metrics
 
 Command = Callable[..., tuple[int, str, str]]
 CASE = CaseSpec("toy-llama", "lora", 1, 8, "cpu", "float32")
@@ -257,7 +257,7 @@ class FakeWorker:
         self.described += 1
         if "build" in self.told:
             raise WorkerFailed("failed", self.told["build"])
-        return figures(method=case.method, **self.told.get("figures", {}))
+        return metrics(method=case.method, **self.told.get("metrics", {}))
 
     def build(self, case: CaseSpec) -> None:
         self.built.append(case.method)
@@ -272,14 +272,14 @@ class FakeWorker:
 ENVIRONMENTS = (Environment(Side(()), None, {}), Environment(parse_side("gaugeprobe==2"), None, {}))
 
 
-def found_by(setting: Sides, budget: float = 5.0) -> Finding:
+def found_by(setting: Sides, budget: float = 5.0) -> MethodResult:
     finding = compare_case(ENVIRONMENTS, CASE, PairRule(budget), setting)
     assert not any(worker.alive for worker in setting.started)  # type: ignore[attr-defined]
     return finding
 
 
-def processes(finding: Finding) -> list[int]:
-    return [len(record.figures[SAMPLES]["step_seconds"]) for record in finding.records]
+def processes(finding: MethodResult) -> list[int]:
+    return [len(record.metrics[SAMPLES]["step_seconds"]) for record in finding.records]
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.1, "worse"), (0.9, "better"), (1.0, "same")])
@@ -323,7 +323,7 @@ def test_nothing_below_the_minimum_effect_is_worse_or_better(factor: float) -> N
 def test_what_is_surely_there_but_perhaps_below_the_minimum_effect_cannot_be_told(sign: int) -> None:
     """An estimate of 2.5 % that lies between 1.6 and 3.4 %; a third of the minimum effect once was enough for it."""
     judged = over_processes([sign * (0.025 + 0.01 * (-1) ** number) for number in range(16)], PairRule())
-    assert judged.verdict == "cannot tell"
+    assert judged.verdict == "inconclusive"
     assert min(abs(math.log(judged.low)), abs(math.log(judged.high))) > 0.016
 
 
@@ -356,7 +356,7 @@ def test_processes_that_do_not_agree_decide_nothing() -> None:
     """Each pair of steps within a pair of processes says +10 % or −10 %, and all of it is how these processes lie."""
     finding = found_by(Sides(*[1.1, 0.9] * 8), budget=2.0)
     assert finding.judged is not None
-    assert finding.judged.verdict == "cannot tell"
+    assert finding.judged.verdict == "inconclusive"
     assert finding.note is not None
     assert finding.note.startswith("16 pairs of processes; ")
     assert "more would decide it" in finding.note
@@ -408,7 +408,7 @@ def test_a_pair_of_processes_measures_all_cases_that_are_undecided() -> None:
     setting = Apart(1.0)
     lora, ia3 = compare_cases(ENVIRONMENTS, cases, PairRule(2.0), setting)
     assert [each.records[0].id for each in (lora, ia3)] == [each.id for each in cases]
-    assert [each.judged and each.judged.verdict for each in (lora, ia3)] == ["same", "cannot tell"]
+    assert [each.judged and each.judged.verdict for each in (lora, ia3)] == ["same", "inconclusive"]
     assert (processes(lora), processes(ia3)) == ([4, 4], [16, 16])
     started = setting.started  # type: ignore[attr-defined]
     assert [worker.built for worker in started] == [["lora", "ia3"]] * 8 + [["ia3"]] * 24
@@ -467,7 +467,7 @@ def ab(run_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("factors", "code", "verdict"),
-    [((1.2, 1.2), 1, "worse"), ((0.8, 0.8), 0, "better"), ((1.0,), 0, "same"), ((1.2, 0.8) * 8, 0, "cannot tell")],
+    [((1.2, 1.2), 1, "worse"), ((0.8, 0.8), 0, "better"), ((1.0,), 0, "same"), ((1.2, 0.8) * 8, 0, "inconclusive")],
 )
 def test_the_command_tells_the_verdict(
     factors: tuple[float, ...], code: int, verdict: str, ab: Callable[..., Any]
@@ -483,19 +483,19 @@ def test_the_command_tells_the_verdict(
 
 
 def test_operators_are_listed_whatever_the_time_says(ab: Callable[..., Any]) -> None:
-    more = {"figures": {key: value for key, value in figures(3).items() if key in ("fingerprint", "flops_per_step")}}
+    more = {"metrics": {key: value for key, value in metrics(3).items() if key in ("fingerprint", "flops_per_step")}}
     code, printed, _ = ab(Sides(1.2, 1.0, b=more))
     assert code == 1, "more FLOPs are worse, whatever time says"
     assert "CHANGED" in printed
     assert "  forward: +1 aten.mm.default in layer (2 → 3)" in printed.splitlines()
-    same_flops = {"figures": {"fingerprint": figures(3)["fingerprint"]}}
+    same_flops = {"metrics": {"fingerprint": metrics(3)["fingerprint"]}}
     code, printed, _ = ab(Sides(1.0, b=same_flops))
     assert code == 0, "another shape alone is news, not a verdict"
     assert "  forward: +1 aten.mm.default in layer (2 → 3)" in printed.splitlines()
 
 
 def test_settings_that_a_release_changed_do_not_forbid_the_comparison(ab: Callable[..., Any]) -> None:
-    code, printed, _ = ab(Sides(1.2, 1.2, b={"figures": {"settings": {"batch": 1, "r": 8}}}))
+    code, printed, _ = ab(Sides(1.2, 1.2, b={"metrics": {"settings": {"batch": 1, "r": 8}}}))
     assert code == 1
     assert "note: lora-toy-llama-cpu: settings that the releases changed: r: absent → 8" in printed
 
@@ -506,7 +506,7 @@ def test_both_sides_are_saved_as_runs(ab: Callable[..., Any], tmp_path: Path) ->
     assert a.options["ab"] == {"side": "A", "requirements": "gaugeprobe==1", "of": ["gaugeprobe==1", "gaugeprobe==2"]}
     assert b.options["ab"]["side"] == "B"
     assert a.libraries == b.libraries == {"gaugeprobe": "gaugeprobe here"}
-    seconds = [[len(process) for process in run.cases[0].figures[SAMPLES]["step_seconds"]] for run in (a, b)]
+    seconds = [[len(process) for process in run.cases[0].metrics[SAMPLES]["step_seconds"]] for run in (a, b)]
     assert seconds[0] == seconds[1]
     assert len(seconds[0]) == 4
 
@@ -515,7 +515,7 @@ def test_several_methods_share_the_error(ab: Callable[..., Any], monkeypatch: py
     errors: list[float] = []
     real = compare_cases
 
-    def spy(environments: Any, cases: Any, rule: PairRule, *rest: Any, **kept: Any) -> Iterator[Finding]:
+    def spy(environments: Any, cases: Any, rule: PairRule, *rest: Any, **kept: Any) -> Iterator[MethodResult]:
         errors.append(rule.error)
         return real(environments, cases, rule, *rest, **kept)
 

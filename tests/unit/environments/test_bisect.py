@@ -12,25 +12,25 @@ import pytest
 
 from peft_gauge.commands import ab_options
 from peft_gauge.environments import build, probe
-from peft_gauge.environments.bisection import Answer, Outcome, Probe, bisect, expected_probes
+from peft_gauge.environments.bisection import Answer, BisectionResult, Probe, bisect, expected_probes
 from peft_gauge.environments.build import Environment, NoEnvironment
-from peft_gauge.environments.measurement import Finding, Setting
+from peft_gauge.environments.measurement import MethodResult, Setting
 from peft_gauge.environments.pairs import PairRule
 from peft_gauge.environments.probe import Metric, difference, parse_metric, rule_for
 from peft_gauge.environments.requirements import Side
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.intervals import Judgement, Verdict
 from peft_gauge.history.schema import CaseRecord
-from tests.support.stepping_child import MACHINE, figures, make_wheel
+from tests.support.stepping_child import MACHINE, make_wheel, metrics
 
 if TYPE_CHECKING:
     from peft_gauge.environments.worker import CaseSpec
 
 Command = Callable[..., tuple[int, str, str]]
-LETTERS: Mapping[str, Answer] = {"g": "good", "b": "bad", "x": "unusable", "?": "cannot tell"}
+LETTERS: Mapping[str, Answer] = {"g": "good", "b": "bad", "x": "unusable", "?": "inconclusive"}
 
 
-def planted(answers: str) -> tuple[Outcome, list[str]]:
+def planted(answers: str) -> tuple[BisectionResult, list[str]]:
     """The outcome of a bisection of releases "0", "1", … with these answers, and which were asked for the reference."""
     tried: list[str] = []
 
@@ -112,7 +112,7 @@ def test_an_end_that_cannot_be_told_ends_it() -> None:
     outcome, _ = planted("ggg?")
     assert outcome.first_bad is None
     assert outcome.end is not None
-    assert outcome.end.answer == "cannot tell"
+    assert outcome.end.answer == "inconclusive"
 
 
 def test_without_two_usable_releases_there_is_no_answer() -> None:
@@ -146,7 +146,7 @@ def test_metrics(text: str, metric: Metric) -> None:
         ("lora", "'lora' is not a valid metric; write METHOD:METRIC"),
         ("lora:a:b:c", "is not a valid metric"),
         ("loar:step_seconds", "unknown method 'loar'; did you mean lora"),
-        ("lora:step_second", "unknown figure 'step_second'; did you mean step_seconds?"),
+        ("lora:step_second", "unknown metric 'step_second'; did you mean step_seconds?"),
         ("lora:fingerprint:flop", "unknown part of a fingerprint 'flop'; did you mean flops?"),
         ("lora:step_seconds:flops", "only a fingerprint has parts; write lora:step_seconds"),
     ],
@@ -171,8 +171,8 @@ def test_what_is_no_metric_is_one_line(text: str, said: str) -> None:
 )
 def test_a_figure_without_noise_is_different_or_not(metric: str, text: str | None) -> None:
     asked = parse_metric(metric)
-    assert difference(asked, figures(2), figures(2)) is None
-    found = difference(asked, figures(2), figures(3))
+    assert difference(asked, metrics(2), metrics(2)) is None
+    found = difference(asked, metrics(2), metrics(3))
     assert found is None if text is None else found is not None and text in found
 
 
@@ -230,7 +230,7 @@ class World:
         facts = self.of(environment)
         if "build" in facts:
             return CaseRecord("lora", "ab", "failed", facts["build"], {})
-        return CaseRecord("lora", "ab", "passed", None, figures(facts.get("products", 2)))
+        return CaseRecord("lora", "ab", "passed", None, metrics(facts.get("products", 2)))
 
     def of(self, environment: Environment) -> dict[str, Any]:
         return self.facts[environment.side.name.removeprefix("gaugeprobe==")]
@@ -241,7 +241,7 @@ class World:
 
     def compare_case(
         self, environments: tuple[Environment, Environment], case: CaseSpec, rule: PairRule, *rest: Any
-    ) -> Finding:
+    ) -> MethodResult:
         facts = self.of(environments[1])
         self.timed.append((environments[1].side.name.removeprefix("gaugeprobe=="), rule.budget_seconds))
         verdicts: Sequence[Verdict] = facts.get("verdicts", ["same"])
@@ -249,7 +249,7 @@ class World:
         records = (self.record(environments[0]), self.record(environments[1]))
         ratio = 1.1 if verdict == "worse" else 1.0
         judged = Judgement(verdict, ratio, ratio - 0.01, ratio + 0.01, rule.error, None)
-        return Finding(records, (MACHINE, MACHINE), judged if "build" not in facts else None, "66 pairs")
+        return MethodResult(records, (MACHINE, MACHINE), judged if "build" not in facts else None, "66 pairs")
 
 
 SAME: dict[str, Any] = {}
@@ -318,8 +318,8 @@ def test_the_command_finds_it(
         (SHAPE, [SAME, {"build": "x"}], "only gaugeprobe 1.0 runs in this range; nothing to compare it with"),
         (
             TIME,
-            [SAME, SAME, {"verdicts": ["cannot tell"]}],
-            "cannot tell whether gaugeprobe 3.0 is worse compared with 1.0 (cannot tell: +0.0 % [-1.0 %, +1.0 %], "
+            [SAME, SAME, {"verdicts": ["inconclusive"]}],
+            "inconclusive whether gaugeprobe 3.0 is worse compared with 1.0 (inconclusive: +0.0 % [-1.0 %, +1.0 %], "
             "66 pairs); raise --budget",
         ),
     ],
@@ -333,12 +333,12 @@ def test_what_cannot_be_answered_is_one_line(
 
 
 def test_an_undecided_release_gets_more_once(bisecting: Bisecting) -> None:
-    world, run = bisecting(TIME, SAME, {"verdicts": ["cannot tell", "worse"]}, WORSE)
+    world, run = bisecting(TIME, SAME, {"verdicts": ["inconclusive", "worse"]}, WORSE)
     code, printed, _ = run()
     assert code == 1
     assert world.timed == [("3.0", 5.0), ("2.0", 5.0), ("2.0", 15.0)]
     assert "gaugeprobe 2.0 is the first that is worse; 1.0 is not" in printed
-    world, run = bisecting(TIME, SAME, {"verdicts": ["cannot tell"]}, WORSE)
+    world, run = bisecting(TIME, SAME, {"verdicts": ["inconclusive"]}, WORSE)
     code, printed, _ = run()
     assert code == 1
     assert world.timed == [("3.0", 5.0), ("2.0", 5.0), ("2.0", 15.0)]
@@ -387,7 +387,7 @@ def test_a_reference_that_no_longer_runs_is_an_error(bisecting: Bisecting, monke
     world, run = bisecting(TIME, SAME, SAME)
     compare = world.compare_case
 
-    def broken(*arguments: Any) -> Finding:
+    def broken(*arguments: Any) -> MethodResult:
         finding = compare(*arguments)
         old, new = finding.records
         return replace(finding, records=(replace(old, outcome="crashed", reason="killed by SIGKILL"), new), judged=None)

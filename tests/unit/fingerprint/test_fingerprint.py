@@ -565,13 +565,13 @@ def test_flops_agree_with_torchs_counter_and_attention_with_its_products() -> No
     assert attention * 4 == sum(products.values()) * 5
 
 
-def test_quantised_products_have_a_name_of_their_own_and_the_same_flops(lora: dict[str, Any]) -> None:
-    quantised = fingerprint(build(methods.QLORA))
-    assert sum(quantised["flops"]["forward"].values()) == sum(lora["flops"]["forward"].values())
-    packed = {name for name in quantised["product_flops"]["forward"] if name.startswith("bitsandbytes.")}
-    dequantised = "bitsandbytes.dequantize_4bit.default" in quantised["operators"]["forward"]
-    assert packed or dequantised, "a packed weight is multiplied as it is, or unpacked first"
-    assert quantised["peak_bytes"]["quantisation_constants"] > 0
+def test_quantized_products_have_a_name_of_their_own_and_the_same_flops(lora: dict[str, Any]) -> None:
+    quantized = fingerprint(build(methods.QLORA))
+    assert sum(quantized["flops"]["forward"].values()) == sum(lora["flops"]["forward"].values())
+    packed = {name for name in quantized["product_flops"]["forward"] if name.startswith("bitsandbytes.")}
+    dequantized = "bitsandbytes.dequantize_4bit.default" in quantized["operators"]["forward"]
+    assert packed or dequantized, "a packed weight is multiplied as it is, or unpacked first"
+    assert quantized["peak_bytes"]["quantization_constants"] > 0
 
 
 def test_the_number_of_threads_changes_nothing_exact(threads: Callable[[int], None]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from peft_gauge.history.answers import NewestAnswers
 from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import read_rules
-from peft_gauge.history.schema import CaseRecord, Outcome, Selection
+from peft_gauge.history.schema import CaseOutcome, CaseRecord, Selection
 from peft_gauge.report.html.page_data import gather
 from tests.support.report_runs import SETTINGS, claim, memory_case, save, step_case, subject
 
@@ -22,8 +22,8 @@ Command = Callable[..., tuple[int, str, str]]
 RULES = read_rules()
 
 
-def case(id_: str, outcome: Outcome = "passed", **figures: Any) -> CaseRecord:
-    return CaseRecord(f"benchmarks/{id_}", id_.partition(".py")[0], outcome, None, figures)
+def case(id_: str, outcome: CaseOutcome = "passed", **metrics: Any) -> CaseRecord:
+    return CaseRecord(f"benchmarks/{id_}", id_.partition(".py")[0], outcome, None, metrics)
 
 
 def saved(
@@ -69,7 +69,7 @@ def test_every_case_counts_from_the_newest_run_that_ran_it(tmp_path: Path) -> No
     ("outcome", "newest"),
     [("skipped", "0001"), ("interrupted", "0001"), ("failed", "0002"), ("out-of-memory", "0002")],
 )
-def test_what_did_not_run_takes_no_answer_away(outcome: Outcome, newest: str, tmp_path: Path) -> None:
+def test_what_did_not_run_takes_no_answer_away(outcome: CaseOutcome, newest: str, tmp_path: Path) -> None:
     runs = [saved(tmp_path, 1, [case("test_a.py::x")]), saved(tmp_path, 2, [case("test_a.py::x", outcome)])]
     found = answers(*runs)
     assert found[newest] == ["test_a.py::x"]
@@ -85,7 +85,7 @@ def test_what_did_not_run_takes_no_answer_away(outcome: Outcome, newest: str, tm
         ({"asked": Selection(("benchmarks/test_b.py",), deselected=frozenset())}, True),
         ({"asked": BARE, "interrupted": True}, True),
         ({"asked": BARE, "options": {"method": ["lora"]}}, True),
-        ({}, True),  # it may have asked a part of the question again
+        ({}, True),  # it may have asked a part of the benchmark again
     ],
 )
 def test_a_case_that_is_gone_from_the_suite_is_gone_from_the_answers(
@@ -96,8 +96,8 @@ def test_a_case_that_is_gone_from_the_suite_is_gone_from_the_answers(
     assert ("0001" in answers(*runs)) == kept
 
 
-def test_of_older_runs_a_question_that_changed_loses_its_old_cases(tmp_path: Path) -> None:
-    """A run that does not say what it left out: other cases beside the same ones mean that the question changed."""
+def test_of_older_runs_a_benchmark_that_changed_loses_its_old_cases(tmp_path: Path) -> None:
+    """A run that does not say what it left out: other cases beside the same ones mean that the benchmark changed."""
     old = saved(tmp_path, 1, [case("test_a.py::x"), case("test_a.py::old"), case("test_b.py::slow")])
     new = saved(tmp_path, 2, [case("test_a.py::x"), case("test_a.py::new"), case("test_b.py::quick")])
     assert answers(old, new) == {
@@ -116,12 +116,12 @@ def test_a_renamed_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A run of memory and speed; one of LoRA's speed alone; one of counts; and one of another question."""
+    """A run of memory and speed; one of LoRA's speed alone; one of counts; and one of another benchmark."""
     counted = CaseRecord(
         "benchmarks/test_trainable_params.py::test_params[lora-toy-cpu]",
         "test_trainable_params",
         "passed",
-        figures={**subject("lora", "toy"), "trainable_params": 1234},
+        metrics={**subject("lora", "toy"), "trainable_params": 1234},
     )
     both = [*(memory_case(name, "toy") for name in ("lora", "full")), step_case("full", "toy", ratio=9.0)]
     save(tmp_path / "results", 1, [*both, step_case("lora", "toy")], [claim("holds")], torch="2.12.0")
@@ -182,8 +182,8 @@ def test_markdown_of_one_run_is_that_run_s(results: Path, run_command: Command) 
 
 def test_methods_under_other_settings_are_not_merged(tmp_path: Path, run_command: Command) -> None:
     longer = step_case("lora", "toy", ratio=7.0)
-    longer.figures["settings"] = SETTINGS | {"seq": 128}
-    other = CaseRecord(longer.id + "-long", "test_speed", "passed", figures=longer.figures)
+    longer.metrics["settings"] = SETTINGS | {"seq": 128}
+    other = CaseRecord(longer.id + "-long", "test_speed", "passed", metrics=longer.metrics)
     save(tmp_path, 1, [step_case("lora", "toy")])
     save(tmp_path, 2, [other])
     printed = run_command("report", "--markdown", str(tmp_path))[1]

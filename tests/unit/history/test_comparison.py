@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_gauge.history.comparison import Comparison, Row, compare, outcome_verdict
+from peft_gauge.history.comparison import Row, RunComparison, compare, outcome_verdict
 from peft_gauge.history.reader import Run, read_run, runs_in
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, VERSION
@@ -30,19 +30,17 @@ MACHINE = {
     "libraries": {"torch": "2.13.0", "peft": "0.21.2"},
 }
 
-Figures = dict[str, Any]
+Record = dict[str, Any]
 Made = Callable[..., Run]
 
 
-def case(id_: str, outcome: str = "passed", reason: str | None = None, **figures: Any) -> dict[str, Any]:
-    question = Path(id_.partition("::")[0]).stem
-    return {"id": id_, "question": question, "outcome": outcome, "reason": reason, "figures": figures}
+def case(id_: str, outcome: str = "passed", reason: str | None = None, **metrics: Any) -> dict[str, Any]:
+    benchmark = Path(id_.partition("::")[0]).stem
+    return {"id": id_, "benchmark": benchmark, "outcome": outcome, "reason": reason, "metrics": metrics}
 
 
-def timed(
-    seconds: list[list[float]], control: list[list[float]] | None = None, metric: str = "step_seconds"
-) -> Figures:
-    """Figures of a case that was timed: samples, and the control's beside them."""
+def timed(seconds: list[list[float]], control: list[list[float]] | None = None, metric: str = "step_seconds") -> Record:
+    """Metrics of a case that was timed: samples, and the control's beside them."""
     return {SAMPLES: {metric: seconds}} | ({} if control is None else {CONTROL_SAMPLES: {metric: control}})
 
 
@@ -53,7 +51,7 @@ def noisy(ratio: float, seed: int, *, processes: int = 5, noise: float = 0.002) 
     return rounds
 
 
-def document(cases: list[dict[str, Any]], claims: list[dict[str, Any]], section: Figures, machine: Figures) -> Figures:
+def document(cases: list[dict[str, Any]], claims: list[dict[str, Any]], section: Record, machine: Record) -> Record:
     return {
         "machine_info": MACHINE | machine,
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
@@ -70,9 +68,7 @@ def made(tmp_path: Path) -> Made:
     """``made(case(…), …)`` is a run with these cases, read from a file."""
     numbers = iter(range(1, 100))
 
-    def make(
-        *cases: Figures, claims: list[Figures] | None = None, section: Figures | None = None, **machine: Any
-    ) -> Run:
+    def make(*cases: Record, claims: list[Record] | None = None, section: Record | None = None, **machine: Any) -> Run:
         path = tmp_path / f"{next(numbers):04d}_x.json"
         path.write_text(json.dumps(document(list(cases), claims or [], section or {}, machine)))
         return read_run(path)
@@ -80,7 +76,7 @@ def made(tmp_path: Path) -> Made:
     return make
 
 
-def step_of(*, version: int = 1, loss: float = 2.0, **calls: int) -> Figures:
+def step_of(*, version: int = 1, loss: float = 2.0, **calls: int) -> Record:
     """A fingerprint of a step whose forward calls these operators as often."""
     return {
         "version": version,
@@ -93,22 +89,22 @@ def step_of(*, version: int = 1, loss: float = 2.0, **calls: int) -> Figures:
     }
 
 
-def compared(runs: Iterable[Run]) -> Comparison:
+def compared(runs: Iterable[Run]) -> RunComparison:
     base, new = runs
     return compare(base, new, RULES)
 
 
-def only(comparison: Comparison, metric: str) -> Row:
+def only(comparison: RunComparison, metric: str) -> Row:
     (row,) = [row for row in comparison.rows if row.metric == metric]
     return row
 
 
-def said(comparison: Comparison) -> list[tuple[str, str]]:
+def said(comparison: RunComparison) -> list[tuple[str, str]]:
     """What there is to see: rows that are not plainly the same, the worst first."""
     return [(row.says, row.metric) for row in comparison.rows if row.says != "same"]
 
 
-# Figures
+# Metrics
 
 
 @pytest.mark.parametrize(
@@ -149,14 +145,14 @@ def test_nested_figures_have_dotted_names_and_settings_are_none_of_them(made: Ma
     ]
     found = compared(made(case(STEP.format("lora"), plan=plan)) for plan in plans)
     assert said(found) == [("worse", "plan.peak_bytes")]
-    assert found.notes == ()  # nothing without a rule: settings were no figures
+    assert found.notes == ()  # nothing without a rule: settings were no metrics
     assert only(found, "plan.peak_bytes").cause == "activations +4,096 B"
 
 
 def test_what_no_rule_knows_is_named_and_not_judged(made: Made) -> None:
     def run(factor: int) -> Run:
-        figures: Figures = {f"odd_{n}": n * factor for n in range(1, 8)}
-        return made(case(STEP.format("lora"), **figures))
+        metrics: Record = {f"odd_{n}": n * factor for n in range(1, 8)}
+        return made(case(STEP.format("lora"), **metrics))
 
     found = compare(run(1), run(2), RULES)
     assert said(found) == []
@@ -176,8 +172,8 @@ def test_a_list_of_records_is_compared_item_by_item(made: Made) -> None:
 )
 def test_categories_explain_what_they_are_parts_of(metric: str, cause: str | None, made: Made) -> None:
     def run(size: int, logits: int) -> Run:
-        figures: Figures = {"peak_by_category": {"logits": logits, "inputs": 7}, metric: size}
-        return made(case(STEP.format("lora"), **figures))
+        metrics: Record = {"peak_by_category": {"logits": logits, "inputs": 7}, metric: size}
+        return made(case(STEP.format("lora"), **metrics))
 
     assert only(compare(run(10**6, 10), run(2 * 10**6, 5), RULES), metric).cause == cause
 
@@ -210,9 +206,7 @@ def test_a_changed_fingerprint_is_worse_and_says_how(made: Made) -> None:
         ({"mul": 2}, {"mul": 1, "loss": 2.5}, "worse"),
     ],
 )
-def test_a_step_that_does_the_same_with_less_is_better(
-    before: Figures, after: Figures, verdict: str, made: Made
-) -> None:
+def test_a_step_that_does_the_same_with_less_is_better(before: Record, after: Record, verdict: str, made: Made) -> None:
     """With another loss it is not the same any more."""
     found = compared(made(case(STEP.format("lora"), fingerprint=step_of(**each))) for each in (before, after))
     assert said(found) == [(verdict, "fingerprint")]
@@ -221,8 +215,8 @@ def test_a_step_that_does_the_same_with_less_is_better(
 
 def test_fingerprints_of_two_versions_are_not_compared_and_explain_nothing(made: Made) -> None:
     def run(ratio: float, version: int) -> Run:
-        figures = timed(noisy(ratio, version)) | {"fingerprint": step_of(version=version, mul=1)}
-        return made(case(STEP.format("lora"), **figures))
+        metrics = timed(noisy(ratio, version)) | {"fingerprint": step_of(version=version, mul=1)}
+        return made(case(STEP.format("lora"), **metrics))
 
     found = compare(run(1, 1), run(1.2, 2), RULES)
     assert said(found) == [("worse", "step_seconds"), ("NOT COMPARABLE", "fingerprint")]
@@ -231,15 +225,15 @@ def test_fingerprints_of_two_versions_are_not_compared_and_explain_nothing(made:
 
 
 def test_a_changed_verdict_of_a_claim_has_a_row(made: Made) -> None:
-    def claims(**verdicts: str) -> list[Figures]:
-        return [{"id": id_, "model": "m", "verdict": verdict, "figure": "1.5 GB"} for id_, verdict in verdicts.items()]
+    def claims(**verdicts: str) -> list[Record]:
+        return [{"id": id_, "model": "m", "verdict": verdict, "metric": "1.5 GB"} for id_, verdict in verdicts.items()]
 
     passed = case("benchmarks/test_claims.py::x")
     old = made(
-        passed, claims=claims(a="holds", b="cannot tell", c="not measured yet", d="holds", e="holds", f="refuted")
+        passed, claims=claims(a="holds", b="inconclusive", c="not measured yet", d="holds", e="holds", f="refuted")
     )
     new = made(
-        passed, claims=claims(a="refuted", b="holds", c="holds", d="not measured yet", e="holds", f="cannot tell")
+        passed, claims=claims(a="refuted", b="holds", c="holds", d="not measured yet", e="holds", f="inconclusive")
     )
     found = {row.test: row for row in compare(old, new, RULES).rows if row.metric == "verdict"}
     assert {name: row.says for name, row in found.items()} == {
@@ -270,11 +264,11 @@ def test_a_changed_verdict_of_a_claim_has_a_row(made: Made) -> None:
         ("passed", "timed-out", "worse", "worse"),
         ("passed", "failed", "worse", "worse"),
         ("skipped", "out-of-memory", "worse", "worse"),
-        ("crashed", "timed-out", "cannot tell", "TIMED OUT"),
-        ("passed", "skipped", "cannot tell", "SKIPPED"),
-        ("crashed", "skipped", "cannot tell", "SKIPPED"),
-        ("passed", "interrupted", "cannot tell", "INTERRUPTED"),
-        ("skipped", "passed", "cannot tell", "NEW"),
+        ("crashed", "timed-out", "inconclusive", "TIMED OUT"),
+        ("passed", "skipped", "inconclusive", "SKIPPED"),
+        ("crashed", "skipped", "inconclusive", "SKIPPED"),
+        ("passed", "interrupted", "inconclusive", "INTERRUPTED"),
+        ("skipped", "passed", "inconclusive", "NEW"),
     ],
 )
 def test_how_a_case_ended(old: str, new: str, verdict: str, says: str, made: Made) -> None:
@@ -292,7 +286,7 @@ def test_outcomes_are_never_both_worse_or_both_better() -> None:
     outcomes = ("passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted")
     for old, new in permutations(outcomes, 2):
         there, back = outcome_verdict(old, new), outcome_verdict(new, old)
-        assert there == "cannot tell" or there != back
+        assert there == "inconclusive" or there != back
 
 
 def test_a_case_that_died_has_no_rows_for_what_it_did_not_measure(made: Made) -> None:
@@ -309,11 +303,11 @@ def test_new_and_missing_cases_have_rows(made: Made) -> None:
         made(kept, case(STEP.format("lora"))), made(kept, case(STEP.format("ia3"), "skipped", "no GPU")), RULES
     )
     assert [(row.says, row.test, row.note) for row in found.rows if row.says != "same"] == [
-        ("MISSING", STEP.format("lora"), "NEW asked the question without it, and does not say what it left out"),
+        ("MISSING", STEP.format("lora"), "NEW asked the benchmark without it, and does not say what it left out"),
         ("NEW", STEP.format("ia3"), "no GPU"),
     ]
     assert (found.exit_code(), found.exit_code(strict=True)) == (0, 1)
-    assert found.counts == {"worse": 0, "cannot tell": 0, "better": 0, "same": 1, "MISSING": 1, "NEW": 1}
+    assert found.counts == {"worse": 0, "inconclusive": 0, "better": 0, "same": 1, "MISSING": 1, "NEW": 1}
 
 
 def test_an_interrupted_run_says_so(made: Made) -> None:
@@ -329,7 +323,7 @@ def test_an_interrupted_run_says_so(made: Made) -> None:
     assert (row.says, row.note) == ("NEW", "BASE was interrupted before it")
 
 
-ABOUT: Figures = {"method": "lora", "model": "toy", "device": "cpu", "settings": SETTINGS}
+ABOUT: Record = {"method": "lora", "model": "toy", "device": "cpu", "settings": SETTINGS}
 
 
 def test_a_renamed_case_is_compared_under_its_new_name(made: Made) -> None:
@@ -367,15 +361,15 @@ def test_a_fingerprint_also_tells_a_renamed_case(made: Made) -> None:
     }
 
 
-@pytest.mark.parametrize("why", ["settings", "question", "ambiguous", "figures"])
+@pytest.mark.parametrize("why", ["settings", "benchmark", "ambiguous", "metrics"])
 def test_what_is_not_surely_the_same_case_is_new_and_missing(why: str, made: Made) -> None:
     kept = case(STEP.format("full"))
     old, new = STEP.format("lora"), STEP.format("lora-r16")
     changed = {
         "settings": [case(new, **ABOUT | {"settings": SETTINGS | {"seq": 65}})],
-        "question": [case(new.replace("test_speed", "test_pace"), **ABOUT)],
+        "benchmark": [case(new.replace("test_speed", "test_pace"), **ABOUT)],
         "ambiguous": [case(new, **ABOUT), case(STEP.format("lora-16"), **ABOUT)],
-        "figures": [case(new, **ABOUT, total_params=5)],
+        "metrics": [case(new, **ABOUT, total_params=5)],
     }[why]
     found = compare(made(kept, case(old, **ABOUT)), made(kept, *changed), RULES)
     assert {says for says, _ in said(found)} == {"MISSING", "NEW"}
@@ -393,18 +387,18 @@ def test_what_is_not_surely_the_same_case_is_new_and_missing(why: str, made: Mad
         ({"accelerator": {"name": "H100", "memory_bytes": 8}}, "accelerator: absent → H100"),
     ],
 )
-def test_other_machines_are_refused(machine: Figures, differs: str, made: Made) -> None:
+def test_other_machines_are_refused(machine: Record, variant: str, made: Made) -> None:
     sides = [
         case(STEP.format("lora"), trainable_params=n, rss_peak_bytes=n * 10**9, **timed(noisy(n, 0))) for n in (1, 2)
     ]
     base, new = made(sides[0]), made(sides[1], **machine)
     found = compare(base, new, RULES)
     assert found.incomparable is not None
-    assert differs in found.incomparable
+    assert variant in found.incomparable
     assert (found.rows, found.exit_code()) == ((), 2)
     across = compare(base, new, RULES, across_machines=True)
     assert (across.incomparable, said(across), across.exit_code()) == (None, [("worse", "trainable_params")], 1)
-    assert any(differs in note for note in across.notes)
+    assert any(variant in note for note in across.notes)
 
 
 def test_versions_and_the_patch_of_python_are_no_hindrance(made: Made) -> None:
@@ -420,7 +414,7 @@ def test_versions_and_the_patch_of_python_are_no_hindrance(made: Made) -> None:
 
 @pytest.mark.parametrize("inside", ["settings", "plan"])
 def test_other_settings_make_a_case_incomparable_and_no_other(inside: str, made: Made) -> None:
-    def settings(attention: str) -> Figures:
+    def settings(attention: str) -> Record:
         values = SETTINGS | {"attention": attention}
         return {"settings": values} if inside == "settings" else {"plan": {"settings": values}}
 
@@ -452,7 +446,7 @@ def test_nothing_that_can_be_compared_is_no_success(made: Made) -> None:
 PEAK = "benchmarks/test_memory.py::test_peak[{}-toy-cpu]"
 
 
-def selection(*args: str, deselected: list[str] | None, markers: str = "", keywords: str = "") -> Figures:
+def selection(*args: str, deselected: list[str] | None, markers: str = "", keywords: str = "") -> Record:
     told = {"args": args or ["benchmarks"], "markers": markers, "keywords": keywords, "deselected": deselected}
     return {"selection": told}
 
@@ -460,14 +454,14 @@ def selection(*args: str, deselected: list[str] | None, markers: str = "", keywo
 @pytest.mark.parametrize(
     ("section", "says", "why"),
     [
-        ({}, "NOT ASKED", "did not ask this question"),
+        ({}, "NOT ASKED", "did not ask this benchmark"),
         ({"interrupted": True}, "NOT REACHED", "was interrupted before it"),
         (
             selection("benchmarks/test_speed.py", deselected=[]),
             "NOT ASKED",
             "was asked for benchmarks/test_speed.py only",
         ),
-        (selection(deselected=[]), "MISSING", "asked the question without it"),
+        (selection(deselected=[]), "MISSING", "asked the benchmark without it"),
         (selection(deselected=[PEAK.format("lora")], keywords="not peak"), "DESELECTED", "left it out (-k 'not peak')"),
         (selection(deselected=[PEAK.format("lora")]), "DESELECTED", "left it out (slow, or of another device)"),
         (
@@ -475,8 +469,8 @@ def selection(*args: str, deselected: list[str] | None, markers: str = "", keywo
             "NOT ASKED",
             "was asked for benchmarks/test_memory.py::test_growth only",
         ),
-        (selection("benchmarks/test_memory.py::test_peak", deselected=[]), "MISSING", "asked the question without it"),
-        (selection(deselected=None), "NOT ASKED", "did not ask this question"),
+        (selection("benchmarks/test_memory.py::test_peak", deselected=[]), "MISSING", "asked the benchmark without it"),
+        (selection(deselected=None), "NOT ASKED", "did not ask this benchmark"),
         (
             selection(deselected=[]) | {"options": {"method": ["full", "ia3"]}},
             "NOT ASKED",
@@ -485,8 +479,8 @@ def selection(*args: str, deselected: list[str] | None, markers: str = "", keywo
         (selection(deselected=[]) | {"interrupted": True}, "NOT REACHED", "was interrupted before it"),
     ],
 )
-def test_why_a_case_is_not_there(section: Figures, says: str, why: str, made: Made) -> None:
-    """Of a question that one run did not put at all; on either side."""
+def test_why_a_case_is_not_there(section: Record, says: str, why: str, made: Made) -> None:
+    """Of a benchmark that one run did not put at all; on either side."""
     kept, lost = case(STEP.format("full")), case(PEAK.format("lora"), **ABOUT)
     whole, part = made(kept, lost), made(kept, section=section)
     found = compare(whole, part, RULES)
@@ -497,12 +491,12 @@ def test_why_a_case_is_not_there(section: Figures, says: str, why: str, made: Ma
     assert (row.says, row.note) == ("NEW", None if says == "MISSING" else f"BASE {why}")
 
 
-def test_different_questions_are_told_as_that(made: Made) -> None:
+def test_different_benchmarks_are_told_as_that(made: Made) -> None:
     speed = made(*(case(STEP.format(name)) for name in ("full", "lora")))
     memory = made(case(PEAK.format("full")), section={"interrupted": True})
     found = compare(speed, memory, RULES)
     assert found.incomparable == (
-        "no case stands in both; they ask different questions: "
+        "no case stands in both; they ask different benchmarks: "
         "BASE test_speed (2 cases) and NEW test_memory (1 case), interrupted"
     )
     assert [row.says for row in found.rows] == ["NOT REACHED", "NOT REACHED", "NEW"]
@@ -549,7 +543,7 @@ def test_times_are_judged_with_a_cause(made: Made) -> None:
     assert found.exit_code() == 1
 
 
-def test_a_fingerprint_taken_by_another_question_explains_too(made: Made) -> None:
+def test_a_fingerprint_taken_by_another_benchmark_explains_too(made: Made) -> None:
     def run(ratio: float, mul: int) -> Run:
         shape = case("benchmarks/test_shape.py::test_shape[lora]", **ABOUT, fingerprint=step_of(mul=mul))
         return made(case(STEP.format("lora"), **ABOUT, **timed(noisy(ratio, round(10 * ratio)))), shape)
@@ -570,7 +564,7 @@ def test_holm_s_errors_are_those_of_the_whole_comparison(made: Made) -> None:
 def test_single_processes_cannot_tell_and_say_what_would(made: Made) -> None:
     found = compared(made(case(STEP.format("lora"), **timed([[ratio] * 5]))) for ratio in (1.0, 1.2))
     row = only(found, "step_seconds")
-    assert row.verdict == "cannot tell"
+    assert row.verdict == "inconclusive"
     # log 1.62 / log 1.2 = 2.646, and 1 has to be left out: (1 + 1.646)² - 1 = 6.0 more than one process
     assert row.note == "one process does not show how processes differ; about 7 more processes a side would decide"
     assert found.exit_code() == 0
@@ -581,10 +575,10 @@ def test_single_processes_cannot_tell_and_say_what_would(made: Made) -> None:
     [([[1.0, 1.0]], "2 rounds, and fewer than 3 say nothing"), (None, "its rounds were not saved")],
 )
 def test_too_few_rounds_cannot_tell(seconds: list[list[float]] | None, note: str, made: Made) -> None:
-    figures: Figures = {"step_seconds": 9.0} | ({} if seconds is None else timed(seconds))
+    metrics: Record = {"step_seconds": 9.0} | ({} if seconds is None else timed(seconds))
     new = made(case(STEP.format("lora"), step_seconds=9.0, **timed(noisy(1, 0))))
-    row = only(compare(made(case(STEP.format("lora"), **figures)), new, RULES), "step_seconds")
-    assert (row.verdict, row.note, row.judged, row.before) == ("cannot tell", note, None, 9.0)
+    row = only(compare(made(case(STEP.format("lora"), **metrics)), new, RULES), "step_seconds")
+    assert (row.verdict, row.note, row.judged, row.before) == ("inconclusive", note, None, 9.0)
 
 
 def test_an_unsteady_machine_is_told_beside_its_times(made: Made) -> None:
@@ -624,8 +618,8 @@ def many(made: Made, ratios: list[float], seed: int, *, control: bool = False, p
     cases = []
     for number, ratio in enumerate(ratios):
         beside = [[1.0] * 5] * 5 if control else None
-        figures = timed(noisy(ratio, seed + number), beside)
-        cases.append(case(STEP.format(f"m{number}"), **figures, trainable_params=params))
+        metrics = timed(noisy(ratio, seed + number), beside)
+        cases.append(case(STEP.format(f"m{number}"), **metrics, trainable_params=params))
     return made(*cases)
 
 
@@ -635,7 +629,7 @@ def test_a_common_factor_is_one_line(made: Made) -> None:
     found = compare(many(made, [1.0] * 10, 0), many(made, ratios, 100), RULES)
     assert [row.says for row in found.rows if row.metric == "step_seconds"] == ["worse"] + ["same"] * 9
     row = only(found, "seconds")
-    assert (row.says, row.verdict, row.ratio) == ("ALL TIMES", "cannot tell", pytest.approx(1.2, rel=0.01))
+    assert (row.says, row.verdict, row.ratio) == ("ALL TIMES", "inconclusive", pytest.approx(1.2, rel=0.01))
     worst = found.rows[0]
     assert worst.ratio == pytest.approx(1.32, rel=0.01)  # as it was, and below as it was judged
     assert worst.judged is not None
@@ -726,7 +720,7 @@ def test_the_worst_stands_first(made: Made) -> None:
         ("c", "worse"),
         ("b", "worse"),
         ("d", "MISSING"),
-        ("g", "cannot tell"),
+        ("g", "inconclusive"),
         ("e", "better"),
         ("f", "NEW"),
     ]
@@ -758,7 +752,7 @@ def test_plain_pytest_benchmark_files_are_compared_by_their_times(tmp_path: Path
 
     found = compare(run("1.json", 1.0), run("2.json", 2.0), RULES)
     assert said(found) == [("worse", "seconds")]  # a factor of 2 is beyond what hosts were seen to differ by
-    assert said(compare(run("1.json", 1.0), run("2.json", 1.5), RULES)) == [("cannot tell", "seconds")]
+    assert said(compare(run("1.json", 1.0), run("2.json", 1.5), RULES)) == [("inconclusive", "seconds")]
 
 
 def test_the_same_runs_give_the_same_comparison(made: Made) -> None:

@@ -60,7 +60,7 @@ def test_welch_by_hand() -> None:
     judged = judge(found, 0.05, EFFECT)
     assert (judged.verdict, judged.further) == ("worse", None)
     assert judged.ratio == pytest.approx(math.exp(0.1))
-    assert judge(found, 0.01, EFFECT).verdict == "cannot tell"  # t = 9.92, and the interval reaches below 0
+    assert judge(found, 0.01, EFFECT).verdict == "inconclusive"  # t = 9.92, and the interval reaches below 0
 
 
 def test_unequal_spreads_by_hand() -> None:
@@ -77,7 +77,7 @@ def test_holm_by_hand() -> None:
     assert holm_errors([], 0.05) == []
 
 
-@pytest.mark.parametrize(("slower", "verdict"), [(1.0, "cannot tell"), (1.59, "cannot tell"), (1.61, "worse")])
+@pytest.mark.parametrize(("slower", "verdict"), [(1.0, "inconclusive"), (1.59, "inconclusive"), (1.61, "worse")])
 def test_single_processes_are_judged_by_the_known_spread_of_hosts(slower: float, verdict: str) -> None:
     """Constant rounds: the bootstrap has nothing to add, and the interval is the spread alone."""
     found = of(Samples(((1.0,) * 5,)), Samples(((slower,) * 7,)))
@@ -90,7 +90,7 @@ def test_single_processes_are_judged_by_the_known_spread_of_hosts(slower: float,
 
 
 def test_one_single_process_is_enough_not_to_know_how_processes_differ() -> None:
-    assert judge(of(medians(1, 1, 1), Samples(((1.3,) * 5,))), 0.05, EFFECT).verdict == "cannot tell"
+    assert judge(of(medians(1, 1, 1), Samples(((1.3,) * 5,))), 0.05, EFFECT).verdict == "inconclusive"
 
 
 def test_over_the_control_the_smaller_spread_holds() -> None:
@@ -98,7 +98,7 @@ def test_over_the_control_the_smaller_spread_holds() -> None:
     base, new = Samples(((1.0, 2.0, 3.0),), control), Samples(((1.3, 2.6, 3.9),), control)
     judged = judge(estimate(base, new, SPREAD, over_control=True), 0.05, EFFECT)
     assert (judged.verdict, judged.low) == ("worse", pytest.approx(1.3 / 1.25))
-    assert judge(of(base, new), 0.05, EFFECT).verdict == "cannot tell"
+    assert judge(of(base, new), 0.05, EFFECT).verdict == "inconclusive"
 
 
 def test_the_control_is_divided_out_round_by_round() -> None:
@@ -112,7 +112,7 @@ def test_the_control_is_divided_out_round_by_round() -> None:
     base, new = side(2.0), side(2.2)
     judged = judge(estimate(base, new, SPREAD, over_control=True), 0.05, EFFECT)
     assert (judged.low, judged.ratio, judged.high) == pytest.approx((1.1, 1.1, 1.1))
-    assert judge(of(base, new), 0.05, EFFECT).verdict == "cannot tell"
+    assert judge(of(base, new), 0.05, EFFECT).verdict == "inconclusive"
 
 
 def test_the_centre_of_several_processes() -> None:
@@ -141,17 +141,17 @@ def test_what_is_too_little(samples: Samples | None, why: str | None) -> None:
     ("centre", "half", "verdict"),
     [
         (0.0, 0.029, "same"),
-        (0.0, 0.030, "cannot tell"),  # log 1.03 = 0.02956
+        (0.0, 0.030, "inconclusive"),  # log 1.03 = 0.02956
         (0.02, 0.009, "same"),
-        (0.02, 0.019, "cannot tell"),  # surely above 1, but perhaps by nothing that matters
+        (0.02, 0.019, "inconclusive"),  # surely above 1, but perhaps by nothing that matters
         (0.035, 0.034, "worse"),
-        (0.035, 0.036, "cannot tell"),
+        (0.035, 0.036, "inconclusive"),
         (-0.035, 0.034, "better"),
-        (-0.035, 0.036, "cannot tell"),
-        (-0.02, 0.019, "cannot tell"),
-        (math.log(1.0299), 0.001, "cannot tell"),
+        (-0.035, 0.036, "inconclusive"),
+        (-0.02, 0.019, "inconclusive"),
+        (math.log(1.0299), 0.001, "inconclusive"),
         (math.log(1.0301), 0.001, "worse"),
-        (math.log(0.9701), 0.001, "cannot tell"),  # a reader sees −2.99 %, which is less than 3 %
+        (math.log(0.9701), 0.001, "inconclusive"),  # a reader sees −2.99 %, which is less than 3 %
         (math.log(0.9699), 0.001, "better"),
     ],
 )
@@ -190,13 +190,13 @@ def test_that_many_more_decide_and_fewer_do_not(centre: float) -> None:
         shrunk = undecided.standard_error / math.sqrt(1 + more / 4)
         return judge(replace(undecided, standard_error=shrunk), 0.05, EFFECT).verdict
 
-    assert after(further + 1) != "cannot tell"
-    assert after(further - 2) == "cannot tell"
+    assert after(further + 1) != "inconclusive"
+    assert after(further - 2) == "inconclusive"
 
 
 def test_an_interval_without_bounds_is_a_number_still() -> None:
     judged = judge(of(medians(1, 50), medians(1, 900)), 1e-6, EFFECT)
-    assert judged.verdict == "cannot tell"
+    assert judged.verdict == "inconclusive"
     assert 0 < judged.low < 1 < judged.high < math.inf
 
 
@@ -205,7 +205,7 @@ def test_the_same_numbers_are_never_a_change() -> None:
     for number, rounds in ((1, 3), (1, 40), (2, 5), (9, 5)):
         side = Samples(((1.0,) * rounds,) * number)
         assert judge(of(side, Samples(((1.0,) * 3,) * number)), 0.05, EFFECT).verdict == (
-            "cannot tell" if number == 1 else "same"
+            "inconclusive" if number == 1 else "same"
         )
 
 
@@ -288,8 +288,8 @@ def test_a_family_of_comparisons_keeps_its_error() -> None:
         found = [of(processes(generator, 1), processes(generator, 1)) for _ in range(20)]
         errors = holm_errors([each.p_value() for each in found], 0.05)
         alarmed += any(
-            judge(each, error, 0.0).verdict != "cannot tell" for each, error in zip(found, errors, strict=True)
+            judge(each, error, 0.0).verdict != "inconclusive" for each, error in zip(found, errors, strict=True)
         )
-        uncorrected += any(judge(each, 0.05, 0.0).verdict != "cannot tell" for each in found)
+        uncorrected += any(judge(each, 0.05, 0.0).verdict != "inconclusive" for each in found)
     assert alarmed / families <= 0.08
     assert uncorrected / families >= 0.5

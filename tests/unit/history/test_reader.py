@@ -27,7 +27,7 @@ MEASURED = CaseRecord(
     STEP,
     "test_speed",
     "passed",
-    figures={
+    metrics={
         "step_seconds": 2.0,
         "control_seconds": 1.0,
         SAMPLES: {"step_seconds": [[1.0, 2.0], [3]]},
@@ -95,14 +95,14 @@ def test_a_run_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_rounds_of_schema_1_become_samples_of_one_process(tmp_path: Path) -> None:
-    figures = {"step_seconds": 2.0, "step_over_control": 2.0, "control_seconds": 1.0}
-    speed = CaseRecord(STEP, "test_speed", "passed", figures=dict(figures))
-    other = CaseRecord("b.py::test_count", "b", "passed", figures={"trainable_params": 7})
+    metrics = {"step_seconds": 2.0, "step_over_control": 2.0, "control_seconds": 1.0}
+    speed = CaseRecord(STEP, "test_speed", "passed", metrics=dict(metrics))
+    other = CaseRecord("b.py::test_count", "b", "passed", metrics={"trainable_params": 7})
     old = ours(speed, other, benchmarks=(entry(data=[1.0, 2.0, 3.0]),), schema=1)
     del old[KEY]["interrupted"], old[KEY]["resumed_from"]
     run = read_run(saved(tmp_path, old))
-    assert run.cases[0].figures == {**figures, SAMPLES: {"step_seconds": [[1.0, 2.0, 3.0]]}}
-    assert run.cases[1].figures == {"trainable_params": 7}
+    assert run.cases[0].metrics == {**metrics, SAMPLES: {"step_seconds": [[1.0, 2.0, 3.0]]}}
+    assert run.cases[1].metrics == {"trainable_params": 7}
     assert (run.schema, run.interrupted) == (1, False)
 
 
@@ -112,10 +112,10 @@ def test_samples_that_stand_with_the_case_are_not_replaced_by_rounds(tmp_path: P
 
 
 def test_rounds_go_to_no_metric_where_two_could_be_meant(tmp_path: Path) -> None:
-    figures = {"forward_seconds": 1.0, "backward_seconds": 2.0}
-    both = CaseRecord(STEP, "test_speed", "passed", figures=dict(figures))
+    metrics = {"forward_seconds": 1.0, "backward_seconds": 2.0}
+    both = CaseRecord(STEP, "test_speed", "passed", metrics=dict(metrics))
     run = read_run(saved(tmp_path, ours(both, benchmarks=(entry(data=[1.0]),), schema=1)))
-    assert run.cases[0].figures == figures
+    assert run.cases[0].metrics == metrics
 
 
 def test_a_plain_file_has_a_passed_case_for_each_benchmark(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_a_plain_file_has_a_passed_case_for_each_benchmark(tmp_path: Path) -> No
             "t/test_a.py::test_b[1]",
             "test_a",
             "passed",
-            figures={"seconds": 2.0, SAMPLES: {"seconds": [[1.0, 2.0, 4.0]]}},
+            metrics={"seconds": 2.0, SAMPLES: {"seconds": [[1.0, 2.0, 4.0]]}},
         ),
-        CaseRecord("test_c.py::d", "test_c", "passed", figures={"seconds": 2.0}),
+        CaseRecord("test_c.py::d", "test_c", "passed", metrics={"seconds": 2.0}),
     )
     assert (run.schema, run.options, run.claims, run.libraries, run.interrupted) == (None, {}, (), {}, False)
 
@@ -140,9 +140,9 @@ def test_pytest_benchmarks_own_output_is_read(tmp_path: Path) -> None:
     run = read_run(path)
     (case,) = run.cases
     rounds = json.loads(path.read_text())["benchmarks"][0]["stats"]["data"]
-    assert (case.id, case.question, run.name) == ("test_own.py::test_sum", "test_own", "own")
-    assert case.figures[SAMPLES] == {"seconds": [rounds]}
-    assert case.figures["seconds"] == sorted(rounds)[1]
+    assert (case.id, case.benchmark, run.name) == ("test_own.py::test_sum", "test_own", "own")
+    assert case.metrics[SAMPLES] == {"seconds": [rounds]}
+    assert case.metrics["seconds"] == sorted(rounds)[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*.json")), ids=lambda path: path.name[:4])
@@ -152,11 +152,11 @@ def test_the_runs_of_this_repository_are_read(path: Path) -> None:
     assert run.machine["name"] == path.parent.name
     for timed in document["benchmarks"]:
         (case,) = [case for case in run.cases if case.id == timed["fullname"]]
-        ((metric, (first, *further)),) = case.figures[SAMPLES].items()
+        ((metric, (first, *further)),) = case.metrics[SAMPLES].items()
         assert metric.removesuffix("_seconds") in case.id
         if run.schema == 1:
             assert (first, further) == (timed["stats"]["data"], [])
-            assert case.figures[metric] == timed["stats"]["median"]
+            assert case.metrics[metric] == timed["stats"]["median"]
 
 
 @pytest.mark.parametrize("text", ["2025-11-24T19:14:48.519716", "2025-11-24T19:14:48.519716Z"])
@@ -203,8 +203,8 @@ def test_a_file_cut_anywhere_is_truncated(tmp_path: Path) -> None:
         ("[1, 2]", "is JSON, but no benchmark run"),
         ("{}", "is JSON, but no benchmark run"),
         ('{"benchmarks": {}}', "is JSON, but no benchmark run"),
-        ('{"benchmarks": [NaN]}', "holds NaN, which is no figure"),
-        ('{"benchmarks": [-Infinity]}', "holds -Infinity, which is no figure"),
+        ('{"benchmarks": [NaN]}', "holds NaN, which is no metric"),
+        ('{"benchmarks": [-Infinity]}', "holds -Infinity, which is no metric"),
         ('{"benchmarks": [1e999]}', "holds 1e999, which is more than a number can be"),
     ],
     ids=lambda value: None if len(value) > 60 else str(value),
@@ -219,7 +219,7 @@ def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
     assert message.endswith("upgrade")
 
 
-CASE: dict[str, Any] = {"id": "b::c", "question": "b", "outcome": "passed", "reason": None, "figures": {}}
+CASE: dict[str, Any] = {"id": "b::c", "benchmark": "b", "outcome": "passed", "reason": None, "metrics": {}}
 
 
 @pytest.mark.parametrize(
@@ -232,12 +232,12 @@ CASE: dict[str, Any] = {"id": "b::c", "question": "b", "outcome": "passed", "rea
         ({"interrupted": 1}, "peft_gauge.interrupted is 1, not true or false"),
         ({"cases": {}}, "peft_gauge.cases is {}, not a list"),
         ({"cases": [CASE, 3]}, "peft_gauge.cases[1] is 3, not an object"),
-        ({"cases": [{"question": "b"}]}, "a case's id is missing"),
-        ({"cases": [CASE | {"question": 3}]}, "case b::c: question is 3, not a text"),
+        ({"cases": [{"benchmark": "b"}]}, "a case's id is missing"),
+        ({"cases": [CASE | {"benchmark": 3}]}, "case b::c: benchmark is 3, not a text"),
         ({"cases": [CASE | {"reason": []}]}, "case b::c: reason is [], not a text"),
-        ({"cases": [CASE | {"figures": None}]}, "case b::c: figures is null, not an object"),
+        ({"cases": [CASE | {"metrics": None}]}, "case b::c: metrics is null, not an object"),
         ({"cases": [CASE | {"outcome": "exploded"}]}, "case b::c: outcome is 'exploded', none of crashed, failed"),
-        ({"cases": [CASE | {"figures": {SAMPLES: [1.0]}}]}, f"case b::c: {SAMPLES} is [1.0], not an object"),
+        ({"cases": [CASE | {"metrics": {SAMPLES: [1.0]}}]}, f"case b::c: {SAMPLES} is [1.0], not an object"),
         ({"claims": [{"id": "x", "model": "m"}]}, "claim x: verdict is missing"),
         ({"claims": [{"id": "x", "model": None}]}, "claim x: model is null, not a text"),
     ],
@@ -250,7 +250,7 @@ def test_a_wrong_type_is_named_with_its_place(section: dict[str, Any], message: 
 @pytest.mark.parametrize("processes", [1.0, [1.0], [[1.0], None], [["1"]], [[None]], [[-1.0]], [[True]], [[10**400]]])
 @pytest.mark.parametrize("kind", [SAMPLES, CONTROL_SAMPLES])
 def test_samples_are_seconds_of_each_process(kind: str, processes: Any, tmp_path: Path) -> None:
-    run = ours(cases=[CASE | {"figures": {kind: {"step_seconds": processes}}}])
+    run = ours(cases=[CASE | {"metrics": {kind: {"step_seconds": processes}}}])
     expected = f"is malformed: case b::c: {kind} of step_seconds are not one list of seconds for each process"
     assert broken(tmp_path, json.dumps(run)) == expected
 

@@ -29,8 +29,8 @@ OPTIONS = {"method": ["lora", "qlora"], "batch": None, "seed": 0, "results": "re
 OUTCOMES = ("passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted")
 
 
-def case(name: str, outcome: Any = "passed", **figures: Any) -> CaseRecord:
-    return CaseRecord(f"b.py::{name}", "b", outcome, None if outcome == "passed" else "why", figures)
+def case(name: str, outcome: Any = "passed", **metrics: Any) -> CaseRecord:
+    return CaseRecord(f"b.py::{name}", "b", outcome, None if outcome == "passed" else "why", metrics)
 
 
 def claim(name: str, model: str, verdict: str = "holds") -> dict[str, Any]:

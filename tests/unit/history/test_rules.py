@@ -1,4 +1,4 @@
-"""The rules by which figures of two runs are judged: which applies, and what a mistake in the file says."""
+"""The rules by which metrics of two runs are judged: which applies, and what a mistake in the file says."""
 
 from __future__ import annotations
 

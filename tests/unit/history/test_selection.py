@@ -9,7 +9,7 @@ import pytest
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import selection
 from peft_gauge.history.reader import Run, runs_in
-from peft_gauge.history.schema import CaseRecord, Outcome
+from peft_gauge.history.schema import CaseOutcome, CaseRecord
 from peft_gauge.history.selection import Chosen, newest_base, newest_in_common, of_each
 from tests.support.report_runs import save
 
@@ -17,7 +17,7 @@ SPEED = "benchmarks/test_speed.py::test_step[{}]"
 VERDICTS = "benchmarks/test_verdicts.py::test_{}"
 
 
-def case(id_: str, outcome: Outcome = "passed") -> CaseRecord:
+def case(id_: str, outcome: CaseOutcome = "passed") -> CaseRecord:
     return CaseRecord(id_, Path(id_.partition("::")[0]).stem, outcome)
 
 
@@ -33,7 +33,7 @@ def names(chosen: Chosen) -> list[str]:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> list[Path]:
-    """Bare runs, one in which all speeds were skipped, and two of another question; the newest is one of those."""
+    """Bare runs, one in which all speeds were skipped, and two of another benchmark; the newest is one of those."""
     bare = [case(SPEED.format("lora")), case(VERDICTS.format("simulated"))]
     return history(
         tmp_path,

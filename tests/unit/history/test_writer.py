@@ -62,7 +62,7 @@ def test_a_number_saved_between_look_and_claim_is_not_used_again(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, object()])
 def test_what_json_cannot_hold_is_refused_before_anything_is_written(value: object, tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="cannot be saved as JSON"):
-        writer.write_run(tmp_path, "m", {"figure": value})
+        writer.write_run(tmp_path, "m", {"metric": value})
     assert left_behind(tmp_path) == []
 
 

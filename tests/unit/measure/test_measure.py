@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import test_memory as memory_question
+from benchmarks import test_memory as memory_benchmark
 from fixtures.measured import Measured
 from peft_gauge import meters
 from peft_gauge.clock.rounds import Round, Rounds, StoppingRule, Stopwatch, WarmUp
 from peft_gauge.clock.steadiness import DeviceState, HostState
 from peft_gauge.errors import GaugeError
-from peft_gauge.isolation import Outcome
+from peft_gauge.isolation import ProcessOutcome
 from peft_gauge.measure import memory, passes, speed
-from peft_gauge.measure.passes import Setup
+from peft_gauge.measure.passes import CaseSetup
 from peft_gauge.measure.slopes import Line, lines
 from peft_gauge.plan import ceilings
 from peft_gauge.plan.ceilings import Ceiling
@@ -123,8 +123,8 @@ def test_the_peak_grows_by_what_a_row_and_a_token_take() -> None:
 Reading = Mapping[str, int | None]
 
 
-class Planted:
-    """A meter with planted readings: phase -> the figures of its runs, the last of them for all further ones."""
+class Synthetic:
+    """A meter with planted readings: phase -> the metrics of its runs, the last of them for all further ones."""
 
     sees = resolution = "planted"
 
@@ -152,18 +152,18 @@ ALLOCATOR = {
 }
 
 
-def planted_memory(monkeypatch: pytest.MonkeyPatch, *planted: Planted) -> dict[str, Any]:
+def planted_memory(monkeypatch: pytest.MonkeyPatch, *planted: Synthetic) -> dict[str, Any]:
     monkeypatch.setattr(memory, "meters_of", lambda device: list(planted))
     return measured_memory(product_job())
 
 
-def nvml(before: Reading, step: Reading, reason: str | None = None) -> Planted:
-    return Planted("nvml", {memory.BEFORE: [before], meters.WHOLE_STEP: [step]}, reason)
+def nvml(before: Reading, step: Reading, reason: str | None = None) -> Synthetic:
+    return Synthetic("nvml", {memory.BEFORE: [before], meters.WHOLE_STEP: [step]}, reason)
 
 
 def test_the_greatest_of_the_metered_steps_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = nvml({"device_peak_bytes": 300}, {"device_peak_bytes": 2000, "process_peak_bytes": 1500})
-    found = planted_memory(monkeypatch, Planted("cuda allocator", ALLOCATOR), driver)
+    found = planted_memory(monkeypatch, Synthetic("cuda allocator", ALLOCATOR), driver)
     assert found["allocated_peak_bytes"] == 750
     assert found["reserved_peak_bytes"] == 900
     assert found["fragmented_peak_bytes"] == 60
@@ -200,7 +200,7 @@ def test_what_the_driver_does_not_tell_is_absent(
 
 
 def test_a_figure_that_cannot_be_read_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocator = Planted("cuda allocator", {meters.WHOLE_STEP: [{"allocated_peak_bytes": 700, "ooms": None}]})
+    allocator = Synthetic("cuda allocator", {meters.WHOLE_STEP: [{"allocated_peak_bytes": 700, "ooms": None}]})
     found = planted_memory(monkeypatch, allocator, nvml({}, {}, reason="NVML does not respond: no permission"))
     assert found["allocated_peak_bytes"] == 700
     absent = {"reserved_peak_bytes", "fragmented_peak_bytes", "device_peak_bytes", "rss_peak_bytes", "ooms"}
@@ -313,7 +313,7 @@ class FakeCuda:
 
 
 class PlantedNvml:
-    """Two readings of the card's state, or an error in place of one."""
+    """Two readings of the GPU's state, or an error in place of one."""
 
     states: list[DeviceState | GaugeError]
     others: int | None
@@ -428,10 +428,10 @@ def test_a_forward_reads_all_weights_but_those_it_looks_up() -> None:
 # A whole case in this process ----------------------------------------------------------------------------------------
 
 
-def setup_of(method: str, *wanted: passes.Pass) -> Setup:
+def setup_of(method: str, *wanted: passes.Pass) -> CaseSetup:
     case = Case(models.resolve("toy-llama"), methods.get(method), StepSettings(2, 16), "cpu", "float32")
     stream = torch.arange(4 * 32) % 256
-    return Setup(case, case.model, stream, wanted, rule=StoppingRule(2, 2), warm_up=WarmUp(least=1, most=1))
+    return CaseSetup(case, case.model, stream, wanted, rule=StoppingRule(2, 2), warm_up=WarmUp(least=1, most=1))
 
 
 @pytest.mark.integration
@@ -445,12 +445,12 @@ def test_a_case_is_measured_whole(method: str) -> None:
     assert found["counted"]["trainable_params"] == counted.trainable_params
     assert found["counted"]["total_params"] == counted.total_params
     categories = found["memory"]["resident_by_category"]
-    # A method that trains the base has no adapter, and only a quantised base has constants.
+    # A method that trains the base has no adapter, and only a quantized base has constants.
     weights = categories["base_weights"] + categories.get("adapter_weights", 0)
-    weights += categories.get("quantisation_constants", 0)
+    weights += categories.get("quantization_constants", 0)
     assert weights == found["counted"]["weight_bytes"]
     assert ("adapter_weights" in categories) == (method != "full")
-    assert ("quantisation_constants" in categories) == (method == "qlora")
+    assert ("quantization_constants" in categories) == (method == "qlora")
     # AdamW: two of its kind for each trainable weight.
     assert categories["optimizer_state"] == 2 * found["counted"]["trainable_bytes"]
     assert len(found["speed"]["samples"]["step_seconds"]) == len(found["speed"]["control_seconds"]) == 2
@@ -496,17 +496,17 @@ def test_a_gradient_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert passes.measure(setup_of("lora"))["gradients"] == {"missing": [], "not_finite": [B_WEIGHT]}
 
 
-# The question of benchmarks/test_memory.py ---------------------------------------------------------------------------
+# The benchmark of benchmarks/test_memory.py ---------------------------------------------------------------------------
 
 PEAK = 5_000_000_000
 
 
-def measured_on(device: str, batch: int = 3, **figures: int) -> Measured:
-    """A case with a plan of 5 GB (reserved 10, device 15), and these measured figures."""
+def measured_on(device: str, batch: int = 3, **metrics: int) -> Measured:
+    """A case with a plan of 5 GB (reserved 10, device 15), and these measured metrics."""
     case = Case(models.resolve("toy-llama"), methods.get("lora"), StepSettings(batch, 64), device, "bfloat16")
     plan = plan_of(PlanRequest(case.model, case.method, case.settings), PEAK)
-    value = {"memory": {"tensor_peak_bytes": PEAK, **figures}}
-    return Measured(case, plan, (), Outcome("done", value, None, {}, 1.0, 0.5))
+    value = {"memory": {"tensor_peak_bytes": PEAK, **metrics}}
+    return Measured(case, plan, (), ProcessOutcome("done", value, None, {}, 1.0, 0.5))
 
 
 WORKSPACE = ceilings.Margins().workspace_bytes  # on top of the plan above, which has none
@@ -518,7 +518,7 @@ CEILINGS = {
 
 
 def test_a_case_that_the_table_lacks_has_the_ceiling_of_its_plan() -> None:
-    assert memory_question.ceiling_of(measured_on("cuda")) == CEILINGS
+    assert memory_benchmark.ceiling_of(measured_on("cuda")) == CEILINGS
 
 
 def test_a_recorded_ceiling_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,43 +529,43 @@ def test_a_recorded_ceiling_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return Ceiling(1, 2, 3)
 
     monkeypatch.setattr(ceilings, "ceiling_for", recorded)
-    found = memory_question.ceiling_of(measured_on("cuda"))
+    found = memory_benchmark.ceiling_of(measured_on("cuda"))
     assert found == {"allocated_peak_bytes": 1, "reserved_peak_bytes": 2, "own_device_peak_bytes": 3}
     assert asked == [("toy-llama", "lora", "cuda", "bfloat16", 3, 64)]
     checkpointed = measured_on("cuda")
     settings = replace(checkpointed.case.settings, grad_checkpointing=True)
     checkpointed = replace(checkpointed, case=replace(checkpointed.case, settings=settings))
-    assert memory_question.ceiling_of(checkpointed) == CEILINGS  # the table is of the suite's own settings
+    assert memory_benchmark.ceiling_of(checkpointed) == CEILINGS  # the table is of the suite's own settings
 
 
-@pytest.mark.parametrize("figure", CEILINGS)
-def test_a_peak_above_its_ceiling_is_a_line(figure: str) -> None:
-    assert memory_question.over_ceiling(measured_on("cuda", **CEILINGS)) == []
-    over = measured_on("cuda", **{**CEILINGS, figure: CEILINGS[figure] + 1})
-    expected = f"{figure}: {CEILINGS[figure] + 1:,} is above the ceiling of {CEILINGS[figure]:,}"
-    assert memory_question.over_ceiling(over) == [expected]
+@pytest.mark.parametrize("metric", CEILINGS)
+def test_a_peak_above_its_ceiling_is_a_line(metric: str) -> None:
+    assert memory_benchmark.over_ceiling(measured_on("cuda", **CEILINGS)) == []
+    over = measured_on("cuda", **{**CEILINGS, metric: CEILINGS[metric] + 1})
+    expected = f"{metric}: {CEILINGS[metric] + 1:,} is above the ceiling of {CEILINGS[metric]:,}"
+    assert memory_benchmark.over_ceiling(over) == [expected]
 
 
 def test_what_was_not_read_is_not_judged() -> None:
-    assert memory_question.over_ceiling(measured_on("cuda")) == []
+    assert memory_benchmark.over_ceiling(measured_on("cuda")) == []
     few = measured_on("cuda", reserved_peak_bytes=10**12)
-    assert len(memory_question.over_ceiling(few)) == 1
-    assert memory_question.against_plan(few)["relative_error"].keys() == {"reserved_peak_bytes", "tensor_peak_bytes"}
+    assert len(memory_benchmark.over_ceiling(few)) == 1
+    assert memory_benchmark.against_plan(few)["relative_error"].keys() == {"reserved_peak_bytes", "tensor_peak_bytes"}
 
 
 def test_a_cpu_is_not_judged() -> None:
     on_cpu = measured_on("cpu", allocated_peak_bytes=10**15)
-    assert memory_question.ceiling_of(on_cpu) is None
-    assert memory_question.over_ceiling(on_cpu) == []
+    assert memory_benchmark.ceiling_of(on_cpu) is None
+    assert memory_benchmark.over_ceiling(on_cpu) == []
 
 
 def test_the_distance_from_the_plan_is_a_part_of_the_plan() -> None:
-    figures = {
+    metrics = {
         "allocated_peak_bytes": 5_625_000_000,
         "reserved_peak_bytes": 9_375_000_000,
         "own_device_peak_bytes": 3 * PEAK,
     }
-    found = memory_question.against_plan(measured_on("cuda", tensor_peak_bytes=3_750_000_000, **figures))
+    found = memory_benchmark.against_plan(measured_on("cuda", tensor_peak_bytes=3_750_000_000, **metrics))
     assert found == {
         "planned_peak_bytes": PEAK,
         "planned_allocated_bytes": PEAK,

@@ -1,4 +1,4 @@
-"""The table of cards, the names and sizes it answers to, and the overheads that a calibration overwrites."""
+"""The table of GPUs, the names and sizes it answers to, and the overheads that a calibration overwrites."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_table_covers_8_gb_cards_to_h200() -> None:
 
 @pytest.mark.parametrize("gpu", gpus.table(), ids=lambda gpu: gpu.name)
 def test_each_card_has_a_source_and_a_plausible_size(gpu: gpus.Gpu) -> None:
-    """A card never reports more than its box says (in GiB), nor less than 90 % of it."""
+    """A GPU never reports more than its box says (in GiB), nor less than 90 % of it."""
     assert gpu.source
     assert gpu.url is not None
     assert re.fullmatch(r"https://\S+", gpu.url)
     assert gpu.marketing_memory is not None
     box = int(gpu.marketing_memory.removesuffix(" GB"))
     assert 0.9 * box * GIB < gpu.usable_bytes <= box * GIB
-    assert gpu.nominal == (gpu.usable_bytes == box * GIB), "only a figure from a data sheet is a round one"
+    assert gpu.nominal == (gpu.usable_bytes == box * GIB), "only a metric from a data sheet is a round one"
     assert gpu.compute_capability is not None
     assert (7, 0) <= gpu.compute_capability <= (12, 0)
 
@@ -94,7 +94,7 @@ def test_sizes(text: str, usable_bytes: int) -> None:
         ("24 gb", int(23.52 * GIB), "as GeForce RTX 4090"),
         ("8GB", int(7.75 * GIB), "as GeForce RTX 4060"),
         ("141GB", 143_156 << 20, "as H200"),
-        ("6GB", int(0.97 * 6 * GIB), "97 % of 6 GiB"),  # no card of the table
+        ("6GB", int(0.97 * 6 * GIB), "97 % of 6 GiB"),  # no GPU of the table
     ],
 )
 def test_whole_gigabytes_are_a_card_sold_with_them(text: str, usable_bytes: int, like: str) -> None:
@@ -129,7 +129,7 @@ def test_a_size_can_have_its_compute_capability(text: str, usable_bytes: int, ca
     ],
 )
 def test_a_measured_card_is_planned_with_what_its_capability_takes(card: Accelerator, looked_up: str) -> None:
-    """Else the ceiling of a slice of a Hopper card would be too low by 280 MB of context, and its step fail."""
+    """Else the ceiling of a slice of a Hopper GPU would be too low by 280 MB of context, and its step fail."""
     name = gpu_name(card)
     assert name == looked_up
     assert overheads_for(name).context_bytes == default_overheads(card.compute_capability).context_bytes

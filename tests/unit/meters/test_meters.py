@@ -1,4 +1,4 @@
-"""Meters against amounts known beforehand: real tensors and host memory, invented CUDA allocators and cards."""
+"""Meters against amounts known beforehand: real tensors and host memory, invented CUDA allocators and GPUs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ NEVER = 3600.0  # a sampling period so long that only starts and ends of phases 
 
 
 class Scripted:
-    """A meter that gives prepared figures and keeps what it was asked."""
+    """A meter that gives prepared metrics and keeps what it was asked."""
 
     sees = resolution = "scripted"
 
-    def __init__(self, name: str, *figures: Mapping[str, int | None], reason: str | None = None) -> None:
+    def __init__(self, name: str, *metrics: Mapping[str, int | None], reason: str | None = None) -> None:
         self.name, self.reason = name, reason
-        self.figures = iter(figures)
+        self.metrics = iter(metrics)
         self.asked: list[str] = []
 
     def why_unavailable(self) -> str | None:
@@ -56,7 +56,7 @@ class Scripted:
 
     def end_phase(self, name: str) -> Mapping[str, int | None]:
         self.asked.append(f"end {name}")
-        return next(self.figures)
+        return next(self.metrics)
 
 
 class Broken(Scripted):
@@ -214,8 +214,8 @@ def test_200_mb_for_20_ms_are_seen_by_the_kernels_peak(seconds: float) -> None:
     meter = HostMeter()
     meter.start_phase(FORWARD)
     hold(200 * MB, seconds)
-    figures = meter.end_phase(FORWARD)
-    assert rise(figures) == pytest.approx(200 * MB, abs=8 * MB)
+    metrics = meter.end_phase(FORWARD)
+    assert rise(metrics) == pytest.approx(200 * MB, abs=8 * MB)
     assert "VmHWM" in meter.resolution
 
 
@@ -260,8 +260,8 @@ def test_a_host_peak_belongs_to_its_phase_and_to_those_around_it() -> None:
     assert rise(step) == pytest.approx(200 * MB, abs=8 * MB)
 
 
-def rise(figures: Mapping[str, int | None]) -> int:
-    peak, last = figures["rss_peak_bytes"], figures["rss_bytes"]
+def rise(metrics: Mapping[str, int | None]) -> int:
+    peak, last = metrics["rss_peak_bytes"], metrics["rss_bytes"]
     assert peak is not None
     assert last is not None
     return peak - last
@@ -284,12 +284,12 @@ def test_tensor_peak_by_hand_also_when_the_body_raises() -> None:
 
     with pytest.raises(RuntimeError), phases.phase(FORWARD):
         fails()
-    figures = phases.readings[0].by_meter["tensors"]
-    assert figures["tensor_peak_bytes"] == 400 + 400 + 400 + 4
-    assert figures["live_bytes"] == 400 + 400
-    assert figures["base_weights_bytes_at_peak"] == 400
-    assert figures["activations_bytes_at_peak"] == 804
-    assert figures["gradients_bytes_at_peak"] == 0
+    metrics = phases.readings[0].by_meter["tensors"]
+    assert metrics["tensor_peak_bytes"] == 400 + 400 + 400 + 4
+    assert metrics["live_bytes"] == 400 + 400
+    assert metrics["base_weights_bytes_at_peak"] == 400
+    assert metrics["activations_bytes_at_peak"] == 804
+    assert metrics["gradients_bytes_at_peak"] == 0
 
 
 def test_tensor_peaks_of_nested_and_later_phases() -> None:
@@ -416,8 +416,8 @@ def test_the_drivers_own_pool_tells_no_fragmentation(monkeypatch: pytest.MonkeyP
     phases = Phases([CudaMeter()])
     with phases.phase(FORWARD):
         allocator.take(10)
-    figures = phases.readings[0].by_meter["cuda allocator"]
-    assert set(figures) == {"allocated_bytes", "allocated_peak_bytes", "reserved_bytes", "reserved_peak_bytes"}
+    metrics = phases.readings[0].by_meter["cuda allocator"]
+    assert set(metrics) == {"allocated_bytes", "allocated_peak_bytes", "reserved_bytes", "reserved_peak_bytes"}
 
 
 def test_cuda_meter_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,7 @@ def test_cuda_meter_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine with two equal cards; tests change it."""
+    """A machine with two equal GPUs; tests change it."""
     machine = Machine([Card("GPU-aaaa-1111"), Card("GPU-bbbb-2222")])
     monkeypatch.setattr(fake_pynvml, "machine", machine)
     monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml)
@@ -629,8 +629,8 @@ def test_the_thread_sees_what_comes_and_goes_within_a_phase(nvml: Machine) -> No
     while nvml.calls.count("nvmlDeviceGetComputeRunningProcesses") < before + 2 and time.monotonic() < deadline:
         time.sleep(0.001)
     nvml.cards[0].used = 0
-    figures = meter.end_phase(FORWARD)
-    assert (figures["device_peak_bytes"], figures["device_bytes"]) == (900, 0)
+    metrics = meter.end_phase(FORWARD)
+    assert (metrics["device_peak_bytes"], metrics["device_bytes"]) == (900, 0)
 
 
 @pytest.mark.parametrize(
@@ -640,16 +640,16 @@ def test_the_thread_sees_what_comes_and_goes_within_a_phase(nvml: Machine) -> No
 )
 def test_processes_are_absent_where_this_one_is_not_shown(nvml: Machine, processes: list[Any]) -> None:
     nvml.cards[0].processes = processes
-    figures = read(NvmlMeter())
-    assert {"process_bytes", "process_peak_bytes", "other_processes", "most_other_processes"}.isdisjoint(figures)
-    assert figures["device_bytes"] == 0  # a reading, unlike those
+    metrics = read(NvmlMeter())
+    assert {"process_bytes", "process_peak_bytes", "other_processes", "most_other_processes"}.isdisjoint(metrics)
+    assert metrics["device_bytes"] == 0  # a reading, unlike those
 
 
 def test_bytes_of_processes_are_absent_under_wsl2(nvml: Machine) -> None:
     nvml.cards[0].processes = [(os.getpid(), None), (1, None)]
-    figures = read(NvmlMeter())
-    assert "process_bytes" not in figures
-    assert figures["other_processes"] == 1
+    metrics = read(NvmlMeter())
+    assert "process_bytes" not in metrics
+    assert metrics["other_processes"] == 1
 
 
 def test_this_process_appears_with_its_context(nvml: Machine) -> None:

@@ -16,7 +16,7 @@ from tests.support.paths import DATA
 
 MEASURED = json.loads((DATA / "h200_attention.json").read_text(encoding="utf-8"))["rows"]
 UNSPLIT_BYTES = 1 << 20
-"""What the allocator may hand out beyond a request: the figures are those of memory_allocated."""
+"""What the allocator may hand out beyond a request: the metrics are those of memory_allocated."""
 
 
 # In single precision the GPU took the kernel that is planned, in 16 bit cuDNN's in place of flash or efficient.

@@ -176,7 +176,7 @@ def test_the_projects_own_file_holds_every_case_of_the_suite() -> None:
         CeilingKey(model, method.name, "cuda", "bfloat16", batch, seq)
         for model, shapes in ceilings_command.SHAPES.items()
         for batch, seq in shapes
-        for method in methods.SEVEN
+        for method in methods.DEFAULT_METHODS
     }
     assert table.margins == Margins()
     assert ceilings.default_path().read_text(encoding="utf-8") == ceilings.render(table)
@@ -272,7 +272,7 @@ def test_a_table_is_of_one_planning(
     assert err.startswith("peft-gauge: ")
     assert "leave out --model" in err
     code, out, _ = run()
-    # Other versions with the same figures are no reason to fail; other margins are.
+    # Other versions with the same metrics are no reason to fail; other margins are.
     assert (code, "peft was 0.0.1" in out) == ((0, True) if difference == "versions" else (1, False))
     assert ("the margins were" in out) == (difference == "margins")
 

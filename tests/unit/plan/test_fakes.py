@@ -10,15 +10,15 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from peft_gauge.counting import quantisation_constants
+from peft_gauge.counting import quantization_constants
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
     BACKWARD,
     BASE_WEIGHTS,
-    DEQUANTISED_TEMPORARIES,
+    DEQUANTIZED_TEMPORARIES,
     FORWARD,
     INPUTS,
-    QUANTISATION_CONSTANTS,
+    QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels
@@ -59,7 +59,7 @@ def test_a_meta_model_becomes_a_fake_on_cpu() -> None:
 
 
 @pytest.fixture
-def quantised() -> Any:
+def quantized() -> Any:
     """A function that builds a 4-bit layer; on `meta` it is not packed yet."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -78,37 +78,37 @@ def quantised() -> Any:
     return build
 
 
-def quantised_bytes(layer: Any) -> Any:
-    return layer.weight.nbytes, sorted(t.nbytes for t in quantisation_constants(layer.weight))
+def quantized_bytes(layer: Any) -> Any:
+    return layer.weight.nbytes, sorted(t.nbytes for t in quantization_constants(layer.weight))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("source", ["meta", "cpu"])
-def test_four_bit_weights_take_the_bytes_of_the_real_ones(quantised: Any, double_quant: Any, source: Any) -> None:
-    real = quantised(double_quant, "cpu")
-    model = nn.Sequential(quantised(double_quant, source))
+def test_four_bit_weights_take_the_bytes_of_the_real_ones(quantized: Any, double_quant: Any, source: Any) -> None:
+    real = quantized(double_quant, "cpu")
+    model = nn.Sequential(quantized(double_quant, source))
     fakes.to_fake(model, fakes.fake_mode())
 
-    assert quantised_bytes(model[0]) == quantised_bytes(real)
+    assert quantized_bytes(model[0]) == quantized_bytes(real)
     blocks = 200 * 320 // 64
     expected = [64, 1024, 4, -(-blocks // 256) * 4, blocks] if double_quant else [64, 4 * blocks]
-    assert quantised_bytes(real) == (200 * 320 // 2, sorted(expected))
+    assert quantized_bytes(real) == (200 * 320 // 2, sorted(expected))
 
 
-def test_packing_leaves_no_fake_in_the_librarys_cache(quantised: Any) -> None:
+def test_packing_leaves_no_fake_in_the_librarys_cache(quantized: Any) -> None:
     from bitsandbytes import functional
 
     functional.name2qmap.clear()
-    fakes.to_fake(nn.Sequential(quantised(True, "meta")), fakes.fake_mode())
+    fakes.to_fake(nn.Sequential(quantized(True, "meta")), fakes.fake_mode())
     assert not any(isinstance(code, FakeTensor) for code in functional.name2qmap.values())
 
 
-def test_a_four_bit_product_holds_a_dequantised_copy_in_both_directions(quantised: Any) -> None:
-    model, mode = nn.Sequential(quantised(True, "meta")), fakes.fake_mode()
+def test_a_four_bit_product_holds_a_dequantized_copy_in_both_directions(quantized: Any) -> None:
+    model, mode = nn.Sequential(quantized(True, "meta")), fakes.fake_mode()
     fakes.to_fake(model, mode)
     tracker = StorageTracker()
     tracker.adopt(model.parameters(), BASE_WEIGHTS)
-    tracker.adopt(quantisation_constants(next(model.parameters())), QUANTISATION_CONSTANTS)
+    tracker.adopt(quantization_constants(next(model.parameters())), QUANTIZATION_CONSTANTS)
     with mode, kernels.cuda_kernels():
         x = torch.zeros(64, 320, dtype=torch.bfloat16, requires_grad=True)
         tracker.adopt(x, INPUTS)
@@ -119,10 +119,10 @@ def test_a_four_bit_product_holds_a_dequantised_copy_in_both_directions(quantise
                 out.backward(out.detach())
 
     weight, absmax = 200 * 320 * 2, 200 * 320 // 64 * 4
-    assert tracker.kept_bytes(categories=[DEQUANTISED_TEMPORARIES]) == 0
-    assert tracker.peak(FORWARD).by_category[DEQUANTISED_TEMPORARIES] == weight + absmax
-    # Backward dequantises to the dtype the weight had before it was packed (here FP32), and casts that.
-    assert tracker.peak(BACKWARD).by_category[DEQUANTISED_TEMPORARIES] == 2 * weight + weight
+    assert tracker.kept_bytes(categories=[DEQUANTIZED_TEMPORARIES]) == 0
+    assert tracker.peak(FORWARD).by_category[DEQUANTIZED_TEMPORARIES] == weight + absmax
+    # Backward dequantizes to the dtype the weight had before it was packed (here FP32), and casts that.
+    assert tracker.peak(BACKWARD).by_category[DEQUANTIZED_TEMPORARIES] == 2 * weight + weight
     assert set(tracker.operators_without_flops) <= {
         "bitsandbytes::dequantize_4bit",
         "bitsandbytes::dequantize_blockwise",

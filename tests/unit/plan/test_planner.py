@@ -1,4 +1,4 @@
-"""Plans against figures worked out by hand, against real steps on the CPU, and against brute force."""
+"""Plans against metrics worked out by hand, against real steps on the CPU, and against brute force."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_gauge.counting import count, nbytes, quantisation_constants
+from peft_gauge.counting import count, nbytes, quantization_constants
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
@@ -184,17 +184,17 @@ def test_a_matrix_costs_two_operations_an_element_three_times() -> None:
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_format", ["nf4", "fp4", "int8"])
-def test_quantised_weights_take_the_bytes_of_real_ones(quant_format: Any, double_quant: bool) -> None:
+def test_quantized_weights_take_the_bytes_of_real_ones(quant_format: Any, double_quant: bool) -> None:
     method = replace(methods.QLORA, quantization=Quantization(quant_format, double_quant))
     real = methods.prepare_base(models.build(TOY, dtype="bfloat16"), method)
     parameters = list(real.parameters())
-    constants = [tensor for parameter in parameters for tensor in quantisation_constants(parameter)]
+    constants = [tensor for parameter in parameters for tensor in quantization_constants(parameter)]
     if quant_format == "int8":
         constants = [module.weight.SCB for module in real.modules() if hasattr(module, "state")]
     found = plan(PlanRequest(TOY, method, SETTINGS))
 
     assert found.resident_by_category["base_weights"] == sum(blocks(nbytes(p)) for p in parameters)
-    assert found.resident_by_category["quantisation_constants"] == sum(blocks(nbytes(t)) for t in constants)
+    assert found.resident_by_category["quantization_constants"] == sum(blocks(nbytes(t)) for t in constants)
     assert found.total_params == count(real).total_params + found.trainable_params
 
 
@@ -215,7 +215,7 @@ def test_what_needs_more_and_what_needs_less() -> None:
         assert less.flops_per_step > plain.flops_per_step
 
 
-@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 def test_every_method_is_planned_and_adds_up(method: methods.Method) -> None:
     found = plan(PlanRequest(TOY, method, SETTINGS, gpus=("24GB",)))
     device = found.device
@@ -240,7 +240,7 @@ def test_every_method_is_planned_and_adds_up(method: methods.Method) -> None:
     [(TOY, "float32"), (TOY, "bfloat16"), (published.first_layers("smollm2-135m", 2), "float32")],
     ids=["toy-llama", "toy-llama-16-bit", "smollm2-135m-cut"],
 )
-@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 def test_a_planned_step_is_a_real_step_without_its_numbers(
     method: methods.Method, record: models.ModelRecord, dtype: str
 ) -> None:
@@ -263,8 +263,8 @@ def hold_against_a_real_step(method: methods.Method, record: models.ModelRecord,
     model = methods.attach(real, replace(method, quantization=None, prepare_kbit=False))
     tracked = traced_step.follow(asked, model, own, count(model), [])
 
-    for figure in ("counted", "live_outputs_bytes", "saved_activation_bytes", "flops"):
-        assert getattr(planned, figure) == getattr(tracked, figure), figure
+    for metric in ("counted", "live_outputs_bytes", "saved_activation_bytes", "flops"):
+        assert getattr(planned, metric) == getattr(tracked, metric), metric
     for moment in ("peak", "resident"):
         ours, theirs = getattr(planned, moment), getattr(tracked, moment)
         assert (ours.bytes, ours.by_category, ours.phase) == (theirs.bytes, theirs.by_category, theirs.phase)
@@ -404,10 +404,10 @@ def test_lazily_made_state_is_in_the_replay_whatever_its_phase_does(category: st
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", methods.SEVEN, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 def test_a_device_is_never_planned_smaller_than_its_tensors(method: methods.Method, optimizer: Any) -> None:
     """Each optimizer and method, and over them each way of accumulating and checkpointing."""
-    number = methods.SEVEN.index(method) + OPTIMIZERS.index(optimizer)
+    number = methods.DEFAULT_METHODS.index(method) + OPTIMIZERS.index(optimizer)
     settings = StepSettings(
         BATCH, SEQ, optimizer=optimizer, grad_accumulation=1 + number % 2, grad_checkpointing=number % 4 > 1
     )
@@ -516,13 +516,13 @@ def refused(name: str) -> Callable[[], Plan]:
         "overflows": lambda: plan(request(settings=StepSettings(2**40, 2**40))),
         "no rank": lambda: find(request("prefix", gpus=("24GB",)), "rank", plan),
         "exactly one GPU": lambda: find(request("lora"), "batch", plan),
-        "cannot be quantised": lambda: plan(
+        "cannot be quantized": lambda: plan(
             PlanRequest(TOY, replace(methods.FULL, quantization=Quantization()), SETTINGS)
         ),
         "unknown loss": lambda: plan(request(loss="half")),
         "no GPU is called": lambda: plan(request(gpus=("RTX 9999",))),
         "does not fit": lambda: plan(
-            PlanRequest(TOY, methods.LORA.differs("x", "x", peft_config={"target_modules": ["nothing"]}), SETTINGS)
+            PlanRequest(TOY, methods.LORA.variant("x", "x", peft_config={"target_modules": ["nothing"]}), SETTINGS)
         ),
     }
     return values[name]  # type: ignore[return-value]
@@ -534,7 +534,7 @@ def refused(name: str) -> Callable[[], Plan]:
         "overflows",
         "no rank",
         "exactly one GPU",
-        "cannot be quantised",
+        "cannot be quantized",
         "unknown loss",
         "no GPU is called",
         "does not fit",

@@ -41,7 +41,7 @@ def test_a_knee_at_the_same_rank_under_every_seed_is_the_best_trade() -> None:
     knee_at_8 = (0.2, 0.4, 0.80, 0.81, 0.82, 0.83)
     finding = best_rank(of_ranks(*[knee_at_8] * 3), {}, "planted", least_share=0.8)
     assert finding.verdict == "holds"
-    assert finding.figure == (
+    assert finding.metric == (
         "quality r2 0.200, r4 0.400, r8 0.800, r16 0.810, r32 0.820, r64 0.830; "
         "knee by parameters: r8 in 100 % of resamples"
     )
@@ -55,22 +55,22 @@ def test_where_every_doubling_gains_the_same_there_is_none() -> None:
 
 def test_a_knee_that_moves_with_the_seed_cannot_be_told() -> None:
     early, late = (0.2, 0.80, 0.81, 0.82, 0.83, 0.84), (0.2, 0.21, 0.22, 0.23, 0.80, 0.81)
-    assert verdict_on_ranks(early, late, early) == "cannot tell"
+    assert verdict_on_ranks(early, late, early) == "inconclusive"
 
 
 def test_two_seeds_or_a_diverged_rank_tell_nothing() -> None:
     knee_at_8 = (0.2, 0.4, 0.80, 0.81, 0.82, 0.83)
-    assert verdict_on_ranks(knee_at_8, knee_at_8) == "cannot tell"
+    assert verdict_on_ranks(knee_at_8, knee_at_8) == "inconclusive"
     diverged = (*knee_at_8[:5], None)
     finding = best_rank(of_ranks(knee_at_8, knee_at_8, diverged), {}, "planted", least_share=0.8)
-    assert finding.verdict == "cannot tell"
-    assert finding.figure.endswith("; diverged: r64")
+    assert finding.verdict == "inconclusive"
+    assert finding.metric.endswith("; diverged: r64")
 
 
 def test_where_every_rank_diverged_nothing_is_told() -> None:
     finding = best_rank(of_ranks(*[[None] * len(RANKS)] * 3), {}, "planted", least_share=0.8)
-    assert finding.verdict == "cannot tell"
-    assert finding.figure == "diverged: r2, r4, r8, r16, r32, r64"
+    assert finding.verdict == "inconclusive"
+    assert finding.metric == "diverged: r2, r4, r8, r16, r32, r64"
 
 
 def of_sets(**qualities: Sequence[float | None]) -> list[Trained]:
@@ -83,9 +83,9 @@ def of_sets(**qualities: Sequence[float | None]) -> list[Trained]:
         # Every seed shifts all sets alike, so that the pairs agree where the sets themselves do not.
         ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.40, 0.60, 0.51), "all": (0.45, 0.64, 0.55)}, "holds"),
         ({"qv": (0.500, 0.700, 0.600), "qkvo": (0.501, 0.699, 0.6), "all": (0.500, 0.701, 0.599)}, "refuted"),
-        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.60, 0.55, 0.65), "all": (0.4, 0.8, 0.5)}, "cannot tell"),
-        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.40, None, 0.51), "all": (0.45, 0.64, 0.55)}, "cannot tell"),
-        ({"qv": (0.50, 0.70), "qkvo": (0.40, 0.60), "all": (0.45, 0.64)}, "cannot tell"),
+        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.60, 0.55, 0.65), "all": (0.4, 0.8, 0.5)}, "inconclusive"),
+        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.40, None, 0.51), "all": (0.45, 0.64, 0.55)}, "inconclusive"),
+        ({"qv": (0.50, 0.70), "qkvo": (0.40, 0.60), "all": (0.45, 0.64)}, "inconclusive"),
     ],
 )
 def test_which_set_of_modules_is_best(qualities: Mapping[str, Sequence[float | None]], verdict: str) -> None:
@@ -95,7 +95,7 @@ def test_which_set_of_modules_is_best(qualities: Mapping[str, Sequence[float | N
 def test_the_figure_names_the_set_that_is_ahead_and_by_how_much() -> None:
     """By 0.1, 0.1 and 0.1 ± nothing, and by 0.2: an interval without width."""
     finding = best_targets(of_sets(qv=(0.5, 0.7, 0.6), all=(0.4, 0.6, 0.5)), "planted", margin=0.05)
-    assert finding.figure == (
+    assert finding.metric == (
         "quality at equal parameters: qv 0.600, all 0.500; qv is ahead of every other by at least 0.100"
     )
 
@@ -105,10 +105,10 @@ def test_the_figure_names_the_set_that_is_ahead_and_by_how_much() -> None:
     [
         ({0.25: 1.0, 2.0: 1.1, 8.0: 0.95}, "refuted"),
         ({0.25: 0.5, 2.0: 1.0, 8.0: 1.5}, "holds"),
-        ({0.25: 0.8, 2.0: 1.0, 8.0: 1.2}, "cannot tell"),
+        ({0.25: 0.8, 2.0: 1.0, 8.0: 1.2}, "inconclusive"),
     ],
 )
 def test_whether_the_scaling_sets_the_size(sizes: Mapping[float, float], verdict: str) -> None:
     finding = scaling_sets_size(sizes, {0.25: 0.3, 8.0: None}, alike=1.25, grows=2.0)
     assert finding.verdict == verdict
-    assert finding.figure.endswith("at one learning rate for all 0.25: 0.30, 8: diverged")
+    assert finding.metric.endswith("at one learning rate for all 0.25: 0.30, 8: diverged")

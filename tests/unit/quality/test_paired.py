@@ -92,7 +92,7 @@ def test_a_comparison_gives_its_verdict_with_the_figures(new: tuple[float, ...],
 
     assert found.holds is holds
     assert found.difference == difference(whole(*base), whole(*new))
-    assert found.figure.startswith(f"quality: LoRA 0.7900, QLoRA {sum(new) / 3:.4f}; {found.difference.mean:+.4f} (")
+    assert found.metric.startswith(f"quality: LoRA 0.7900, QLoRA {sum(new) / 3:.4f}; {found.difference.mean:+.4f} (")
     json.dumps(found.as_json(), allow_nan=False)
 
 
@@ -114,8 +114,8 @@ def test_a_diverged_training_is_no_quality_of_zero_and_no_seed_less() -> None:
 
     for found in (compare(good, broken, margin=MARGIN), compare(broken, good, margin=MARGIN)):
         assert (found.holds, found.difference) == (None, None)
-    assert compare(good, broken, margin=MARGIN, names=("LoRA", "QLoRA")).figure == "QLoRA diverged under seed 1 and 3"
-    assert compare(broken, good, margin=MARGIN, names=("LoRA", "QLoRA")).figure == "LoRA diverged under seed 1 and 3"
+    assert compare(good, broken, margin=MARGIN, names=("LoRA", "QLoRA")).metric == "QLoRA diverged under seed 1 and 3"
+    assert compare(broken, good, margin=MARGIN, names=("LoRA", "QLoRA")).metric == "LoRA diverged under seed 1 and 3"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -123,7 +123,7 @@ def test_fewer_than_three_seeds_cannot_tell(number: int) -> None:
     same = seeds(*[0.9] * number)
     found = compare(same, same, margin=MARGIN)
     assert (found.holds, found.difference) == (None, None)
-    assert found.figure == f"{number} seeds are too few, at least 3 are needed"
+    assert found.metric == f"{number} seeds are too few, at least 3 are needed"
 
 
 def test_a_base_that_learned_nothing_has_no_quality_to_keep() -> None:
@@ -131,7 +131,7 @@ def test_a_base_that_learned_nothing_has_no_quality_to_keep() -> None:
     assert compare(base, new, margin=MARGIN).holds
     found = compare(base, new, margin=MARGIN, least_base=0.5)
     assert found.holds is None
-    assert found.figure.endswith("; base learned too little, less than 0.5")
+    assert found.metric.endswith("; base learned too little, less than 0.5")
     assert compare(seeds(0.5, 0.4, 0.6), seeds(0.5, 0.4, 0.6), margin=MARGIN, least_base=0.5).holds
 
 

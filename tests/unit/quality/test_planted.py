@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.planted import UPDATE_OVER_WEIGHT, Planted, PreparedPlanted, plant, small_decoder
+from peft_gauge.quality.planted import UPDATE_OVER_WEIGHT, PreparedSynthetic, Synthetic, plant, small_decoder
 from peft_gauge.quality.training import Curve, Schedule, train
 from peft_gauge.quality.updates import Spectrum, lora_update_norm
 from peft_gauge.training import methods, models
@@ -25,15 +25,15 @@ REACHED = 0.9
 
 def lora(rank: int, targets: object = methods.ATTENTION_QV) -> Method:
     config = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": targets}
-    return methods.LORA.differs(f"lora-{rank}", "LoRA", peft_config=config)
+    return methods.LORA.variant(f"lora-{rank}", "LoRA", peft_config=config)
 
 
 @cache
-def task(seed: int) -> PreparedPlanted:
-    return Planted(seed=seed, batches=STEPS).prepared()
+def task(seed: int) -> PreparedSynthetic:
+    return Synthetic(seed=seed, batches=STEPS).prepared()
 
 
-def quality(prepared: PreparedPlanted, method: Method, rate: float = 0.03, steps: int = STEPS) -> float:
+def quality(prepared: PreparedSynthetic, method: Method, rate: float = 0.03, steps: int = STEPS) -> float:
     job = prepared.job(method)
     train(job, Schedule(steps, rate))
     return prepared.scores(job)["quality"]
@@ -60,7 +60,7 @@ def test_the_update_has_the_planted_rank_in_the_planted_modules_and_nowhere_else
 
 
 def test_the_seed_draws_everything_and_nothing_else_does() -> None:
-    first, again, other = Planted(seed=3).prepared(), Planted(seed=3).prepared(), Planted(seed=4).prepared()
+    first, again, other = Synthetic(seed=3).prepared(), Synthetic(seed=3).prepared(), Synthetic(seed=4).prepared()
 
     assert torch.equal(first.training[7]["labels"], again.training[7]["labels"])
     assert not torch.equal(first.training[7]["input_ids"], other.training[7]["input_ids"])
@@ -101,7 +101,7 @@ def test_one_student_leaves_the_base_as_it_was_for_the_next() -> None:
 
 @pytest.mark.parametrize("method", [lora(4), methods.FULL], ids=["lora", "full"])
 def test_where_nothing_is_planted_there_is_nothing_to_learn(method: Method) -> None:
-    control = Planted(rank=0, batches=5).prepared()
+    control = Synthetic(rank=0, batches=5).prepared()
     job = control.job(method)
 
     curve = train(job, Schedule(5, 0.03))
@@ -125,15 +125,15 @@ def test_modules_that_were_not_planted_do_not_do() -> None:
 
 def test_full_fine_tuning_reaches_the_floor_with_enough_tokens() -> None:
     """It has 25 times the parameters of the planted update to settle, and needs more data for them."""
-    roomy = Planted(batches=200, batch=16, seq=32).prepared()
+    roomy = Synthetic(batches=200, batch=16, seq=32).prepared()
     assert quality(roomy, methods.FULL, rate=0.01, steps=200) > 0.97
 
 
 def test_a_learned_update_is_as_large_as_the_planted_one() -> None:
     job = task(0).job(lora(4))
-    assert task(0).scores(job)["update_over_planted"] == 0.0
+    assert task(0).scores(job)["update_over_synthetic"] == 0.0
     train(job, Schedule(STEPS, 0.03))
-    assert task(0).scores(job)["update_over_planted"] == pytest.approx(1.0, abs=0.15)
+    assert task(0).scores(job)["update_over_synthetic"] == pytest.approx(1.0, abs=0.15)
 
 
 def test_the_same_training_twice_gives_the_same_curve() -> None:
@@ -163,4 +163,4 @@ def test_what_cannot_be_planted_is_refused() -> None:
     with pytest.raises(GaugeError, match="rank 17"):
         plant(base, 17, ("v_proj",), seed=0)
     with pytest.raises(GaugeError, match="at least 0"):
-        Planted(rank=-1)
+        Synthetic(rank=-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality import sweep as sweeping
-from peft_gauge.quality.sweep import Lengths, Setting, Trained, figures, knees, over_seeds, pareto_rows, sweep
+from peft_gauge.quality.sweep import Lengths, Setting, Trained, knees, metrics, over_seeds, pareto_rows, sweep
 from peft_gauge.report.terminal import sweep_table
 from peft_gauge.training import methods
 from peft_gauge.training.step import StepSettings, TrainingJob
@@ -68,7 +68,7 @@ class FourNumbers:
 
 
 def setting(label: str, rank: int) -> Setting:
-    return Setting(label, methods.LORA.differs(label, label, peft_config={"r": rank}), 0.3)
+    return Setting(label, methods.LORA.variant(label, label, peft_config={"r": rank}), 0.3)
 
 
 SETTINGS = [setting(f"r{rank}", rank) for rank in (1, 2, 4, 8)]
@@ -96,7 +96,7 @@ def test_the_rate_is_searched_under_the_first_seed_and_kept(tasks: Any) -> None:
 def test_figures_find_what_is_true_of_the_task(tasks: Any) -> None:
     results = sweep(tasks[0], SETTINGS, (0, 1), LENGTHS)
 
-    found = figures(results, {"r1": 10, "r2": 20, "r4": 40, "r8": 80})
+    found = metrics(results, {"r1": 10, "r2": 20, "r4": 40, "r8": 80})
 
     rows = {row["label"]: row for row in found["pareto"]}
     assert [row["trainable_params"] for row in rows.values()] == [1, 2, 4, 8]

@@ -329,7 +329,7 @@ def test_forgetting_is_by_how_much_the_loss_on_known_text_rises(prepared: Prepar
 
 def test_scoring_leaves_a_model_in_training_and_its_dropout_as_it_was(prepared: PreparedText) -> None:
     """A model in evaluation mode could not go on training where bitsandbytes has repacked its 4-bit weights."""
-    job = prepared.job(methods.LORA.differs("lora-half", "LoRA", peft_config={"lora_dropout": 0.5}))
+    job = prepared.job(methods.LORA.variant("lora-half", "LoRA", peft_config={"lora_dropout": 0.5}))
     assert prepared.scores(job)["update_norm"] == 0.0
     train(job, Schedule(3, 0.1))  # from now on the adapter, and its dropout, have an effect
     first, second = prepared.scores(job), prepared.scores(job)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.dissected import Dissected, PreparedDissected, spectral_figures
-from peft_gauge.quality.planted import Planted, Student, loss_on, plant, small_decoder
+from peft_gauge.quality.dissected import Dissected, PreparedDissected, spectral_metrics
+from peft_gauge.quality.planted import Student, Synthetic, loss_on, plant, small_decoder
 from peft_gauge.quality.updates import RANKS, Spectrum, Updates, random_spectrum
 from peft_gauge.training import methods, models
 
@@ -221,7 +221,7 @@ def test_a_planted_rank_is_all_of_it_and_each_rank_less_costs() -> None:
     teacher, _ = plant(base, 4, EVERY_LAYER, seed=0)
     student = Student(copy.deepcopy(teacher))
     updates = Updates(base, student, ranks=range(1, 9))
-    held_out = Planted().prepared().held_out
+    held_out = Synthetic().prepared().held_out
     with torch.no_grad():
         taught = [{**batch, "labels": teacher(batch["input_ids"]).logits} for batch in held_out]
 
@@ -239,10 +239,10 @@ def test_a_planted_rank_is_all_of_it_and_each_rank_less_costs() -> None:
 def test_a_random_update_has_the_ranks_of_chance() -> None:
     base = models.build(small_decoder())
 
-    figures = spectral_figures(Updates(base, moved(base)).spectra)
+    metrics = spectral_metrics(Updates(base, moved(base)).spectra)
 
     for name in ("energy_rank_over_random", "effective_rank_over_random"):
-        assert figures[name] == pytest.approx(1.0, abs=0.1)
+        assert metrics[name] == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("rank", [-1, 9])
@@ -270,7 +270,7 @@ def read_at(energy_rank: int, effective_rank: float, energy: float = 0.5) -> Spe
 
 def test_figures_by_hand() -> None:
     of_random = read_at(10, 20.0, 0.1)
-    figures = spectral_figures(
+    metrics = spectral_metrics(
         {
             "layers.0.q_proj": (read_at(1, 2.0, 0.9), of_random),
             "layers.1.q_proj": (read_at(4, 6.0, 0.7), of_random),
@@ -279,18 +279,18 @@ def test_figures_by_hand() -> None:
         }
     )
 
-    assert figures["energy_rank_over_random"] == pytest.approx(0.45)
-    assert figures["effective_rank_over_random"] == pytest.approx(0.325)
-    assert [figures[f"q_proj.energy_rank.{which}"] for which in ("least", "median", "most")] == [1, 4, 5]
-    assert [figures[f"q_proj.effective_rank.{which}"] for which in ("least", "median", "most")] == [2.0, 6.0, 7.0]
-    assert figures["q_proj.energy_rank_over_random.median"] == pytest.approx(0.4)
-    assert figures["v_proj.energy_rank_over_random.median"] == pytest.approx(0.8)
-    assert (figures["q_proj.layers"], figures["v_proj.layers"]) == (3, 1)
-    assert figures["q_proj.energy_at_rank_16"] == 0.8
-    assert (figures["q_proj.random.energy_rank"], figures["q_proj.random.energy_at_rank_16"]) == (10, 0.1)
+    assert metrics["energy_rank_over_random"] == pytest.approx(0.45)
+    assert metrics["effective_rank_over_random"] == pytest.approx(0.325)
+    assert [metrics[f"q_proj.energy_rank.{which}"] for which in ("least", "median", "most")] == [1, 4, 5]
+    assert [metrics[f"q_proj.effective_rank.{which}"] for which in ("least", "median", "most")] == [2.0, 6.0, 7.0]
+    assert metrics["q_proj.energy_rank_over_random.median"] == pytest.approx(0.4)
+    assert metrics["v_proj.energy_rank_over_random.median"] == pytest.approx(0.8)
+    assert (metrics["q_proj.layers"], metrics["v_proj.layers"]) == (3, 1)
+    assert metrics["q_proj.energy_at_rank_16"] == 0.8
+    assert (metrics["q_proj.random.energy_rank"], metrics["q_proj.random.energy_at_rank_16"]) == (10, 0.1)
     # The two examples are the layers with least and most of the random matrix's ranks.
-    assert (figures["layers.0.q_proj.energy_at_rank_1"], figures["layers.0.v_proj.energy_at_rank_1"]) == (0.9, 0.2)
-    assert "layers.1.q_proj.energy_at_rank_1" not in figures
+    assert (metrics["layers.0.q_proj.energy_at_rank_1"], metrics["layers.0.v_proj.energy_at_rank_1"]) == (0.9, 0.2)
+    assert "layers.1.q_proj.energy_at_rank_1" not in metrics
 
 
 @dataclass
@@ -342,7 +342,7 @@ def test_a_training_that_diverged_is_not_taken_apart(base: Pair) -> None:
 
 
 def test_a_task_taken_apart_is_another_task() -> None:
-    task = Planted(seed=3)
+    task = Synthetic(seed=3)
     identity = Dissected(task).identity()
     assert identity != task.identity()
     assert identity != Dissected(replace(task, seed=4)).identity()

@@ -1,4 +1,4 @@
-"""What a report is made of, from runs with known figures: rows, changes, intervals, pictures, Markdown, bad input."""
+"""What a report is made of, from runs with known metrics: rows, changes, intervals, pictures, Markdown, bad input."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def test_memory_rows_hold_every_category_of_measured_and_planned_steps(report: R
 
 def test_each_meter_stands_beside_its_plan_and_its_ceiling(report: Report) -> None:
     rows = {(row["machine"], row["meter"]): row for row in report.rows("planned")}
-    assert set(rows) == {("cpu-box", "tensors"), ("card-box", "allocated"), ("card-box", "reserved")}
-    reserved = rows["card-box", "reserved"]
+    assert set(rows) == {("cpu-box", "tensors"), ("GPU-box", "allocated"), ("GPU-box", "reserved")}
+    reserved = rows["GPU-box", "reserved"]
     assert [reserved[f"{kind}_bytes"] for kind in plots.KINDS] == [2_500_000_000, 2_400_000_000, 3_000_000_000]
     assert rows["cpu-box", "tensors"]["ceiling_bytes"] is None
     assert [row["kind"] for row in plots.kinds([rows["cpu-box", "tensors"]])] == ["measured", "planned"]
@@ -179,7 +179,7 @@ def test_each_meter_stands_beside_its_plan_and_its_ceiling(report: Report) -> No
 def test_a_line_over_lengths_needs_two(report: Report) -> None:
     rows = report.rows("sequence")
     assert {(row["machine"], row["seq"]) for row in rows} == {
-        (machine, seq) for machine in ("cpu-box", "card-box") for seq in (64, 128)
+        (machine, seq) for machine in ("cpu-box", "GPU-box") for seq in (64, 128)
     }
     assert "qlora" not in {row["method"] for row in rows}  # planned at one length
 
@@ -201,7 +201,7 @@ def test_plans_at_several_lengths_make_a_line(tmp_path: Path) -> None:
 
 def test_a_claim_keeps_the_newest_verdict_of_its_machine(tmp_path: Path) -> None:
     """A slow run decides it, a bare one after it does not; another machine has its own."""
-    save(tmp_path, 1, [], [claim("holds"), claim("cannot tell", "other")])
+    save(tmp_path, 1, [], [claim("holds"), claim("inconclusive", "other")])
     save(tmp_path, 2, [], [claim("not measured yet"), claim("refuted", "other"), claim("not measured yet", "third")])
     save(tmp_path, 3, [memory_case("lora", "toy")], [])
     save(tmp_path, 4, [], [claim("refuted")], machine=report_runs.CARD)
@@ -212,7 +212,7 @@ def test_a_claim_keeps_the_newest_verdict_of_its_machine(tmp_path: Path) -> None
         for one in machine.claims
     }
     assert found == {
-        ("card-box", "lora-memory"): ("refuted", ("0001", "2026-02-04")),
+        ("GPU-box", "lora-memory"): ("refuted", ("0001", "2026-02-04")),
         ("cpu-box", "lora-memory"): ("holds", ("0001", "2026-02-01")),
         ("cpu-box", "other"): ("refuted", ("0002", "2026-02-02")),
         ("cpu-box", "third"): ("not measured yet", None),
@@ -240,7 +240,7 @@ def test_a_sweep_stays_when_later_runs_ask_for_less(tmp_path: Path) -> None:
     """And of two runs with the same sweep it is the newer that is shown."""
     for number, qualities in enumerate([(0.1, 0.2), (0.3, 0.4), None]):
         points = [{"label": f"r{place}", "bytes": 10 + place, "quality": q} for place, q in enumerate(qualities or ())]
-        sweep = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", figures={"pareto": points})
+        sweep = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", metrics={"pareto": points})
         other = CaseRecord("benchmarks/test_o.py::test_other", "test_o", "passed")
         save(tmp_path, number, [sweep, other] if qualities else [other])
     rows = gather([tmp_path], RULES).rows("pareto")
@@ -249,12 +249,12 @@ def test_a_sweep_stays_when_later_runs_ask_for_less(tmp_path: Path) -> None:
 
 def test_a_sweep_says_what_its_quality_is(tmp_path: Path) -> None:
     points = [{"label": "switching", "held_bytes": 10, "quality": 0.5}]
-    trained = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", figures={"pareto": points})
+    trained = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", metrics={"pareto": points})
     served = CaseRecord(
         "benchmarks/test_m.py::test_ways",
         "test_m",
         "passed",
-        figures={"pareto": points, "quality_is": "rows per forward of the base"},
+        metrics={"pareto": points, "quality_is": "rows per forward of the base"},
     )
     save(tmp_path, 0, [trained, served])
     told = [row["panel"].partition(", ")[0] for row in gather([tmp_path], RULES).rows("pareto")]
@@ -337,11 +337,11 @@ def test_markdown_tells_the_newest_run(results: Path, run_command: Command) -> N
     code, printed, complaint = run_command("report", "--markdown", str(results / "cpu-box"))
     assert (code, complaint) == (0, "")
     assert printed.startswith("## cpu-box, run 0003\n\n- ended 2026-02-03 12:00 UTC\n")
-    assert "- cases: 3 passed, 1 out-of-memory, 1 skipped\n- claims: 1 refuted, 1 cannot tell\n" in printed
+    assert "- cases: 3 passed, 1 out-of-memory, 1 skipped\n- claims: 1 refuted, 1 inconclusive\n" in printed
     assert "torch 2.14.0, peft 0.21.2" in printed
     assert "bitsandbytes" not in printed  # which was not installed
     assert "| lora, tensors | toy on cpu, 1×64 tokens, float32, cpu-box | 1.24 GB | 1.20 GB | 103.3 % | – |" in printed
-    assert "| out-of-memory | test\\_memory.py::test\\_peak\\[full-toy-cpu\\] | the card's 24 GB were full |" in printed
+    assert "| out-of-memory | test\\_memory.py::test\\_peak\\[full-toy-cpu\\] | the GPU's 24 GB were full |" in printed
     assert "| skipped | test\\_memory.py::test\\_peak\\[qlora-toy-cpu\\] | no &lt;CUDA&gt; |" in printed
     assert "1.50 s" in printed
     widths = {line.count(" | ") for line in printed.splitlines() if line.startswith("| lora | ")}
@@ -349,7 +349,7 @@ def test_markdown_tells_the_newest_run(results: Path, run_command: Command) -> N
 
 
 def test_markdown_says_that_a_ceiling_was_passed(results: Path, run_command: Command) -> None:
-    _, printed, _ = run_command("report", "--markdown", str(results / "card-box"))
+    _, printed, _ = run_command("report", "--markdown", str(results / "GPU-box"))
     assert "- accelerator: NVIDIA H100, 85.00 GB\n" in printed
     assert "| 2.00 GB | 1.20 GB | 166.7 % | 1.90 GB, EXCEEDED BY 100.00 MB |" in printed
     assert "| 2.50 GB | 2.40 GB | 104.2 % | 3.00 GB |" in printed
@@ -357,7 +357,7 @@ def test_markdown_says_that_a_ceiling_was_passed(results: Path, run_command: Com
 
 
 def test_markdown_tells_what_settings_of_a_sweep_reached(results: Path, run_command: Command) -> None:
-    _, printed, _ = run_command("report", "--markdown", str(results / "card-box"))
+    _, printed, _ = run_command("report", "--markdown", str(results / "GPU-box"))
     assert "### test\\_rank\\[toy\\]: toy\n\n| setting | step | quality | over seeds | diverged |" in printed
     assert "| r=16 | 2.00 s | 0.7500 | 0.7000 to 0.8000 | 0 of 3 |" in printed
     assert "| r=256 | 500.00 ms | – | – | 1 of 3 |" in printed
@@ -369,7 +369,7 @@ def test_markdown_takes_one_file_and_names_every_machine_of_a_folder(results: Pa
     assert run_command("report", "--markdown", str(first))[1].startswith("## cpu-box, run 0001\n")
     everything = run_command("report", "--markdown", str(results))[1]
     headings = [line for line in everything.splitlines() if line.startswith("## ")]
-    assert headings == ["## card-box, run 0001", "## cpu-box, run 0003"]
+    assert headings == ["## GPU-box, run 0001", "## cpu-box, run 0003"]
 
 
 def test_markdown_keeps_a_cell_a_cell() -> None:

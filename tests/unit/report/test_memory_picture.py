@@ -33,7 +33,7 @@ POINTS = [
     for method, title, first, growth in (("lora", "LoRA", 14 * GB, 7_000_000), ("full", "full fine-tuning", 67 * GB, 0))
     for seq in (128, 256, 512)
 ]
-CARDS = [Card("A card", 25 * GB)]
+CARDS = [Card("A GPU", 25 * GB)]
 
 
 # --- where names go
@@ -79,7 +79,7 @@ def test_figures_in_names_have_three_digits(gb: float, text: str) -> None:
     assert shown_gb(gb) == text
 
 
-# --- the figures beside the picture
+# --- the metrics beside the picture
 
 
 def test_the_csv_holds_every_point_to_the_byte() -> None:
@@ -111,7 +111,7 @@ def test_every_point_is_drawn_where_it_is(altair: Any) -> None:
 
 def test_each_line_is_named_with_its_last_figure_and_each_card_with_its_memory(altair: Any) -> None:
     names = [row["name"] for row in marks(memory_picture.draw(POINTS, CARDS), "text")]
-    assert sorted(names) == ["A card: 25.0 GB usable", "LoRA, 17.6 GB", "full fine-tuning, 67.0 GB"]
+    assert sorted(names) == ["A GPU: 25.0 GB usable", "LoRA, 17.6 GB", "full fine-tuning, 67.0 GB"]
     assert [row["gb"] for row in marks(memory_picture.draw(POINTS, CARDS), "rule")] == [25.0]
 
 
@@ -130,15 +130,15 @@ def test_colours_and_shapes_are_different_for_every_method(altair: Any) -> None:
 def test_it_is_saved_and_the_same_figures_give_the_same_file(
     altair: Any, tmp_path: Path, name: str, start: bytes
 ) -> None:
-    figures = memory_picture.save(POINTS, CARDS, tmp_path / name)
+    metrics = memory_picture.save(POINTS, CARDS, tmp_path / name)
     first = (tmp_path / name).read_bytes()
     assert first.startswith(start)
-    assert figures.read_text(encoding="utf-8") == memory_picture.as_csv(POINTS)
+    assert metrics.read_text(encoding="utf-8") == memory_picture.as_csv(POINTS)
     memory_picture.save(POINTS, CARDS, tmp_path / name)
     assert (tmp_path / name).read_bytes() == first
     if name.endswith("svg"):
         text = first.decode()
-        assert all(word in text for word in ("LoRA, 17.6 GB", "A card: 25.0 GB usable", "sequence length (tokens"))
+        assert all(word in text for word in ("LoRA, 17.6 GB", "A GPU: 25.0 GB usable", "sequence length (tokens"))
 
 
 @pytest.mark.parametrize("missing", ["altair", "vl_convert"])

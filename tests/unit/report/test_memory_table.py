@@ -10,7 +10,7 @@ from peft_gauge.history.schema import CaseRecord
 from peft_gauge.report.terminal import memory_table, summary
 
 SETTINGS = {"batch": 4, "seq": 768, "dtype": "bfloat16", "weights": "random", "grad_checkpointing": False}
-FIGURES: dict[str, Any] = {
+METRICS: dict[str, Any] = {
     "method": "lora",
     "model": "toy",
     "device": "cuda",
@@ -43,13 +43,13 @@ FIGURES: dict[str, Any] = {
 
 
 def passed(**changed: Any) -> CaseRecord:
-    return CaseRecord("a", "test_memory", "passed", None, {**FIGURES, **changed})
+    return CaseRecord("a", "test_memory", "passed", None, {**METRICS, **changed})
 
 
 def on_cpu(**changed: Any) -> dict[str, Any]:
     unseen = ("allocated_peak_bytes", "reserved_peak_bytes", "own_device_peak_bytes", "device_peak_bytes")
-    figures = {name: value for name, value in FIGURES.items() if name not in unseen}
-    return {**figures, "device": "cpu", "ceiling": None, **changed}
+    metrics = {name: value for name, value in METRICS.items() if name not in unseen}
+    return {**metrics, "device": "cpu", "ceiling": None, **changed}
 
 
 def cells(shown: str, label: str) -> list[str]:
@@ -93,7 +93,7 @@ def test_a_cpu_has_the_tensors_and_no_ceiling() -> None:
 
 
 def test_what_was_not_read_is_a_dash_never_0() -> None:
-    bare = {name: FIGURES[name] for name in ("method", "model", "device", "settings", "tensor_peak_bytes", "meters")}
+    bare = {name: METRICS[name] for name in ("method", "model", "device", "settings", "tensor_peak_bytes", "meters")}
     shown = memory_table.summary([CaseRecord("a", "test_memory", "passed", None, bare)], 80)
     assert cells(shown, "lora") == ["lora", *["–"] * 10]
     without_plan = memory_table.summary([passed(planned_peak_bytes=None, planned_allocated_bytes=None)], 80)
@@ -128,15 +128,15 @@ def test_models_and_devices_have_tables_of_their_own() -> None:
 
 def test_only_what_was_measured_and_passed_is_shown() -> None:
     assert memory_table.summary([], 80) == ""
-    assert memory_table.summary([CaseRecord("a", "test_memory", "failed", "over", FIGURES)], 80) == ""
-    timed = {name: FIGURES[name] for name in ("method", "model", "device", "settings")}
+    assert memory_table.summary([CaseRecord("a", "test_memory", "failed", "over", METRICS)], 80) == ""
+    timed = {name: METRICS[name] for name in ("method", "model", "device", "settings")}
     assert memory_table.summary([CaseRecord("a", "test_speed", "passed", None, timed)], 80) == ""
 
 
 @pytest.mark.parametrize("reasons", [[], ["SM clock fell from 1980 to 1410 MHz", "1 other process computes"]])
 def test_unsteady_times_say_so_and_why(reasons: list[str]) -> None:
-    figures = {**{name: FIGURES[name] for name in ("method", "model", "device", "settings")}, "step_seconds": 0.25}
-    shown = summary.summary([CaseRecord("a", "test_speed", "passed", None, {**figures, "unsteady": reasons})], [], 80)
+    metrics = {**{name: METRICS[name] for name in ("method", "model", "device", "settings")}, "step_seconds": 0.25}
+    shown = summary.summary([CaseRecord("a", "test_speed", "passed", None, {**metrics, "unsteady": reasons})], [], 80)
     label = "lora (unsteady)" if reasons else "lora"
     assert cells(shown, label)[0] == label
     assert cells(shown, label)[7] == "250.00 ms"

@@ -94,10 +94,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     document = json.loads(hostile.read_text())
     reason = {
         "id": HOSTILE,
-        "question": "x",
+        "benchmark": "x",
         "outcome": "failed",
         "reason": "<b>1 & 2</b>",
-        "figures": {"method": "'\"<", "loss": 1.5},
+        "metrics": {"method": "'\"<", "loss": 1.5},
     }
     document["peft_gauge"]["cases"].append(reason)
     hostile.write_text(json.dumps(document))
@@ -231,10 +231,10 @@ def derived(runs: list[dict[str, Any]]) -> Iterator[float]:
         cases = run["peft_gauge"]["cases"]
         yield from range(len(cases) * 20)
         for case in cases:
-            figures = case["figures"]
-            for holder in (figures, figures.get("plan", {})):
+            metrics = case["metrics"]
+            for holder in (metrics, metrics.get("plan", {})):
                 yield sum(holder.get("peak_by_category", {}).values())
-            for processes in figures.get(SAMPLES, {}).values():
+            for processes in metrics.get(SAMPLES, {}).values():
                 yield sum(map(len, processes))
 
 
@@ -265,17 +265,17 @@ def test_the_tables_say_what_the_runs_say(tree: Element, results: Path) -> None:
 def test_the_history_holds_every_run_once(data: dict[str, Any]) -> None:
     past = data["history"]
     assert [(past["machines"][run[0]], run[1]) for run in past["runs"]] == [
-        ("card-box", "0001"),
+        ("GPU-box", "0001"),
         ("cpu-box", "0001"),
         ("cpu-box", "0002"),
         ("cpu-box", "0003"),
     ]
     peaks = [
         (past["at"][at], values)
-        for machine, case, figure, at, values, *_ in past["series"]
+        for machine, case, metric, at, values, *_ in past["series"]
         if past["machines"][machine] == "cpu-box"
         and past["cases"][case] == ["benchmarks/test_memory.py::test_peak[lora-toy-cpu]", "lora", "toy"]
-        and past["figures"][figure] == "tensor_peak_bytes"
+        and past["metrics"][metric] == "tensor_peak_bytes"
     ]
     assert peaks == [([1, 2, 3], [1_234_588_370, [1_239_708_370, 2]])]
 
@@ -356,7 +356,7 @@ def choose(browser: chromium.Chromium, name: str, value: str) -> None:
 def test_every_plot_is_drawn(opened: chromium.Chromium, data: dict[str, Any]) -> None:
     scroll_through(opened)
     drawn = opened.js(
-        "[...document.querySelectorAll('figure [role=img]')].map((each) => each.getAttribute('aria-label'))"
+        "[...document.querySelectorAll('metric [role=img]')].map((each) => each.getAttribute('aria-label'))"
     )
     panels = {row["panel"] for rows in data["plots"].values() for row in rows}
     per_plot = sum(len({row["panel"] for row in rows}) for rows in data["plots"].values())
@@ -432,7 +432,7 @@ def test_the_history_shows_values_changes_and_versions(opened: chromium.Chromium
 
 def test_the_interval_of_a_time_is_in_its_history(opened: chromium.Chromium, data: dict[str, Any]) -> None:
     choose(opened, "case", "benchmarks/test_speed.py::test_step[lora-toy-cpu]")
-    choose(opened, "figure", "step_seconds")
+    choose(opened, "metric", "step_seconds")
     last = opened.js(
         "[...[...document.querySelectorAll('#t-history tr')].at(-1).querySelectorAll('data')].map((d) => d.value)"
     )

@@ -1,27 +1,27 @@
-"""The table of published figures shows every case that has one, with its distance, and nothing else."""
+"""The table of published metrics shows every case that has one, with its distance, and nothing else."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft_gauge.history.schema import CaseRecord, Outcome
+from peft_gauge.history.schema import CaseOutcome, CaseRecord
 from peft_gauge.report.terminal.published_table import published_table
 
 
-def case(name: str, outcome: Outcome = "passed", **figures: Any) -> CaseRecord:
-    return CaseRecord(f"benchmarks/test_published.py::{name}", "test_published", outcome, None, figures)
+def case(name: str, outcome: CaseOutcome = "passed", **metrics: Any) -> CaseRecord:
+    return CaseRecord(f"benchmarks/test_published.py::{name}", "test_published", outcome, None, metrics)
 
 
-def published(name: str, outcome: Outcome = "passed", **changed: Any) -> CaseRecord:
-    figures = {
-        "figure": name,
+def published(name: str, outcome: CaseOutcome = "passed", **changed: Any) -> CaseRecord:
+    metrics = {
+        "metric": name,
         "published": 21.3,
         "planned": 20.4987,
         "unit": "GB",
         "distance_percent": -3.7619,
         "asserted": "within",
     }
-    return case(name, outcome, **{**figures, **changed})
+    return case(name, outcome, **{**metrics, **changed})
 
 
 def test_no_table_without_a_published_figure() -> None:

@@ -10,12 +10,12 @@ from peft_gauge.history.schema import CaseRecord
 from peft_gauge.report.terminal import sweep_table
 
 
-def point(label: str, **figures: Any) -> dict[str, Any]:
+def point(label: str, **metrics: Any) -> dict[str, Any]:
     about = {"quality": 0.98765, "quality_low": 0.9, "quality_high": 1.0, "seeds": 3, "diverged": 0}
     return (
         {"label": label, "trainable_params": 1_843_200, "peak_bytes": 736_456_789, "step_seconds": 0.78961}
         | about
-        | figures
+        | metrics
     )
 
 
@@ -38,8 +38,8 @@ SWEEP: dict[str, Any] = {
 }
 
 
-def case(**figures: Any) -> CaseRecord:
-    return CaseRecord("benchmarks/test_rank_sweep.py::test_rank", "test_rank_sweep", "passed", None, SWEEP | figures)
+def case(**metrics: Any) -> CaseRecord:
+    return CaseRecord("benchmarks/test_rank_sweep.py::test_rank", "test_rank_sweep", "passed", None, SWEEP | metrics)
 
 
 def test_every_figure_is_there_to_its_last_digit() -> None:
@@ -60,9 +60,9 @@ def test_costs_are_those_that_the_sweep_has() -> None:
 
 def test_where_nothing_was_trained_there_are_no_rates_and_seeds() -> None:
     points = [{"label": "[b]switching", "held_bytes": 567_549_312, "quality": 0.9321}]
-    figures = {"pareto": points, "quality_is": "rows per forward of the base"}
-    served = CaseRecord("benchmarks/test_many.py::test_ways[lora-64]:x:", "test_many", "passed", None, figures)
-    assert sweep_table.told(figures) == (["setting", "held", "quality"], [["[b]switching", "567.55 MB", "0.9321"]])
+    metrics = {"pareto": points, "quality_is": "rows per forward of the base"}
+    served = CaseRecord("benchmarks/test_many.py::test_ways[lora-64]:x:", "test_many", "passed", None, metrics)
+    assert sweep_table.told(metrics) == (["setting", "held", "quality"], [["[b]switching", "567.55 MB", "0.9321"]])
     text = sweep_table.summary([served])
     assert text.splitlines()[0].strip() == "test_ways[lora-64]:x:"
     assert "quality: rows per forward of the base, higher is better" in " ".join(text.split())

@@ -378,7 +378,7 @@ def test_a_4bit_base_is_not_merged_into() -> None:
 
 def test_a_case_measured() -> None:
     case = Case(TOY, methods.LORA, StepSettings(1, 6), "cpu", "float32")
-    found = passes.measure(passes.Setup(case, (1, 3), *ONCE, cycles=2))
+    found = passes.measure(passes.ServingSetup(case, (1, 3), *ONCE, cycles=2))
     assert [record["adapters"] for record in found["served"]] == [1, 3]
     for record in found["served"]:
         assert record["adapter_bytes"] == formula_bytes(16)

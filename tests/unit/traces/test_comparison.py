@@ -9,7 +9,7 @@ import pytest
 from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, BASE_WEIGHTS, FORWARD, GRADIENTS, OPTIMIZER
 from peft_gauge.memory.overheads import CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACE_HOPPER_BYTES
 from peft_gauge.traces import comparison, differences
-from peft_gauge.traces.comparison import Comparison, compare
+from peft_gauge.traces.comparison import TraceComparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
 KB = 1024
@@ -79,7 +79,7 @@ class Steps:
 PLANNED, MEASURED = Steps().log(), Steps().log(measured=True)
 
 
-def checked(planned: StepLog, measured: StepLog) -> Comparison:
+def checked(planned: StepLog, measured: StepLog) -> TraceComparison:
     """The comparison, whose parts add up."""
     found = compare(planned, measured)
     assert found.planned.peak_bytes == planned.bytes_at(planned.peak())

@@ -17,7 +17,7 @@ import torch
 from peft_gauge.commands.trace import request_of
 from peft_gauge.errors import GaugeError
 from peft_gauge.measure import passes, trace
-from peft_gauge.measure.passes import Setup
+from peft_gauge.measure.passes import CaseSetup
 from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.traces import recorder
@@ -33,7 +33,7 @@ MARK_FRAMES = [frame("peft_gauge/traces/recorder.py", 80, "mark"), frame("train.
 
 
 class StandIn:
-    """The history of a card's allocator: what a job takes and gives is kept while it is on, as torch keeps it."""
+    """The history of a GPU's allocator: what a job takes and gives is kept while it is on, as torch keeps it."""
 
     def __init__(self) -> None:
         self.device = Device()
@@ -233,18 +233,18 @@ def test_the_step_that_is_traced_comes_after_all_that_is_measured(
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def trace_step(case: Case, job: Any, folder: Path, figures: Any) -> dict[str, str]:
-        asked.append((case, folder, dict(figures)))
+    def trace_step(case: Case, job: Any, folder: Path, metrics: Any) -> dict[str, str]:
+        asked.append((case, folder, dict(metrics)))
         return {"file": "x.json.gz"}
 
     monkeypatch.setattr(trace, "trace_step", trace_step)
     case = toy_case("cpu")
     stream = torch.arange(cases.BATCHES * case.settings.tokens) % 100
-    setup = Setup(case, case.model, stream, passes=("memory",), trace=tmp_path)
+    setup = CaseSetup(case, case.model, stream, passes=("memory",), trace=tmp_path)
     found = passes.measure(setup)
     assert found["memory"]["trace"] == {"file": "x.json.gz"}
-    ((_, folder, figures),) = asked
+    ((_, folder, metrics),) = asked
     assert folder == tmp_path
-    assert figures == {name: value for name, value in found["memory"].items() if name != "trace"}
+    assert metrics == {name: value for name, value in found["memory"].items() if name != "trace"}
     assert "trace" not in passes.measure(replace(setup, trace=None))["memory"]
     assert len(asked) == 1

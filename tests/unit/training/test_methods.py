@@ -79,7 +79,7 @@ class Life:
 
 
 # The variants differ from their parents in numbers; the seven are enough on the larger model.
-PAIRS = [(method, "toy-llama") for method in EVERY] + [(method, LARGER.name) for method in methods.SEVEN]
+PAIRS = [(method, "toy-llama") for method in EVERY] + [(method, LARGER.name) for method in methods.DEFAULT_METHODS]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=[f"{method.name}-{model}" for method, model in PAIRS])

@@ -252,7 +252,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.ModelReco
     return record
 
 
-def test_fetched_weights_are_dequantised_once(fetched: models.ModelRecord, tmp_path: Path) -> None:
+def test_fetched_weights_are_dequantized_once(fetched: models.ModelRecord, tmp_path: Path) -> None:
     copies = [models.kept(fetched, "float32") for _ in range(2)]
 
     assert copies[0] == copies[1] != fetched

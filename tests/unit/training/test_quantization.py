@@ -1,4 +1,4 @@
-"""The quantisation instruments against hand-computed blocks, published levels, theory and a toy model."""
+"""The quantization instruments against hand-computed blocks, published levels, theory and a toy model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_gauge.training import quantization
 from peft_gauge.training.quantization import formats, layers, library
 from peft_gauge.training.quantization.comparison import (
     DISTRIBUTIONS,
-    Comparison,
+    FormatComparison,
     already_rounded,
     compare_nf4,
     drawn_weight,
@@ -97,7 +97,7 @@ def test_a_block_of_levels_comes_back_unchanged(quant_format: str, absmax: float
     levels = formats.levels(quant_format)
     block = absmax * levels.repeat(5)[-64:].reshape(1, 64)
 
-    restored = formats.dequantised(block, quant_format)
+    restored = formats.dequantized(block, quant_format)
     # Some releases keep FP4's levels to 4 digits on CPU.
     assert torch.allclose(restored, block, rtol=0, atol=5e-5 * absmax)
 
@@ -106,7 +106,7 @@ def test_a_block_of_levels_comes_back_unchanged(quant_format: str, absmax: float
 @pytest.mark.parametrize("value", [0.0, 0.5, -0.5])
 def test_a_constant_block_comes_back_unchanged(quant_format: str, value: float) -> None:
     block = torch.full((1, 64), value)
-    assert torch.equal(formats.dequantised(block, quant_format), block)
+    assert torch.equal(formats.dequantized(block, quant_format), block)
 
 
 def test_symmetric_int4_of_a_hand_computed_block() -> None:
@@ -114,8 +114,8 @@ def test_symmetric_int4_of_a_hand_computed_block() -> None:
     block = torch.tensor([7.0, -7.0, 0.4, 0.6, -3.2, 2.5, 3.5, 0.0]).repeat(8).reshape(1, 64)
     expected = torch.tensor([7.0, -7.0, 0.0, 1.0, -3.0, 2.0, 4.0, 0.0]).repeat(8).reshape(1, 64)
 
-    assert torch.equal(formats.dequantised(block, "int4"), expected)
-    assert formats.quantisation_error(block, "int4").max_over_absmax == pytest.approx(0.5 / 7)
+    assert torch.equal(formats.dequantized(block, "int4"), expected)
+    assert formats.quantization_error(block, "int4").max_over_absmax == pytest.approx(0.5 / 7)
 
 
 def test_minmax_int4_of_a_hand_computed_block() -> None:
@@ -123,7 +123,7 @@ def test_minmax_int4_of_a_hand_computed_block() -> None:
     block = torch.tensor([-3.0, 12.0, 0.25, 7.75, 11.5, -2.6, 5.0, 0.0]).repeat(8).reshape(1, 64)
     expected = torch.tensor([-3.0, 12.0, 0.0, 8.0, 11.0, -3.0, 5.0, 0.0]).repeat(8).reshape(1, 64)
 
-    assert torch.equal(formats.dequantised(block, "int4-minmax"), expected)
+    assert torch.equal(formats.dequantized(block, "int4-minmax"), expected)
 
 
 def test_minmax_int4_keeps_its_constants_in_float16() -> None:
@@ -133,15 +133,15 @@ def test_minmax_int4_keeps_its_constants_in_float16() -> None:
     step = ((0.2 - low) / 15).half().float()
 
     expected = torch.stack([low, low + 15 * step]).repeat(32).reshape(1, 64)
-    assert torch.equal(formats.dequantised(block, "int4-minmax"), expected)
+    assert torch.equal(formats.dequantized(block, "int4-minmax"), expected)
     assert not torch.equal(expected, block)
 
 
 def test_each_block_has_its_own_scale() -> None:
     weight = torch.cat([torch.full((1, 64), 1.0), torch.full((1, 64), 1e-3)])
     for quant_format in ("nf4", "fp4", "int4"):
-        assert formats.quantisation_error(weight, quant_format).relative_rms < 1e-6
-        assert formats.quantisation_error(weight, quant_format, block_size=128).relative_rms > 1e-4
+        assert formats.quantization_error(weight, quant_format).relative_rms < 1e-6
+        assert formats.quantization_error(weight, quant_format, block_size=128).relative_rms > 1e-4
 
 
 @pytest.mark.parametrize(("quant_format", "steps"), [("int4", 7), ("int4-minmax", 7.5)])
@@ -149,7 +149,7 @@ def test_uniform_rounding_of_uniform_weights_loses_step_over_root_twelve(quant_f
     # Both ends are put into each block, so that every step is 1/steps; the other 62 weights are uniform.
     weight = torch.rand((2048, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
     weight[:, 0], weight[:, 1] = -1.0, 1.0
-    change = formats.dequantised(weight, quant_format)[:, 2:] - weight[:, 2:]
+    change = formats.dequantized(weight, quant_format)[:, 2:] - weight[:, 2:]
 
     assert change.square().mean().sqrt().item() == pytest.approx(1 / steps / math.sqrt(12), rel=0.01)
 
@@ -158,7 +158,7 @@ def test_errors_of_a_hand_computed_change() -> None:
     # One weight of 64 moves by 0.4; absmax and all others are levels.
     block = torch.zeros(1, 64)
     block[0, 0], block[0, 1] = 7.0, 2.4
-    error = formats.quantisation_error(block, "int4")
+    error = formats.quantization_error(block, "int4")
 
     assert error.relative_rms == pytest.approx(0.4 / math.hypot(7, 2.4))
     assert error.max_over_absmax == pytest.approx(0.4 / 7)
@@ -169,16 +169,16 @@ def test_errors_of_a_hand_computed_change() -> None:
 def test_no_weight_moves_further_than_the_bound_and_some_come_near(quant_format: str) -> None:
     weight = drawn_weight("uniform", 0)
     bound = formats.error_bound(quant_format)
-    assert 0.95 * bound < formats.quantisation_error(weight, quant_format).max_over_absmax <= bound * (1 + 2e-4)
+    assert 0.95 * bound < formats.quantization_error(weight, quant_format).max_over_absmax <= bound * (1 + 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_weights_are_rounded_as_their_float32_values(dtype: torch.dtype) -> None:
     weight = drawn_weight("normal", 0).to(dtype)
     for quant_format in formats.FOUR_BIT_FORMATS:
-        restored = formats.dequantised(weight, quant_format)
+        restored = formats.dequantized(weight, quant_format)
         assert restored.dtype == torch.float32
-        assert torch.equal(restored, formats.dequantised(weight.float(), quant_format))
+        assert torch.equal(restored, formats.dequantized(weight.float(), quant_format))
 
 
 # --- bits
@@ -189,7 +189,7 @@ def test_bits_by_arithmetic() -> None:
     assert formats.bits_per_parameter("int4-minmax") == 4.5
     assert formats.bits_per_parameter("nf4", double_quant=True) == 4 + 8 / 64 + 32 / (64 * 256)
     assert formats.bits_per_parameter("nf4", block_size=128) == 4.25
-    # The published saving of double quantisation, in bits (QLoRA, section 3).
+    # The published saving of double quantization, in bits (QLoRA, section 3).
     saving = formats.bits_per_parameter("nf4") - formats.bits_per_parameter("nf4", double_quant=True)
     assert saving == pytest.approx(0.373, abs=5e-4)
 
@@ -209,7 +209,7 @@ def test_bits_by_arithmetic_are_the_bits_stored(shape: tuple[int, int], double_q
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_double_quantisation_moves_absmax_by_at_most_half_an_8_bit_step(distribution: str) -> None:
+def test_double_quantization_moves_absmax_by_at_most_half_an_8_bit_step(distribution: str) -> None:
     shift, bound = formats.absmax_shift(drawn_weight(distribution, 0))
     # bitsandbytes divides in float32, so a value near the middle of a gap may go to the farther side.
     assert 0 < shift <= bound * 1.005
@@ -246,7 +246,7 @@ def test_weights_read_from_a_4_bit_file_are_told_from_others() -> None:
     weight = drawn_weight("normal", 0)
     assert not already_rounded(weight)
     assert not already_rounded(weight.bfloat16())
-    rounded = formats.dequantised(weight, "int4-minmax", block_size=32)  # what Q4_1 does
+    rounded = formats.dequantized(weight, "int4-minmax", block_size=32)  # what Q4_1 does
     assert already_rounded(rounded)
     assert already_rounded(rounded.bfloat16())
     assert not already_rounded(torch.cat([rounded, weight]))
@@ -254,8 +254,8 @@ def test_weights_read_from_a_4_bit_file_are_told_from_others() -> None:
     assert not already_rounded(torch.arange(32) % 17)
 
 
-def comparison(nf4: list[float], rival: list[float], **extra: Any) -> Comparison:
-    return Comparison("int4", tuple(nf4), tuple(rival), 4.5, 4.5, **extra)
+def comparison(nf4: list[float], rival: list[float], **extra: Any) -> FormatComparison:
+    return FormatComparison("int4", tuple(nf4), tuple(rival), 4.5, 4.5, **extra)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_unfair_samples_decide_nothing() -> None:
 
 def test_a_4_bit_grid_favours_uniform_formats_and_is_declared_unfair() -> None:
     fresh = [drawn_weight("normal", seed) for seed in range(6)]
-    rounded = [formats.dequantised(weight, "int4-minmax", block_size=32) for weight in fresh]
+    rounded = [formats.dequantized(weight, "int4-minmax", block_size=32) for weight in fresh]
 
     on_fresh = compare_nf4(fresh, rival="int4-minmax")
     on_rounded = compare_nf4(rounded, rival="int4-minmax")
@@ -298,11 +298,11 @@ def test_the_comparison_takes_the_formats_that_it_names() -> None:
     weight = drawn_weight("normal", 7)
     compared = nf4_against_int4("normal", [7], rival="fp4", double_quant=True)
 
-    assert compared.nf4_errors == (formats.quantisation_error(weight, "nf4", double_quant=True).relative_rms,)
-    assert compared.rival_errors == (formats.quantisation_error(weight, "fp4", double_quant=True).relative_rms,)
+    assert compared.nf4_errors == (formats.quantization_error(weight, "nf4", double_quant=True).relative_rms,)
+    assert compared.rival_errors == (formats.quantization_error(weight, "fp4", double_quant=True).relative_rms,)
     assert compared.nf4_bits == compared.rival_bits == formats.bits_per_parameter("nf4", double_quant=True)
     assert nf4_against_int4("normal", [7], double_quant=True).rival_bits == 4.5
-    assert compared.figures()["samples"] == 1
+    assert compared.metrics()["samples"] == 1
 
 
 # --- a model's layers
@@ -330,7 +330,7 @@ def test_the_model_computes_nearly_the_same(
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_a_4_bit_layer_multiplies_with_the_dequantised_weight(double_quant: bool) -> None:
+def test_a_4_bit_layer_multiplies_with_the_dequantized_weight(double_quant: bool) -> None:
     linear = nn.Linear(128, 32)
     weight, bias = linear.weight.detach().clone(), linear.bias
     model = nn.Sequential(linear)
@@ -340,7 +340,7 @@ def test_a_4_bit_layer_multiplies_with_the_dequantised_weight(double_quant: bool
     y = model(x)
     y.sum().backward()
 
-    restored = formats.dequantised(weight, "nf4", double_quant=double_quant)
+    restored = formats.dequantized(weight, "nf4", double_quant=double_quant)
     assert model[0].bias is bias
     assert torch.allclose(y, nn.functional.linear(x, restored, bias), atol=1e-5)
     assert x.grad is not None
@@ -397,12 +397,12 @@ def test_sizes_that_the_cpu_unpacks_wrongly_are_planned_all_the_same() -> None:
     quantization.quantize_(model, double_quant=False)
     layer: Any = model[0]
     assert layer.weight.numel() == 4304 * 1152 // 2
-    assert [constant.numel() for constant in counting.quantisation_constants(layer.weight)] == [4304 * 1152 // 64, 16]
+    assert [constant.numel() for constant in counting.quantization_constants(layer.weight)] == [4304 * 1152 // 64, 16]
 
 
 def test_a_weight_is_rounded_block_by_block_whatever_its_rows() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(formats.dequantised(weight, "nf4"), unpacked(weight, False), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(formats.dequantized(weight, "nf4"), unpacked(weight, False), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("inputs", [64, 576, 4096])
@@ -412,7 +412,7 @@ def test_whole_blocks_in_a_row_are_unpacked_right(inputs: int) -> None:
 
 
 @pytest.mark.parametrize("quant_format", ["nf4", "int8"])
-def test_a_conv1d_is_quantised_as_the_linear_layer_that_it_is(quant_format: str) -> None:
+def test_a_conv1d_is_quantized_as_the_linear_layer_that_it_is(quant_format: str) -> None:
     from transformers.pytorch_utils import Conv1D
 
     with torch.random.fork_rng(devices=[]):
@@ -441,7 +441,7 @@ def gpt2(**changes: Any) -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(**sizes, **changes)).train()
 
 
-def test_gpt2_is_quantised_layer_by_layer_and_peft_adapts_it() -> None:
+def test_gpt2_is_quantized_layer_by_layer_and_peft_adapts_it() -> None:
     model = gpt2()
     quantization.quantize_(model)
     assert len(layers_of(model, "Linear4bit")) == 2 * 4
@@ -471,7 +471,7 @@ def test_the_output_head_is_left_alone_whatever_its_name() -> None:
 def test_what_is_left_is_named_once_for_all_layers() -> None:
     model = toy_llama()
     quantization.quantize_(model)
-    left = {where: sum(p.numel() for p in held) for where, held in quantization.left_unquantised(model).items()}
+    left = {where: sum(p.numel() for p in held) for where, held in quantization.left_unquantized(model).items()}
     assert left == {"model.embed_tokens": 256 * 64, "lm_head": 256 * 64, "norms and biases": (2 * 2 + 1) * 64}
 
 
@@ -497,13 +497,13 @@ def test_falcons_own_linear_class_is_named() -> None:
 @pytest.mark.parametrize(
     ("quant_format", "lora_class"), [("nf4", "Linear4bit"), ("fp4", "Linear4bit"), ("int8", "Linear8bitLt")]
 )
-def test_peft_attaches_its_quantised_lora_layer_and_trains_it(quant_format: str, lora_class: str) -> None:
+def test_peft_attaches_its_quantized_lora_layer_and_trains_it(quant_format: str, lora_class: str) -> None:
     model = toy_llama(dtype=torch.bfloat16)
     quantization.quantize_(model, quant_format=quant_format, compute_dtype=torch.bfloat16)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     prepared = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert prepared.is_gradient_checkpointing  # PEFT turns it on only for a model that it takes for quantised
+    assert prepared.is_gradient_checkpointing  # PEFT turns it on only for a model that it takes for quantized
     adapted = get_peft_model(prepared, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     adapted.train()
     layers = [m for m in adapted.modules() if type(m).__module__ == "peft.tuners.lora.bnb"]
@@ -596,7 +596,7 @@ def test_a_layer_keeps_its_mode(training: bool) -> None:
 @pytest.mark.parametrize("quant_format", ["nf4", "int8"])
 @pytest.mark.parametrize("mode", ["before real", "after real"])
 def test_a_fake_model_has_the_shapes_and_bytes_of_a_real_one(quant_format: str, mode: str) -> None:
-    def quantised() -> tuple[list[tuple[str, tuple[int, ...], torch.dtype]], counting.ParameterCount]:
+    def quantized() -> tuple[list[tuple[str, tuple[int, ...], torch.dtype]], counting.ParameterCount]:
         model = toy_llama()
         quantization.quantize_(model, quant_format=quant_format)
         counted = counting.count(model)
@@ -606,11 +606,11 @@ def test_a_fake_model_has_the_shapes_and_bytes_of_a_real_one(quant_format: str, 
         assert gradient.shape == (256, 64)
         return [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()], counted
 
-    real = quantised() if mode == "after real" else None
+    real = quantized() if mode == "after real" else None
     with FakeTensorMode():
-        fake = quantised()
+        fake = quantized()
     # A codebook that was left fake in bitsandbytes' cache would break a real call that follows.
-    assert fake == (real or quantised())
+    assert fake == (real or quantized())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -623,7 +623,7 @@ def test_on_meta_layers_and_constants_are_those_of_real_ones(
         model = nn.Sequential(nn.Linear(*sizes, device=device))
         quantization.quantize_(model, quant_format=quant_format, double_quant=double_quant)
         layer: Any = model[0]
-        constants = [(tuple(t.shape), t.dtype) for t in counting.quantisation_constants(layer.weight)]
+        constants = [(tuple(t.shape), t.dtype) for t in counting.quantization_constants(layer.weight)]
         return [type(layer), tuple(layer.weight.shape), layer.weight.dtype, *constants], counting.count(model)
 
     assert described("meta") == described("cpu")
@@ -640,17 +640,17 @@ def test_on_meta_layers_and_constants_are_those_of_real_ones(
         (nn.Sequential(nn.Linear(64, 64, dtype=torch.float64)), "float64"),
     ],
 )
-def test_a_model_that_cannot_be_quantised_is_refused_whole(model: nn.Module, message: str) -> None:
+def test_a_model_that_cannot_be_quantized_is_refused_whole(model: nn.Module, message: str) -> None:
     classes = [type(module) for module in model.modules()]
     with pytest.raises(GaugeError, match=message):
         quantization.quantize_(model)
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_second_quantisation_is_refused() -> None:
+def test_a_second_quantization_is_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     quantization.quantize_(model)
-    with pytest.raises(GaugeError, match="quantised already"):
+    with pytest.raises(GaugeError, match="quantized already"):
         quantization.quantize_(model)
 
 
@@ -658,10 +658,10 @@ def test_a_second_quantisation_is_refused() -> None:
     ("call", "message"),
     [
         (lambda: quantization.quantize_(nn.Sequential(nn.Linear(64, 64)), quant_format="nf3"), "'nf3'.*nf4"),
-        (lambda: formats.dequantised(torch.ones(64), "int5"), "'int5'.*int4"),
-        (lambda: formats.dequantised(torch.ones(65), "nf4"), "65 weights"),
-        (lambda: formats.dequantised(torch.ones(64), "int4", double_quant=True), "double quantisation"),
-        (lambda: formats.quantisation_error(torch.zeros(64), "nf4"), "zero"),
+        (lambda: formats.dequantized(torch.ones(64), "int5"), "'int5'.*int4"),
+        (lambda: formats.dequantized(torch.ones(65), "nf4"), "65 weights"),
+        (lambda: formats.dequantized(torch.ones(64), "int4", double_quant=True), "double quantization"),
+        (lambda: formats.quantization_error(torch.zeros(64), "nf4"), "zero"),
         (lambda: formats.levels("int4-minmax"), "int4-minmax"),
         (lambda: formats.bits_per_parameter("int8"), "int8"),
         (lambda: drawn_weight("cauchy", 0), "cauchy"),

@@ -1,4 +1,4 @@
-"""Bases that come quantised: planned as their config says they are stored, measured so too, or refused in one line."""
+"""Bases that come quantized: planned as their config says they are stored, measured so too, or refused in one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
     BACKWARD,
-    DEQUANTISED_TEMPORARIES,
+    DEQUANTIZED_TEMPORARIES,
     FORWARD,
     INPUTS,
-    QUANTISATION_CONSTANTS,
+    QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, planner
@@ -77,14 +77,14 @@ def test_fp8_is_held_as_bytes_with_a_scale_a_block(tmp_path: Path) -> None:
     assert found.base == "FP8, as its config says"
     assert found.resident_by_category["base_weights"] == kept_bytes() + blocks(*(o * i for o, i in LAYERS))
     scales = blocks(*(4 * (o // 16) * (i // 32) for o, i in LAYERS))
-    assert found.resident_by_category["quantisation_constants"] == scales
+    assert found.resident_by_category["quantization_constants"] == scales
     assert found.total_params - found.trainable_params == 106_816
 
 
 def test_fp8_of_a_whole_tensor_has_one_scale(tmp_path: Path) -> None:
     settings = {"quant_method": "fp8", "activation_scheme": "static"}
     found = plan_of(toy(settings, tmp_path))
-    assert found.resident_by_category["quantisation_constants"] == blocks(*(4 for _ in LAYERS for _ in ("w", "x")))
+    assert found.resident_by_category["quantization_constants"] == blocks(*(4 for _ in LAYERS for _ in ("w", "x")))
 
 
 @pytest.mark.parametrize(("settings", "rows"), [(GPTQ, "in"), (AWQ, "out")])
@@ -96,7 +96,7 @@ def test_groups_are_held_packed_with_scales_and_zero_points(
     assert found.base == f"{title}, as its config says"
     assert found.resident_by_category["base_weights"] == kept_bytes() + blocks(*(o * i // 2 for o, i in LAYERS))
     constants = [size for o, i in LAYERS for size in (i // 32 * o // 2, i // 32 * o * 2, *([4 * i] * (rows == "in")))]
-    assert found.resident_by_category["quantisation_constants"] == blocks(*constants)
+    assert found.resident_by_category["quantization_constants"] == blocks(*constants)
     assert found.total_params - found.trainable_params == 106_816
 
 
@@ -112,14 +112,14 @@ def test_what_the_config_leaves_out_stays_in_16_bit(settings: dict[str, Any], la
     }
 
 
-def test_bitsandbytes_is_planned_as_quantising_it_here_is(tmp_path: Path) -> None:
+def test_bitsandbytes_is_planned_as_quantizing_it_here_is(tmp_path: Path) -> None:
     settings = {**BNB_4BIT, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
     stored = plan_of(toy(settings, tmp_path), "qlora")
-    quantised = plan_of(toy(None, tmp_path), "qlora")
-    assert (stored.base, quantised.base) == ("NF4, as its config says", "NF4, quantised by the method")
-    assert stored.peak_by_category == quantised.peak_by_category
-    assert stored.resident_by_category == quantised.resident_by_category
-    assert stored.settings == quantised.settings
+    quantized = plan_of(toy(None, tmp_path), "qlora")
+    assert (stored.base, quantized.base) == ("NF4, as its config says", "NF4, quantized by the method")
+    assert stored.peak_by_category == quantized.peak_by_category
+    assert stored.resident_by_category == quantized.resident_by_category
+    assert stored.settings == quantized.settings
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_is_16_bit_in_a_step_is_planned_so(settings: dict[str, Any], title:
             "full trains the base's weights, which this checkpoint stores as NF4; use an adapter method",
         ),
         (FP8, "full", "which this checkpoint stores as FP8"),
-        (GPTQ, "qlora", "qlora quantises the base to nf4, and this checkpoint is stored as GPTQ 4 bit already"),
+        (GPTQ, "qlora", "qlora quantizes the base to nf4, and this checkpoint is stored as GPTQ 4 bit already"),
         (MXFP4, "qlora", "this checkpoint is stored as MXFP4 already"),
         ({**BNB_4BIT, "bnb_4bit_quant_type": "fp4"}, "qlora", "this checkpoint is stored as FP4 already"),
         (GPTQ, "ia3", "PEFT has no IA3 layers over GPTQ 4 bit weights"),
@@ -199,7 +199,7 @@ def test_a_name_that_speaks_of_a_format_is_remarked_on() -> None:
     record = models.resolve(str(published.path("llama-3.1-70b-instruct-fp8")))
     assert models.remarks(record) == [
         "llama-3.1-70b-instruct-fp8 has fp8 in its name and no quantization_config in its config: taken as an "
-        "unquantised base"
+        "unquantized base"
     ]
 
 
@@ -230,22 +230,22 @@ def test_experts_in_fp8_are_planned(tmp_path: Path) -> None:
     assert experts + attention < found.resident_by_category["base_weights"]
     assert found.resident_by_category["base_weights"] < experts + attention + 2 * (embedding + gates) + 100_000
     assert found.phase_of_peak == "backward"
-    assert found.peak_by_category["dequantised_temporaries"] > 0
+    assert found.peak_by_category["dequantized_temporaries"] > 0
 
 
-# ---- what a step keeps and dequantises -------------------------------------------------------------------------------
+# ---- what a step keeps and dequantizes -------------------------------------------------------------------------------
 
 ROWS, WIDTH, OUT = 48, 64, 128
-KEPT = (ACTIVATIONS, DEQUANTISED_TEMPORARIES)
+KEPT = (ACTIVATIONS, DEQUANTIZED_TEMPORARIES)
 
 
 def follow(settings: dict[str, Any], tmp_path: Path, rows: int = ROWS) -> tuple[StorageTracker, int]:
-    """Forward and backward of one stored layer over ``rows`` bfloat16 rows; the bytes of its dequantised weight."""
+    """Forward and backward of one stored layer over ``rows`` bfloat16 rows; the bytes of its dequantized weight."""
     record = toy(settings, tmp_path)
     layer: Any = models.build(record, device="meta", dtype="bfloat16").get_submodule("model.layers.0.mlp.up_proj")
     mode, tracker = (
         FakeTensorMode(allow_non_fake_inputs=True),
-        StorageTracker(operator_categories={stored_layers.DEQUANTIZE: DEQUANTISED_TEMPORARIES}),
+        StorageTracker(operator_categories={stored_layers.DEQUANTIZE: DEQUANTIZED_TEMPORARIES}),
     )
     fakes.to_fake(layer, mode)
     with mode, stored_layers.kernels():
@@ -260,26 +260,26 @@ def follow(settings: dict[str, Any], tmp_path: Path, rows: int = ROWS) -> tuple[
     return tracker, WIDTH * OUT * 2
 
 
-def test_gptq_keeps_its_dequantised_weight_for_backward(tmp_path: Path) -> None:
+def test_gptq_keeps_its_dequantized_weight_for_backward(tmp_path: Path) -> None:
     tracker, weight = follow(GPTQ, tmp_path)
     assert tracker.kept_bytes(FORWARD, (ACTIVATIONS,)) == ROWS * OUT * 2
-    assert tracker.kept_bytes(FORWARD, (DEQUANTISED_TEMPORARIES,)) == weight
+    assert tracker.kept_bytes(FORWARD, (DEQUANTIZED_TEMPORARIES,)) == weight
 
 
-def test_awq_dequantises_in_backward_and_keeps_nothing(tmp_path: Path) -> None:
+def test_awq_dequantizes_in_backward_and_keeps_nothing(tmp_path: Path) -> None:
     tracker, weight = follow(AWQ, tmp_path)
     assert tracker.kept_bytes(FORWARD, KEPT) == ROWS * OUT * 2
-    assert DEQUANTISED_TEMPORARIES not in tracker.peak(FORWARD).by_category
-    assert tracker.peak(BACKWARD).by_category[DEQUANTISED_TEMPORARIES] >= weight
+    assert DEQUANTIZED_TEMPORARIES not in tracker.peak(FORWARD).by_category
+    assert tracker.peak(BACKWARD).by_category[DEQUANTIZED_TEMPORARIES] >= weight
     many, _ = follow(AWQ, tmp_path, rows=1025)
-    assert many.peak(FORWARD).by_category[DEQUANTISED_TEMPORARIES] >= weight
+    assert many.peak(FORWARD).by_category[DEQUANTIZED_TEMPORARIES] >= weight
 
 
-def test_fp8_dequantises_in_backward_and_quantises_its_input(tmp_path: Path) -> None:
+def test_fp8_dequantizes_in_backward_and_quantizes_its_input(tmp_path: Path) -> None:
     tracker, weight = follow(FP8, tmp_path)
     assert tracker.kept_bytes(FORWARD, KEPT) == ROWS * OUT * 2
     assert {record.nbytes for record in tracker.records} >= {ROWS * WIDTH, ROWS * (WIDTH // 32) * 4}
-    assert tracker.peak(BACKWARD).by_category[DEQUANTISED_TEMPORARIES] == weight
+    assert tracker.peak(BACKWARD).by_category[DEQUANTIZED_TEMPORARIES] == weight
 
 
 def test_the_kernels_of_fp8_are_given_back() -> None:
@@ -381,4 +381,4 @@ def test_constants_are_no_parameters_and_no_buffers(tmp_path: Path) -> None:
     assert counted.total_params == 106_816
     rotary = sum(counting.nbytes(buffer) for name, buffer in model.named_buffers() if "inv_freq" in name)
     assert counted.buffer_bytes == rotary
-    assert QUANTISATION_CONSTANTS in plan_of(toy(GPTQ, tmp_path)).resident_by_category
+    assert QUANTIZATION_CONSTANTS in plan_of(toy(GPTQ, tmp_path)).resident_by_category

@@ -301,7 +301,7 @@ def test_a_name_that_only_ends_like_a_target_is_unmatched() -> None:
 
 def test_a_module_trained_as_a_whole_stands_outside_of_the_layers() -> None:
     config = {"r": 4, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
-    found, _ = adapted_by(methods.LORA.differs("mine", "mine", peft_config=config), base_of("llama"))
+    found, _ = adapted_by(methods.LORA.variant("mine", "mine", peft_config=config), base_of("llama"))
     assert found == [f"self_attn.q_proj {ALL}", "lm_head"]
 
 

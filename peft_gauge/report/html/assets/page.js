@@ -3,7 +3,7 @@
 // the state of the page stands in its fragment, so that a link shows what its sender saw.
 (() => {
   const SUBJECT = ["method", "model", "machine"];
-  const PICKED = ["case", "figure", "across"];
+  const PICKED = ["case", "metric", "across"];
   const MISSING = "–";
 
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -31,11 +31,11 @@
   }
 
   function unitOf(figure) {
-    if (figure === "seconds" || figure.endsWith("_seconds")) return "s";
-    return figure.includes("bytes") ? "B" : "";
+    if (metric === "seconds" || metric.endsWith("_seconds")) return "s";
+    return metric.includes("bytes") ? "B" : "";
   }
 
-  function shown(figure, value) {
+  function shown(metric, value) {
     const unit = unitOf(figure);
     if (unit === "s") return shownSeconds(value);
     return unit === "B" ? shownBytes(value) : value.toLocaleString("en", { maximumSignificantDigits: 7 });
@@ -93,7 +93,7 @@
     }
     for (const link of document.querySelectorAll("a.to-history")) {
       const own = Object.fromEntries(new URLSearchParams(link.hash.slice(1)));
-      link.href = fragment({ ...onlyFilters, case: own.case, figure: own.figure, section: "history" });
+      link.href = fragment({ ...onlyFilters, case: own.case, metric: own.metric, section: "history" });
     }
   }
 
@@ -130,7 +130,7 @@
       drawn.set(canvas, await window.vegaEmbed(canvas, spec, options));
     } catch (error) {
       failures.push(String(error));
-      canvas.textContent = `This plot could not be drawn (${error.message}); the table below holds its figures.`;
+      canvas.textContent = `This plot could not be drawn (${error.message}); the table below holds its metrics.`;
     }
   }
 
@@ -150,7 +150,7 @@
     caption.textContent = title;
     const image = document.createElement("div"); // Vega writes a role and a label of its own on what it draws in
     image.setAttribute("role", "img");
-    image.setAttribute("aria-label", `${holder.getAttribute("aria-label")}: ${title}. The table below holds the same figures.`);
+    image.setAttribute("aria-label", `${holder.getAttribute("aria-label")}: ${title}. The table below holds the same metrics.`);
     const canvas = document.createElement("div");
     canvas.className = "canvas";
     canvas.content = { name, rows, unit };
@@ -205,15 +205,15 @@
     const cases = [...new Set(series.map(([, place]) => past.cases[place][0]))];
     fill(pick.elements.case, cases, wanted.case || past.opening?.[0]);
     const one = pick.elements.case.value;
-    const figures = new Set(series.filter(([, place]) => past.cases[place][0] === one).map(([, , place]) => past.figures[place]));
-    fill(pick.elements.figure, [...figures].sort(), wanted.figure || past.opening?.[1]);
-    return series.filter(([, place, figure]) => past.cases[place][0] === one && past.figures[figure] === pick.elements.figure.value);
+    const metrics = new Set(series.filter(([, place]) => past.cases[place][0] === one).map(([, , place]) => past.metrics[place]));
+    fill(pick.elements.metric, [...metrics].sort(), wanted.metric || past.opening?.[1]);
+    return series.filter(([, place, metric]) => past.cases[place][0] === one && past.metrics[metric] === pick.elements.metric.value);
   }
 
   function points(series) {
     const rows = [];
-    for (const [machine, place, figure, at, values, lows, highs] of series) {
-      const name = past.figures[figure];
+    for (const [machine, place, metric, at, values, lows, highs] of series) {
+      const name = past.metrics[metric];
       const changes = new Map(past.changes.filter(([, c, f]) => c === place && f === figure).map(([run, , , verdict]) => [run, verdict]));
       const all = spread(values);
       past.at[at].forEach((index, i) => {
@@ -259,8 +259,8 @@
     for (const row of rows) {
       const line = body.insertRow();
       line.dataset.machine = row.machine;
-      const figures = [row.value, row.low, row.high].map((value) => figureCell(name, value));
-      line.append(cell(row.run, "th"), cell(row.machine), cell(row.when.slice(0, 16).replace("T", " ")), ...figures.map((each) => cell(each)), cell(row.change), cell(row.libraries), cell(row.commit));
+      const metrics = [row.value, row.low, row.high].map((value) => figureCell(name, value));
+      line.append(cell(row.run, "th"), cell(row.machine), cell(row.when.slice(0, 16).replace("T", " ")), ...metrics.map((each) => cell(each)), cell(row.change), cell(row.libraries), cell(row.commit));
     }
     const holder = document.createElement("div");
     holder.className = "scroll";
@@ -278,10 +278,10 @@
     for (const old of details.querySelectorAll(".scroll")) old.remove();
     const series = offer(values, wanted);
     if (!series.length) {
-      holder.textContent = "No run holds figures that pass the filters.";
+      holder.textContent = "No run holds metrics that pass the filters.";
       return;
     }
-    const name = pick.elements.figure.value;
+    const name = pick.elements.metric.value;
     const title = `${name} of ${pick.elements.case.value.replace(/^benchmarks\//, "")}`;
     const rows = points(series);
     panel(holder, pick.elements.across.value, title, rows, unitOf(name));
