@@ -40,13 +40,13 @@ def formula_of(func: Any) -> Formula | None:
 def _attention(args: Sequence[Any]) -> int:
     """QKᵀ and PV over (batch, query heads, queries, keys)."""
     query, key, value = args[:3]
-    return 2 * _pairs(query, key) * (query.shape[-1] + value.shape[-1])
+    return int(2 * _pairs(query, key) * (query.shape[-1] + value.shape[-1]))
 
 
 def _attention_backward(args: Sequence[Any]) -> int:
     """QKᵀ again, and two products for each of the two products of forward; the first argument is the gradient."""
     query, key, value = args[1:4]
-    return 2 * _pairs(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
+    return int(2 * _pairs(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1]))
 
 
 def _pairs(query: torch.Tensor, key: torch.Tensor) -> int:

@@ -54,6 +54,9 @@ class DispatchMode(TorchDispatchMode):
     A torch without that guard never calls this.
     """
 
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
@@ -170,7 +173,7 @@ def hooks_of(tensor: torch.Tensor) -> tuple[list[Any], list[Any]]:
 
 def storage_key(storage: torch.UntypedStorage) -> int:
     """The address of a storage's implementation: the same for every view, and valid for fakes without data pointer."""
-    return storage._cdata
+    return int(storage._cdata)
 
 
 def holders(tensor: torch.Tensor) -> tuple[int, int]:

@@ -131,7 +131,7 @@ class Worker:
         Raises `NoEnvironment` if the child does not find the versions that the side requires.
         """
         try:
-            return self._ask(
+            told: dict[str, Any] = self._ask(
                 START_SECONDS,
                 "start",
                 requirements=self.environment.side.requirements,
@@ -141,10 +141,11 @@ class Worker:
             )
         except WorkerFailed as failure:
             raise NoEnvironment(f"{self.environment.side.name}: {failure.reason}") from failure
+        return told
 
     def describe(self, case: CaseSpec) -> dict[str, Any]:
         """The deterministic metrics of ``case``; see `_Child.describe`."""
-        return self._ask(BUILD_SECONDS, "describe", **asdict(case))
+        return dict(self._ask(BUILD_SECONDS, "describe", **asdict(case)))
 
     def build(self, case: CaseSpec) -> None:
         """Build ``case`` anew, ready to step, in place of the previous one."""
@@ -152,7 +153,7 @@ class Worker:
 
     def step(self) -> float:
         """Take one training step of the case built last; returns seconds, by the device's clock if it has one."""
-        return self._ask(STEP_SECONDS, "step")
+        return float(self._ask(STEP_SECONDS, "step"))
 
     def _ask(self, limit_seconds: float, what: str, **arguments: Any) -> Any:
         """The child's response; raises `WorkerFailed` if there is none."""

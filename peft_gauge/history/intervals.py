@@ -193,9 +193,9 @@ def _bootstrap(base: list[list[float]], new: list[list[float]]) -> np.ndarray:
         for rounds in side:
             drawn = np.log(rounds)[generator.integers(0, len(rounds), (DRAWS, len(rounds)))]
             medians.append(np.median(drawn, axis=1))
-        return np.mean(medians, axis=0)
+        return np.asarray(np.mean(medians, axis=0))
 
-    return draws(new) - draws(base)
+    return np.asarray(draws(new) - draws(base))
 
 
 def holm_errors(p_values: Sequence[float], family_error: float) -> list[float]:

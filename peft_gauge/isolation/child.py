@@ -155,7 +155,7 @@ def _find(function: str) -> Callable[..., Any]:
         if f"{module_name}.".startswith(f"{error.name}."):  # not something that the module itself imports
             raise GaugeError(f"unknown function {function}: there is no module {error.name}") from error
         raise
-    functions = {key: value for key, value in vars(module).items() if callable(value)}
+    functions: dict[str, Callable[..., Any]] = {key: value for key, value in vars(module).items() if callable(value)}
     if name not in functions:
         raise unknown(f"function of {module_name}", name, functions)
     return functions[name]
@@ -163,7 +163,7 @@ def _find(function: str) -> Callable[..., Any]:
 
 def _arguments(folder: Path) -> tuple[Any, ...]:
     try:
-        return pickle.loads((folder / ARGUMENTS).read_bytes())
+        return tuple(pickle.loads((folder / ARGUMENTS).read_bytes()))
     except (AttributeError, ImportError, pickle.UnpicklingError) as error:
         raise GaugeError(f"the arguments cannot be read in a process of their own: {one_line(error)}") from error
 

@@ -67,6 +67,7 @@ def lone_holders() -> tuple[int, int]:
         x = torch.zeros(2, requires_grad=True)
         y = x * 1.0
         total = y * 2.0 + y * 3.0
-        with Probe() as probe:
+        probe = Probe()
+        with probe:
             total.backward(torch.ones(2))
     return probe.seen[0]

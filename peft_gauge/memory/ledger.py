@@ -59,7 +59,7 @@ class Snapshot:
     event: int
 
 
-class _Watch(weakref.ref):
+class _Watch(weakref.ref[Any]):
     """A weak reference that knows which storage it stands for once that is gone."""
 
     __slots__ = ("key", "record")

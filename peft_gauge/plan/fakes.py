@@ -191,7 +191,8 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def _inside(value: Any) -> dict[Any, Any] | list[Any] | None:
     """What a container holds; for a PEFT helper object (a sampler, an allocator of ranks) its attributes."""
     if type(value) in (dict, list):
-        return value
+        held: dict[Any, Any] | list[Any] = value
+        return held
     is_helper = type(value).__module__.startswith("peft.") and hasattr(value, "__dict__")
     return vars(value) if is_helper and not isinstance(value, (nn.Module, type)) else None
 

@@ -111,7 +111,7 @@ def attend(
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     q, k, v = (_in_rows(tensor) for tensor in (q, k, v))
     heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-    out = cuda_flash_attention(*heads_first, dropout_p, causal, scale=scale)[0]
+    out: Tensor = cuda_flash_attention(*heads_first, dropout_p, causal, scale=scale)[0]
     out = out.transpose(1, 2)
     return out if out.shape[-1] == width else out[..., :width]
 
@@ -160,4 +160,5 @@ def _rows_of(
 def _padded(rows: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """``flash_attn.bert_padding.pad_input``: back to (batch, tokens, heads, width)."""
     out = rows.new_zeros(batch * seqlen, *rows.shape[1:])
-    return out.index_copy(0, indices, rows).unflatten(0, (batch, seqlen))
+    filled: Tensor = out.index_copy(0, indices, rows).unflatten(0, (batch, seqlen))
+    return filled

@@ -109,7 +109,8 @@ def cuda_int8_products() -> Iterator[None]:
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     if isinstance(input, FakeTensor) and train and 0 < p < 1 and input.numel():
         return torch.native_dropout(input, p, train)[0]
-    return composite(torch.ops.aten.dropout.default, input, p, train)
+    dropped: torch.Tensor = composite(torch.ops.aten.dropout.default, input, p, train)
+    return dropped
 
 
 def _attention(
@@ -125,20 +126,24 @@ def _attention(
 ) -> torch.Tensor:
     """CUDA's choice (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): flash, else efficient, else math."""
     if not isinstance(query, FakeTensor):
-        return composite(
+        attended: torch.Tensor = composite(
             torch.ops.aten.scaled_dot_product_attention.default,
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
+        return attended
     if _flash_fits(query, key, value, attn_mask, is_causal=is_causal, grouped=enable_gqa):
         width = query.shape[-1]
         scale = width**-0.5 if scale is None else scale
         padded = [_pad_last(t, 8) for t in (query, key, value)]
-        out = flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
+        out: torch.Tensor = flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
         return out[..., :width] if out.shape[-1] != width else out
     if _efficient_fits(query, key, value, attn_mask):
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         mask = None if attn_mask is None else _additive_mask(attn_mask, query, key)
-        return efficient_attention(query, key, value, mask, keep, dropout_p, is_causal, scale=scale)[0]
+        efficient: torch.Tensor = efficient_attention(query, key, value, mask, keep, dropout_p, is_causal, scale=scale)[
+            0
+        ]
+        return efficient
     return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -174,7 +179,8 @@ def _math_attention(
     weights = safe_softmax(weights, -1)  # one name: what it stood for before may go here
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
-    return (weights @ value).to(dtype)
+    product: torch.Tensor = (weights @ value).to(dtype)
+    return product
 
 
 # The filters of `can_use_flash_attention` and `can_use_mem_efficient_attention` that depend on the tensors alone, as of
@@ -269,9 +275,10 @@ def _product_4bit(fused_rows: int) -> Callable[..., torch.Tensor]:
         fake = isinstance(A, FakeTensor)
         if not fake or A.numel() // A.shape[-1] <= fused_rows:
             with below_autograd():
-                return torch.ops.bitsandbytes.gemm_4bit.default(
+                product: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
                     A, B, shapeB, absmax, blocksize, quant_type, bias, absmax_8bit, absmax_code, absmax_offset
                 )
+                return product
         if absmax_8bit is not None:
             # Both stay until the product is done: the backend's function holds them as locals.
             blocks = torch.ops.bitsandbytes.dequantize_blockwise.default(

@@ -132,7 +132,8 @@ class Server:
     def logits(self, ids: Tensor) -> Tensor:
         """Logits of ``ids`` with the active adapter."""
         with torch.no_grad():
-            return self.model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     def base_logits(self, ids: Tensor) -> Tensor:
         """Logits of ``ids`` without adapters."""
@@ -149,7 +150,8 @@ class Server:
         if len(names) != len(ids):
             raise GaugeError(f"{len(ids)} rows need {len(ids)} adapter names, got {len(names)}")
         with torch.no_grad():
-            return self.model(input_ids=ids, use_cache=False, adapter_names=list(names)).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, adapter_names=list(names)).logits
+        return logits
 
     def merge(self) -> None:
         """Merge the active adapter into the base weights."""

@@ -10,7 +10,10 @@ sequences of 10,000 take about a second, and nearly equal ones next to nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SAME_SIZE = 4
 """What a pair counts where one side does not know its site; the others decide between candidates of one size."""
@@ -76,7 +79,7 @@ class _Table:
         self._nbytes = np.array([key.nbytes for key in right], dtype=np.int64)
         self._sites = np.array([sites[key.site] if key.site else -1 for key in right], dtype=np.int64)
         self._outlives = np.array([key.outlives for key in right], dtype=bool)
-        self._weights: dict[Key, object] = {}
+        self._weights: dict[Key, np.ndarray] = {}
 
     def pairs(self, top: int, bottom: int, start: int, stop: int) -> list[tuple[int, int]]:
         """The alignment of ``left[top:bottom]`` with ``right[start:stop]``."""
@@ -90,7 +93,7 @@ class _Table:
         cut = start + int(self._np.argmax(upper + lower[::-1]))
         return self.pairs(top, middle, start, cut) + self.pairs(middle, bottom, cut, stop)
 
-    def _row(self, position: int) -> object:
+    def _row(self, position: int) -> np.ndarray:
         """The weights of ``left[position]`` with everything on the right; equal keys share a row."""
         key = self._left[position]
         row = self._weights.get(key)
@@ -103,16 +106,17 @@ class _Table:
             row = self._weights[key] = np.where(may_be, row, 0).astype(np.int32)
         return row
 
-    def _next(self, above, weights):  # type: ignore[no-untyped-def]
+    def _next(self, above: np.ndarray, weights: np.ndarray) -> np.ndarray:
         np = self._np
         row = above.copy()
         np.maximum(row[1:], above[:-1] + weights, out=row[1:])
-        return np.maximum.accumulate(row, out=row)
+        np.maximum.accumulate(row, out=row)
+        return row
 
-    def _last_row(self, positions: range, start: int, stop: int, *, forwards: bool):  # type: ignore[no-untyped-def]
+    def _last_row(self, positions: range, start: int, stop: int, *, forwards: bool) -> np.ndarray:
         row = self._np.zeros(stop - start + 1, dtype=self._np.int32)
         for position in positions:
-            weights = self._row(position)[start:stop]  # type: ignore[index]
+            weights = self._row(position)[start:stop]
             row = self._next(row, weights if forwards else weights[::-1])
         return row
 
@@ -120,7 +124,7 @@ class _Table:
         np = self._np
         table = np.zeros((bottom - top + 1, stop - start + 1), dtype=np.int32)
         for number, position in enumerate(range(top, bottom), start=1):
-            table[number] = self._next(table[number - 1], self._row(position)[start:stop])  # type: ignore[index]
+            table[number] = self._next(table[number - 1], self._row(position)[start:stop])
         found = []
         i, j = bottom - top, stop - start
         while i and j:

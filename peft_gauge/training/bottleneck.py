@@ -164,7 +164,7 @@ def _hidden_size(model: nn.Module) -> int:
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     """What of the base model an adapter depends on."""
-    from peft_gauge.training.bottleneck_layers import decoder_blocks
+    from peft_gauge.training.targets import decoder_blocks
 
     return {"hidden_size": _hidden_size(model), "num_hidden_layers": len(decoder_blocks(model))}
 

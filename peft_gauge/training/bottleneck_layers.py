@@ -59,7 +59,8 @@ class BottleneckAdapter(nn.Module):
         """Adapt ``hidden`` (..., d); computed in the adapter's dtype, returned in the dtype of ``hidden``."""
         inner = hidden.to(self.down.weight.dtype)
         update = self.up(ACTIVATIONS[self.nonlinearity](self.down(inner)))
-        return (inner + update).to(hidden.dtype)
+        adapted: torch.Tensor = (inner + update).to(hidden.dtype)
+        return adapted
 
     def extra_repr(self) -> str:
         return f"nonlinearity={self.nonlinearity}"

@@ -261,7 +261,8 @@ class AwqLinear(GroupedLinear):
     def forward(self, input: Tensor) -> Tensor:
         half = input.dtype in (torch.float16, torch.bfloat16)
         rows = input if half else input.to(torch.float16)
-        out = _AwqProduct.apply(rows, self.qweight, self.scales, self.out_features, self.bias)
+        apply: Any = _AwqProduct.apply
+        out: Tensor = apply(rows, self.qweight, self.scales, self.out_features, self.bias)
         return out if out.dtype == input.dtype else out.to(input.dtype)
 
 
@@ -359,7 +360,7 @@ class _Fp8Kernels:
     @staticmethod
     def matmul(input: Tensor, weight: Tensor, scale: Tensor, block_size: Any, dtype: Any, **how: Any) -> Tensor:
         quantized = _quantized_input(input, block_size)
-        out = stored_product(input, weight, weight.shape[-2])
+        out: Tensor = stored_product(input, weight, weight.shape[-2])
         del quantized
         return out
 
@@ -379,4 +380,5 @@ def _dequantized_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torc
         raise GaugeError("stored weights are dequantized in plans only")
     scales = scale.to(dtype)
     *others, columns = weight.shape
-    return dequantize(weight, scales, math.prod(others), columns).view(weight.shape)
+    dense: Tensor = dequantize(weight, scales, math.prod(others), columns).view(weight.shape)
+    return dense

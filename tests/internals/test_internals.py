@@ -590,7 +590,7 @@ def _quantized_plan_warnings() -> list[str]:
 
 @pytest.mark.parametrize(("release", "told"), [("0.50.0", True), ("0.49.2", False)])
 def test_a_plan_without_its_4_bit_route_says_so(monkeypatch: pytest.MonkeyPatch, release: str, told: bool) -> None:
-    real = _internals.version
+    real = version
     monkeypatch.setattr(from_bitsandbytes, "has_product_4bit", lambda: False)
     monkeypatch.setattr(_internals, "version", lambda name: release if name == "bitsandbytes" else real(name))
     found = _quantized_plan_warnings()

@@ -128,7 +128,7 @@ def _variables_of_imports() -> list[str]:
 
     seen = []
     record: Any = SimpleNamespace(import_module=lambda name: seen.append(os.environ.get(preloaded.ASK_NVML)))
-    preloaded.importlib = record
+    vars(preloaded)["importlib"] = record
     preloaded.import_ahead()
     wrong = [name for name, value in zip(preloaded.ON_THE_WAY, seen, strict=True) if value != "1"]
     return [*wrong, *([preloaded.ASK_NVML] if preloaded.ASK_NVML in os.environ else [])]

@@ -113,7 +113,7 @@ def _grouped_product(
     return torch.empty_strided(shape, strides, dtype=dtype)
 
 
-def _sparse_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _sparse_product(left: torch.Tensor, right: torch.Tensor) -> Any:
     """A dense product; without this, fake tensors would compute it on real zeros of the same sizes."""
     if left.layout is not torch.sparse_coo:
         return NotImplemented

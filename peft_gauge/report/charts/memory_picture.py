@@ -132,7 +132,7 @@ class Frame:
 
     def right_of_last(self, share: float) -> float:
         """The x (tokens) at this share of the way from the lines' end to the right edge."""
-        return self.last * (self.right / self.last) ** share
+        return float(self.last * (self.right / self.last) ** share)
 
     def ticks(self) -> list[float]:
         """1, 2 and 5 times the powers of ten in range."""

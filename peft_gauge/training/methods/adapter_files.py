@@ -35,12 +35,14 @@ def load(model: PreTrainedModel, method: Method, folder: Path) -> nn.Module:
     A quantized method's base must be given unquantized, as to `attach`. Raises `GaugeError` for a folder without it.
     """
     if method.kind == "full":
-        return type(model).from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
+        trained: nn.Module = type(model).from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
+        return trained
     if method.kind == "bottleneck":
         from peft_gauge.training.bottleneck import load as load_bottleneck
 
-        load_bottleneck(model, folder)
-        return model
+        adapted: nn.Module = model
+        load_bottleneck(adapted, folder)
+        return adapted
     from peft import PeftModel
 
     model = prepare_base(model, method)

@@ -120,7 +120,8 @@ def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None
     return stored
 
 
-def _attach_adapter(model: PreTrainedModel, method: Method, seed: int) -> nn.Module:
+def _attach_adapter(base: PreTrainedModel, method: Method, seed: int) -> nn.Module:
+    model: nn.Module = base
     if method.kind == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -131,7 +132,7 @@ def _attach_adapter(model: PreTrainedModel, method: Method, seed: int) -> nn.Mod
         assert method.bottleneck is not None, "a bottleneck method has a bottleneck config"
         attach_(model, method.bottleneck, seed=seed)
         return model
-    return _attach_peft(model, method)
+    return _attach_peft(base, method)
 
 
 def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
@@ -143,7 +144,7 @@ def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
         with _without_notices():
             # Left to PEFT where nothing else is asked: releases before 0.12 do not cast, nor know the argument.
             cast: dict[str, Any] = {} if method.autocast_adapter_dtype else {"autocast_adapter_dtype": False}
-            attached = peft.get_peft_model(model, config, **cast)
+            attached: nn.Module = peft.get_peft_model(model, config, **cast)
     except Exception as error:  # each tuner validates in its own way; the reader needs the sentence, not the stack
         raise GaugeError(f"{method.name} does not fit {model.config.model_type}: {one_line(error, 240)}") from error
     if not any(parameter.requires_grad for parameter in attached.parameters()):

@@ -185,5 +185,6 @@ def class_of(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING
-    found = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[kind]
-    return found[0] if isinstance(found, tuple) else found
+    found: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[kind]
+    one: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return one

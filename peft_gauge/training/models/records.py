@@ -62,7 +62,7 @@ class ModelRecord:
     @property
     def config(self) -> dict[str, Any]:
         """The Hugging Face config as a dictionary (a fresh copy)."""
-        return json.loads(self.config_json)
+        return dict(json.loads(self.config_json))
 
     @property
     def max_positions(self) -> int | None:

@@ -89,7 +89,7 @@ class FormatComparison:
         decided = [ratio for ratio in self.ratios if ratio != 1]
         count, wins = len(decided), sum(ratio < 1 for ratio in decided)
         tail = sum(math.comb(count, k) for k in range(min(wins, count - wins) + 1)) / 2**count
-        return min(1.0, 2 * tail)
+        return float(min(1.0, 2 * tail))
 
     @property
     def holds(self) -> bool | None:

@@ -84,7 +84,8 @@ def levels(quant_format: str) -> Tensor:
     if quant_format not in ("nf4", "fp4"):
         raise unknown("4-bit format with levels of its own", quant_format, ("nf4", "fp4", "int4"))
     code: Tensor = load_bitsandbytes().functional.get_4bit_type(quant_format, device="cpu")
-    return code.unique()  # sorted; fp4 has two codes for zero
+    levels: Tensor = code.unique()  # sorted; fp4 has two codes for zero
+    return levels
 
 
 def error_bound(quant_format: str) -> float:

@@ -229,7 +229,8 @@ def _quantized_layer(linear: nn.Linear, quant_format: str, double_quant: bool, c
         settings = {"quant_type": quant_format, "compress_statistics": double_quant, "blocksize": BLOCK_SIZE}
         layer.weight = make(weight, module=layer, **settings).to(weight.device)
     layer.bias = linear.bias
-    return layer.train(linear.training)
+    trained: nn.Module = layer.train(linear.training)
+    return trained
 
 
 def _empty_8bit(linear: nn.Linear) -> Any:

@@ -18,6 +18,7 @@ from peft_gauge.memory.categories import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.report.terminal import plan_table
+from peft_gauge.report.terminal.summary import ABSENT
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support.paths import DATA
@@ -110,7 +111,7 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
     assert small["find"]["value"] is None
     text = shown([large, small])
     assert "rank 64 (the model's limit)" in text
-    assert plan_table.ABSENT in text
+    assert ABSENT in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import selection
+from peft_gauge.history import reader, selection
 from peft_gauge.history.reader import Run, runs_in
 from peft_gauge.history.schema import CaseOutcome, CaseRecord
 from peft_gauge.history.selection import Chosen, newest_base, newest_in_common, of_each
@@ -112,7 +112,7 @@ def test_candidates_are_taken_by_what_they_have_in_common(mixed: list[Path]) -> 
 def test_a_long_history_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = history(tmp_path, *([case(f"benchmarks/test_x.py::test_{number}")] for number in range(30)))
     read: list[Path] = []
-    really = selection.read_run
+    really = reader.read_run
 
     def noted(path: Path) -> Run:
         read.append(path)

@@ -287,7 +287,7 @@ def test_progress_tells_what_came_and_how_long_the_rest_takes(
     tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10_000, 120))
-    monkeypatch.setattr(sweeping.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("peft_gauge.quality.sweep.time.monotonic", lambda: next(clock))
     lines: list[str] = []
     settings = [SETTINGS[0], setting("broken", 2), SETTINGS[2]]
 
@@ -303,7 +303,7 @@ def test_progress_tells_what_came_and_how_long_the_rest_takes(
 
 def test_later_seeds_are_known_to_take_no_search(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 36_000.0, 36_000.0, 36_000.0])
-    monkeypatch.setattr(sweeping.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("peft_gauge.quality.sweep.time.monotonic", lambda: next(clock))
     lines: list[str] = []
 
     first, *_ = sweep(tasks[0], SETTINGS[:1], (0, 1, 2), LENGTHS, say=lines.append)
