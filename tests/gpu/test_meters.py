@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_gauge.memory import tracker
+from peft_gauge.memory.ledger import rounded
 from peft_gauge.meters import FORWARD, OPTIMIZER, Phases
 from peft_gauge.meters.cuda import CudaMeter
 from peft_gauge.meters.nvml import NvmlMeter
@@ -20,7 +20,7 @@ def test_a_tensor_of_known_size_to_the_block() -> None:
     with phases.phase(OPTIMIZER):
         tensor = torch.zeros(3 * 2**20 + 1, dtype=torch.uint8, device="cuda")
     before, after = (reading.by_meter["cuda allocator"] for reading in phases.readings)
-    assert after["allocated_peak_bytes"] - before["allocated_bytes"] == tracker.rounded(tensor.nbytes) == 3_146_240
+    assert after["allocated_peak_bytes"] - before["allocated_bytes"] == rounded(tensor.nbytes) == 3_146_240
     assert phases.readings[1].by_meter["nvml"]["device_bytes"] > after["reserved_bytes"]  # the context is in it
 
 

@@ -20,6 +20,9 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support import published_models as published
 
+# Each trains or plans a real model in the process: seconds, not milliseconds.
+pytestmark = pytest.mark.integration
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -54,7 +57,6 @@ def test_flash_casts_float32_activations_and_sdpa_does_not() -> None:
     assert flash.saved_activation_bytes_per_token < sdpa.saved_activation_bytes_per_token
 
 
-@pytest.mark.integration
 def test_flash_plans_a_prepared_base_also_where_it_is_the_first_to_import_transformers() -> None:
     """In a process of its own, as the command runs: what is imported while flash-attn stands in must stay imported."""
     pytest.importorskip("bitsandbytes")
@@ -131,7 +133,6 @@ def test_the_libraries_are_left_as_they_were() -> None:
     assert state() == before
 
 
-@pytest.mark.integration
 def test_the_option_reaches_the_plan_and_the_table(run_command: Callable[..., tuple[int, str, str]]) -> None:
     arguments = ("plan", "--model", "toy-llama", "--method", "lora", "--seq", "32", "--attention", FLASH)
     code, out, err = run_command(*arguments, "--json")

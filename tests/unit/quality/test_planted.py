@@ -14,6 +14,9 @@ from peft_gauge.quality.training import Curve, Schedule, train
 from peft_gauge.quality.updates import Spectrum, lora_update_norm
 from peft_gauge.training import methods, models
 
+# Each trains or plans a real model in the process: seconds, not milliseconds.
+pytestmark = pytest.mark.integration
+
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 

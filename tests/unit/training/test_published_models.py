@@ -209,6 +209,7 @@ def plan_of(file: Path, method: str = "full", **how: Any) -> Plan:
     return planner.plan(PlanRequest(models.resolve(str(file)), methods.get(method), StepSettings(1, 8), **how))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", PLANNED)
 def test_a_cut_of_a_published_model_is_planned(name: str, tmp_path: Path) -> None:
     file = published.cut_file(name, tmp_path)
