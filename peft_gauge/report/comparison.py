@@ -16,7 +16,7 @@ from peft_gauge.report.terminal.summary import ABSENT, shown_seconds
 if TYPE_CHECKING:
     from peft_gauge.history.comparison import Row, RunComparison
 
-SCHEMA = 1
+SCHEMA = 2  # 1 said "cannot tell" for "inconclusive", and "figure" for "metric" among the shown headings
 HEADINGS = ("verdict", "case", "metric", "before", "after", "change", "judged", "cause or note")
 OVER = " over "
 TEXT_LIMIT = 48
@@ -256,7 +256,7 @@ def in_markdown(text: str) -> str:
 def as_json(comparisons: Iterable[RunComparison], *, strict: bool = False) -> str:
     """The full comparison for programs::
 
-        {"schema": 1, "comparisons": [{
+        {"schema": 2, "comparisons": [{
             "base": path, "new": path, "environment": [text], "notes": [text],
             "incomparable": text or null, "exit_code": 0, 1 or 2, "counts": {verdict or label: number},
             "rows": [{
