@@ -215,16 +215,16 @@ def installed_version(distribution: str) -> str | None:
 
 
 def distributions() -> dict[str, str]:
-    """The version of every distribution that this interpreter can import from, by normalised name, in their order.
+    """Version of every installed distribution by normalised name, sorted.
 
-    Of several of one name, the first on the path counts, which is the one that is imported. One without readable
-    metadata is left out.
+    If a name occurs several times, the first on the path counts: Python imports that distribution. A distribution with
+    unreadable metadata is left out.
     """
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         try:
             metadata = distribution.metadata
-        except Exception:  # what is wrong with somebody else's package must not lose a run
+        except Exception:  # a broken package of somebody else must not lose a run
             continue
         if "Name" in metadata and "Version" in metadata:
             found.setdefault(canonicalize_name(metadata["Name"]), metadata["Version"])

@@ -15,7 +15,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="PYTEST_ARGUMENTS",
-            help="Paths, node ids and options of pytest and of the suite: --model, --method, --rounds, -k, -m, …",
+            help="Paths, node ids and options of pytest and of the suite: --model, --method, --rounds, -k, -m.",
             show_default=False,
         ),
     ] = None,

@@ -145,13 +145,13 @@ def _counted(standings: Sequence[Standing]) -> str:
     from peft_gauge.report.html.page_data import counted
 
     claims = len({one.id for one in standings})
-    differing = sum(one.variant for one in standings)
+    differing = sum(one.differs for one in standings)
     told = f"{claims} claims, each on one or more models: {counted(one.verdict for one in standings)}"
     return f"{told}; differing from the recorded verdict: {differing}" if differing else told
 
 
 def _verdict(standing: Standing) -> str:
-    remarks = [f"recorded: {standing.recorded}"] if standing.variant else []
+    remarks = [f"recorded: {standing.recorded}"] if standing.differs else []
     remarks += ["of an earlier wording"] if standing.reworded else []
     return f"{standing.verdict} ({', '.join(remarks)})" if remarks else standing.verdict
 
@@ -228,7 +228,7 @@ def _difference(old: list[str], new: list[str], standings: Sequence[Standing]) -
         return "lines outside the claims' rows differ"
     names = [f"{standings[row].id} on {standings[row].model}" for row in changed[:MOST_NAMED]]
     more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
-    return f"{', '.join([*names, *more])} {'differ' if len(changed) > 1 else 'variant'}"
+    return f"{', '.join([*names, *more])} {'differ' if len(changed) > 1 else 'differs'}"
 
 
 def _write(file: Path, lines: list[str]) -> None:

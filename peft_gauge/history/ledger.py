@@ -67,7 +67,7 @@ class Standing:
     """Whether the ledger's sentence is another one by now than the one that was decided."""
 
     @property
-    def variant(self) -> bool:
+    def differs(self) -> bool:
         """Whether the claim was decided, and not as the ledger records it."""
         return self.source is not None and self.recorded is not None and self.verdict != self.recorded
 

@@ -14,6 +14,7 @@ CASE_KEYS = {"question": "benchmark", "figures": "metrics"}
 CLAIM_KEYS = {"figure": "metric"}
 METRIC_KEYS = {
     "card": "gpu",
+    "figure": "metric",
     "comparisons_with_cannot_tell": "comparisons_inconclusive",
     "dequantised_temporaries": "dequantized_temporaries",
     "planted_rank": "synthetic_rank",

@@ -16,7 +16,7 @@ from peft_gauge.report.terminal.summary import ABSENT, shown_seconds
 if TYPE_CHECKING:
     from peft_gauge.history.comparison import Row, RunComparison
 
-SCHEMA = 2  # 1 said "cannot tell" for "inconclusive", and "figure" for "metric" among the shown headings
+SCHEMA = 2  # 1: verdict "cannot tell" in place of "inconclusive", heading "figure" in place of "metric"
 HEADINGS = ("verdict", "case", "metric", "before", "after", "change", "judged", "cause or note")
 OVER = " over "
 TEXT_LIMIT = 48

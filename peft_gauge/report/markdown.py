@@ -83,9 +83,9 @@ def _answers(run: Run, newest: Run) -> str:
     """The benchmarks with results from ``run`` and their numbers of cases, its end, and what changed since."""
     benchmarks = Counter(case.benchmark for case in run.cases)
     told = ", ".join(f"{escape(benchmark)} ({number})" for benchmark, number in benchmarks.items()) or "no cases"
-    variant = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
+    changed = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
     when = f"ended {run.when:%Y-%m-%d %H:%M %Z}{', interrupted' if run.interrupted else ''}"
-    return f"{told}; {when}" + (f"; since then {'; '.join(variant)}" if variant else "")
+    return f"{told}; {when}" + (f"; since then {'; '.join(changed)}" if changed else "")
 
 
 def _with_run(runs: Sequence[Run], headings: Sequence[str]) -> list[str]:

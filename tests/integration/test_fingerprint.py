@@ -36,7 +36,7 @@ from peft_gauge.training import methods
 from tests.unit.fingerprint.test_fingerprint import build, fingerprint
 
 torch.set_num_threads(1)
-records = {m.name: fingerprint(build(m)) for m in reversed(methods.SEVEN)}
+records = {m.name: fingerprint(build(m)) for m in reversed(methods.DEFAULT_METHODS)}
 open(sys.argv[1], "w").write(json.dumps(records))
 """
 

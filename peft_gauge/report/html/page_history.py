@@ -151,11 +151,11 @@ class History:
         self._add_claims(machine, index, run)
 
     def add_level_changes(self) -> None:
-        """Add the runs from which on a time has another level: to be called once, when all runs are there.
+        """Add the runs at which the level of a time changes. Call this once, after all runs were added.
 
-        A time beside which a control ran is judged over the control, so that a slower machine is no change. Levels end
-        where the case was measured on other hardware or under other settings than before. The chance of any false step
-        is that of `change_points`, over all times together.
+        A time that was measured with a control is divided by it, so that a slower machine does not count as a change.
+        A level ends where the case moved to other hardware or other settings. The false-positive rate is that of
+        `change_points`, for all times together.
         """
         known = {(each.run, each.machine, each.case, each.metric) for each in self.changes}
         times = [one for one in self.series.values() if self.rules.of(one.case, one.metric).kind == "time"]

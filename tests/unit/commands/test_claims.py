@@ -91,7 +91,7 @@ def test_what_no_run_decided_is_not_measured_yet(results: Path) -> None:
     for key in (("qlora-quality", "smollm2-135m"), ("rank-tradeoff", "smollm2-135m")):  # asked, and never asked
         one = found[key]
         assert (one.verdict, one.metric, one.conditions, one.source) == (NOT_MEASURED, None, None, None)
-        assert not one.variant
+        assert not one.differs
         assert not one.reworded
 
 
@@ -128,8 +128,8 @@ def test_a_verdict_other_than_the_recorded_one_is_marked(measured: str, recorded
     newest.add(read_run(save(tmp_path, 1, [], [claim(measured)])))
     asked = replace(ledger()["lora-memory"], recorded={"llama-2-7b": recorded})
     (found,) = newest.of_ledger({asked.id: asked})
-    assert found.variant == (measured not in (recorded, NOT_MEASURED))
-    assert any(f"{measured} (recorded: {recorded})" in line for line in as_markdown([found])) == found.variant
+    assert found.differs == (measured not in (recorded, NOT_MEASURED))
+    assert any(f"{measured} (recorded: {recorded})" in line for line in as_markdown([found])) == found.differs
 
 
 def test_a_decision_on_other_words_is_marked(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_an_empty_cell_is_as_above_in_the_same_claim(tmp_path: Path) -> None:
     found = standings_of([save(tmp_path, 1, [], [*asked, other])])
     shown = as_markdown([one for key, one in found.items() if key[0].endswith("lora-ratio")])
     cells = [line.strip("|").split("|") for line in shown if line.startswith("| ") and "1.23 GB" in line]
-    first, again, variant, back, next_claim = [[*map(str.strip, row)] for row in cells]
+    first, again, differs, back, next_claim = [[*map(str.strip, row)] for row in cells]
     assert first[4:] == ["a", "2026-02-01", "cpu-box"]
     assert (again[0], again[4:]) == ("", ["", "", ""])
-    assert (variant[0], variant[4:]) == ("", ["b", "", ""])
+    assert (differs[0], differs[4:]) == ("", ["b", "", ""])
     assert (back[0], back[4:]) == ("", ["a", "", ""])
     assert next_claim[0].startswith("**qlora-ratio**")
     assert next_claim[4:] == first[4:]

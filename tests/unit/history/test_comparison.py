@@ -387,18 +387,18 @@ def test_what_is_not_surely_the_same_case_is_new_and_missing(why: str, made: Mad
         ({"accelerator": {"name": "H100", "memory_bytes": 8}}, "accelerator: absent → H100"),
     ],
 )
-def test_other_machines_are_refused(machine: Record, variant: str, made: Made) -> None:
+def test_other_machines_are_refused(machine: Record, differing: str, made: Made) -> None:
     sides = [
         case(STEP.format("lora"), trainable_params=n, rss_peak_bytes=n * 10**9, **timed(noisy(n, 0))) for n in (1, 2)
     ]
     base, new = made(sides[0]), made(sides[1], **machine)
     found = compare(base, new, RULES)
     assert found.incomparable is not None
-    assert variant in found.incomparable
+    assert differing in found.incomparable
     assert (found.rows, found.exit_code()) == ((), 2)
     across = compare(base, new, RULES, across_machines=True)
     assert (across.incomparable, said(across), across.exit_code()) == (None, [("worse", "trainable_params")], 1)
-    assert any(variant in note for note in across.notes)
+    assert any(differing in note for note in across.notes)
 
 
 def test_versions_and_the_patch_of_python_are_no_hindrance(made: Made) -> None:

@@ -216,7 +216,7 @@ def test_real_plans_become_ceilings_and_are_the_same_the_next_time(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(ceilings_command, "SHAPES", {"toy-llama": ((2, 16),)})
-    monkeypatch.setattr(methods, "SEVEN", (methods.LORA, methods.PROMPT))
+    monkeypatch.setattr(methods, "DEFAULT_METHODS", (methods.LORA, methods.PROMPT))
 
     def plan_all(requests: Sequence[Any]) -> Iterator[Any]:  # in this process, which has the libraries already
         for request in requests:

@@ -356,7 +356,7 @@ def choose(browser: chromium.Chromium, name: str, value: str) -> None:
 def test_every_plot_is_drawn(opened: chromium.Chromium, data: dict[str, Any]) -> None:
     scroll_through(opened)
     drawn = opened.js(
-        "[...document.querySelectorAll('metric [role=img]')].map((each) => each.getAttribute('aria-label'))"
+        "[...document.querySelectorAll('figure [role=img]')].map((each) => each.getAttribute('aria-label'))"
     )
     panels = {row["panel"] for rows in data["plots"].values() for row in rows}
     per_plot = sum(len({row["panel"] for row in rows}) for rows in data["plots"].values())
