@@ -104,8 +104,8 @@ def as_markdown(standings: Sequence[Standing]) -> list[str]:
 
 
 def _markdown_rows(standings: Sequence[Standing]) -> Iterable[list[str]]:
+    from peft_gauge.report.format import ABSENT
     from peft_gauge.report.markdown import escape
-    from peft_gauge.report.terminal.summary import ABSENT
 
     above: list[str] = []
     for one in standings:
@@ -125,7 +125,8 @@ def _as_terminal(standings: Sequence[Standing]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from peft_gauge.report.terminal.summary import ABSENT, as_text
+    from peft_gauge.report.format import ABSENT
+    from peft_gauge.report.terminal.summary import as_text
 
     caption = "\n".join([_counted(standings), *map(_told, _sources(standings))])
     table = Table(title="claims", title_justify="left", caption=caption, caption_justify="left")
@@ -157,13 +158,13 @@ def _verdict(standing: Standing) -> str:
 
 
 def _date(standing: Standing) -> str:
-    from peft_gauge.report.terminal.summary import ABSENT
+    from peft_gauge.report.format import ABSENT
 
     return f"{standing.source.ended:%Y-%m-%d}" if standing.source is not None else ABSENT
 
 
 def _machine(standing: Standing) -> str:
-    from peft_gauge.report.terminal.summary import ABSENT
+    from peft_gauge.report.format import ABSENT
 
     return standing.source.machine if standing.source is not None else ABSENT
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import one_line
 from peft_gauge.history.metrics import is_number
-from peft_gauge.report.terminal.summary import ABSENT, shown_seconds
+from peft_gauge.report.format import ABSENT, shown_seconds
 
 if TYPE_CHECKING:
     from peft_gauge.history.comparison import Row, RunComparison

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.errors import one_line
 from peft_gauge.history.metrics import environment_changes, machine_changes
 from peft_gauge.report.comparison import in_markdown
+from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds
 from peft_gauge.report.html import page_data
 from peft_gauge.report.html.page_history import machine_of
+from peft_gauge.report.rows import PHASES, label
 from peft_gauge.report.terminal import sweep_table
-from peft_gauge.report.terminal.summary import ABSENT, PHASES, label, shown, shown_bytes, shown_seconds
 
 if TYPE_CHECKING:
     from peft_gauge.history.ledger import Standing

@@ -13,7 +13,7 @@ from typing import Any
 
 from peft_gauge.errors import one_line
 from peft_gauge.history.metrics import is_number, told
-from peft_gauge.report.terminal.summary import ABSENT, shown_bytes, shown_seconds
+from peft_gauge.report.format import ABSENT, shown_bytes, shown_seconds
 
 SUBJECT = ("method", "model", "machine")
 SIGNS = {

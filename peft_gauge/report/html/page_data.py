@@ -22,8 +22,8 @@ from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
 from peft_gauge.medians import median_interval
 from peft_gauge.report.html.page_history import History, RememberedRules, machine_of
+from peft_gauge.report.rows import PHASES, label, method_rows
 from peft_gauge.report.terminal.memory_table import ON_CPU, ON_CUDA, planned_bytes
-from peft_gauge.report.terminal.summary import PHASES, label, method_rows
 from peft_gauge.report.terminal.sweep_table import ABOUT_QUALITY, swept
 
 if TYPE_CHECKING:

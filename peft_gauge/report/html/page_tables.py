@@ -8,10 +8,11 @@ from urllib.parse import urlencode
 
 from peft_gauge.report import comparison as words
 from peft_gauge.report.charts import plots
+from peft_gauge.report.format import ABSENT
 from peft_gauge.report.html import page_data
 from peft_gauge.report.html.page_cells import any_value, number, plain, seconds, size, table, text, verdict
 from peft_gauge.report.html.page_history import subject_of
-from peft_gauge.report.terminal.summary import ABSENT, PHASES, label
+from peft_gauge.report.rows import PHASES, label
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -6,17 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from peft_gauge.report.terminal.summary import (
-    ABSENT,
-    as_text,
-    by_model,
-    conditions,
-    label,
-    method_rows,
-    shown,
-    shown_bytes,
-    shown_seconds,
-)
+from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds
+from peft_gauge.report.rows import by_model, conditions, label, method_rows
+from peft_gauge.report.terminal.summary import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -9,7 +9,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from peft_gauge.report.terminal.summary import ABSENT, as_text, shown, shown_bytes
+from peft_gauge.report.format import ABSENT, shown, shown_bytes
+from peft_gauge.report.terminal.summary import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

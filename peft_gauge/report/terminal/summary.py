@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds
+from peft_gauge.report.rows import PHASES, by_model, conditions, label, method_rows
+
 if TYPE_CHECKING:
     from peft_gauge.history.schema import CaseRecord
-
-# Shown for an unavailable metric; never 0.
-ABSENT = "–"
-
-PHASES = ("forward", "backward", "optimizer", "step")
 
 # Width of the method table: a narrower terminal wraps it, but no digits are lost.
 WIDTH = 136
@@ -45,46 +43,8 @@ def as_text(tables: Iterable[Table], width: int) -> str:
     return out.getvalue()
 
 
-def method_rows(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
-    """One row for each method × model × device, with and without gradient checkpointing, merging the metrics of all its
-    passed cases."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for case in cases:
-        metrics = case.metrics
-        if "method" in metrics and case.outcome == "passed":
-            key = (metrics["method"], metrics["model"], metrics["device"], _is_checkpointed(metrics))
-            rows.setdefault(key, {}).update(metrics)
-    return list(rows.values())
-
-
-def label(row: Mapping[str, Any]) -> str:
-    """The row's method, with any difference from the method's default."""
-    return f"{row['method']}, checkpointing" if _is_checkpointed(row) else str(row["method"])
-
-
-def _is_checkpointed(metrics: Mapping[str, Any]) -> bool:
-    return bool((metrics.get("settings") or {}).get("grad_checkpointing"))
-
-
 def _timed_or_counted(cases: Iterable[CaseRecord]) -> list[dict[str, Any]]:
     return [row for row in method_rows(cases) if row.keys() & {"trainable_params", *(f"{p}_seconds" for p in PHASES)}]
-
-
-def by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """``rows`` by model and device."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["device"]), []).append(row)
-    return groups
-
-
-def conditions(rows: list[dict[str, Any]]) -> str:
-    """Shape, dtype and weights of ``rows``, which belong to one model on one device."""
-    settings = rows[0].get("settings", {})
-    return (
-        f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}, "
-        f"{settings.get('weights')} weights"
-    )
 
 
 def _method_table(rows: list[dict[str, Any]], title: str) -> Table:
@@ -120,28 +80,3 @@ def _claim_table(claims: list[Mapping[str, Any]]) -> Table:
     for claim in claims:
         table.add_row(claim["id"], claim["model"], claim["verdict"], claim.get("metric") or ABSENT)
     return table
-
-
-def shown(value: float | None, form: str) -> str:
-    """``value`` in ``form``, or a dash for ``None``."""
-    return ABSENT if value is None else form.format(value)
-
-
-def shown_bytes(value: float | None) -> str:
-    """Bytes as kB, MB or GB (powers of ten), to at least three digits."""
-    if value is None:
-        return ABSENT
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f} B"
-
-
-def shown_seconds(value: float | None) -> str:
-    """Seconds as s, ms or µs, to at least three digits."""
-    if value is None:
-        return ABSENT
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value / 1e-6:.2f} µs"

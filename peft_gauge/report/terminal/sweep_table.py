@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from peft_gauge.report.terminal.summary import ABSENT, WIDTH, as_text, shown, shown_bytes, shown_seconds
+from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds
+from peft_gauge.report.terminal.summary import WIDTH, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peft_gauge.report.terminal.summary import ABSENT, shown, shown_bytes
+from peft_gauge.report.format import ABSENT, shown, shown_bytes
 
 WIDTH = 100
 

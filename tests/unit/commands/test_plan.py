@@ -17,8 +17,8 @@ from peft_gauge.commands.plan import adjusted
 from peft_gauge.memory.categories import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanRequest
+from peft_gauge.report.format import ABSENT
 from peft_gauge.report.terminal import plan_table
-from peft_gauge.report.terminal.summary import ABSENT
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support.paths import DATA

@@ -1,0 +1,31 @@
+"""Values as readers see them: the one place for units and digits."""
+
+from __future__ import annotations
+
+ABSENT = "–"
+"""Shown for an unavailable metric; never 0."""
+
+
+def shown(value: float | None, form: str) -> str:
+    """``value`` in ``form``, or a dash for ``None``."""
+    return ABSENT if value is None else form.format(value)
+
+
+def shown_bytes(value: float | None) -> str:
+    """Bytes as kB, MB or GB (powers of ten), to at least three digits."""
+    if value is None:
+        return ABSENT
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def shown_seconds(value: float | None) -> str:
+    """Seconds as s, ms or µs, to at least three digits."""
+    if value is None:
+        return ABSENT
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value / 1e-6:.2f} µs"
