@@ -12,7 +12,9 @@ import pytest
 
 from peft_gauge import clock
 from peft_gauge.history.schema import CaseRecord
-from peft_gauge.report.terminal import plan_table, summary
+from peft_gauge.report.format import shown_bytes, shown_seconds
+from peft_gauge.report.rows import method_rows
+from peft_gauge.report.terminal import plan_table
 from tests.support.paths import ROOT
 
 
@@ -129,7 +131,7 @@ def test_a_run_shows_its_sweeps(planted_run: tuple[str, dict[str, Any]]) -> None
     [(None, "–"), (1.5, "1.50 s"), (0.999, "999.00 ms"), (0.00012, "120.00 µs"), (2.5e-6, "2.50 µs"), (0.0, "0.00 µs")],
 )
 def test_seconds_as_shown(value: float | None, shown: str) -> None:
-    assert summary.shown_seconds(value) == shown
+    assert shown_seconds(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_seconds_as_shown(value: float | None, shown: str) -> None:
     ],
 )
 def test_bytes_as_shown(value: float | None, shown: str) -> None:
-    assert summary.shown_bytes(value) == shown
+    assert shown_bytes(value) == shown
 
 
 def test_a_failed_case_lends_no_figures_to_the_table() -> None:
@@ -154,7 +156,7 @@ def test_a_failed_case_lends_no_figures_to_the_table() -> None:
         CaseRecord("a", "test_speed", "failed", "out of memory", metrics),
         CaseRecord("b", "test_speed", "passed", None, {**metrics, "step_seconds": 2.0}),
     ]
-    assert [row["step_seconds"] for row in summary.method_rows(cases)] == [2.0]
+    assert [row["step_seconds"] for row in method_rows(cases)] == [2.0]
 
 
 def test_planned_cases_have_a_table_of_their_own() -> None:
