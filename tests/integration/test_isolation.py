@@ -92,7 +92,7 @@ def test_a_value_comes_back() -> None:
 
 def test_arguments_keep_their_class() -> None:
     outcome = call("describe", ProcessOutcome("refused", None, "for this test", {}, 0.25, None))
-    assert outcome.value == {"class": "Outcome", "ended": "refused", "seconds": 0.25}
+    assert outcome.value == {"class": "ProcessOutcome", "ended": "refused", "seconds": 0.25}
 
 
 def test_times_are_the_work_and_what_is_besides() -> None:
