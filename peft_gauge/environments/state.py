@@ -13,8 +13,8 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.files import write_whole
 
 FORMAT = 3
-"""Format of a file: ``{"format": 3, "parts": {name: part}}``. Format 2 had other names of verdicts and metrics; format 1
-was the bare parts, and all its pairs of processes had A first. Neither can be used."""
+"""Format of a file: ``{"format": 3, "parts": {name: part}}``. Format 2 had other names of verdicts and metrics;
+format 1 was the bare parts, and all its pairs of processes had A first. Neither can be used."""
 
 Part = TypeVar("Part")
 
