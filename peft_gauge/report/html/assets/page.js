@@ -30,13 +30,13 @@
     return `${(value / 1e-6).toFixed(2)} µs`;
   }
 
-  function unitOf(figure) {
+  function unitOf(metric) {
     if (metric === "seconds" || metric.endsWith("_seconds")) return "s";
     return metric.includes("bytes") ? "B" : "";
   }
 
   function shown(metric, value) {
-    const unit = unitOf(figure);
+    const unit = unitOf(metric);
     if (unit === "s") return shownSeconds(value);
     return unit === "B" ? shownBytes(value) : value.toLocaleString("en", { maximumSignificantDigits: 7 });
   }
@@ -214,7 +214,7 @@
     const rows = [];
     for (const [machine, place, metric, at, values, lows, highs] of series) {
       const name = past.metrics[metric];
-      const changes = new Map(past.changes.filter(([, c, f]) => c === place && f === figure).map(([run, , , verdict]) => [run, verdict]));
+      const changes = new Map(past.changes.filter(([, c, f]) => c === place && f === metric).map(([run, , , verdict]) => [run, verdict]));
       const all = spread(values);
       past.at[at].forEach((index, i) => {
         const [owner, run, when, commit, versions] = past.runs[index];
@@ -236,7 +236,7 @@
     return made;
   }
 
-  function figureCell(name, value) {
+  function metricCell(name, value) {
     if (value === null) return MISSING;
     const made = document.createElement("data");
     made.value = String(value);
@@ -259,7 +259,7 @@
     for (const row of rows) {
       const line = body.insertRow();
       line.dataset.machine = row.machine;
-      const metrics = [row.value, row.low, row.high].map((value) => figureCell(name, value));
+      const metrics = [row.value, row.low, row.high].map((value) => metricCell(name, value));
       line.append(cell(row.run, "th"), cell(row.machine), cell(row.when.slice(0, 16).replace("T", " ")), ...metrics.map((each) => cell(each)), cell(row.change), cell(row.libraries), cell(row.commit));
     }
     const holder = document.createElement("div");
