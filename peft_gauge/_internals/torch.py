@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -91,6 +94,80 @@ def flop_formulas() -> dict[Any, Callable[..., Any]]:
     """torch's table of FLOP formulas by operator packet; `register_flop_formula`, which is public, adds to it.
     Unguarded."""
     return flop_counter.flop_registry
+
+
+# --- autocast -----------------------------------------------------------------------------------------------
+
+AUTOCAST_POLICIES = ("lower_precision_fp", "fp32", "fp32_set_opt_dtype", "fp32_append_dtype", "promote")
+"""How autocast casts the arguments of an operator, by torch's own names."""
+
+_POLICY_MACROS = {
+    "AT_FORALL_LOWER_PRECISION_FP": "lower_precision_fp",
+    "AT_FORALL_FP32": "fp32",
+    "AT_FORALL_FP32_SET_OPT_DTYPE": "fp32_set_opt_dtype",
+    "AT_FORALL_PROMOTE": "promote",
+}
+
+
+@cache
+def autocast_operators(device: str) -> frozenset[str]:
+    """The operators for which autocast has a kernel on ``device`` (``"CPU"``, ``"CUDA"``), in any build of torch.
+    Held by a contract test."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = torch._C._dispatch_get_all_op_names()
+    return frozenset(name for name in names if name.startswith("aten::") and has_kernel(name, f"Autocast{device}"))
+
+
+@cache
+def autocast_policies() -> dict[str, str]:
+    """Operator of CUDA's list -> one of `AUTOCAST_POLICIES`, as torch's own header states it; empty without the header.
+    Held by a contract test."""
+    header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
+    text = header.read_text(encoding="utf-8", errors="replace") if header.is_file() else ""
+    found: dict[str, str] = {}
+    for macro, policy in _POLICY_MACROS.items():
+        body = re.search(rf"#define {macro}\(_\)((?:[^\n]*\\\n)*[^\n]*)", text)
+        for name, overload in re.findall(r"_\((\w+)(?:,\s*(\w+))?\)", body[1] if body else ""):
+            found[f"aten::{name}" + (f".{overload}" if overload else "")] = policy
+    appended = re.search(r"#define AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE\(_\)((?:[^\n]*\\\n)*[^\n]*)", text)
+    for name in re.findall(r'"([\w.]+)"', appended[1] if appended else ""):
+        found[f"aten::{name}"] = "fp32_append_dtype"
+    return found
+
+
+def operator_named(name: str) -> Any:
+    """The overload that torch registers as ``name``, such as ``aten::softmax.int``. Unguarded."""
+    packet_name, _, overload = name.removeprefix("aten::").partition(".")
+    return getattr(getattr(torch.ops.aten, packet_name), overload or "default")
+
+
+def override(library: torch.library.Library, name: str, kernel: Any, key: str) -> None:
+    """Registers ``kernel`` in place of torch's own for this dispatch key. torch 2.6 has no argument to allow that, and
+    only warns."""
+    allowed = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        library.impl(name, kernel, key, **allowed)
+
+
+def without_cpu_autocast() -> Any:
+    """A block in which autocast's kernels for the CPU are passed by, as they do it themselves. Unguarded."""
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+
+
+def scaler_tensors(scaler: torch.amp.GradScaler) -> list[torch.Tensor]:
+    """The scale and its growth counter, which a `GradScaler` creates with its first loss. Held by a contract test."""
+    return [each for each in (scaler._scale, scaler._growth_tracker) if each is not None]
+
+
+def without_overflow(scaler: torch.amp.GradScaler) -> None:
+    """Lets a `GradScaler` step without reading whether a gradient overflowed, a value that a fake tensor does not have.
+    Held by a contract test."""
+
+    def step(optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return optimizer.step(*args, **kwargs)
+
+    scaler._maybe_opt_step = step  # type: ignore[method-assign]
 
 
 # --- operators of aten without a public name ----------------------------------------------------------------

@@ -41,6 +41,12 @@ def plan(
     checkpoint_reentrant: Annotated[bool, typer.Option(help="Use reentrant gradient checkpointing.")] = False,
     grad_accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
     clip_grad_norm: Annotated[float | None, typer.Option(help="Maximum gradient norm.")] = None,
+    mixed_precision: Annotated[
+        str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
+    ] = "no",
+    float32_outputs: Annotated[
+        bool, typer.Option(help="Copy 16-bit outputs to float32, as accelerate and Trainer do.")
+    ] = False,
     autocast_adapter_dtype: Annotated[bool | None, typer.Option(help="Keep 16-bit adapters in float32.")] = None,
     prepare_kbit: Annotated[
         bool | None, typer.Option(help="Cast unquantized parameters to float32, as prepare_model_for_kbit_training.")
@@ -86,6 +92,8 @@ def plan(
         grad_checkpointing=grad_checkpointing,
         grad_accumulation=grad_accumulation,
         clip_grad_norm=_checked_norm(clip_grad_norm),
+        mixed_precision=mixed_precision,  # type: ignore[arg-type]
+        float32_outputs=float32_outputs,
     )
     record = models.resolve(model)
 

@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 REQUIRED = ("model", "method", "batch", "seq")
 
 # A setting's name in a trace's own header -> the option's name.
-OTHER_NAMES = {"ckpt": "grad_checkpointing", "accum": "grad_accumulation", "clip": "clip_grad_norm"}
+OTHER_NAMES = {
+    "ckpt": "grad_checkpointing",
+    "accum": "grad_accumulation",
+    "clip": "clip_grad_norm",
+    "mixed": "mixed_precision",
+    "convert": "float32_outputs",
+}
 
 # Settings in a header that plans do not model, and the note for each.
 NOT_PLANNED = {
-    "mixed": "the recorded step ran under autocast ({value})",
-    "convert": "its outputs were converted to float32",
     "loop": "it was taken by another training loop ({value})",
     "packing": "its batch was packed",
 }
-PLAIN = {"loop": "plain", "convert": False, "packing": False, "mixed": None}
+PLAIN = {"loop": "plain", "packing": False}
 
 
 def trace(
@@ -190,6 +194,8 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
             grad_checkpointing=bool(settings.get("grad_checkpointing")),
             grad_accumulation=settings.get("grad_accumulation") or 1,
             clip_grad_norm=settings.get("clip_grad_norm"),
+            mixed_precision=settings.get("mixed_precision") or "no",
+            float32_outputs=bool(settings.get("float32_outputs")),
         )
     except TypeError as error:
         raise GaugeError(f"invalid settings in the trace: {error}") from error
@@ -238,4 +244,6 @@ def _title(request: PlanRequest) -> str:
     parts = [f"{settings.batch}×{settings.seq} tokens", request.dtype, settings.optimizer]
     if settings.grad_checkpointing:
         parts.append("gradient checkpointing")
+    if settings.mixed_precision != "no":
+        parts.append(f"{settings.mixed_precision} autocast")
     return f"{request.name}, {', '.join(parts)}"

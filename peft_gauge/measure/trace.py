@@ -54,6 +54,8 @@ def settings_of(case: Case, job: TrainingJob) -> dict[str, Any]:
         "grad_checkpointing": settings.grad_checkpointing,
         "grad_accumulation": settings.grad_accumulation,
         "clip_grad_norm": settings.clip_grad_norm,
+        "mixed_precision": settings.mixed_precision,
+        "float32_outputs": settings.float32_outputs,
         "attention": attention if attention in models.ATTENTIONS else None,
     }
 

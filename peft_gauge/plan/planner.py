@@ -21,6 +21,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.memory.overheads import overheads_for
 from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.adaptation import adapt, attention, attention_package, double_quant, quant_format
+from peft_gauge.plan.autocast import as_on_cuda
 from peft_gauge.plan.record import Plan
 from peft_gauge.plan.reserve import Steps, device_estimate, fit
 from peft_gauge.plan.traced_step import Trace, follow
@@ -83,6 +84,8 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
         said = stack.enter_context(policies.stepping(model))
         stack.enter_context(stored_layers.kernels())
         stack.enter_context(attention_package(request.attention))
+        if request.settings.mixed_precision != "no":
+            notes += stack.enter_context(as_on_cuda())
         if quant_format(request) == "int8":
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(kernels.cuda_int8_products())
@@ -186,6 +189,8 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "checkpoint_reentrant": request.checkpoint_reentrant,
         "grad_accumulation": settings.grad_accumulation,
         "clip_grad_norm": settings.clip_grad_norm,
+        "mixed_precision": settings.mixed_precision,
+        "float32_outputs": settings.float32_outputs,
         "quant_format": quant_format(request),
         "double_quant": double_quant(request),
         "prepare_kbit": method.prepare_kbit,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft_gauge._internals.torch import unset_fake_temporarily
+from peft_gauge._internals.torch import scaler_tensors, unset_fake_temporarily, without_overflow
 from peft_gauge.counting import ParameterCount, constant_buffers, quantization_constants
 from peft_gauge.fingerprint.places import UNKNOWN, ModuleAttribution
 from peft_gauge.memory.categories import (
@@ -156,6 +156,10 @@ def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tup
 def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:
     """Make the optimizer's state, as after the first step of a run, and say which of it the device holds."""
     fakes.prime(job.optimizer)
+    if job.scaler is not None:
+        without_overflow(job.scaler)
+        job.scaler.scale(torch.zeros(()))
+        tracker.adopt(scaler_tensors(job.scaler), OPTIMIZER_STATE)
     fused = job.optimizer.param_groups[0].get("fused")
     paged = 0
     for parameter, state in job.optimizer.state.items():

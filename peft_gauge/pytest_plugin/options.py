@@ -38,6 +38,11 @@ def add_options(parser: pytest.Parser) -> None:
     add("--device", help=f"{' or '.join(DEVICES)} (default: cuda where there is one)")
     add("--dtype", help=f"of the base weights: {', '.join(models.DTYPES)} (default: by device)")
     add(
+        "--mixed-precision",
+        default="no",
+        help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16 (default: no)",
+    )
+    add(
         "--attention",
         help=f"{', '.join(models.ATTENTIONS)} (default: sdpa where the architecture has it, else eager)",
     )
@@ -106,6 +111,7 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
         "adapter",
         "device",
         "dtype",
+        "mixed_precision",
         "attention",
         "weights",
         "batch",
@@ -115,7 +121,7 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
         "processes",
         "dataset",
     )
-    return {name: config.getoption(f"--{name}") for name in names}
+    return {name: config.getoption(name) for name in names}
 
 
 def selection(config: pytest.Config, deselected: Iterable[str] | None) -> Selection:

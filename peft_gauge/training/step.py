@@ -6,7 +6,9 @@ memory between two steps is what stays, and a peak can be taken over whole steps
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,12 +32,19 @@ OPTIMIZERS: tuple[OptimizerName, ...] = (
 )
 
 
+MixedPrecision = Literal["no", "bf16", "fp16"]
+MIXED_PRECISIONS: tuple[MixedPrecision, ...] = ("no", "bf16", "fp16")
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class StepSettings:
     """How a step is taken; every field changes the outcome, so all of them are stored with a result.
 
     ``batch`` × ``seq`` tokens; ``learning_rate``; ``optimizer``, one of `OPTIMIZERS`; ``grad_checkpointing``
-    (non-reentrant); ``grad_accumulation`` micro-batches an update; ``clip_grad_norm``, a norm or ``None``.
+    (non-reentrant); ``grad_accumulation`` micro-batches an update; ``clip_grad_norm``, a norm or ``None``;
+    ``mixed_precision``, one of `MIXED_PRECISIONS`: forward runs under autocast, with `torch.amp.GradScaler` for fp16;
+    ``float32_outputs``: 16-bit outputs of forward are copied to float32, as accelerate does.
     """
 
     batch: int
@@ -45,6 +54,8 @@ class StepSettings:
     grad_checkpointing: bool = False
     grad_accumulation: int = 1
     clip_grad_norm: float | None = None
+    mixed_precision: MixedPrecision = "no"
+    float32_outputs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "grad_accumulation"):
@@ -52,6 +63,8 @@ class StepSettings:
                 raise GaugeError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            raise unknown("mixed precision", self.mixed_precision, MIXED_PRECISIONS)
 
     @property
     def tokens(self) -> int:
@@ -96,6 +109,7 @@ class TrainingJob:
         self.loss: Tensor | None = None
         self._micro_batches = 0
         self._at_start: list[Tensor] = []
+        self.scaler = _scaler(self.trainable, settings)
 
     def train_on(self, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings) -> None:
         """Go on with other batches, of another shape if need be; the optimizer and its state stay."""
@@ -108,20 +122,43 @@ class TrainingJob:
         batch = self.batches[self._micro_batches % len(self.batches)]
         self._micro_batches += 1
         # Without use_cache=False the output carries the key-value cache, alive as long as the logits.
-        self.loss = self.model(**batch, use_cache=False).loss
+        self.loss = self._outputs(batch).loss
         return self.loss
+
+    def _outputs(self, batch: Mapping[str, Tensor]) -> Any:
+        with self._autocast():
+            outputs = self.model(**batch, use_cache=False)
+        if self.settings.float32_outputs:
+            from accelerate.utils import convert_to_fp32
+
+            return convert_to_fp32(outputs)
+        return outputs
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST_DTYPES.get(self.settings.mixed_precision)
+        device_type = self.batches[0]["input_ids"].device.type
+        return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
     def backward(self) -> None:
         """Add the gradients of the last `forward` to the trainable parameters, and let its graph go."""
         assert self.loss is not None, "forward comes before backward"
-        (self.loss / self.settings.grad_accumulation).backward()
+        loss = self.loss / self.settings.grad_accumulation
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
         self.loss = self.loss.detach()
 
     def optimizer_step(self) -> None:
         """Clip, where that is asked for, and update the trainable parameters."""
         if self.settings.clip_grad_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.trainable, self.settings.clip_grad_norm)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
     def clear(self) -> None:
         """Drop gradients and graph, as they are between two steps."""
@@ -183,8 +220,22 @@ class TrainingJob:
             "grad_accumulation": self.settings.grad_accumulation,
             "clip_grad_norm": self.settings.clip_grad_norm,
             "grad_checkpointing": self.settings.grad_checkpointing,
+            "mixed_precision": self.settings.mixed_precision,
+            "float32_outputs": self.settings.float32_outputs,
             "attention": attention_of(config),
         }
+
+
+def _scaler(trainable: Sequence[nn.Parameter], settings: StepSettings) -> torch.amp.GradScaler | None:
+    """The loss scaling without which 16-bit gradients of small numbers are 0; bfloat16 does not need it."""
+    if settings.mixed_precision != "fp16":
+        return None
+    if any(parameter.dtype == torch.float16 for parameter in trainable):
+        raise GaugeError(
+            "mixed precision fp16 needs trainable weights in float32, since their gradients are unscaled; "
+            "choose --dtype float32, or adapters in float32"
+        )
+    return torch.amp.GradScaler(trainable[0].device.type)
 
 
 def _digest(parameter: Tensor) -> Tensor:

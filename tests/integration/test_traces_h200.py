@@ -17,6 +17,7 @@ from peft_gauge.traces.comparison import TraceComparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
 PLAIN = ("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
+AUTOCAST = ("lora-autocast", "full-float32-autocast", "qlora-unprepared-autocast")
 LAYERS = 22
 
 
@@ -37,12 +38,12 @@ def measured_peak(**settings: object) -> int:
 # Where the plan is right ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", (*PLAIN, *AUTOCAST))
 def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
     found = compared(name)
     assert abs(found.unplanned_bytes) <= 0.0003 * found.planned.peak_bytes
     (unsplit,) = [row.bytes for row in found.rows if row.category == differences.UNSPLIT]
-    assert 0 < unsplit < 8 * 2**20
+    assert 0 < unsplit < 9 * 2**20
     workspaces = [row.bytes for row in found.rows if row.category == differences.WORKSPACES]
     assert workspaces == [2 * 32 * 2**20]  # a Hopper's cuBLAS: forward's and backward's
     assert found.measured.phase == found.planned.phase
@@ -175,10 +176,3 @@ def test_trainers_copy_of_the_logits_is_found() -> None:
     rows = {row.operator: row for row in found.steps}
     copy = rows["accelerate/utils/operations.py:_convert_to_fp32"]
     assert (copy.kind, copy.count, copy.bytes) == (differences.ONLY_MEASURED, 1, 4 * 768 * 32_000 * 4)
-
-
-def test_under_autocast_adapters_keep_16_bit_copies() -> None:
-    """The peak is lower than planned: autocast computes LoRA in bfloat16, the plain loop in float32."""
-    found = compared("lora-autocast")
-    assert found.difference_bytes - 2 * 32 * 2**20 < -(10**9)
-    assert any("lora_" in row.module and row.bytes < 0 for row in found.rows)

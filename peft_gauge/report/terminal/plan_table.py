@@ -123,6 +123,8 @@ def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     parts += [settings["dtype"], settings["optimizer"]]
     if settings["grad_checkpointing"]:
         parts.append("gradient checkpointing")
+    if settings.get("mixed_precision", "no") != "no":
+        parts.append(f"{settings['mixed_precision']} autocast")
     if settings.get("attention") not in (None, "none"):
         parts.append(f"{settings['attention']} attention")
     title = f"{plans[0]['model']} planned, {', '.join(parts)}"

@@ -74,7 +74,6 @@ def test_json_has_everything_and_adds_up(run_command: Run, planned: list[PlanReq
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("lora-autocast", "the recorded step ran under autocast (bf16), which plans do not model"),
         ("lora-trainer", "it was taken by another training loop (trainer), which plans do not model"),
         ("lora-sft", "it was taken by another training loop (sft), which plans do not model"),
     ],

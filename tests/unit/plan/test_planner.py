@@ -248,8 +248,9 @@ def test_a_planned_step_is_a_real_step_without_its_numbers(
     hold_against_a_real_step(method, record, dtype)
 
 
-def hold_against_a_real_step(method: methods.Method, record: models.ModelRecord, dtype: str) -> None:
-    asked = PlanRequest(record, method, StepSettings(BATCH, SEQ, optimizer="adamw-foreach-off"), dtype=dtype)
+def hold_against_a_real_step(method: methods.Method, record: models.ModelRecord, dtype: str, **settings: Any) -> None:
+    step = StepSettings(BATCH, SEQ, optimizer="adamw-foreach-off", **settings)
+    asked = PlanRequest(record, method, step, dtype=dtype)
     adapted = adaptation.adapt(asked, [])
     counted = count(adapted.model)
     mode = fakes.fake_mode()
