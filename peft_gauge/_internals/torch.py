@@ -167,7 +167,7 @@ def without_overflow(scaler: torch.amp.GradScaler) -> None:
     def step(optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
         return optimizer.step(*args, **kwargs)
 
-    scaler._maybe_opt_step = step  # type: ignore[method-assign]
+    scaler._maybe_opt_step = step  # type: ignore[assignment]
 
 
 # --- operators of aten without a public name ----------------------------------------------------------------

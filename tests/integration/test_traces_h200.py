@@ -38,7 +38,7 @@ def measured_peak(**settings: object) -> int:
 # Where the plan is right ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", (*PLAIN, *AUTOCAST))
+@pytest.mark.parametrize("name", [*PLAIN, *AUTOCAST])
 def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
     found = compared(name)
     assert abs(found.unplanned_bytes) <= 0.0003 * found.planned.peak_bytes

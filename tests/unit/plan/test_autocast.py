@@ -107,7 +107,7 @@ def test_a_planned_step_under_autocast_is_a_real_one_without_its_numbers(
     method: methods.Method, dtype: str, mixed: str
 ) -> None:
     with as_on_cuda():
-        hold_against_a_real_step(method, TOY, dtype, mixed_precision=mixed, float32_outputs=True)  # type: ignore[arg-type]
+        hold_against_a_real_step(method, TOY, dtype, mixed_precision=mixed, float32_outputs=True)
 
 
 def test_a_step_under_autocast_learns() -> None:
@@ -128,7 +128,7 @@ def test_fp16_scales_the_loss_and_the_gradients_back() -> None:
         torch.manual_seed(0)  # of the adapters
         model = methods.attach(models.build(TOY), methods.LORA)
         tokens = torch.randint(0, TOY.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-        settings = StepSettings(2, 16, optimizer="sgd", clip_grad_norm=1e9, mixed_precision=mixed)  # type: ignore[arg-type]
+        settings = StepSettings(2, 16, optimizer="sgd", clip_grad_norm=1e9, mixed_precision=mixed)
         job = TrainingJob(model, [{"input_ids": tokens, "labels": tokens}], settings)
         job.forward()
         job.backward()
