@@ -293,6 +293,56 @@ def test_torch_in_bad_fork_tells_what_a_look_at_the_card_has_spoilt(monkeypatch:
 # --- transformers -------------------------------------------------------------------------------------------
 
 
+def test_torch_autocast_operators_are_registered_for_cuda_in_any_build() -> None:
+    cuda, cpu = from_torch.autocast_operators("CUDA"), from_torch.autocast_operators("CPU")
+    assert {"aten::linear", "aten::softmax.int", "aten::layer_norm"} <= cuda
+    assert "aten::linear" in cpu
+    assert "aten::layer_norm" not in cpu
+    assert len(cuda) > 100
+
+
+def test_torch_autocast_policies_stand_in_its_header() -> None:
+    found = from_torch.autocast_policies()
+    assert {found[name] for name in found} == set(from_torch.AUTOCAST_POLICIES)
+    assert found["aten::norm.ScalarOpt_dim"] == "fp32_append_dtype"
+    assert found["aten::index_put"] == "promote"
+    assert found.keys() <= from_torch.autocast_operators("CUDA")
+    assert str(from_torch.operator_named("aten::softmax.int")) == "aten.softmax.int"
+    assert str(from_torch.operator_named("aten::linear")) == "aten.linear.default"
+
+
+def test_torch_autocast_kernels_can_be_replaced_and_passed_by() -> None:
+    library = torch.library.Library("aten", "IMPL")
+    tensor = torch.eye(2)
+
+    def cubed(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        with from_torch.without_cpu_autocast():
+            return tensor @ other @ other
+
+    try:
+        from_torch.override(library, "mm", cubed, "AutocastCPU")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.mm(2 * tensor, 2 * tensor).tolist() == [[8, 0], [0, 8]]
+    finally:
+        from_torch.end_library(library)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.mm(2 * tensor, 2 * tensor).tolist() == [[4, 0], [0, 4]]
+
+
+def test_torch_scalers_keep_two_tensors_and_step_without_a_look_at_values() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    assert from_torch.scaler_tensors(scaler) == []
+    scaler.scale(weight.sum()).backward()
+    assert [tensor.numel() for tensor in from_torch.scaler_tensors(scaler)] == [1, 1]
+    assert weight.grad is not None
+    weight.grad[0] = float("inf")  # a scaler would leave out this step
+    from_torch.without_overflow(scaler)
+    scaler.step(optimizer)
+    assert weight.tolist() == [float("-inf"), 0.0]
+
+
 def test_transformers_asks_whether_sequences_are_packed_where_it_is_replaced() -> None:
     from transformers import masking_utils
 
