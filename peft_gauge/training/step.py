@@ -136,8 +136,7 @@ class TrainingJob:
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = AUTOCAST_DTYPES.get(self.settings.mixed_precision)
-        device_type = self.batches[0]["input_ids"].device.type
-        return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.trainable[0].device.type, dtype)
 
     def backward(self) -> None:
         """Add the gradients of the last `forward` to the trainable parameters, and let its graph go."""

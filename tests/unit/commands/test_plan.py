@@ -23,6 +23,9 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support.paths import DATA
 
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 TOY = models.resolve("toy-llama", weights="random")
 OFT = DATA / "adapters" / "oft_new.json"
 

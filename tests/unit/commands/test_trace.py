@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from peft_gauge.traces.log import StepLog
     from tests.conftest import Run
 
+
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
 LORA = str(trace_file("lora"))
 
 

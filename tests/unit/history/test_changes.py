@@ -10,6 +10,9 @@ import pytest
 
 from peft_gauge.history.changes import LEAST_RUNS, _largest, change_points
 
+# Seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 RUNS = 1000
 
 

@@ -379,7 +379,7 @@ def test_what_is_not_surely_the_same_case_is_new_and_missing(why: str, made: Mad
 
 
 @pytest.mark.parametrize(
-    ("machine", "differs"),
+    ("machine", "differing"),
     [
         ({"name": "intel-xeon-8c-cpu"}, "machine: amd-epyc-2c-cpu → intel-xeon-8c-cpu"),
         ({"threads": 4}, "threads: 2 → 4"),
@@ -735,10 +735,12 @@ def test_a_run_against_itself_is_the_same_in_all_but_what_cannot_be_told() -> No
 
 
 def test_saved_runs_of_the_same_code_raise_no_alarm() -> None:
-    """The machine was shared, and its times differed by a third."""
+    """The machine was shared, and its times differed by a third. An outcome may change: a benchmark failed in run 0013,
+    and passed in run 0014."""
     for first, second in permutations(map(read_run, runs_in(RESULTS)), 2):
         found = compare(first, second, RULES)
-        assert found.counts["worse"] == found.counts["better"] == 0
+        alarms = {row.metric for row in found.rows if row.verdict in ("worse", "better")}
+        assert alarms <= {"outcome"}
 
 
 def test_plain_pytest_benchmark_files_are_compared_by_their_times(tmp_path: Path) -> None:

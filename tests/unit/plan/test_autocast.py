@@ -19,6 +19,9 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings, TrainingJob
 from tests.unit.plan.test_planner import TOY, hold_against_a_real_step
 
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 BF16, F32 = torch.bfloat16, torch.float32
 
 # The operator, the dtypes of its inputs, and the dtype of its output by "CUDA Ops that can autocast to …" in torch's

@@ -19,6 +19,9 @@ from peft_gauge.training import methods
 from peft_gauge.training.models import resolve
 from peft_gauge.training.step import StepSettings
 
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 MIB = 1 << 20
 LORA = CeilingKey("toy-llama", "lora", "cuda", "bfloat16", 2, 16)
 FULL = replace(LORA, method="full")

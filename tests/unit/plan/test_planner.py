@@ -41,6 +41,9 @@ from tests.support import published_models as published
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
 BATCH, SEQ = 2, 32
 TOKENS = BATCH * SEQ
 VOCABULARY = 256

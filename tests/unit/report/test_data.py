@@ -25,6 +25,9 @@ from tests.support import report_runs
 from tests.support.paths import RESULTS
 from tests.support.report_runs import PEAK, card_run, claim, memory_case, save, step_case, three_runs
 
+# Seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 Command = Callable[..., tuple[int, str, str]]
 
 RULES = read_rules()

@@ -25,6 +25,9 @@ from peft_gauge.report.html.page_data import PLOTTED, gather
 from tests.support import chromium
 from tests.support.report_runs import card_run, three_runs
 
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0, "s": 1.0, "ms": 1e-3, "µs": 1e-6, "%": 0.01}
 HOSTILE = "benchmarks/test_x.py::test_y[</script><img src=x onerror=alert(1)>-\u2028]"

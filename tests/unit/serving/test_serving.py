@@ -22,6 +22,9 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings
 
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 TOY = models.resolve("toy-llama", weights="random")
 ONCE = StoppingRule(min_rounds=3, max_rounds=3), WarmUp(least=1, most=1, window=1)
 

@@ -28,6 +28,9 @@ from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings
 from tests.support.snapshots import ADAM, EMBEDDING, GRADS, LINEAR, Device, frame, snapshot
 
+# Seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 MARK_ADDRESS = 0xF0000
 MARK_FRAMES = [frame("peft_gauge/traces/recorder.py", 80, "mark"), frame("train.py", 3, "<module>")]
 

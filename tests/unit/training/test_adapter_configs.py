@@ -21,7 +21,7 @@ from peft_gauge.training.cases import count_on_meta
 from peft_gauge.training.step import StepSettings
 from tests.support.paths import DATA
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 FOLDER = DATA / "adapters"
 TOY = models.resolve("toy-llama", weights="random")

@@ -22,6 +22,9 @@ from tests.support import published_models as published
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
+
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
 EVERY = [*methods.METHODS.values()]
 
 TOY = models.resolve("toy-llama", weights="random")

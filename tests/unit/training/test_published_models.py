@@ -17,6 +17,9 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support import published_models as published
 
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
 # Name -> the class that transformers builds, its parameters, its attention, and the positions it has. Counted with
 # transformers alone (AutoModelForCausalLM.from_config on meta); most are the counts that the publishers state.
 BUILT: dict[str, tuple[str, int, str, int | None]] = {

@@ -29,6 +29,9 @@ from peft_gauge.training.quantization.comparison import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
 # QLoRA (arXiv:2305.14314v1), appendix E.
 PUBLISHED_NF4 = (
     -1.0,

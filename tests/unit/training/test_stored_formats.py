@@ -32,6 +32,9 @@ from tests.support import published_models as published
 if TYPE_CHECKING:
     from pathlib import Path
 
+
+# Builds, plans or trains models: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
 TOY = models.resolve("toy-llama", weights="random").config
 
 BNB_4BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
