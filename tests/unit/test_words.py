@@ -79,7 +79,6 @@ TO_DO = (
     "peft_gauge/plan/",
     "peft_gauge/pytest_plugin/",
     "peft_gauge/traces/",
-    "peft_gauge/training/",
 )
 
 PATTERNS = tuple((re.compile("(?i)" + pattern.replace(" ", r"\s")), better) for pattern, better in WORDS)
