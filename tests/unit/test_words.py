@@ -77,7 +77,6 @@ TO_DO = (
     "peft_gauge/medians.py",
     "peft_gauge/plan/",
     "peft_gauge/pytest_plugin/",
-    "peft_gauge/traces/",
 )
 
 PATTERNS = tuple((re.compile("(?i)" + pattern.replace(" ", r"\s")), better) for pattern, better in WORDS)
