@@ -70,11 +70,7 @@ TO_DO = (
     "docs/",
     "fixtures/",
     "peft_gauge/commands/bench.py",
-    "peft_gauge/files.py",
-    "peft_gauge/fork_server.py",
     "peft_gauge/history/",
-    "peft_gauge/isolation",
-    "peft_gauge/medians.py",
     "peft_gauge/plan/",
     "peft_gauge/pytest_plugin/",
 )
