@@ -3,15 +3,15 @@
 `start` requests a child that calls one function. The first request for a list of modules starts their server, which
 imports them and lives as long as this process. The server only imports: children inherit no tensor, CUDA context or
 thread, and they draw random numbers like a new interpreter. Children of one server share their memory layout and the
-seed of Python's hashes, so spawn processes whose differences are compared.
+seed of Python's hashes, so spawn processes that are to be compared with each other.
 
 `start` raises `CannotFork`, with the reason, if a fork is not safe or would differ from a spawned process; the caller
 then spawns. This is the case on systems other than Linux, if the imports left a thread or used the GPU, and if the
 environment or the CPU cores have changed since the server started, because libraries read them on import.
 
-`multiprocessing.forkserver` does not fit. It forks whatever the state after its imports, ignores modules that fail, and
-has one environment and one list of modules per process, which torch and datasets may use too. Its children share its
-output and end without the interpreter's own exit.
+`multiprocessing.forkserver` is not suitable. It forks without checking the state after its imports and ignores modules
+that fail to import. It has one environment and one list of modules per process, which torch and datasets may use too.
+Its children share its output and end without the interpreter's own exit.
 
 The two sides exchange lines of JSON over socket pairs. Each request passes its own pair and the child's standard
 streams. Over the pair the child reports its pid, and the server reports how the child ended. The requester's socket

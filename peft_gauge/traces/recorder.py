@@ -24,7 +24,7 @@ from peft_gauge.traces.snapshot import of_snapshot
 MOST_BYTES = 200_000
 """The largest size of a file, so that the traces of a run can be kept in a repository."""
 FRAMES = (14, 6, 2)
-"""The numbers of innermost frames to keep per stack: the first for which the file is not larger than `MOST_BYTES`."""
+"""Innermost frames to keep per stack: the first of these numbers with which the file is at most `MOST_BYTES`."""
 MOST_EVENTS = 2_000_000
 """The largest number of events in a step; older ones are lost. Their stacks take about 2 GB of host memory."""
 

@@ -81,8 +81,8 @@ def build_job(
 
 
 def described(case: Case, job: TrainingJob) -> dict[str, Any]:
-    """The description stored with a metric of ``case``: names, and all settings that change the outcome, read back from
-    the built ``job``."""
+    """The description stored with the results of ``case``: names, and all settings that change the outcome, read back
+    from the built ``job``."""
     from peft_gauge.counting import trainable_dtypes
 
     settings = {

@@ -54,7 +54,7 @@ class StoredFormat:
         return f"{self.title}, from its config{loaded}"
 
     def same_as(self, quant_format: str) -> bool:
-        """Whether quantizing a 16-bit base to ``quant_format`` gives the same layers."""
+        """Whether quantizing a 16-bit base to ``quant_format`` gives this format."""
         return self.kind == "bitsandbytes" and self.settings["quant_format"] == quant_format
 
 
@@ -104,7 +104,7 @@ def _why_not(method: str, settings: dict[str, Any]) -> str:
         algorithm = settings.get("quant_algo") or "ModelOpt"
         return f"transformers has no loader ({algorithm} of NVIDIA's ModelOpt)"
     if method == "nvfp4":
-        return "transformers has neither a loader nor training"
+        return "transformers has neither a loader nor a backward pass"
     if method == "fbgemm_fp8":
         return "transformers has no backward pass"
     return "peft-gauge cannot plan a step"

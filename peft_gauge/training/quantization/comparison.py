@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 SAMPLE_SHAPE = (256, 1024)
-WEIGHT_STD = 0.02  # Llama's initialisation; the relative error does not depend on it
+WEIGHT_STD = 0.02  # Llama's initialization; the relative error does not depend on it
 
 
 def _normal(generator: torch.Generator) -> Tensor:

@@ -41,7 +41,7 @@ def quantize_(
     weight transposed. Not quantized (`left_unquantized` lists them) are:
 
     - layers whose name is, or ends in, an entry of ``skip`` (default: the output head, whatever its name);
-    - layers whose weight is tied to another module's;
+    - layers that share their weight with another module;
     - subclasses of ``nn.Linear``;
     - parameters outside linear layers, such as the experts of a mixture, one 3-D parameter per layer.
 
