@@ -1,4 +1,4 @@
-"""Files: names for them, and writing them whole or not at all."""
+"""Writing files whole or not at all, and file names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def write_whole(target: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write ``content`` (a text as UTF-8) to ``target``, so that no reader ever sees a part of it.
+    """Write ``content`` (strings as UTF-8) to ``target`` atomically: readers never see a part of it.
 
-    It is written under another name in the same folder, flushed to the disk and renamed; a file that was there stays
-    whole until then. ``durable=False`` leaves out the flush, for a file that need not outlive a crash of the machine.
-    Raises `OSError` where it cannot be written; nothing is left behind then.
+    The content is written to a temporary file in the same folder, flushed to disk and renamed; an existing file stays
+    whole until then. ``durable=False`` skips the flush, for a file that need not survive a crash of the machine. Raises
+    `OSError` if the file cannot be written, and then leaves nothing behind.
     """
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
     try:
@@ -22,13 +22,13 @@ def write_whole(target: Path, content: str | bytes, *, durable: bool = True) -> 
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it private; a result is to be read by others
+        Path(temporary).chmod(0o644)  # mkstemp makes it private, but others need to read results
         Path(temporary).replace(target)
-    except BaseException:  # also Ctrl-C: no broken file stays
+    except BaseException:  # Ctrl-C too must leave no partial file
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def slug(text: str) -> str:
-    """``text`` as a file's name on any system: its ASCII letters in lower case and digits, hyphens between words."""
+    """``text`` as a file name for any system: lower-case ASCII letters and digits, with hyphens between words."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""An interval for the median of what was drawn, whatever its distribution."""
+"""A distribution-free confidence interval of the median."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from functools import cache
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """The interval that covers the median of what ``values`` are drawn from with at least this ``confidence``.
+    """A confidence interval of the median of the distribution of ``values``, with at least this ``confidence``.
 
-    As many of n independent values lie below their median as heads fall in n tosses. So the k-th smallest and the k-th
-    largest value enclose the median except with probability 2·P(Binomial(n, 1/2) < k), and the interval is the one with
-    the greatest k that keeps this within 1 - ``confidence`` (Le Boudec, Performance Evaluation of Computer and
-    Communication Systems, 2010, chapter 2). ``None`` where not even the extremes do: below 6 values for 95 %.
+    The number of n independent values below the median has the distribution of heads in n coin tosses. The k-th
+    smallest and the k-th largest value therefore enclose the median except with probability 2·P(Binomial(n, 1/2) < k).
+    The interval has the greatest k that keeps this within 1 - ``confidence`` (Le Boudec, Performance Evaluation of
+    Computer and Communication Systems, 2010, chapter 2). ``None`` if even the extremes do not suffice: below 6 values
+    for 95 %.
     """
     rank = _rank(len(values), confidence)
     if rank == 0:
@@ -24,7 +25,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 @cache
 def _rank(count: int, confidence: float) -> int:
-    """The greatest k of `median_interval`, or 0; exact, in whole numbers of the 2**count outcomes of the tosses."""
+    """The greatest k of `median_interval`, or 0; exact, by counting the 2**count outcomes of the tosses."""
     allowed = int(Fraction(1 - confidence) * 2**count / 2)
     below, ways = 0, 1  # outcomes with fewer than k heads; with exactly k - 1
     for k in range(1, count // 2 + 1):

@@ -1,13 +1,14 @@
-"""A function in a process of its own: out of memory, a crash and a hang are outcomes, never ends.
+"""Running a function in its own process, where running out of memory, a crash or a hang is an outcome to report.
 
-A measurement wants a fresh process (the caching allocator and the libraries remember what ran before), and a suite
-wants to live on when a case does not. `run` starts a process that calls one function and says how that ended;
-meanwhile the function can `note` and `watch` metrics, which are known even if it is killed. The process is a new
-interpreter or, where the caller names modules to preload, one forked from a server that has imported them
-(`peft_gauge.isolation.fork_server`).
+A measurement needs a new process, because the caching allocator and the libraries keep state from earlier work. A test
+suite must also continue after a case that crashes. `run` starts a process that calls one function, and returns how it
+ended. The function can report metrics with `note` and `watch`; these survive if it is killed.
 
-The two sides (`parent`, `child`) share a private folder instead of pipes: a grandchild that keeps a pipe open would
-make the parent wait.
+The process is a new interpreter. If the caller names modules to preload, it is forked from a server that has imported
+them (`peft_gauge.isolation.fork_server`).
+
+The two sides (`parent`, `child`) share a private folder instead of pipes, since a grandchild that keeps a pipe open
+would make the parent wait.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The child as a program: a function that notes does so through the module that it imports, which this one is not."""
+"""The child as a program.
+
+It calls the imported module `child` and not itself, because functions import `note` from there too.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The child's side: do the task in the folder, and tell the parent what is known on the way.
+"""The child's side: run the task in the folder, and report metrics to the parent meanwhile.
 
 Run as a program (``python -m peft_gauge.isolation FOLDER``), the package is the child.
 """
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from peft_gauge.isolation.outcome import Ended
 
 _PARENT_CHECK_SECONDS = 0.5
-_PARENT_GRACE_SECONDS = 2.0  # so long the parent may be late in killing a child that has reached its limit
-_END_SECONDS = 3.0  # so long the interpreter may take to end once the result is written
+_PARENT_GRACE_SECONDS = 2.0  # time that the parent has to kill a child at its limit, before the child ends itself
+_END_SECONDS = 3.0  # time that the interpreter has to exit after the result is written
 
 _progress: FileIO | None = None
 
 
 def note(**metrics: Any) -> None:
-    """Keep ``metrics`` as the last known ones; ``phase`` says in a time-out's reason where it was.
+    """Report ``metrics`` to the parent, which keeps the last value of each. A time-out's reason shows ``phase``.
 
-    One write of the operating system a call, so nothing is lost with the process. Outside a child it does nothing.
-    Raises `ValueError` for what JSON cannot hold.
+    Each call is one write of the operating system, so nothing is lost if the process is killed. Outside a child it does
+    nothing. Raises `ValueError` for values that JSON cannot represent.
     """
     _tell("note", metrics)
 
 
 @contextlib.contextmanager
 def watch(read: Callable[[], Mapping[str, int | None]], period_seconds: float = 0.2) -> Iterator[None]:
-    """Note what ``read`` gives at the start, at the end and, from a thread, every ``period_seconds`` in between.
+    """Report the result of ``read`` at the start, at the end and, from a thread, every ``period_seconds`` in between.
 
-    Raises what stopped the thread, if something did: peaks may have been missed then. After a broken CUDA device
-    there is no last reading, for that would call into it.
+    If an error stops the thread, it is raised at the end, since peaks may have been missed. After a CUDA error there is
+    no last reading, because it would use the broken device.
     """
     _tell("watch", read())
     end = threading.Event()
@@ -61,7 +61,7 @@ def watch(read: Callable[[], Mapping[str, int | None]], period_seconds: float = 
         while not end.wait(period_seconds):
             try:
                 _tell("watch", read())
-            except BaseException as error:  # handed to whoever watches
+            except BaseException as error:  # raised again in the caller's thread
                 errors.append(error)
                 return
 
@@ -75,7 +75,7 @@ def watch(read: Callable[[], Mapping[str, int | None]], period_seconds: float = 
             thread.join()
             try:
                 _tell("watch", read())
-            except Exception as second:  # what ended the work matters more
+            except Exception as second:  # the error that ended the work is more important
                 error.add_note(f"the last reading failed too: {one_line(second)}")
         raise
     end.set()
@@ -87,7 +87,7 @@ def watch(read: Callable[[], Mapping[str, int | None]], period_seconds: float = 
 
 def _tell(kind: Literal["note", "watch"], metrics: Mapping[str, Any]) -> None:
     if _progress is not None:
-        # Unbuffered and appending: one write, whole also beside those of other threads.
+        # Unbuffered and appending: one write, which stays whole while other threads write.
         _progress.write(_as_json([kind, metrics], "a note").encode() + b"\n")
 
 
@@ -95,16 +95,16 @@ def _as_json(value: Any, what: str) -> str:
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} holds what JSON cannot: {one_line(error)}") from error
+        raise ValueError(f"{what} cannot be converted to JSON: {one_line(error)}") from error
 
 
 def serve(name: str) -> None:
-    """Do the task in the folder ``name`` and write its result there."""
+    """Run the task in the folder ``name`` and write its result there."""
     global _progress
     folder = Path(name)
     task = json.loads((folder / TASK).read_text())
     faulthandler.enable()
-    # Needs no interpreter lock: ends also a child that hangs in native code and whose parent is dead.
+    # This needs no interpreter lock, so it also ends a child that hangs in native code after its parent died.
     faulthandler.dump_traceback_later(task["limit_seconds"] + _PARENT_GRACE_SECONDS, exit=True)
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), daemon=True).start()
     _progress = FileIO(folder / PROGRESS, "a")
@@ -121,16 +121,19 @@ def serve(name: str) -> None:
     except BaseException as error:
         _write_result(folder, *ending(error), work_seconds)
         if broke_the_device(error):
-            # The traceback holds tensors, and freeing them would call into the broken device.
+            # The traceback holds tensors; freeing them would use the broken device.
             os._exit(1)
     faulthandler.dump_traceback_later(_END_SECONDS, exit=True)
     _end()
 
 
 def _end() -> NoReturn:
-    """End as an interpreter does, but for taking apart all that was imported: of torch and its like, that takes longer
-    than to fork and call the function, and the operating system gives everything back anyway."""
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    """Exit like an interpreter, but without unloading imported modules.
+
+    Unloading torch and similar libraries takes longer than forking and calling the function, and the operating system
+    frees their memory anyway.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk; closed by the function
@@ -139,7 +142,7 @@ def _end() -> NoReturn:
 
 
 def _end_with_parent(parent: int, folder: Path) -> NoReturn:
-    """Once ``parent`` is gone, remove ``folder`` and kill this process with its group: a GPU must not stay held."""
+    """When ``parent`` has ended, remove ``folder`` and kill this process and its group, to free the GPU."""
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +155,7 @@ def _find(function: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if f"{module_name}.".startswith(f"{error.name}."):  # not something that the module itself imports
+        if f"{module_name}.".startswith(f"{error.name}."):  # and not a module that it imports
             raise GaugeError(f"unknown function {function}: there is no module {error.name}") from error
         raise
     functions: dict[str, Callable[..., Any]] = {key: value for key, value in vars(module).items() if callable(value)}
@@ -165,7 +168,7 @@ def _arguments(folder: Path) -> tuple[Any, ...]:
     try:
         return tuple(pickle.loads((folder / ARGUMENTS).read_bytes()))
     except (AttributeError, ImportError, pickle.UnpicklingError) as error:
-        raise GaugeError(f"the arguments cannot be read in a process of their own: {one_line(error)}") from error
+        raise GaugeError(f"the arguments cannot be unpickled in the child process: {one_line(error)}") from error
 
 
 def _write_result(folder: Path, ended: Ended, value: Any, reason: str | None, work_seconds: float | None) -> None:

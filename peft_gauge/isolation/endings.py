@@ -1,4 +1,4 @@
-"""What an end without a result, or an exception, says: how the work ended, and the reason in one line."""
+"""How the work ended, with a reason in one line, from an exception or from an exit without a result."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _OUT_OF_MEMORY_TEXT = re.compile(
     r"|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
     r"|Cannot allocate memory"  # strerror(ENOMEM): an mmap of weights, a fork
-    r"|Error out of memory at line"  # what bitsandbytes' kernels print before they end the process
+    r"|Error out of memory at line"  # bitsandbytes' kernels print it before they end the process
     r"|std::bad_alloc"
 )
 _LIKELY_CAUSES = {
     "SIGKILL": "not by its parent; usually the kernel's out-of-memory killer: host memory ran out",
-    "SIGSEGV": "native code touched memory that is not its own",
-    "SIGBUS": "mapped memory had nothing behind it, as with a truncated file or a full /dev/shm",
-    "SIGABRT": "native code gave up",
+    "SIGSEGV": "native code accessed invalid memory",
+    "SIGBUS": "mapped memory has no storage, as with a truncated file or a full /dev/shm",
+    "SIGABRT": "native code aborted",
     "SIGILL": "native code was built for another processor",
 }
 
 
 def without_result(code: int | None, output: str) -> tuple[Ended, str]:
-    """How a child with exit status ``code`` ended that wrote no result, and what its ``output`` has to say on it."""
+    """How a child that wrote no result ended, and the reason, from its exit status ``code`` and its ``output``."""
     if code is None:
-        reason = "killed, since the fork server that it came from was"
+        reason = "killed, because its fork server was killed"
     elif code < 0:
         name = signal_name(-code)
         cause = _LIKELY_CAUSES.get(name)
@@ -47,12 +47,12 @@ def without_result(code: int | None, output: str) -> tuple[Ended, str]:
         file, line, function = crash_site.groups()
         reason += f" in {function} at {Path(file).name}:{line}"
     if words:
-        reason += f"; last words: {_without_folders(words)}"
+        reason += f"; last output: {_without_folders(words)}"
     return ("out-of-memory" if words and _OUT_OF_MEMORY_TEXT.search(words) else "crashed"), reason
 
 
 def _last_words(output: str) -> str | None:
-    """What C++ said of an exception nobody caught, else the last line before Python's crash report."""
+    """The message of an uncaught C++ exception, otherwise the last line before Python's crash report."""
     spoken, *_ = output.partition("Fatal Python error:")
     what = re.findall(r"^\s*what\(\):\s*(.+)$", spoken, re.MULTILINE)
     lines = [line.strip() for line in spoken.splitlines() if line.strip()]
@@ -61,12 +61,12 @@ def _last_words(output: str) -> str | None:
 
 
 def _without_folders(text: str) -> str:
-    """``text`` with absolute paths cut to the file's name: results are shared, and where a library lies is private."""
+    """``text`` with absolute paths cut to the file's name, since results are shared but local paths are private."""
     return re.sub(r"(?<![\w:/.~-])/(?:[^\s/'\",:;()]+/)+", "", text)
 
 
 def ending(error: BaseException) -> tuple[Ended, None, str]:
-    """What ``error`` makes of the task: how it ended, no value, the reason."""
+    """The outcome of a task that raised ``error``: how it ended, no value, and the reason."""
     for link in _chain(error):
         if _is_out_of_memory(link):
             return "out-of-memory", None, _told(link)
@@ -78,9 +78,9 @@ def ending(error: BaseException) -> tuple[Ended, None, str]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and all that it came from (``raise … from``, or while that was handled), nearest first."""
+    """``error`` with all its causes and contexts, nearest first."""
     links: list[BaseException] = [error]
-    for link in links:  # grows on the way
+    for link in links:  # the list grows during the loop
         yield link
         origins = (link.__cause__, link.__context__)
         links += [origin for origin in origins if origin is not None and all(origin is not known for known in links)]
@@ -94,7 +94,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_broken_device(error: BaseException) -> bool:
-    """Whether ``error`` is one of those after which every further CUDA call of the process fails."""
+    """Whether all further CUDA calls of the process fail after ``error``."""
     named = "AcceleratorError" in {cls.__name__ for cls in type(error).__mro__}
     told = isinstance(error, RuntimeError) and "CUDA error:" in str(error)
     return (named or told) and not _is_out_of_memory(error)
@@ -105,7 +105,7 @@ def broke_the_device(error: BaseException) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """``TypeError: message at file:line``: the message's first line, and where it was raised."""
+    """``TypeError: message at file:line``, with the message's first line and the place where it was raised."""
     message = next(iter(str(error).splitlines()), "")
     told = ": ".join(filter(None, (type(error).__name__, one_line(_without_folders(message), 300))))
     traceback = error.__traceback__

@@ -1,22 +1,24 @@
-"""Processes forked from one that has imported what they need: the seconds of imports are paid once, not by each.
+"""Processes forked from a server that has imported their modules, so that the time of imports is spent only once.
 
-`start` asks a server for a child that calls one function. The server is started with the first request for its modules,
-imports them, and lives as long as this process. It does nothing but import: no tensor, no CUDA context and no thread is
-there to inherit, and a child draws random numbers as a fresh interpreter does. What children of one server share is how
-their memory is laid out and the seed of Python's hashes: where processes are held against each other, spawn them.
+`start` requests a child that calls one function. The first request for a list of modules starts their server, which
+imports them and lives as long as this process. The server only imports: children inherit no tensor, CUDA context or
+thread, and they draw random numbers like a new interpreter. Children of one server share their memory layout and the
+seed of Python's hashes, so spawn processes that are to be compared with each other.
 
-Where a fork is not safe, or would give another process than a spawned one, `start` raises `CannotFork` with the reason;
-the caller spawns. That is so on other systems than Linux, where the imports left a thread or looked at the GPU, and
-where environment or cores are not those that the server was started with, for libraries read them when imported.
+`start` raises `CannotFork`, with the reason, if a fork is not safe or would differ from a spawned process; the caller
+then spawns. This is the case on systems other than Linux, if the imports left a thread or used the GPU, and if the
+environment or the CPU cores have changed since the server started, because libraries read them on import.
 
-Not `multiprocessing.forkserver`: it forks whatever its imports have made of it, passes over a module that fails, has
-one environment and one list of modules for all of a process (which torch and datasets may use too), and its children
-share its output and end without the interpreter's own end.
+`multiprocessing.forkserver` is not suitable. It forks without checking the state after its imports and ignores modules
+that fail to import. It has one environment and one list of modules per process, which torch and datasets may use too.
+Its children share its output and end without the interpreter's own exit.
 
-The sides talk over socket pairs, in lines of JSON. Each request brings a pair of its own and the child's standard
-streams. Over it the child tells its pid, and the server how the child ended; the requester's end is its hold on the
-child: the pid stays the child's until it is closed, and where it is closed first, or its process is gone, the child is
-killed with its group. This module is the requester's side; the server is the program `peft_gauge.isolation.forker`.
+The two sides exchange lines of JSON over socket pairs. Each request passes its own pair and the child's standard
+streams. Over the pair the child reports its pid, and the server reports how the child ended. The requester's socket
+controls the child: until it is closed, the pid is not reused. If it is closed before the child has ended, or if the
+requester ends, the child and its group are killed.
+
+This module is the requester's side; the server is the program `peft_gauge.isolation.forker`.
 """
 
 from __future__ import annotations
@@ -37,29 +39,29 @@ from peft_gauge.errors import one_line
 from peft_gauge.isolation.messages import Messages
 from peft_gauge.isolation.signals import kill_group, signal_name
 
-# Which test runs is told by pytest to whom it may concern; no library asks.
+# pytest sets it for every test; no library reads it.
 _HARMLESS_VARIABLES = {"PYTEST_CURRENT_TEST"}
 
-_ANSWER_SECONDS = 30.0  # so long a server may take to fork, on a busy machine
+_ANSWER_SECONDS = 30.0  # time that a server has to fork, on a busy machine
 _END_SECONDS = 5.0
 _TAIL_BYTES = 4096
 
 
 class CannotFork(Exception):
-    """Why a process cannot be forked here, in one line; a spawned one does the same, later."""
+    """The reason, in one line, why a process cannot be forked; a spawned process does the same, but takes longer."""
 
 
 class _ServerGone(Exception):
-    """The server ended before it answered."""
+    """The server ended before it responded."""
 
 
 class Forked:
-    """A process that a server forked, as `subprocess.Popen` shows one; a context, at whose end the hold on it ends.
+    """A process forked by a server, with an interface like `subprocess.Popen`; as a context, it is closed at the end.
 
     Attributes:
-        pid: its process id and that of its group and session.
-        started: `time.perf_counter` when it was asked for.
-        returncode: its exit code, or minus the signal that ended it; ``None`` while it runs, and for good where the
+        pid: the id of its process, its group and its session.
+        started: `time.perf_counter` at the request.
+        returncode: its exit code, or minus the signal that ended it; ``None`` while it runs. Stays ``None`` if the
             server ended first (`lost`).
     """
 
@@ -71,7 +73,7 @@ class Forked:
         self.lost = False
 
     def wait(self) -> int | None:
-        """Wait for its end, or for the server's, and return ``returncode``."""
+        """Wait until it or its server ends, and return ``returncode``."""
         if self.returncode is None and not self.lost:
             told = self._messages.receive()
             self.lost = told is None
@@ -79,7 +81,7 @@ class Forked:
         return self.returncode
 
     def kill(self) -> None:
-        """Kill it and its group, if there still is something of it."""
+        """Kill it and its group, if any of them still run."""
         kill_group(self.pid)
 
     def __enter__(self) -> Forked:
@@ -89,7 +91,7 @@ class Forked:
         self.close()
 
     def close(self) -> None:
-        """Let go of it: the server kills what there still is of it."""
+        """Close the connection, upon which the server kills any process that still runs."""
         self._messages.connection.close()
 
 
@@ -102,15 +104,15 @@ def start(
     limit_seconds: float,
     folder: Path | None = None,
 ) -> Forked:
-    """A process of its own, in a session of its own, that calls ``target`` with ``arguments``.
+    """Start a process, in its own session, that calls ``target`` with ``arguments``.
 
     Args:
         target: ``"package.module:name"``.
-        preload: names of the modules that it has imported; requests with the same names share a server.
-        environment: all of its variables.
-        streams: file descriptors of its standard input, output and error.
+        preload: names of the modules that are imported already; requests with the same names share a server.
+        environment: all environment variables.
+        streams: file descriptors of standard input, output and error.
         limit_seconds: how long to wait for the server's imports, once.
-        folder: what is removed if this process is gone before its child has ended.
+        folder: the folder to remove if this process ends before the child.
 
     Raises:
         CannotFork: with the reason.
@@ -120,19 +122,19 @@ def start(
         server.wait_for_imports(limit_seconds)
         try:
             return server.fork(target, arguments, environment, streams, folder)
-        except _ServerGone:  # killed by somebody, or by the kernel for its memory: once more with a new one
+        except _ServerGone:  # killed, perhaps by the kernel for its memory: try again with a new server
             server.close()
-    raise CannotFork("the fork server was killed, and the next one too")
+    raise CannotFork("the fork server was killed twice")
 
 
 def prepare(preload: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Let the server of ``preload`` begin its imports now; where none can be had, `start` will say why."""
+    """Start the server of ``preload`` now, so that it begins its imports. `start` reports any failure."""
     with contextlib.suppress(CannotFork):
         _server(tuple(preload), environment)
 
 
 def pid_of(preload: Sequence[str]) -> int | None:
-    """The process id of the server of ``preload``, if there is one."""
+    """The process id of the server of ``preload``, or ``None``."""
     server = _servers.get(tuple(preload))
     return None if server is None or not server.is_alive else server.pid
 
@@ -145,9 +147,9 @@ _lock = threading.Lock()
 def _server(preload: tuple[str, ...], environment: Mapping[str, str]) -> _Server:
     global _owner
     if not sys.platform.startswith("linux"):
-        raise CannotFork(f"processes are forked on Linux only, not on {sys.platform}")
+        raise CannotFork(f"forking is supported on Linux only, not on {sys.platform}")
     with _lock:
-        if _owner != os.getpid():  # this process was forked itself: the servers are its parent's
+        if _owner != os.getpid():  # this process was forked itself, so the servers belong to its parent
             for server in _servers.values():
                 server.disown()
             _servers.clear()
@@ -169,7 +171,7 @@ def _end_servers() -> None:
 
 
 class _Server:
-    """The requester's hold on a server. One that cannot fork stays, so that it is not tried again each time."""
+    """The requester's side of a server. A server that cannot fork is kept too, so that it is not tried again."""
 
     def __init__(self, preload: tuple[str, ...], environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
@@ -180,8 +182,8 @@ class _Server:
         self._why_not: str | None = None
         ours, theirs = socket.socketpair()
         self._control = Messages(ours)
-        # -P: another checkout of this package in the working directory must not come before this one.
-        # -u: what a child printed is known even if it is killed.
+        # -P: do not import another checkout of this package from the working directory.
+        # -u: keep a child's output even if it is killed.
         command = [sys.executable, "-P", "-u", "-m", "peft_gauge.isolation.forker", str(theirs.fileno()), *preload]
         try:
             with theirs:
@@ -209,11 +211,11 @@ class _Server:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was able to fork, and has ended since."""
+        """Whether it could fork, but has ended since."""
         return self._has_imported and self._why_not is None and not self.is_alive
 
     def wait_for_imports(self, limit_seconds: float) -> None:
-        """Raises `CannotFork` if it can never fork."""
+        """Wait for the imports. Raises `CannotFork` if the server cannot fork."""
         with self._lock:
             if not self._has_imported:
                 self._why_not = self._outcome_of_imports(limit_seconds)
@@ -235,7 +237,7 @@ class _Server:
         self._output.seek(0, os.SEEK_END)
         self._output.seek(max(0, self._output.tell() - _TAIL_BYTES))
         lines = self._output.read().decode(errors="replace").strip().splitlines()
-        words = f"; last words: {one_line(lines[-1], 200)}" if lines else ""
+        words = f"; last output: {one_line(lines[-1], 200)}" if lines else ""
         return f"the fork server {ended} while it imported its modules{words}"
 
     def fork(
@@ -254,7 +256,7 @@ class _Server:
             "folder": None if folder is None else str(folder),
         }
         if _cores() != self._cores:
-            raise CannotFork("this process may run on other cores than when the fork server was started")
+            raise CannotFork("the CPU cores of this process have changed since the fork server started")
         ours, theirs = socket.socketpair()
         messages = Messages(ours)
         started = time.perf_counter()
@@ -266,13 +268,13 @@ class _Server:
             answer = messages.receive(_ANSWER_SECONDS)
         except TimeoutError as error:
             ours.close()
-            self._why_not = f"the fork server did not answer within {_ANSWER_SECONDS:g} s"
+            self._why_not = f"the fork server did not respond within {_ANSWER_SECONDS:g} s"
             self.close()
             raise CannotFork(self._why_not) from error
         except OSError as error:
             ours.close()
             raise _ServerGone from error
-        except BaseException:  # Ctrl-C: the server, whose hold ends here, kills what it may have forked
+        except BaseException:  # Ctrl-C: when this socket closes, the server kills a child that it has forked
             ours.close()
             raise
         if answer is None or "pid" not in answer:
@@ -283,8 +285,10 @@ class _Server:
         return Forked(messages, answer["pid"], started)
 
     def _harmless_changes(self, environment: Mapping[str, str]) -> dict[str, str | None]:
-        """What of ``environment`` a child has to set, or (``None``) to unset. Raises `CannotFork` if any of it could
-        have been read by the imports."""
+        """The variables of ``environment`` that a child must set, or unset (``None``).
+
+        Raises `CannotFork` if the imports could have read any of them.
+        """
         changed = {
             name: environment.get(name)
             for name in sorted({*environment, *self._environment})
@@ -292,17 +296,17 @@ class _Server:
         }
         read = [name for name in changed if name not in _HARMLESS_VARIABLES]
         if read:
-            raise CannotFork(f"the environment is not the fork server's: {', '.join(read)}")
+            raise CannotFork(f"environment variables differ from the fork server's: {', '.join(read)}")
         return changed
 
     def disown(self) -> None:
-        """Let go of a server of the process that this one was forked from."""
+        """Release a server that belongs to the process from which this one was forked."""
         self._control.connection.close()
         self._output.close()
-        self._process.returncode = 0  # not this process's child: nothing to wait for
+        self._process.returncode = 0  # not a child of this process, so there is nothing to wait for
 
     def close(self) -> None:
-        """End it, and with it its children. One that still imports has none, and need not come to an end of that."""
+        """End the server and its children. During its imports it has no children and can be killed."""
         self._control.connection.close()
         if not self._has_imported or self._why_not is not None:
             self._process.kill()
@@ -318,9 +322,9 @@ def _working_directory() -> str:
     try:
         return str(Path.cwd())
     except OSError as error:
-        raise CannotFork(f"the working directory is gone: {error.strerror}") from error
+        raise CannotFork(f"the working directory no longer exists: {error.strerror}") from error
 
 
 def _cores() -> list[int]:
-    """Those that this thread may run on: OpenMP counts them when it is loaded."""
+    """The CPU cores that this thread may run on; OpenMP counts them when it is loaded."""
     return sorted(os.sched_getaffinity(0))

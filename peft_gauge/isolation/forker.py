@@ -1,4 +1,4 @@
-"""The fork server's own process: it imports, then forks at request (`peft_gauge.isolation.fork_server`).
+"""The process of the fork server: it imports modules, then forks on request (`peft_gauge.isolation.fork_server`).
 
 Run as a program, this module is the server.
 """
@@ -26,26 +26,26 @@ from peft_gauge.errors import one_line
 from peft_gauge.isolation.messages import Messages
 from peft_gauge.isolation.signals import kill_group
 
-_REQUEST_SECONDS = 10.0  # so long a requester may take to send what it has begun to send
+_REQUEST_SECONDS = 10.0  # time that a requester has to complete a request
 _PARENT_CHECK_SECONDS = 1.0
 _THREADS = Path("/proc/self/task")
 _MAPS = Path("/proc/self/maps")
 _PAGEMAP = Path("/proc/self/pagemap")
-_FILE_PAGE_PRESENT = 1 << 63 | 1 << 61  # two bits of a page map's entry: in memory; of a file
+_FILE_PAGE_PRESENT = 1 << 63 | 1 << 61  # two bits of an entry in the page map: page in memory; page of a file
 _POPULATE_READ = 22
 
 
 def main() -> None:
-    """Import the modules named on the command line, then fork until the requester lets go.
+    """Import the modules named on the command line, then fork until the requester closes the connection.
 
-    In a forked child this returns from the server's loop, calls the child's function, and ends as a program ends.
+    In a forked child, the server's loop returns; the child then calls its function and exits like a program.
     """
     control = Messages(socket.socket(fileno=int(sys.argv[1])))
     parent = os.getppid()
     why_not = _import(sys.argv[2:], control.connection) or _why_unsafe()
     try:
         control.send({"why_not": why_not})
-    except OSError:  # nobody waits for it any more
+    except OSError:  # the requester has closed the connection
         return
     if why_not is None:
         task = _Forker(control.connection, parent).serve()
@@ -55,21 +55,21 @@ def main() -> None:
 
 def _import(names: Sequence[str], control: socket.socket) -> str | None:
     for name in names:
-        if select.select([control], [], [], 0)[0]:  # nothing is sent before this has ended: it was closed
+        if select.select([control], [], [], 0)[0]:  # no request comes during imports, so the connection was closed
             sys.exit()
         try:
             importlib.import_module(name)
-        except BaseException as error:  # whatever it is, a spawned process will meet it, and say so
-            return f"{name} cannot be imported ahead: {type(error).__name__}: {one_line(error, 200)}"
+        except BaseException as error:  # a spawned process will raise the same error and report it
+            return f"{name} cannot be preloaded: {type(error).__name__}: {one_line(error, 200)}"
     return None
 
 
 def _why_unsafe() -> str | None:
-    """Why this process cannot be forked with all that is imported; ``None`` if it can.
+    """Why this process cannot be forked after its imports; ``None`` if it can.
 
-    A first child, which ends at once, sees whether CUDA still works in one. And OpenBLAS (numpy's, scipy's), which
-    starts threads when it is loaded, ends them before a fork and starts them anew where they are needed: what is
-    there after a fork is somebody else's.
+    A first child, which ends at once, tests whether CUDA still works in a child. The test is also needed before
+    counting threads: OpenBLAS (in numpy and scipy) starts threads when it is loaded, but ends them before a fork.
+    Threads that remain after a fork belong to other libraries.
     """
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -87,9 +87,9 @@ def _why_unsafe() -> str | None:
         finally:
             os._exit(spoilt)
     cuda_spoilt = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
-    # A look at a GPU that is not there spoils nothing.
+    # Without a GPU, looking for one does no harm.
     if torch is not None and (torch.cuda.is_initialized() or (cuda_spoilt and torch.cuda.is_available())):
-        return "CUDA was in use once the modules were imported, and would not work in a forked process"
+        return "importing the modules initialized CUDA, which then does not work in a forked process"
     return _why_threads()
 
 
@@ -97,17 +97,17 @@ def _why_threads() -> str | None:
     try:
         number = len(list(_THREADS.iterdir()))
     except OSError as error:
-        return f"threads cannot be counted: {error}"
+        return f"cannot count threads: {error}"
     if number == 1:
         return None
-    return f"{number} threads ran once the modules were imported, and only the one that forks would live on"
+    return f"{number} threads run after importing the modules, but a forked process keeps only one"
 
 
 def _pages_of_files() -> list[tuple[int, int]]:
-    """Address and length of what this process has in memory of mapped files, its libraries above all.
+    """Address and length of the pages of mapped files, mostly libraries, that are in this process's memory.
 
-    A forked process has to fault them in anew, and would seem smaller than a new interpreter by all that its imports
-    have read.
+    A forked process does not have them mapped until it uses them. Without `_fault_in` its memory would therefore appear
+    smaller than that of a new interpreter.
     """
     ranges: list[tuple[int, int]] = []
     try:
@@ -127,13 +127,13 @@ def _pages_of_files() -> list[tuple[int, int]]:
                         ranges[-1] = (ranges[-1][0], ranges[-1][1] + mmap.PAGESIZE)
                     else:
                         ranges.append((address, mmap.PAGESIZE))
-    except (OSError, ValueError):  # a sandbox without a page map: then a forked process does seem smaller
+    except (OSError, ValueError):  # a sandbox without a page map: forked processes then appear smaller
         return []
     return ranges
 
 
 def _fault_in(ranges: Sequence[tuple[int, int]]) -> None:
-    """Have the kernel map ``ranges`` (madvise's ``MADV_POPULATE_READ``, Linux 5.14; before, nothing comes of it)."""
+    """Make the kernel map ``ranges`` (``MADV_POPULATE_READ`` of ``madvise``; no effect before Linux 5.14)."""
     advise = ctypes.CDLL(None).madvise
     for address, length in ranges:
         advise(ctypes.c_void_p(address), ctypes.c_size_t(length), _POPULATE_READ)
@@ -141,7 +141,7 @@ def _fault_in(ranges: Sequence[tuple[int, int]]) -> None:
 
 @dataclass
 class _Child:
-    """A forked process, its requester's connection, and what to remove if that is gone first."""
+    """A forked process, its requester's connection, and the folder to remove if the requester ends first."""
 
     pid: int
     connection: socket.socket
@@ -151,19 +151,19 @@ class _Child:
 
 
 class _Forker:
-    """Forks at request, tells how children ended, and kills those whose requester has let go."""
+    """Forks on request, reports how children ended, and kills children whose requester has closed the connection."""
 
     def __init__(self, control: socket.socket, parent: int) -> None:
         self._control = control
         self._parent = parent
         self._children: list[_Child] = []
         self._pages = _pages_of_files()
-        # Not epoll, whose list a child would share.
+        # Not epoll, because a child would share its state.
         self._selector = selectors.PollSelector()
         self._awake, self._waker = socket.socketpair()
 
     def serve(self) -> Callable[[], None] | None:
-        """Until the requester lets go, or is gone; in a forked child what it is to do."""
+        """Serve until the requester closes the connection or ends. In a forked child, return the function to call."""
         for end in (self._awake, self._waker):
             end.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
@@ -189,10 +189,10 @@ class _Forker:
         return None
 
     def _receive(self) -> tuple[Messages, list[int]] | None:
-        """A request's connection and its standard streams; ``None`` at the end."""
+        """The connection and the standard streams of a request; ``None`` if the requester has closed the connection."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._control, 1, 4, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:  # it is gone, and had not read all that it was told
+        except ConnectionResetError:  # it has ended with unread messages
             return None
         if not data:
             return None
@@ -200,13 +200,13 @@ class _Forker:
         return Messages(socket.socket(fileno=connection)), streams
 
     def _fork(self, messages: Messages, streams: Sequence[int]) -> Callable[[], None] | None:
-        """Do what is asked over ``messages``. In the child, what it is to do; in the server ``None``."""
+        """Fulfill the request in ``messages``. In the child, return the function to call; in the server, ``None``."""
         with _closing(streams):
             try:
                 request = messages.receive(_REQUEST_SECONDS)
             except TimeoutError:
                 request = None
-            if request is None:  # it was interrupted meanwhile
+            if request is None:  # the requester was interrupted
                 messages.connection.close()
                 return None
             why_not = _why_threads()
@@ -227,7 +227,7 @@ class _Forker:
         return None
 
     def _become(self, request: Mapping[str, Any], messages: Messages, streams: Sequence[int]) -> Callable[[], None]:
-        """Make this fork of the server the process that is asked for."""
+        """Turn this fork of the server into the requested process."""
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -243,8 +243,8 @@ class _Forker:
                 os.environ[name] = value
         sys.argv[1:] = request["arguments"]
         _fault_in(self._pages)
-        # As in a new process, from the system's entropy. Python seeds its own generator anew after every fork, and
-        # those of CUDA devices do not exist yet.
+        # Seed from the system's entropy, as in a new process. Python seeds its own generator after every fork, and
+        # the generators of CUDA devices do not exist yet.
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed()
         if "torch" in sys.modules:
@@ -256,7 +256,8 @@ class _Forker:
         return lambda: getattr(importlib.import_module(module), name)(*arguments)
 
     def _look_for_ends(self) -> None:
-        """Tell who waits how a child ended. It is not collected before they let go: until then its pid is its own."""
+        """Report ended children to their requesters. A child is not reaped before its requester closes the connection,
+        so that its pid is not reused."""
         for child in list(self._children):
             ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
@@ -270,19 +271,19 @@ class _Forker:
                     Messages(child.connection).send({"code": code})
 
     def _release(self, child: _Child) -> None:
-        """The requester of ``child`` has let go of it, or is gone."""
+        """Handle that the requester of ``child`` has closed the connection or ended."""
         self._selector.unregister(child.connection)
         child.connection.close()
         if child.told:
-            child.folder = None  # it is the requester's, who knows of the end
+            child.folder = None  # the requester, which knows of the end, removes it
             self._collect(child)
         else:
             child.abandoned = True
             _kill(child.pid)
-            self._look_for_ends()  # it may have ended by itself a moment before
+            self._look_for_ends()  # it may have ended just before
 
     def _collect(self, child: _Child) -> None:
-        _kill(child.pid)  # what it left behind: a grandchild could hold the GPU
+        _kill(child.pid)  # also kill grandchildren, which could still use the GPU
         os.waitpid(child.pid, 0)
         if child.folder is not None:
             shutil.rmtree(child.folder, ignore_errors=True)
@@ -296,7 +297,7 @@ class _Forker:
 
 
 def _kill(pid: int) -> None:
-    """Kill a child that is not collected yet, and its group, which it may not have founded yet."""
+    """Kill a child that is not reaped yet, and its group, which may not exist yet."""
     os.kill(pid, signal.SIGKILL)
     kill_group(pid)
 
@@ -311,7 +312,7 @@ def _closing(descriptors: Sequence[int]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    # Here this file is the module `__main__`; whoever imports it by its name gets that one.
+    # This file runs as the module `__main__`; call the imported module, which other code sees.
     from peft_gauge.isolation import forker
 
     forker.main()

@@ -1,4 +1,4 @@
-"""How a function in a process of its own ended."""
+"""The outcome of a function that ran in its own process."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ Ended = Literal["done", "refused", "out-of-memory", "crashed", "timed-out", "int
 
 @dataclass(frozen=True)
 class ProcessOutcome:
-    """How a function in a process of its own ended.
+    """The outcome of a function that ran in its own process.
 
     Attributes:
         ended: ``done``; ``refused`` (a `GaugeError`, an unknown function); ``out-of-memory``; ``crashed`` (any other
             exception, a signal, an end without a result); ``timed-out``; ``interrupted`` (Ctrl-C).
-        value: what the function returned, as JSON gives it back (tuples are lists); ``None`` unless done.
-        reason: one line on what happened; ``None`` if done.
-        last: the metrics last told by `note` and `watch`, later ones over earlier; of watched names that end in
-            ``_peak_bytes`` the greatest.
-        seconds: wall time from the child's start to its end; the imports of a fork server, once for all its children,
-            are before that.
-        work_seconds: the part within the function itself; ``None`` if it neither returned nor raised.
-        process: how the child came to be.
-        why_spawned: why it was not forked although it could have been asked to be; ``None`` if nobody asked.
+        value: the function's return value after conversion to JSON (tuples are lists); ``None`` unless done.
+        reason: what happened, in one line; ``None`` if done.
+        last: the last value of each metric reported by `note` and `watch`; for watched names that end in
+            ``_peak_bytes``, the greatest.
+        seconds: wall time from the child's start to its end, without the imports of a fork server.
+        work_seconds: the part within the function; ``None`` if it neither returned nor raised.
+        process: whether the child was forked or spawned.
+        why_spawned: why it was spawned although a fork was requested; otherwise ``None``.
     """
 
     ended: Ended
@@ -38,17 +37,17 @@ class ProcessOutcome:
 
     @property
     def origin(self) -> dict[str, str]:
-        """``process`` and, where there is one, ``why_spawned``, as metrics of a case."""
+        """``process`` and, if set, ``why_spawned``, as metrics of a case."""
         return {"process": self.process, **({"why_spawned": self.why_spawned} if self.why_spawned else {})}
 
     @property
     def besides_seconds(self) -> float | None:
-        """What the process of its own cost: interpreter, imports, end."""
+        """The time that the separate process added: interpreter, imports, exit."""
         return None if self.work_seconds is None else self.seconds - self.work_seconds
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a child ran; ``outcome`` is what was known of it when it was killed."""
+    """Ctrl-C while a child ran. ``outcome`` has the information up to then; the child has been killed."""
 
     def __init__(self, outcome: ProcessOutcome) -> None:
         super().__init__(outcome.reason)

@@ -1,4 +1,4 @@
-"""The parent's side: start a process for one function, wait for its end, and say how it ended."""
+"""The parent's side: start a process for one function, wait for its end, and return the outcome."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Child = subprocess.Popen[bytes] | Forked
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
-_TAIL_BYTES = 32_768  # of the output; a crash report lists every extension module and must fit in
+_TAIL_BYTES = 32_768  # of the output: enough for a crash report, which lists every extension module
 
 
 def run(
@@ -39,36 +39,36 @@ def run(
     python: str = sys.executable,
     preload: Sequence[str] | None = None,
 ) -> ProcessOutcome:
-    """Call ``function`` with ``arguments`` in a fresh process and wait for the end of it, whatever that is.
+    """Call ``function`` with ``arguments`` in a new process, wait for its end, and return the outcome.
 
-    The child and whatever it started are killed at the limit and at the end; only a grandchild that opens a session
-    of its own escapes.
+    The child and its descendants are killed at the limit and at the end, except for a grandchild that starts its own
+    session.
 
     Args:
-        function: ``"package.module:name"``; it returns what JSON can hold.
+        function: ``"package.module:name"``; its return value must be convertible to JSON.
         arguments: picklable, of classes that the child can import.
-        limit_seconds: wall time until the child is killed, its start included.
-        environment: variables set over those of this process; ``None`` unsets one.
+        limit_seconds: wall time until the child is killed, including its start.
+        environment: variables to set in addition to those of this process; ``None`` unsets a variable.
         python: the interpreter, which may have other versions of the libraries.
-        preload: names of modules that the process may have imported already; it is then forked from a server that
-            imported them once, if that is safe (`fork_server`), and spawned otherwise, with the reason in
-            ``why_spawned``. ``None``: a new interpreter, whose memory is laid out as no other's.
+        preload: names of modules that may be imported beforehand. The process is then forked from a server that has
+            imported them, if that is safe (`fork_server`); otherwise it is spawned, with the reason in ``why_spawned``.
+            ``None``: a new interpreter, with its own memory layout.
 
     Raises:
-        GaugeError: the child cannot be started as asked; what goes wrong in it is an outcome instead.
-        Interrupted: Ctrl-C; the child is dead by then.
+        GaugeError: the child cannot be started. A failure inside the child is an outcome instead.
+        Interrupted: Ctrl-C; the child has been killed.
     """
     if not 0 < limit_seconds < threading.TIMEOUT_MAX:
-        raise GaugeError(f"a time limit of {limit_seconds} s is none; give a positive, finite number of seconds")
+        raise GaugeError(f"the time limit must be a positive, finite number of seconds, got {limit_seconds}")
     if not re.fullmatch(r"[\w.]+:\w+", function):
-        raise GaugeError(f"{function!r} names no function; write it as 'package.module:name'")
+        raise GaugeError(f"{function!r} is not the name of a function; write it as 'package.module:name'")
     try:
         pickled = pickle.dumps(arguments)
-    except Exception as error:  # an object's own __reduce__ can raise anything
+    except Exception as error:  # __reduce__ can raise any error
         raise GaugeError(
-            f"the arguments of {function} cannot be sent to a process of their own: {one_line(error)}"
+            f"the arguments of {function} cannot be pickled for the child process: {one_line(error)}"
         ) from error
-    # A killed grandchild may be writing still when the folder goes; what it leaves is no reason to fail.
+    # A killed grandchild may still write while the folder is removed; ignore the errors that this causes.
     with tempfile.TemporaryDirectory(prefix="peft-gauge-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         (folder / ARGUMENTS).write_bytes(pickled)
@@ -78,10 +78,10 @@ def run(
 
 
 def child_environment(given: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment of a child: this process's, ``given`` over it, and this package on the path.
+    """The environment of a child: that of this process, updated with ``given``, with this package on the path.
 
-    An installed package stays off: its folder holds all the other libraries too, and would put their versions before
-    those of another interpreter.
+    An installed package is not added: its folder has all other libraries too, which would come before those of another
+    interpreter.
     """
     wanted = {**os.environ, **(given or {})}
     environment = {name: value for name, value in wanted.items() if value is not None}
@@ -92,7 +92,7 @@ def child_environment(given: Mapping[str, str | None] | None = None) -> dict[str
 
 @dataclass(frozen=True)
 class _Started:
-    """A child that runs, the clock at its start, and why it was not forked if that was wanted."""
+    """A running child, the time of its start, and why it was spawned although a fork was requested."""
 
     child: Child
     at: float
@@ -102,10 +102,10 @@ class _Started:
 def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -> ProcessOutcome:
     try:
         started = start()
-    except KeyboardInterrupt:  # while a fork server imported
+    except KeyboardInterrupt:  # during the imports of a fork server
         raise Interrupted(ProcessOutcome("interrupted", None, "interrupted before it began", {}, 0.0, None)) from None
     child = started.child
-    # `wait` with a time-out would poll, and find the end up to 50 ms late.
+    # `wait` with a time-out polls, and would notice the end up to 50 ms late.
     timer = threading.Timer(limit_seconds, kill_group, [child.pid])
     timer.daemon = True
     interrupted = False
@@ -113,7 +113,7 @@ def _attend(folder: Path, limit_seconds: float, start: Callable[[], _Started]) -
         try:
             timer.start()
             child.wait()
-        except KeyboardInterrupt:  # raised again below, with what is known by then
+        except KeyboardInterrupt:  # raised again below, with the outcome
             interrupted = True
         finally:
             seconds = time.perf_counter() - started.at
@@ -153,7 +153,7 @@ def _fork(
     folder: Path, limit_seconds: float, python: str, environment: Mapping[str, str], preload: Sequence[str]
 ) -> Forked:
     if python != sys.executable:
-        raise CannotFork("another interpreter is asked for than that of the fork server")
+        raise CannotFork("the requested interpreter is not that of the fork server")
     with Path(os.devnull).open("rb") as nothing, (folder / OUTPUT).open("wb") as output:
         return fork_server.start(
             "peft_gauge.isolation.child:serve",
@@ -167,8 +167,8 @@ def _fork(
 
 
 def _spawn(folder: Path, python: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # -P: another checkout of this package in the working directory must not come before this one.
-    # -u: what the child printed is known even if it is killed.
+    # -P: do not import another checkout of this package from the working directory.
+    # -u: keep the child's output even if it is killed.
     command = [python, "-P", "-u", "-m", "peft_gauge.isolation", str(folder)]
     try:
         with (folder / OUTPUT).open("wb") as output:
@@ -187,7 +187,7 @@ def _spawn(folder: Path, python: str, environment: Mapping[str, str]) -> subproc
 def _outcome(folder: Path, code: int | None, limit_seconds: float, seconds: float) -> ProcessOutcome:
     last = _last_metrics(folder)
     result = folder / RESULT
-    if result.exists():  # it counts even if the interpreter's own end went wrong
+    if result.exists():  # valid even if the interpreter failed on exit
         return ProcessOutcome(last=last, seconds=seconds, **json.loads(result.read_text(encoding="utf-8")))
     if seconds >= limit_seconds:
         phase = f"; last seen in phase {last['phase']}" if "phase" in last else ""
@@ -197,14 +197,14 @@ def _outcome(folder: Path, code: int | None, limit_seconds: float, seconds: floa
 
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
-    """What was told, merged. A watched ``None`` (could not be read) takes the place of no known metric."""
+    """The reported metrics, merged. A watched ``None`` (unavailable reading) does not replace a known value."""
     last: dict[str, Any] = {}
     progress = folder / PROGRESS
     lines = progress.read_text(encoding="utf-8").splitlines() if progress.exists() else []
     for line in lines:
         try:
             kind, metrics = json.loads(line)
-        except ValueError:  # cut short by a full disk
+        except ValueError:  # truncated by a full disk
             continue
         for name, value in metrics.items():
             known = last.get(name)

@@ -1,4 +1,4 @@
-"""Signals: a process group's end, and a signal's name."""
+"""Killing a process group, and names of signals."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import signal
 
 
 def kill_group(pid: int) -> None:
-    """Kill what there still is of the process group that ``pid`` founded: a grandchild could hold the GPU.
+    """Kill the process group of ``pid``, including grandchildren that could still use the GPU.
 
-    To be called before the founder is waited for, or at once after: later the number may be another process's.
+    Call this before or right after waiting for the process ``pid``; later the number may belong to another process.
     """
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody left; macOS: none but a zombie
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is empty; on macOS, only a zombie
         os.killpg(pid, signal.SIGKILL)
 
 
 def signal_name(number: int) -> str:
-    """``SIGKILL`` for 9."""
+    """The name of a signal: ``SIGKILL`` for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal

@@ -1,1 +1,1 @@
-"""What a step needs of a GPU's memory: the log of storages, the caching allocator, GPUs, and what CUDA itself takes."""
+"""The GPU memory of a step: the log of storages, a model of the caching allocator, GPU sizes and CUDA overheads."""

@@ -1,8 +1,8 @@
-"""Sums of gradients, as autograd's engine makes them where no dispatch mode watches it.
+"""In-place sums of gradients, as autograd's engine makes them when no dispatch mode is active.
 
-The engine sums two gradients of one tensor in place if nothing else holds the first. With any dispatch mode active it
-never does (torch/csrc/autograd/input_buffer.cpp asks `isTensorSubclassLike`), so a tracked step would hold one more
-activation than an untracked one. The tracker does what the engine would have done.
+The engine sums two gradients of one tensor in place if nothing else holds the first. With a dispatch mode active it
+never does (torch/csrc/autograd/input_buffer.cpp checks `isTensorSubclassLike`), so a tracked step would need memory for
+one more activation than an untracked one. The tracker therefore sums in place where the engine would.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ADD = torch.ops.aten.add.Tensor
 
 
 def engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether this addition is the engine's own, and its left operand is held by nothing else."""
+    """Whether this addition comes from the engine and nothing else holds its left operand."""
     if kwargs or len(args) != 2 or torch.is_grad_enabled():
         return False
     left, right = args
@@ -39,7 +39,7 @@ def engine_accumulates(args: Sequence[Any], kwargs: Mapping[str, Any] | None) ->
 
 
 def dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their storage range without gaps or overlaps, in any order of dimensions."""
+    """Whether the elements fill their part of the storage without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
@@ -51,7 +51,7 @@ def dense(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def lone_holders() -> tuple[int, int]:
-    """Reference counts of a gradient that only the engine's buffer holds, as this torch version shows them."""
+    """The reference counts, in this torch version, of a gradient that only the engine's buffer holds."""
 
     class Probe(DispatchMode):
         def __init__(self) -> None:

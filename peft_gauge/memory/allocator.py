@@ -1,22 +1,22 @@
 """A model of PyTorch's native CUDA caching allocator, without a GPU.
 
-Tensors are handed out of segments that the allocator got from `cudaMalloc` and does not give back, so
-`reserved` depends on the order of allocations and frees, not only on how much is alive. Replaying that
-order here gives the reserved bytes that a GPU run would show.
+The allocator places tensors in segments from `cudaMalloc`, which it keeps after they are free. Reserved memory
+therefore depends on the order of allocations and frees, not only on live bytes. Replaying that order here gives the
+reserved bytes of a GPU run.
 
-The rules are those of PyTorch's `c10/cuda/CUDACachingAllocator.cpp` (read at commit 001074d), the constants
-those that PyTorch 2.13 installs with `c10/core/AllocatorConfig.h`.
+The rules are from PyTorch's `c10/cuda/CUDACachingAllocator.cpp` (at commit 001074d), the constants from
+`c10/core/AllocatorConfig.h` in PyTorch 2.13.
 
-Modelled: 512-byte rounding, the small and the large pool, segment sizes, best fit, splitting, merging on
-free, the release of cached segments when the device is full, and the counters of `torch.cuda.memory_stats`.
+Modeled: 512-byte rounding, the small and the large pool, segment sizes, best fit, splitting, merging on free, the
+release of cached segments when the device is full, and the counters of `torch.cuda.memory_stats`.
 
-Not modelled, because they are off by default: `max_split_size_mb`, `roundup_power2_divisions`,
-`garbage_collection_threshold`, `large_segment_size_mb`, `expandable_segments` and CUDA-graph pools. Also
-not modelled: more than one stream, and `record_stream`, which delays frees. With `expandable_segments:True`
-a segment grows by pages of 2 or 20 MiB instead, which as a rule reserves less when sizes vary.
+Not modeled, because they are off by default: `max_split_size_mb`, `roundup_power2_divisions`,
+`garbage_collection_threshold`, `large_segment_size_mb`, `expandable_segments` and CUDA-graph pools. Also not modeled:
+more than one stream, and `record_stream`, which delays frees. With `expandable_segments:True`, segments grow by pages
+of 2 or 20 MiB, which usually reserves less if sizes vary.
 
-Segment addresses are an assumption: the driver chooses them, the model counts upward. They decide only
-which of two equally large free blocks is taken first.
+Segment addresses are an assumption: the driver chooses them, while the model counts upward. They only determine which
+of two equally large free blocks is used first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peft_gauge.errors import GaugeError
 MIN_BLOCK_BYTES = 512
 """Every request is rounded up to a multiple of this (`kMinBlockSize`)."""
 SMALL_REQUEST_BYTES = 1 << 20
-"""The largest rounded request that the small pool serves (`kSmallSize`)."""
+"""The largest rounded request for the small pool (`kSmallSize`)."""
 SMALL_SEGMENT_BYTES = 2 << 20
 """Size of every segment of the small pool (`kSmallBuffer`)."""
 LARGE_SEGMENT_BYTES = 20 << 20
@@ -42,7 +42,7 @@ ROUND_LARGE_BYTES = 2 << 20
 """Such a segment's size is a multiple of this (`kRoundLarge`)."""
 
 NULL_HANDLE = 0
-"""What a request for zero bytes gets: no block, like PyTorch's null pointer."""
+"""The handle of a request for zero bytes: no block, like PyTorch's null pointer."""
 
 AllocEvent = tuple[Literal["alloc"], Hashable, int]
 FreeEvent = tuple[Literal["free"], Hashable]
@@ -50,9 +50,9 @@ Event = AllocEvent | FreeEvent
 
 
 class OutOfMemory(GaugeError):
-    """The device is full even after the allocator gave back every wholly free segment.
+    """The device is full even after the allocator released every entirely free segment.
 
-    `requested_bytes` is what the caller asked for; `segment_bytes` what `cudaMalloc` was asked for.
+    `requested_bytes` is the size that the caller requested, `segment_bytes` the size requested from `cudaMalloc`.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class OutOfMemory(GaugeError):
         self.reserved_bytes = reserved_bytes
         self.allocated_bytes = allocated_bytes
         super().__init__(
-            f"out of memory: {requested_bytes} bytes asked for (a segment of {segment_bytes}), "
-            f"{capacity_bytes} on the device, {reserved_bytes} reserved, of which {allocated_bytes} allocated "
-            f"and {self.fragmentation_bytes} in free blocks that do not fit"
+            f"out of memory: {requested_bytes} bytes requested (a segment of {segment_bytes}), "
+            f"{capacity_bytes} on the device, {reserved_bytes} reserved ({allocated_bytes} allocated, "
+            f"{self.fragmentation_bytes} in free blocks that do not fit); reduce the batch size or the sequence length"
         )
 
     @property
     def fragmentation_bytes(self) -> int:
-        """Reserved but unallocated: large here means that the shape of the cache failed, not its size."""
+        """Reserved but not allocated. If large, allocation failed because of fragmentation, not size."""
         return self.reserved_bytes - self.allocated_bytes
 
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """A piece of a segment; the same fields as a block of `torch.cuda.memory_snapshot()`."""
+    """A block of a segment, with the same fields as in `torch.cuda.memory_snapshot()`."""
 
     address: int
     size_bytes: int
@@ -92,7 +92,7 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """One `cudaMalloc`ed range and the blocks that tile it, in the order of their addresses."""
+    """One segment from `cudaMalloc` and the blocks that fill it, in order of address."""
 
     address: int
     size_bytes: int
@@ -113,12 +113,12 @@ class _Block:
 
 
 def round_request(nbytes: int) -> int:
-    """The bytes of the block that a request for `nbytes` > 0 needs at least."""
+    """The smallest block for a request of `nbytes` > 0."""
     return -(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
 
 
 def segment_size(block_bytes: int) -> int:
-    """The bytes asked of `cudaMalloc` when no free block holds a (rounded) request of `block_bytes`."""
+    """The bytes to request from `cudaMalloc` when no free block fits a (rounded) request of `block_bytes`."""
     if block_bytes <= SMALL_REQUEST_BYTES:
         return SMALL_SEGMENT_BYTES
     if block_bytes < MIN_OWN_SEGMENT_BYTES:
@@ -129,20 +129,20 @@ def segment_size(block_bytes: int) -> int:
 class CachingAllocator:
     """The allocator of one device and one stream.
 
-    `capacity_bytes` is what `cudaMalloc` can hand out in total (the GPU's memory less the CUDA context);
-    None means without limit. Attributes ending in `_bytes` read like their namesakes in
-    `torch.cuda.memory_stats`: allocated counts whole blocks, rounding and unsplit remainders included.
+    `capacity_bytes` is the total available to `cudaMalloc` (the GPU's memory minus the CUDA context); None means no
+    limit. Attributes ending in `_bytes` match those in `torch.cuda.memory_stats`: allocated counts whole blocks,
+    including rounding and remainders that were not split off.
     """
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
         if capacity_bytes is not None and capacity_bytes < 0:
-            raise ValueError(f"capacity_bytes is {capacity_bytes}; it must not be negative")
+            raise ValueError(f"capacity_bytes must not be negative, got {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
         self.num_alloc_retries = 0
         self.num_ooms = 0
         self._allocated = self._peak_allocated = 0
         self._reserved = self._peak_reserved = 0
-        # Free blocks as (size, address), sorted: the first entry not below (size, 0) is PyTorch's best fit.
+        # Free blocks as (size, address), sorted: PyTorch's best fit is the first entry not below (size, 0).
         self._free_small: list[tuple[int, int]] = []
         self._free_large: list[tuple[int, int]] = []
         self._blocks: dict[int, _Block] = {}
@@ -150,36 +150,36 @@ class CachingAllocator:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes in blocks that are handed out."""
+        """Bytes in allocated blocks."""
         return self._allocated
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes in segments, handed out or cached."""
+        """Bytes in segments, allocated or cached."""
         return self._reserved
 
     @property
     def peak_allocated_bytes(self) -> int:
-        """The most `allocated_bytes` since the start or the last `reset_peak`."""
+        """The largest `allocated_bytes` since the start or the last `reset_peak`."""
         return self._peak_allocated
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """The most `reserved_bytes` since the start or the last `reset_peak`."""
+        """The largest `reserved_bytes` since the start or the last `reset_peak`."""
         return self._peak_reserved
 
     def reset_peak(self) -> None:
-        """Let both peaks start again from what is allocated and reserved now (not from zero)."""
+        """Restart both peaks from the bytes that are allocated and reserved now (not from zero)."""
         self._peak_allocated = self._allocated
         self._peak_reserved = self._reserved
 
     def malloc(self, nbytes: int) -> int:
-        """Hand out a block for `nbytes` and return its handle, to be given to `free`.
+        """Allocate a block for `nbytes` and return its handle for `free`.
 
-        Raises `OutOfMemory` when the capacity does not allow it; the allocator stays usable.
+        Raises `OutOfMemory` if the capacity is exceeded; the allocator stays usable.
         """
         if nbytes < 0:
-            raise ValueError(f"malloc of {nbytes} bytes: a size must not be negative")
+            raise ValueError(f"malloc: the size must not be negative, got {nbytes} bytes")
         if nbytes == 0:
             return NULL_HANDLE
         size = round_request(nbytes)
@@ -191,7 +191,7 @@ class CachingAllocator:
         return block.address
 
     def free(self, handle: int) -> None:
-        """Put a block back into its pool, merged with free neighbours of the same segment."""
+        """Return a block to its pool, merged with free neighbors in the same segment."""
         if handle == NULL_HANDLE:
             return
         block = self._blocks.get(handle)
@@ -212,7 +212,7 @@ class CachingAllocator:
         insort(pool, (block.size, block.address))
 
     def empty_cache(self) -> None:
-        """Give every segment without an allocated block back to the device (`torch.cuda.empty_cache`)."""
+        """Release every segment without an allocated block (`torch.cuda.empty_cache`)."""
         for pool in (self._free_small, self._free_large):
             kept = []
             for size, address in pool:
@@ -225,7 +225,7 @@ class CachingAllocator:
             pool[:] = kept
 
     def segments(self) -> list[SegmentInfo]:
-        """Every segment with its blocks, by address, as `torch.cuda.memory_snapshot()` lists them."""
+        """All segments with their blocks, by address, like `torch.cuda.memory_snapshot()`."""
         found = []
         for head in sorted((b for b in self._blocks.values() if b.prev is None), key=lambda b: b.address):
             blocks = []
@@ -276,9 +276,9 @@ class CachingAllocator:
         )
 
     def _split(self, block: _Block, size: int) -> None:
-        """Cut `block` to `size` where PyTorch would; the rest, at the higher addresses, becomes free.
+        """Split `block` after `size` bytes if PyTorch would; the remainder, at higher addresses, becomes free.
 
-        The small pool keeps every whole rounding unit; the large pool lets up to 1 MiB go with the block.
+        The small pool splits off remainders of at least 512 bytes; the large pool only those above 1 MiB.
         """
         rest_bytes = block.size - size
         keep = rest_bytes >= MIN_BLOCK_BYTES if block.is_small else rest_bytes > SMALL_REQUEST_BYTES
@@ -295,7 +295,7 @@ class CachingAllocator:
 
     def _absorb_next(self, block: _Block) -> None:
         after = block.next
-        assert after is not None, "only called with a neighbour to absorb"
+        assert after is not None, "call this only with a neighbor to absorb"
         block.size += after.size
         block.next = after.next
         if after.next is not None:
@@ -309,10 +309,10 @@ def _discard(pool: list[tuple[int, int]], block: _Block) -> None:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What the allocator showed after, and at most during, a sequence of events.
+    """The allocator's counters after a sequence of events, and their peaks.
 
-    `out_of_memory` is None when the whole sequence fitted; else the failure at event number
-    `num_events` (from 0), where the replay stopped.
+    `out_of_memory` is None if the whole sequence fitted; otherwise it is the error at event number `num_events` (from
+    0), where the replay stopped.
     """
 
     num_events: int
@@ -325,10 +325,10 @@ class ReplayResult:
 
 
 def replay(events: Iterable[Event], *, capacity_bytes: int | None = None) -> ReplayResult:
-    """Run `("alloc", id, nbytes)` and `("free", id)` events through a fresh allocator.
+    """Run `("alloc", id, nbytes)` and `("free", id)` events through a new allocator.
 
-    An id may be used again once it is freed. Raises `ValueError`, with the event's number, for a sequence
-    that makes no sense; running out of memory is a result.
+    An id may be used again after it is freed. Raises `ValueError`, with the event's number, for an invalid sequence.
+    Running out of memory does not raise: it is part of the result.
     """
     allocator = CachingAllocator(capacity_bytes)
     handles: dict[Hashable, int] = {}
@@ -338,7 +338,7 @@ def replay(events: Iterable[Event], *, capacity_bytes: int | None = None) -> Rep
         try:
             _apply(allocator, handles, event)
         except OutOfMemory as error:
-            failure = error.with_traceback(None)  # a result must not keep the allocator's frames alive
+            failure = error.with_traceback(None)  # a traceback would keep the allocator's frames alive
             break
         except ValueError as error:
             raise ValueError(f"event {done}: {error}") from error
@@ -365,4 +365,4 @@ def _apply(allocator: CachingAllocator, handles: dict[Hashable, int], event: Eve
                 raise ValueError(f"id {key!r} is not allocated")
             allocator.free(handles.pop(key))
         case _:
-            raise ValueError(f'{event!r} is neither ("alloc", id, nbytes) nor ("free", id)')
+            raise ValueError(f'invalid event {event!r}; expected ("alloc", id, nbytes) or ("free", id)')

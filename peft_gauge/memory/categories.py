@@ -1,4 +1,4 @@
-"""What storages are for, and in which part of a step they are made: the names that the tracker gives."""
+"""Names of the tracker's categories of storages, and of the phases of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEQUANTIZED_TEMPORARIES = "dequantized_temporaries"
 OPTIMIZER_TEMPORARIES = "optimizer_temporaries"
 INPUTS = "inputs"
 OTHER = "other"
-HOST = "host"  # on the host in the run that is modelled: kept in the log, never counted
+HOST = "host"  # in host memory in the modeled run: logged, but not counted
 
 CATEGORIES = (
     BASE_WEIGHTS,

@@ -1,4 +1,4 @@
-"""How many bytes a GPU really offers: a table of common GPUs, each metric with its source."""
+"""The usable memory of GPUs: a table of common GPUs, each size with its source."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _UNITS = {"b": 1} | {
 _SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.ASCII)
 _CAPABILITY = re.compile(r"(.*\S)\s+sm_(\d{1,2})(\d)[a-z]?", re.ASCII | re.IGNORECASE)
 _SOLD = re.compile(r"(\d{1,5})\s*gb", re.ASCII)
-_LEAST_SHARE_REPORTED = 0.97  # of the memory on the box, by GPUs without ECC
+_LEAST_SHARE_REPORTED = 0.97  # of the advertised memory, for GPUs without ECC
 _MAKER_WORDS = ("nvidia", "geforce", "tesla", "quadro")
-_LEAST_BYTES = 2 << 20  # less than one allocator segment holds no tensor: surely a forgotten unit
+_LEAST_BYTES = 2 << 20  # one allocator segment; a smaller size is probably a forgotten unit
 _MOST_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or just a size.
+    """A GPU, or only a memory size.
 
-    `usable_bytes` is the total that the driver reports (`torch.cuda.get_device_properties().total_memory`),
-    to two decimals of a GiB or a whole MiB, as its `source` printed it. `nominal` marks a metric taken from
-    the vendor's data sheet: the driver will report a few per cent less.
+    Attributes:
+        usable_bytes: the total that the driver reports (`torch.cuda.get_device_properties().total_memory`), to two
+            decimals of a GiB or a whole MiB, as its `source` printed it.
+        nominal: the size is from the vendor's data sheet; the driver will report a few percent less.
     """
 
     name: str
@@ -52,14 +53,16 @@ def table() -> tuple[Gpu, ...]:
 
 
 def lookup(text: str) -> Gpu:
-    """The GPU with this name, or a nameless one of this size.
+    """The GPU called ``text``, or an unnamed one of that size.
 
-    Names ignore case, spaces, dashes and the maker's words, so that `torch.cuda.get_device_name()` can be
-    passed as it is. A whole number of `GB`, such as `24GB`, is a GPU sold with that much: it offers what the middle
-    one of the table's GPUs of that size reports. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or
-    plain bytes: `80e9`, `17179869184`. A size may have its compute capability behind it, on which the context and the
-    workspaces depend: `24GB sm_90`. A GPU outside the table is known by its name once it was calibrated here.
-    Raises `GaugeError` for a name that is not in the table (with the nearest) and for an unusable size.
+    Names ignore case, spaces, dashes and the vendor's words, so `torch.cuda.get_device_name()` can be passed unchanged.
+    A GPU outside the table can be named after it was calibrated on this machine.
+
+    A whole number of `GB`, such as `24GB`, is an advertised size: the median usable memory of the table's GPUs with
+    that size. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or plain bytes: `80e9`, `17179869184`. A
+    compute capability can follow, as in `24GB sm_90`; CUDA context and workspaces depend on it.
+
+    Raises `GaugeError` for an unknown name (with the nearest names) and for an invalid size.
     """
     key = _key(text)
     gpu = _by_key().get(key)
@@ -78,12 +81,14 @@ def lookup(text: str) -> Gpu:
     calibrated = _calibrated(key)
     if calibrated is not None:
         return calibrated
-    raise GaugeError(f"no GPU is called {text!r}; {_nearest(key)}, or give a size such as 24GB")
+    raise GaugeError(f"unknown GPU {text!r}; {_nearest(key)}, or specify a size such as 24GB")
 
 
 def _calibrated(key: str) -> Gpu | None:
-    """The GPU with this key that `peft-gauge calibrate` has measured on this machine. A file that cannot be read is
-    passed over here: it tells of itself where its own GPU is asked for."""
+    """The GPU with this key that `peft-gauge calibrate` has measured on this machine.
+
+    Unreadable files are skipped here: `overheads.read_calibration` reports them when their own GPU is requested.
+    """
     for file in sorted(calibrations().glob("*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -98,7 +103,7 @@ def _calibrated(key: str) -> Gpu | None:
 
 
 def _sold_as(name: str, gigabytes: int) -> Gpu:
-    """A GPU whose box says ``gigabytes``: makers mean GiB, and the driver keeps some of them."""
+    """A GPU advertised with ``gigabytes``: vendors mean GiB, and the driver reserves a part."""
     same = [gpu for gpu in table() if gpu.marketing_memory == f"{gigabytes} GB" and not gpu.nominal]
     if not same:
         usable_bytes = int(gigabytes * 2**30 * _LEAST_SHARE_REPORTED)
@@ -111,20 +116,20 @@ def parse_bytes(text: str) -> int:
     """A size such as `24GB`, `1.5 GiB` or `80e9` as a whole number of bytes, rounded down."""
     match = _SIZE.fullmatch(text.strip().lower())
     if match is None:
-        raise GaugeError(f"{text!r} is no memory size; write 24GB, 24GiB or a number of bytes")
+        raise GaugeError(f"{text!r} is not a memory size; use 24GB, 24GiB or a number of bytes")
     unit = match[2] or "b"
     if unit not in _UNITS:
-        raise GaugeError(f"{text!r} has an unknown unit; write GB (10^9 bytes) or GiB (2^30 bytes)")
+        raise GaugeError(f"{text!r} has an unknown unit; use GB (10^9 bytes) or GiB (2^30 bytes)")
     try:
-        # Compared before it becomes an int: 1e999999999 would take all the memory there is.
+        # Compare before converting to int: 1e999999999 would exhaust memory.
         size = Decimal(match[1]) * _UNITS[unit]
         too_much, too_little = size > _MOST_BYTES, size < _LEAST_BYTES
-    except DecimalException:  # an exponent beyond what Decimal holds
+    except DecimalException:  # an exponent too large for Decimal
         too_much, too_little = "-" not in match[1], True
     if too_much:
-        raise GaugeError(f"{text!r} is more than 2^63 bytes; give the memory of one GPU, such as 24GB")
+        raise GaugeError(f"{text!r} is more than 2^63 bytes; specify the memory of one GPU, such as 24GB")
     if too_little:
-        raise GaugeError(f"{text!r} is less than 2 MiB; give the memory of one GPU with a unit, such as 24GB")
+        raise GaugeError(f"{text!r} is less than 2 MiB; specify the memory of one GPU with a unit, such as 24GB")
     return int(size)
 
 
@@ -140,7 +145,7 @@ def _nearest(key: str) -> str:
     containing = [known for known in by_key if key and key in known]
     close = difflib.get_close_matches(key, by_key, n=3, cutoff=0.5)
     names = list(dict.fromkeys(by_key[known].name for known in [*containing, *close]))[:3]
-    return f"nearest: {', '.join(names)}" if names else "nothing in fixtures/gpus.toml comes near"
+    return f"nearest: {', '.join(names)}" if names else "use a name from fixtures/gpus.toml"
 
 
 @cache
@@ -153,7 +158,7 @@ def _by_key() -> dict[str, Gpu]:
             gpu = _from_row(row)
             for name in (gpu.name, *row.get("aliases", ())):
                 if found.setdefault(_key(name), gpu) is not gpu:
-                    raise ValueError(f"{name!r} names two GPUs")
+                    raise ValueError(f"{name!r} is the name of two GPUs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GaugeError(f"the GPU table {path} cannot be read ({error}); restore it") from error
     return found

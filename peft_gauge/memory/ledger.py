@@ -1,4 +1,4 @@
-"""The log of storages: when each is made and released, how large it is and what it is for."""
+"""The log of storages: when each is allocated and released, its size and its category."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 512  # torch's CUDA caching allocator rounds every request up to a multiple of this
 
 Where = Callable[[], tuple[str, str]]
-"""() -> (path of the module at work, site in Python), asked at each birth."""
+"""Called at each allocation: () -> (path of the running module, line of Python)."""
 
 
 def rounded(nbytes: int) -> int:
-    """`nbytes` as CUDA's `memory_allocated` counts them: in blocks of 512."""
+    """`nbytes` rounded up to whole blocks of 512, as `torch.cuda.memory_allocated` counts them."""
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 class Event(NamedTuple):
-    """One line of the log. `sign` is +1 for a birth, -1 for a death."""
+    """One event of the log. `sign` is +1 for an allocation, -1 for a release."""
 
     sign: int
     storage: int
@@ -35,10 +35,12 @@ class Event(NamedTuple):
 
 @dataclass(slots=True)
 class StorageRecord:
-    """One storage's life; `operator` is the name of what made it ('' if it was there before).
+    """One storage, from its allocation to its release.
 
-    `module` and `site` are what the tracker's `where` said at its birth: the path of the module at work and the line of
-    Python that asked; empty without one.
+    Attributes:
+        operator: the name of the operator that allocated it; '' if it existed before.
+        module, site: the results of the tracker's `where` at its allocation: the path of the running module and the
+            calling line of Python; empty without `where`.
     """
 
     nbytes: int
@@ -51,7 +53,7 @@ class StorageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Live bytes at one moment, in all and by category; `event` is the index in the log."""
+    """Live bytes at one moment, in total and by category; `event` is the index in the log."""
 
     bytes: int
     by_category: dict[str, int]
@@ -60,7 +62,7 @@ class Snapshot:
 
 
 class _Watch(weakref.ref[Any]):
-    """A weak reference that knows which storage it stands for once that is gone."""
+    """A weak reference that identifies its storage even after the storage is released."""
 
     __slots__ = ("key", "record")
 
@@ -69,7 +71,7 @@ class _Watch(weakref.ref[Any]):
 
 
 class Ledger:
-    """The log. Apart from the mode so that a storage's finalizer holds no operator, frame or tensor."""
+    """The log. It is separate from the dispatch mode so that finalizers hold no operator, frame or tensor."""
 
     def __init__(self) -> None:
         self.records: list[StorageRecord] = []
@@ -96,7 +98,7 @@ class Ledger:
         self.log.append((-1, record, self.phase))
 
     def resized(self, storage: torch.UntypedStorage, key: int) -> None:
-        """A resize allocates the new block before it frees the old one; the storage object stays the same."""
+        """Record a resize, which allocates the new block before it frees the old one and keeps the storage object."""
         watch = self.alive[key]
         old = self.records[watch.record]
         if storage.nbytes() != old.nbytes:

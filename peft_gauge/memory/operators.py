@@ -1,4 +1,4 @@
-"""Operators: what the tracker does after each, looked up once."""
+"""The tracker's actions after each operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft_gauge.flops import formula_of
 from peft_gauge.memory.categories import OTHER
 
 Workspace = Callable[[Sequence[Any], Any], Sequence[int]]
-"""(operator's arguments, its output) -> bytes of each scratch buffer held while the kernel runs."""
+"""(operator's arguments, its output) -> bytes of each scratch buffer that exists while the kernel runs."""
 
 
 _COPIES = {"aten::_to_copy", "aten::clone"}
@@ -19,7 +19,7 @@ _FLOP_FREE_NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_fun
 
 
 class OperatorPlan:
-    """What to do after one operator, looked up once: the hot path then only reads attributes."""
+    """The actions after one operator, determined once, so that the hot path only reads attributes."""
 
     __slots__ = (
         "category",

@@ -1,12 +1,12 @@
-"""Every storage's birth and death during a training step, for real and for fake tensors alike.
+"""The allocation and release of every storage during a training step, with real or fake tensors.
 
-A tensor is a view of a storage; only storages take memory. The tracker sees each operator's outputs (a dispatch
-mode), notes storages that are new, and learns of their end from a weak reference on the storage itself. It keeps
-a log and nothing else: live bytes, peaks and their breakdown are worked out by replaying the log, so a storage
-whose purpose shows only later (a gradient, an optimizer state) counts under its right name from its birth on.
+Only storages take memory; a tensor is a view of one. The tracker is a dispatch mode: it records new storages among the
+outputs of each operator, and a weak reference on each storage records its release. It keeps only a log. Live bytes,
+peaks and their breakdown come from replaying the log, so a storage whose category is known later (a gradient, an
+optimizer state) counts under that category from its allocation on.
 
-What happens inside one operator (a kernel's scratch memory) is not dispatched and cannot be seen; `workspaces`
-takes formulas for operators where it is known.
+Memory inside an operator (a kernel's scratch memory) is not dispatched, so the tracker cannot see it. `workspaces`
+takes formulas for operators whose scratch memory is known.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DEVICE_OF = torch.ops.prim.device.default
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """When Python's collector ends storages depends on what ran before; what is followed in the block does not."""
+    """Turn off Python's garbage collector in the block, whose timing would make releases depend on earlier code."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -55,15 +55,15 @@ def no_collector() -> Iterator[None]:
 
 
 class StorageTracker(DispatchMode):
-    """Follows storages while active (``with tracker:``); nest it *inside* a `FakeTensorMode` if there is one.
+    """Tracks storages while active (``with tracker:``). Nest it *inside* a `FakeTensorMode` if there is one.
 
     Args:
-        vocabulary: width of the logits; tensors of two or more dimensions whose last one has this width and that
-            are born in forward or backward count as logits and loss.
-        operator_categories: operator name ("namespace::name") -> category of what it makes.
+        vocabulary: width of the logits. Tensors of two or more dimensions that are allocated in forward or backward and
+            whose last dimension has this width count as logits and loss.
+        operator_categories: operator name ("namespace::name") -> category of its outputs.
         workspaces: operator name -> scratch memory of its kernel.
-        device_type: follow only storages on such a device; None follows all (fake tensors: all).
-        where: asked at each birth for what `StorageRecord` keeps of it; costs time.
+        device_type: track only storages on this type of device; None tracks all (fake tensors: all).
+        where: called at each allocation for the `module` and `site` of its `StorageRecord`; takes time.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class StorageTracker(DispatchMode):
         where: Where | None = None,
     ) -> None:
         super().__init__()
-        lone_holders()  # measured now, since it cannot be from within an operator
+        lone_holders()  # measure now, since it cannot be measured inside an operator
         self.flops = 0
         self.flops_by_phase: Counter[str] = Counter()
         self.operators_without_flops: Counter[str] = Counter()
@@ -90,10 +90,10 @@ class StorageTracker(DispatchMode):
         self._optimizer: torch.optim.Optimizer | None = None
         self._plans: dict[Any, OperatorPlan] = {}
 
-    # What the caller knows
+    # Information from the caller
 
     def adopt(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
-        """Registers storages that exist already (a second adoption relabels): views and ties count once."""
+        """Registers existing storages, or gives them a new category; views and tied weights count once."""
         for tensor in _each(tensors):
             if self._follows(tensor):
                 storage = tensor.untyped_storage()
@@ -105,22 +105,22 @@ class StorageTracker(DispatchMode):
                     self._ledger.records[watch.record].category = category
 
     def storages(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
-        """The numbers, as `Event.storage` has them, of the followed storages of ``tensors`` in the log as it is now."""
+        """The numbers (`Event.storage`) of the tracked storages of ``tensors`` in the present log."""
         alive = self._ledger.alive
         keys = (storage_key(tensor.untyped_storage()) for tensor in tensors)
         return frozenset(alive[key].record for key in keys if key in alive)
 
     def label(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
-        """Names storages, followed already or not, also in every event that is past."""
+        """Sets the category of storages, tracked already or not, in past events too."""
         self.adopt(tensors, category)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on, each phase ends by naming what `optimizer.state` holds (gradients need no such help)."""
+        """From now on, label the tensors in `optimizer.state` at the end of each phase (not needed for gradients)."""
         self._optimizer = optimizer
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything until the end of the block happens in phase `name`."""
+        """Record the events of the block under phase `name`."""
         before, self._ledger.phase = self._ledger.phase, name
         self._ledger.log.append((0, -1, name))
         try:
@@ -133,7 +133,7 @@ class StorageTracker(DispatchMode):
             self._ledger.log.append((0, -1, before))
 
     def start_over(self) -> None:
-        """Forgets all events so far; what is alive becomes the start of a new log (as `reset_peak_memory_stats`)."""
+        """Clears the log; live storages become the start of a new one (like `reset_peak_memory_stats`)."""
         ledger = self._ledger
         watches = sorted(ledger.alive.values(), key=lambda watch: watch.record)
         records = [ledger.records[watch.record] for watch in watches]
@@ -149,16 +149,16 @@ class StorageTracker(DispatchMode):
         self.operators_without_flops.clear()
 
     def close(self) -> None:
-        """Stops following; the log stays readable."""
+        """Stops tracking; the log stays readable."""
         self._ledger.alive.clear()
         self._ledger.where = None
         self._optimizer = None
 
-    # What was seen
+    # Results
 
     @property
     def events(self) -> list[Event]:
-        """The log with the categories as they are known now; host storages are left out."""
+        """The log with present categories, without host storages."""
         records = self._ledger.records
         return [
             Event(sign, i, records[i].nbytes, records[i].category, phase)
@@ -172,7 +172,7 @@ class StorageTracker(DispatchMode):
         return self._ledger.records
 
     def live(self, *, blocks: bool = False) -> Snapshot:
-        """What is alive now; with `blocks`, each storage rounded up to 512 bytes."""
+        """The live bytes now; with `blocks`, each storage is rounded up to 512 bytes."""
         totals: Counter[str] = Counter()
         for watch in self._ledger.alive.values():
             record = self._ledger.records[watch.record]
@@ -181,7 +181,7 @@ class StorageTracker(DispatchMode):
         return Snapshot(sum(totals.values()), dict(totals), self._ledger.phase, len(self._ledger.log) - 1)
 
     def peak(self, phase: str | None = None, *, blocks: bool = False) -> Snapshot:
-        """The first moment of most live bytes, in all or within one phase (its start included).
+        """The first moment with the most live bytes, in the whole log or within one phase (including its start).
 
         Raises:
             ValueError: the phase did not occur.
@@ -204,17 +204,17 @@ class StorageTracker(DispatchMode):
         return Snapshot(most, breakdown, self._ledger.log[at][2], at)
 
     def kept_bytes(self, phase: str = FORWARD, categories: Iterable[str] = (ACTIVATIONS,)) -> int:
-        """Bytes born in the last run of `phase` and alive at its end: for forward, the saved activations."""
+        """Bytes allocated in the last run of `phase` and live at its end: for forward, the saved activations."""
         wanted = set(categories)
         records = (self._ledger.records[i] for i in self._kept.get(phase, ()))
         return sum(record.nbytes for record in records if record.category in wanted)
 
-    # The watching itself
+    # Tracking
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _DEVICE_OF:  # fake tensors ask for their device this way, more often than for anything else
+        if func is _DEVICE_OF:  # the most frequent operator: fake tensors read their device with it
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
         plan = self._plans.get(func) or self._plan(func)
         if func is ADD and self._ledger.phase != FORWARD and engine_accumulates(args, kwargs):

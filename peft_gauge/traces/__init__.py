@@ -1,1 +1,1 @@
-"""Logs of CUDA's caching allocator: read, recorded, and laid beside the allocations that a plan expects."""
+"""Traces of the CUDA caching allocator: recording, reading, and comparison with the allocations of a plan."""

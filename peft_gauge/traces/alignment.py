@@ -1,10 +1,12 @@
-"""Two sequences of allocations laid side by side in order.
+"""Alignment of two sequences of allocations in order.
 
-The alignment has the greatest sum of `SAME_SIZE`, `SAME_SITE` and `SAME_LIFE` over its pairs, among all that keep both
-orders and pair equal sizes of one site only: a longest common subsequence with weights. A site that only one side has,
-as one that a release renamed, counts as unknown. Equal beginnings and ends are taken off first; what is left is a table
-of rows × columns, a row of numpy at a time, halved as Hirschberg (1975) does where it would not fit in memory. Two
-sequences of 10,000 take about a second, and nearly equal ones next to nothing.
+It is a weighted longest common subsequence: among all alignments that keep both orders and pair only equal sizes of one
+site, it has the greatest sum of `SAME_SIZE`, `SAME_SITE` and `SAME_LIFE` over its pairs. A site that only one side has,
+such as a function that a release renamed, counts as unknown.
+
+Equal beginnings and ends are removed first. The rest is a dynamic-programming table, computed one row at a time with
+numpy, and divided as in Hirschberg (1975) if it would not fit in memory. Two sequences of 10,000 take about a second,
+nearly equal ones much less.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAME_SIZE = 4
-"""What a pair counts where one side does not know its site; the others decide between candidates of one size."""
+"""The weight of a pair in which one side has no site; the other weights choose between candidates of equal size."""
 SAME_SITE = 2
-"""Added where the same Python function asked for both; two different ones are no pair."""
+"""Added if the same Python function requested both; allocations from different functions cannot be a pair."""
 SAME_LIFE = 1
-"""Both are freed within the phase that made them, or both outlive it."""
+"""Added if both are freed within the phase that allocated them, or both outlive it."""
 
 MOST_CELLS = 1 << 24
 
 
 class Key(NamedTuple):
-    """What an allocation is known by: bytes in blocks of 512, its site or ``""``, and whether it outlives its phase."""
+    """The key of an allocation: bytes in blocks of 512, its site or ``""``, and whether it outlives its phase."""
 
     nbytes: int
     site: str
@@ -34,7 +36,7 @@ class Key(NamedTuple):
 
 
 def weight(left: Key, right: Key) -> int:
-    """What a pair of the two counts; 0 where they cannot be one."""
+    """The weight of the pair; 0 if the two cannot be a pair."""
     known = bool(left.site and right.site)
     if left.nbytes != right.nbytes or (known and left.site != right.site):
         return 0
@@ -42,7 +44,7 @@ def weight(left: Key, right: Key) -> int:
 
 
 def align(left: Sequence[Key], right: Sequence[Key]) -> list[tuple[int, int]]:
-    """Pairs of positions in ``left`` and ``right``, both ascending."""
+    """The pairs of the alignment, as positions in ``left`` and ``right``, both ascending."""
     left, right = comparable(left, right)
     shorter = min(len(left), len(right))
     begin = 0
@@ -59,7 +61,7 @@ def align(left: Sequence[Key], right: Sequence[Key]) -> list[tuple[int, int]]:
 
 
 def comparable(left: Sequence[Key], right: Sequence[Key]) -> tuple[list[Key], list[Key]]:
-    """Both without the sites that only one of them has."""
+    """Both sequences, without sites that only one of them has."""
     common = {key.site for key in left} & {key.site for key in right}
 
     def within(side: Sequence[Key]) -> list[Key]:
@@ -94,7 +96,7 @@ class _Table:
         return self.pairs(top, middle, start, cut) + self.pairs(middle, bottom, cut, stop)
 
     def _row(self, position: int) -> np.ndarray:
-        """The weights of ``left[position]`` with everything on the right; equal keys share a row."""
+        """The weights of ``left[position]`` with all of ``right``; equal keys share a row."""
         key = self._left[position]
         row = self._weights.get(key)
         if row is None:

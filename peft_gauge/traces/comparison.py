@@ -1,11 +1,14 @@
-"""A planned step beside a recorded one, allocation by allocation: where they differ, and what each difference is
-of the distance between the two peaks.
+"""Comparison of a planned step with a recorded one, allocation by allocation: their differences, and the contribution
+of each difference to the distance between the two peaks.
 
 Within each phase the allocations are paired in order (`peft_gauge.traces.alignment`). Both steps are then compared at
-one moment: that of the greater of the two peaks, and the moment of the other step that the pairs lead to. What is alive
-on one side only, or with another size, is a row. So is what was there before the step on one side only and, where the
-other side's own peak lies at another moment, how much lower it is here. The rows add up to the measured peak less the
-planned one, to the byte.
+one moment: that of the greater of the two peaks, and its counterpart in the other step by the pairs. The rows are:
+
+- allocations that are live on one side only, or have another size;
+- memory from before the step on one side only;
+- if the other side's own peak is at another moment, its distance from the bytes compared here.
+
+The rows add up exactly to the measured peak minus the planned peak.
 """
 
 from __future__ import annotations
@@ -45,8 +48,7 @@ from peft_gauge.traces.pairing import PHASES, STEP, Gap, Pairing
 
 @dataclass(frozen=True)
 class PhaseCount:
-    """A phase's allocations, and its peak: the most alive at once within it. ``equal``: pairs of one size, in whichever
-    order."""
+    """A phase's number of allocations and its peak of live bytes. ``equal`` counts pairs of equal size in any order."""
 
     phase: str
     planned: int
@@ -58,7 +60,7 @@ class PhaseCount:
 
 @dataclass(frozen=True)
 class Side:
-    """The peak of one step. ``number``: of the allocation that makes it, from 1; 0 at the step's start."""
+    """The peak of one step. ``number`` is that of the allocation that reaches it, from 1; 0 is the step's start."""
 
     peak_bytes: int
     phase: str
@@ -67,19 +69,19 @@ class Side:
 
 @dataclass(frozen=True)
 class TraceComparison:
-    """What was found; see the module.
+    """The result of a comparison, described in the module's docstring.
 
-    Fields:
-        planned, measured: the two peaks, in bytes asked of the allocator, in blocks of 512.
+    Attributes:
+        planned, measured: the two peaks, in requested bytes rounded up to blocks of 512.
         phases: counts by phase.
-        first, first_large: the first difference, and the first of `LARGE_BYTES` or more.
-        rows: what the difference between the peaks is made of, the largest first; their bytes add up to it.
-        by_category: category -> (planned, measured) bytes in the moment that is compared, the other peak's distance
+        first, first_large: the first difference, and the first of at least `LARGE_BYTES`.
+        rows: the parts of the difference between the peaks, largest first; their bytes add up to it.
+        by_category: category -> (planned, measured) bytes at the compared moment, with the distance of the other peak
             under `MOMENT`; they add up to the peaks.
-        steps: what differs anywhere in the step, whether or not it is alive at the peak, the largest first.
-        moved: pairs that the two steps make in another order.
-        unsplit_bytes: what torch's ``memory_allocated`` counts beyond requests for what stays, if that is known.
-        notes: what a reader has to know.
+        steps: all differences in the step, live at the peak or not, largest first.
+        moved: the number of pairs that the two steps allocate in a different order.
+        unsplit_bytes: the part of torch's ``memory_allocated`` beyond the requests that stay live, if known.
+        notes: limits of the comparison, for readers.
     """
 
     planned: Side
@@ -96,16 +98,16 @@ class TraceComparison:
 
     @property
     def difference_bytes(self) -> int:
-        """The measured peak less the planned one."""
+        """The measured peak minus the planned peak."""
         return self.measured.peak_bytes - self.planned.peak_bytes
 
     @property
     def unplanned_bytes(self) -> int:
-        """The part of the difference that known library workspaces and unsplit blocks are not."""
+        """The part of the difference that known library workspaces and unsplit blocks do not explain."""
         return sum(row.bytes for row in self.rows if row.category not in (WORKSPACES, UNSPLIT))
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The fields by name, as JSON."""
         return {
             **asdict(self),
             "difference_bytes": self.difference_bytes,
@@ -120,7 +122,7 @@ class TraceComparison:
 
 
 def compare(planned: StepLog, measured: StepLog) -> TraceComparison:
-    """``planned`` beside ``measured``."""
+    """Compare a planned step with a measured one."""
     return _Comparer(planned, measured).result()
 
 
@@ -161,7 +163,7 @@ class _Comparer:
         if left is not None:
             category, operator, module = left.category, left.operator, left.module
         else:
-            assert right is not None, "a difference is of something"
+            assert right is not None, "a difference has at least one allocation"
             category, operator, module = self.names.unplanned(right, self.pairing.gap_of.get(its))  # type: ignore[arg-type]
         phase = (right or left).phase  # type: ignore[union-attr]
         number = self.measured.numbers.get(its, 0) if its is not None else self.planned.numbers.get(mine, 0)  # type: ignore[arg-type]
@@ -177,13 +179,13 @@ class _Comparer:
             right.site if right is not None else left.site if left is not None else "",
         )
 
-    # The moment that is compared
+    # The compared moment
 
     def result(self) -> TraceComparison:
         planned_at, measured_at = self.planned.peak(), self._measured_peak()
         planned_peak, measured_peak = self.planned.bytes_at(planned_at), self.measured.bytes_at(measured_at)
         if self.measured.unlisted_before_bytes is None:
-            self.notes.append("the trace does not tell what was there before the step: taken as planned")
+            self.notes.append("the trace does not show the memory from before the step: the plan's value is used")
             measured_peak += self.planned.before_bytes - self.measured.before_bytes
         if measured_peak >= planned_peak:
             moments = (self.pairing.moment_of_plan(measured_at), measured_at)
@@ -204,7 +206,7 @@ class _Comparer:
         found += elsewhere
         rows = grouped(each for each in found if each.bytes)
         differences = self.differences()
-        assert sum(row.bytes for row in rows) == measured_peak - planned_peak, "rows add up to the difference"
+        assert sum(row.bytes for row in rows) == measured_peak - planned_peak, "rows must add up to the difference"
         return TraceComparison(
             planned=_side(self.planned, planned_at, planned_peak),
             measured=_side(self.measured, measured_at, measured_peak),
@@ -220,7 +222,7 @@ class _Comparer:
         )
 
     def _measured_peak(self) -> int:
-        """The position of the peak, among the events that have a counterpart in the plan."""
+        """The position of the peak among the events that have a counterpart in the plan."""
         overall = self.measured.peak()
         if overall == BEFORE or any(part.start <= overall < part.stop for part in self.pairing.compared):
             return overall
@@ -229,12 +231,12 @@ class _Comparer:
         )
         if self.measured.bytes_at(overall) > self.measured.bytes_at(found):
             self.notes.append(
-                "the measured peak is in a pass that was not compared; the greatest of the others is shown"
+                "the measured peak is in a pass that was not compared; the peak of the compared passes is shown"
             )
         return found
 
     def _alive(self, planned_at: int, measured_at: int) -> Iterator[Difference]:
-        """What the step made and is alive at the moment on one side only, or with another size."""
+        """Allocations of the step that are live at the moment on one side only, or have another size."""
         for mine, left in enumerate(self.planned.allocations):
             if left.born == BEFORE:
                 continue
@@ -255,9 +257,9 @@ class _Comparer:
                 yield self._difference(ONLY_MEASURED, None, its)
 
     def _before(self, planned_at: int, measured_at: int) -> Iterator[Difference]:
-        """What was there before the step on one side only, alive at the moment."""
+        """Memory from before the step on one side only that is live at the moment."""
         unlisted = self.measured.unlisted_before_bytes
-        if unlisted is None:  # it was taken as planned; what was freed of it since need not be
+        if unlisted is None:  # the plan's value is used for the start; the bytes freed since can differ
             balance = _freed_before(self.planned, planned_at) - _freed_before(self.measured, measured_at)
             if balance:
                 sides = {"measured_bytes" if balance > 0 else "planned_bytes": abs(balance)}
@@ -290,8 +292,11 @@ class _Comparer:
             yield there_before(NOT_PLANNED, "", "", planned_bytes=-excess)
 
     def _workspaces_within(self, excess: int, planned: Sequence[Allocation]) -> int:
-        """How much of ``excess`` is cuBLAS's workspaces, where only sums are known: a segment of a Hopper's workspace
-        that is in use whole, and that no planned tensor is as large as, tells a Hopper."""
+        """The part of ``excess`` that is cuBLAS workspaces, if only sums are known.
+
+        The GPU is taken for a Hopper if it has more fully used segments of the size of Hopper's workspace than there
+        are planned tensors of that size.
+        """
         hopper = CUBLAS_WORKSPACE_HOPPER_BYTES
         segments = self.measured.full_segments.count(hopper)
         is_hopper = segments > sum(1 for each in planned if each.nbytes == hopper)
@@ -317,7 +322,7 @@ class _Comparer:
             )
 
     def _categories(self, moments: tuple[int, int], found: Sequence[Difference]) -> dict[str, tuple[int, int]]:
-        """Bytes by category on both sides: what the plan has at the moment, and that with the differences."""
+        """Bytes by category on both sides: the plan's bytes at the moment, and these plus the differences."""
         planned: Counter[str] = Counter()
         for each in self.planned.allocations:
             if each.is_alive(moments[0]):
@@ -352,7 +357,7 @@ def _side(log: StepLog, position: int, peak_bytes: int) -> Side:
 
 
 def _peak_in(log: StepLog, phase: str) -> int | None:
-    """The most bytes within a phase, its start included."""
+    """The peak of live bytes within a phase, including its start."""
     found = [
         max([log.bytes_at(segment.start - 1), *log.curve[segment.start : segment.stop]])
         for segment in log.segments
@@ -362,5 +367,5 @@ def _peak_in(log: StepLog, phase: str) -> int | None:
 
 
 def _freed_before(log: StepLog, position: int) -> int:
-    """Bytes from before the step that are gone at ``position``."""
+    """Bytes from before the step that are freed by ``position``."""
     return sum(each.nbytes for each in log.before if not each.is_alive(position))

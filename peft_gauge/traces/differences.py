@@ -1,4 +1,4 @@
-"""Places where two steps differ, and rows of them."""
+"""Differences between two steps, and rows that group them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peft_gauge.fingerprint.places import folded
 from peft_gauge.memory.categories import OUTSIDE
 
-# What a row is about.
+# Kinds of differences.
 SIZE = "another size"
 ONLY_PLANNED = "only in the plan"
 ONLY_MEASURED = "only in the measurement"
@@ -18,24 +18,26 @@ THERE_BEFORE_PLANNED = "there before, only in the plan"
 THERE_BEFORE_MEASURED = "there before, only in the measurement"
 OTHER_MOMENT = "the peaks are at different moments"
 
-# Categories that no plan has.
+# Categories for memory that is not in the plan.
 NOT_PLANNED = "not in the plan"
 WORKSPACES = "library workspaces"
 UNSPLIT = "unsplit blocks and the like"
 MOMENT = "moment"
 
 LARGE_BYTES = 1 << 20
-"""From this size on a difference is told apart from the many small ones."""
+"""Differences of at least this size are reported separately from small ones."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One place where the two steps differ.
+    """One difference between the two steps.
 
-    ``number``: of the measured allocation among the step's, from 1, or of the planned one where nothing was measured.
-    ``operator`` and ``module`` are the plan's; where the plan has nothing, ``operator`` is the Python function that
-    asked (in backward, whose thread has none, the planned operator just before), ``module`` that of the planned
-    allocation just before. ``planned_bytes`` and ``measured_bytes`` are 0 where there is nothing.
+    Attributes:
+        number: that of the measured allocation in its step, from 1; if there is none, of the planned one.
+        operator: the plan's. For an allocation that is not in the plan, the Python function that requested it or, in
+            backward, whose thread has no Python frames, the planned operator just before.
+        module: the plan's. For an allocation that is not in the plan, that of the planned allocation just before.
+        planned_bytes, measured_bytes: 0 on a side that does not have the allocation.
     """
 
     kind: str
@@ -50,14 +52,19 @@ class Difference:
 
     @property
     def bytes(self) -> int:
-        """What the plan has too few (+) or too many (−)."""
+        """Bytes that the plan lacks (+) or has in excess (−)."""
         return self.measured_bytes - self.planned_bytes
 
 
 @dataclass(frozen=True)
 class Row:
-    """Differences of one kind, operator and module, its indices folded. ``site``: which Python function asked, of the
-    first; ``modules``: those that were folded; ``first_number``: as in `Difference`."""
+    """Differences of one kind, operator and module, with layer numbers folded.
+
+    Attributes:
+        modules: the modules that were folded.
+        first_number: the number of the first difference, as in `Difference`.
+        site: the Python function that requested the first one.
+    """
 
     kind: str
     phase: str
@@ -73,12 +80,12 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """What the plan has too few (+) or too many (−)."""
+        """Bytes that the plan lacks (+) or has in excess (−)."""
         return self.measured_bytes - self.planned_bytes
 
     @property
     def where(self) -> str:
-        """The module, with its indices where it is only one."""
+        """The module, with its layer number if there is only one."""
         return self.modules[0] if len(self.modules) == 1 else self.module
 
 
@@ -94,7 +101,7 @@ def is_large(difference: Difference) -> bool:
 
 
 def grouped(differences: Iterable[Difference]) -> list[Row]:
-    """Rows of equal differences, the largest sum first."""
+    """Rows that group differences of one kind, operator and module; largest sum first."""
     groups: dict[tuple[str, str, str, str, str], list[Difference]] = {}
     for each in differences:
         module = folded_module(each.module)

@@ -1,4 +1,4 @@
-"""One step's allocations in the order in which they were made: the same record for a plan and for a measurement."""
+"""The allocations of one step in order: the same record for a plan and for a measurement."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from peft_gauge.memory.tracker import StorageTracker
 
 BEFORE = -1
-"""The position at which what was there before the step was made."""
+"""The position of allocations from before the step."""
 
 
 @dataclass(slots=True)
 class Allocation:
-    """One allocation's life.
+    """One allocation, from its request to its release.
 
-    Fields:
-        nbytes: what was asked for, rounded up to blocks of 512 bytes.
-        born, died: positions in the log's events; ``born`` is `BEFORE` for what was there before the step, ``died`` is
-            ``None`` for what is there after it.
-        phase: that of its birth.
-        site: which Python function asked (`peft_gauge.traces.sites`); ``stack``: its frames, innermost first.
-        operator, module, category: as a plan knows them; empty in a measurement.
+    Attributes:
+        nbytes: the requested bytes, rounded up to blocks of 512.
+        born, died: positions in the log's events; ``born`` is `BEFORE` for an allocation from before the step, ``died``
+            is ``None`` for an allocation that outlives it.
+        phase: the phase in which it was allocated.
+        site: the Python function that requested it (`peft_gauge.traces.sites`).
+        stack: the frames of the request, innermost first.
+        operator, module, category: from the plan; empty in a measurement.
     """
 
     nbytes: int
@@ -42,7 +43,7 @@ class Allocation:
     category: str = ""
 
     def is_alive(self, position: int) -> bool:
-        """Whether it is there right after the event at ``position``."""
+        """Whether it is live right after the event at ``position``."""
         return self.born <= position and (self.died is None or self.died > position)
 
 
@@ -56,7 +57,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of events in one phase: those from ``start`` up to, without, ``stop``."""
+    """A run of events in one phase, from ``start`` up to but not including ``stop``."""
 
     phase: str
     start: int
@@ -65,12 +66,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class StepLog:
-    """One step.
+    """The log of one step.
 
-    ``unlisted_before_bytes``: what was there before the step besides the listed allocations, in blocks as the allocator
-    handed them out; ``None`` where nobody knows. ``unsplit_bytes``: what the blocks that are there at the end have
-    beyond their requests, ``None`` where it is not known. ``full_segments``: sizes of segments of which every byte is
-    in use at the end.
+    Attributes:
+        unlisted_before_bytes: memory from before the step that is not in ``allocations``, in the allocator's blocks;
+            ``None`` if unknown.
+        unsplit_bytes: the size of the blocks that are in use at the end, minus their requests; ``None`` if unknown.
+        full_segments: sizes of segments that are completely in use at the end.
     """
 
     allocations: Sequence[Allocation]
@@ -92,7 +94,7 @@ class StepLog:
 
     @cached_property
     def curve(self) -> list[int]:
-        """Bytes alive right after each event, with what was there before as far as it is known."""
+        """Live bytes right after each event, including memory from before the step as far as it is known."""
         live, found = self.before_bytes, []
         for event in self.events:
             live += event.sign * self.allocations[event.allocation].nbytes
@@ -101,7 +103,7 @@ class StepLog:
 
     @cached_property
     def before_bytes(self) -> int:
-        """What was there before the step, as far as it is known."""
+        """Bytes from before the step, as far as they are known."""
         return sum(each.nbytes for each in self.before) + (self.unlisted_before_bytes or 0)
 
     @property
@@ -110,12 +112,12 @@ class StepLog:
         return (each for each in self.allocations if each.born == BEFORE)
 
     def bytes_at(self, position: int) -> int:
-        """Bytes alive right after the event at ``position``; `BEFORE` asks for the start."""
+        """Live bytes right after the event at ``position``; `BEFORE` means the start of the step."""
         return self.before_bytes if position == BEFORE else self.curve[position]
 
     def peak(self, start: int = 0, stop: int | None = None) -> int:
-        """The position of the first moment of most bytes among the events from ``start`` up to, without, ``stop``;
-        `BEFORE` where nothing in the step is above its start."""
+        """The position of the first peak of live bytes among the events from ``start`` up to but not including
+        ``stop``; `BEFORE` if the step never exceeds its start."""
         stop = len(self.events) if stop is None else stop
         most, at = (self.before_bytes, BEFORE) if start == 0 else (-1, start)
         for position in range(start, stop):
@@ -124,19 +126,19 @@ class StepLog:
         return at
 
     def births(self, segment: Segment) -> list[int]:
-        """The indices of the allocations that ``segment`` makes, in order."""
+        """The indices of the allocations made in ``segment``, in order."""
         run = self.events[segment.start : segment.stop]
         return [event.allocation for event in run if event.sign > 0]
 
     @cached_property
     def numbers(self) -> dict[int, int]:
-        """Index of an allocation -> its number among the step's, from 1."""
+        """Index of an allocation -> its number in the step, from 1."""
         made = (event.allocation for event in self.events if event.sign > 0)
         return {index: number for number, index in enumerate(made, start=1)}
 
 
 def planned(tracker: StorageTracker) -> StepLog:
-    """The log of a step that ``tracker`` followed. Storages on the host and empty ones are left out."""
+    """The log of a step that ``tracker`` recorded, without empty storages and those in host memory."""
     allocations: list[Allocation] = []
     events: list[Event] = []
     index_of: dict[int, int] = {}

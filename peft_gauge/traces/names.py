@@ -1,4 +1,4 @@
-"""What the plan would call a measured allocation that it does not have: by those that it has in the same place."""
+"""Names for measured allocations that are not in the plan, from planned allocations in the same place."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ WORKSPACE_NAMES: Mapping[int, str] = {
     CUBLAS_WORKSPACE_BYTES: "cuBLAS workspace",
     CUBLASLT_WORKSPACE_BYTES: "cuBLASLt workspace",
 }
-"""Sizes of what cuBLAS and cuBLASLt keep for themselves. An allocation that no plan has is one if a matrix product
-asked for it, or if it was there before the step."""
+"""Sizes of the workspaces of cuBLAS and cuBLASLt. An unplanned allocation of such a size is a workspace if a matrix
+product requested it, or if it is from before the step."""
 
 _PRODUCTS = ("linear", "matmul", "bmm", "baddbmm", "addmm", "mm")
 
 
 class PlannedNames:
-    """What ``planned`` calls its allocations, by the places of their partners in ``measured``."""
+    """The names of allocations in ``planned``, by the places of their partners in ``measured``."""
 
     def __init__(self, planned: StepLog, measured: StepLog, pairing: Pairing) -> None:
         self.planned, self.measured, self.equal = planned, measured, pairing.equal
         self._names = self._learned()
 
     def _learned(self) -> dict[tuple[Any, ...], Counter[tuple[str, str, str, bool]]]:
-        """What the plan calls the allocations of a place and size, by `_contexts`: (category, operator, folded module,
-        and whether its indices are those of the allocation after it and not of the one before)."""
+        """The plan's names for the allocations of a place and size, by `_contexts`: category, operator, folded module,
+        and whether its layer numbers match the allocation after it rather than the one before."""
         names: dict[tuple[Any, ...], Counter[tuple[str, str, str, bool]]] = defaultdict(Counter)
         ours = [self.planned.allocations[mine] for mine, _ in self.equal]
         for number, (_, its) in enumerate(self.equal):
@@ -55,8 +55,8 @@ class PlannedNames:
         return None if index is None else self.planned.allocations[index]
 
     def unplanned(self, found: Allocation, gap: Gap | None) -> tuple[str, str, str]:
-        """Category, operator and module of a measured allocation that the plan has not: those that it has for the same
-        place and size in another layer, else the function that asked and the module of the planned one before."""
+        """Category, operator and module of a measured allocation that is not in the plan: the plan's for the same place
+        and size in another layer, otherwise the requesting function and the module of the planned allocation before."""
         function = found.site.rpartition(":")[2]
         stays = found.born == BEFORE or (found.died is None and found.nbytes != CUBLASLT_WORKSPACE_BYTES)
         if found.nbytes in WORKSPACE_NAMES and (function in _PRODUCTS or stays):
@@ -74,7 +74,7 @@ class PlannedNames:
 
 
 def _contexts(found: Allocation, before: Allocation | None) -> Iterator[tuple[Any, ...]]:
-    """What tells a measured allocation's place: its stack, else the planned one before; each with its size."""
+    """Keys for the place of a measured allocation: its stack, then the planned one before; each with its size."""
     if found.stack:
         yield "stack", found.stack, found.nbytes
     elif before is not None:
@@ -82,7 +82,7 @@ def _contexts(found: Allocation, before: Allocation | None) -> Iterator[tuple[An
 
 
 def _with_indices(template: str, neighbour: str) -> str:
-    """A folded path with the indices of ``neighbour``, as far as the two agree."""
+    """A folded path with the layer numbers of ``neighbour``, as far as the two paths agree."""
     parts = template.split(".")
     for number, (part, own) in enumerate(zip(parts, neighbour.split("."), strict=False)):
         if part != own and not (part == "*" and own.isdigit()):

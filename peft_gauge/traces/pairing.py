@@ -1,4 +1,4 @@
-"""The allocations of two steps in pairs: in the order of both, then those of another size or place."""
+"""Pairs of allocations in two steps: first in the order of both, then those with another size or place."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from peft_gauge.traces.alignment import Key, align
 from peft_gauge.traces.log import BEFORE, Allocation, Segment, StepLog
 
 PHASES = (FORWARD, BACKWARD, OPTIMIZER)
-STEP = "step"  # the one phase of a trace that does not tell them
+STEP = "step"  # the only phase of a trace without phases
 
 NEAR = 48
-"""How many pairs may lie between two allocations of one size that the two steps make in another order."""
+"""The largest number of pairs between two allocations of equal size for the two to count as moved."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """What stands between two pairs: indices of allocations without an equal partner."""
+    """The allocations between two pairs: indices of those without an equal partner."""
 
     phase: str
     planned: list[int]
@@ -32,16 +32,18 @@ class Gap:
 
 
 class Pairing:
-    """Which allocation of ``planned`` is which of ``measured``.
+    """The pairs of allocations of ``planned`` and ``measured``, by index.
 
     Attributes:
-        partner: planned -> measured, by their indices, equal in size or not; ``back``: the other way.
-        equal: pairs of one size, in the order of both steps.
-        gaps: what stands between these; ``gap_of``: measured -> the gap that it stands in.
-        moved: how many pairs the two steps make in another order.
+        partner: planned -> measured, equal in size or not.
+        back: measured -> planned.
+        equal: pairs of equal size, in the order of both steps.
+        gaps: the gaps between these pairs.
+        gap_of: measured -> its gap.
+        moved: the number of pairs that the two steps allocate in a different order.
         counts: phase -> [planned, measured, equal] allocations.
         compared: the runs of the measurement's events that have a counterpart.
-        notes: what a reader has to know.
+        notes: limits of the pairing, for readers.
     """
 
     def __init__(self, planned: StepLog, measured: StepLog) -> None:
@@ -61,9 +63,9 @@ class Pairing:
         self.gap_of = {index: gap for gap in self.gaps for index in gap.measured}
 
     def _segments(self) -> Iterator[tuple[list[Segment], list[Segment]]]:
-        """Runs of events that are laid side by side: micro-batch by micro-batch, the last with the last."""
+        """The runs of events to align: micro-batch by micro-batch, the last with the last."""
         if not any(segment.phase == FORWARD for segment in self.measured.segments):
-            self.notes.append("the trace does not tell its phases: the whole step was compared in one piece")
+            self.notes.append("the trace has no phases: the whole step was compared as one phase")
             yield self.planned.segments, self.measured.segments
             return
         ours, theirs = _by_phase(self.planned), _by_phase(self.measured)
@@ -78,7 +80,7 @@ class Pairing:
                 left_out = abs(len(mine) - len(its))
                 whose = "the plan" if len(mine) < len(its) else "the measurement"
                 if phase in (FORWARD, BACKWARD):
-                    self.notes.append(f"{left_out} more {phase} passes than {whose} has were not compared")
+                    self.notes.append(f"{left_out} {phase} passes that {whose} does not have were not compared")
             elif not common:
                 for segment in mine:
                     yield [segment], []
@@ -112,8 +114,8 @@ class Pairing:
         return [Key(each.nbytes, each.site, ends.outlives(each)) for each in (log.allocations[i] for i in indices)]
 
     def _pair_unequal(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
-        """Pair what has twice, four or eight times the size on one side, unless two functions asked for it; then what
-        one function asked for as often on both sides."""
+        """Pair allocations whose sizes differ by a factor of 2, 4 or 8, unless different functions requested them; then
+        the allocations of each function that requested the same number of them on both sides."""
         free = list(theirs)
         for mine in ours:
             left = self.planned.allocations[mine]
@@ -137,8 +139,7 @@ class Pairing:
                 self.partner.update(zip(planned, measured, strict=True))
 
     def _pair_moved(self) -> None:
-        """Pair allocations of one size, and of one life or known site, that stand near each other on the two sides of
-        some pairs."""
+        """Pair moved allocations: of equal size, with the same lifetime or a known site, and few pairs apart."""
         ranks = _ranks(self.planned, [pair[0] for pair in self.equal])
         their_ranks = _ranks(self.measured, [pair[1] for pair in self.equal])
         taken = set(self.partner.values())
@@ -166,20 +167,20 @@ class Pairing:
                     self.moved += 1
 
     def born(self, measured: int) -> int:
-        """The position in the measurement at which allocation ``measured`` is made."""
+        """The position in the measurement at which ``measured`` is allocated."""
         return self.measured.allocations[measured].born
 
     def moment_of_plan(self, position: int) -> int:
-        """The planned moment that stands for the measured one at ``position``."""
+        """The planned moment that corresponds to the measured one at ``position``."""
         return _other_moment(self.measured, position, self.planned, self._pairs_by_measured)
 
     def moment_of_measurement(self, position: int) -> int:
-        """The measured moment that stands for the planned one at ``position``."""
+        """The measured moment that corresponds to the planned one at ``position``."""
         return _other_moment(self.planned, position, self.measured, self._pairs_by_planned)
 
     @cached_property
     def _pairs_by_measured(self) -> list[tuple[int, int]]:
-        """(position in the measurement, position in the plan) of each equal pair's births, ascending."""
+        """(position in the measurement, position in the plan) of the allocation of each equal pair, ascending."""
         ours, theirs = self.planned.allocations, self.measured.allocations
         return sorted((theirs[its].born, ours[mine].born) for mine, its in self.equal)
 
@@ -195,7 +196,7 @@ def _may_have_moved(planned: Key, measured: Key) -> bool:
 
 
 class _Ends:
-    """Whether allocations outlive the run of events that made them."""
+    """Tests whether allocations outlive their run of events."""
 
     def __init__(self, log: StepLog) -> None:
         self._starts = [segment.start for segment in log.segments]
@@ -214,21 +215,22 @@ def _by_phase(log: StepLog) -> dict[str, list[Segment]]:
 
 
 def _is_another_dtype(left: int, right: int) -> bool:
-    """Whether one size is twice, four or eight times the other: the same elements in another dtype."""
+    """Whether one size is 2, 4 or 8 times the other, as for the same elements in another dtype."""
     small, large = sorted((left, right))
     return small > 0 and large in (2 * small, 4 * small, 8 * small)
 
 
 def _ranks(log: StepLog, paired: Sequence[int]) -> Any:
-    """position of an event -> how many of the ``paired`` allocations are made before it."""
+    """Position of an event -> the number of ``paired`` allocations before it."""
     positions = sorted(log.allocations[index].born for index in paired)
     return lambda position: bisect_right(positions, position)
 
 
 def _other_moment(log: StepLog, position: int, other: StepLog, pairs: Sequence[tuple[int, int]]) -> int:
-    """The moment of ``other`` that stands for ``position`` in ``log``; ``pairs``: positions of births in both.
+    """The moment in ``other`` that corresponds to ``position`` in ``log``; ``pairs`` holds positions of allocations.
 
-    Of an allocation that both have, its own; else, between the pairs around it and in its phase, that of most bytes.
+    For a paired allocation it is that of its partner. Otherwise it is the peak between the surrounding pairs, within
+    the phase.
     """
     if position == BEFORE:
         return BEFORE

@@ -1,4 +1,4 @@
-"""Phases of a step, read from marks in its log or from the stacks of its allocations."""
+"""Phases of a step, from marks in its log or from the stacks of its allocations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from peft_gauge.traces.recording import ALLOC, FREES, Actions
 from peft_gauge.traces.sites import site_of
 
 MARK_BYTES = 333 * 512
-"""Of a mark, plus 512 for each number: a size that no tensor of a transformer has by its shape."""
+"""The size of a mark, plus 512 per number: a size that no tensor of a transformer has."""
 MARKS = (OUTSIDE, FORWARD, BACKWARD, OPTIMIZER, OUTSIDE, OUTSIDE)
-"""The phase that begins with the mark of each number."""
+"""The phase that begins at the mark of each number."""
 MARK_FUNCTION = "mark"
 
 Signed = list[tuple[int, int, int, int]]
@@ -21,7 +21,7 @@ Signed = list[tuple[int, int, int, int]]
 def with_phases(
     actions: Actions, stacks: Sequence[tuple[str, ...]], told: Iterable[Sequence[Any]] | None = None
 ) -> tuple[Signed, list[str]]:
-    """The events without marks and without second events of one free, and the phase of each."""
+    """The events, without marks and with one event per free, and the phase of each."""
     begins = {} if told is None else {int(position): str(phase) for position, phase in told}
     marks = {} if told is not None else _marks(actions, stacks)
     teller = None if begins or marks else _Teller(stacks)
@@ -42,7 +42,7 @@ def with_phases(
                 events.append((1, address, size, stack))
                 phases.append(phase)
         elif address in requested:
-            requested.discard(address)  # the completion of a free whose request stands in the log
+            requested.discard(address)  # the completion of a free whose request is in the log
         else:
             if action == "free_requested":
                 requested.add(address)
@@ -68,10 +68,10 @@ def _marks(actions: Actions, stacks: Sequence[tuple[str, ...]]) -> dict[int, str
 
 
 class _Teller:
-    """Tells the phase of allocations from their stacks, in order.
+    """Determines the phase of allocations from their stacks, in order.
 
-    Autograd runs on a thread of its own, which has no Python frames but those of a recomputed (checkpointed) layer or
-    of a function written in Python. A forward after that begins where the first one began: with the same stack.
+    Autograd runs in its own thread, whose only Python frames are those of a recomputed (checkpointed) layer or of a
+    function written in Python. The next forward pass begins with the same stack as the first one.
     """
 
     def __init__(self, stacks: Sequence[tuple[str, ...]]) -> None:
@@ -90,14 +90,14 @@ class _Teller:
             if self._phase != BACKWARD or stack == self._first_of_forward:
                 self._phase = FORWARD
         elif kind == BACKWARD and self._first_of_forward is None:
-            pass  # a thread without frames before anything ran forward
+            pass  # a thread without frames before the first forward pass
         elif kind is not None:
             self._phase = kind
         return self._phase
 
 
 def _kind(stack: Sequence[str]) -> str | None:
-    """What a stack says by itself; ``None`` where it says nothing."""
+    """The phase that a stack alone determines, or ``None``."""
     if not stack:
         return BACKWARD
     functions = {frame.rpartition(":")[2] for frame in stack}

@@ -1,19 +1,20 @@
-"""Read a log of CUDA's caching allocator: a snapshot of torch's, or the compact file that this project records.
+"""Reading traces of the CUDA caching allocator: torch's memory snapshots, or this project's compact files.
 
-A snapshot (``torch.cuda.memory._dump_snapshot``) is a pickle of dictionaries, lists, tuples, texts and numbers. Pickles
-from elsewhere can run code when they are loaded; this reader takes those plain values alone and refuses anything else.
+A snapshot (``torch.cuda.memory._dump_snapshot``) is a pickle of dictionaries, lists, tuples, strings and numbers.
+Loading a pickle can run code, so this reader accepts only these plain values and rejects everything else.
 
-The compact file is JSON, as a rule gzipped::
 
-    {"config": {"model": …, "method": …, …},       what was trained; also under "settings"
+The compact file is JSON, usually gzipped::
+
+    {"config": {"model": …, "method": …, …},       the trained case; also under "settings"
      "stacks": [["torch/nn/functional.py:1443:dropout", …], …],          innermost frame first
      "events": [["alloc", id, bytes, index into stacks], ["free_completed", id, bytes, -1], …],
-     "phases": [[index into events, "forward"], …],                      where a phase begins; optional
-     "blocks": [[id, bytes asked for, bytes of the block], …],           what is in use at the end; optional
-     "segments": [[id, bytes, pool, bytes in use], …]}                   likewise, where blocks are not told
+     "phases": [[index into events, "forward"], …],                      start of each phase; optional
+     "blocks": [[id, requested bytes, bytes of the block], …],           blocks in use at the end; optional
+     "segments": [[id, bytes, pool, bytes in use], …]}                   at the end, if there are no blocks
 
-Without ``phases`` they are told from marks (an allocation of 170,496 + 512 × n bytes that is freed at once), else from
-the stacks.
+If ``phases`` is missing, phases are read from marks (an allocation of 170,496 + 512 × n bytes that is freed at once),
+otherwise from the stacks.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MOST_JSON_BYTES = 1 << 30
-"""A compact file that unpacks to more is refused: a step of a 70B model takes some ten million bytes."""
+"""A compact file that unpacks to more is rejected; a step of a 70B model takes about ten million bytes."""
 
 
 def read(path: Path, device: int | None = None) -> Recording:
-    """What ``path`` recorded of ``device``; ``None`` takes the only device with a history.
+    """The recording of ``device`` in ``path``; ``None`` means the only device with a history.
 
-    Raises `GaugeError` for a file that is missing, cut off, no allocator trace, without a history, or that would run
-    code; and for a device that it does not have.
+    Raises `GaugeError` for a file that is missing, truncated, not an allocator trace, without a history, or would run
+    code when loaded; also for a device that is not in the file.
     """
     try:
         with path.open("rb") as file:
@@ -74,7 +75,9 @@ def _opened(path: Path, packed: bool) -> IO[bytes]:
 def _from_json(path: Path, stream: IO[bytes], device: int | None) -> Recording:
     text = stream.read(MOST_JSON_BYTES + 1)
     if len(text) > MOST_JSON_BYTES:
-        raise GaugeError(f"{path} unpacks to more than {MOST_JSON_BYTES / 1e9:.1f} GB; that is no trace of one step")
+        raise GaugeError(
+            f"{path} unpacks to more than {MOST_JSON_BYTES / 1e9:.1f} GB, too much for one step; record a single step"
+        )
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -83,9 +86,9 @@ def _from_json(path: Path, stream: IO[bytes], device: int | None) -> Recording:
         raise GaugeError(f"{path} is not an allocator trace: it has no events and stacks")
     number = record.get("device", 0)
     if device not in (None, number):
-        raise GaugeError(f"{path} has no device {device}; it is of device {number}")
+        raise GaugeError(f"{path} has no device {device}; it was recorded on device {number}")
     if not record["events"]:
-        raise GaugeError(f"{path} holds no history: recording was off; {HOW_TO_RECORD}")
+        raise GaugeError(f"{path} has no history because recording was off; {HOW_TO_RECORD}")
     try:
         return _of_record(record)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -98,7 +101,7 @@ def _of_record(record: Mapping[str, Any]) -> Recording:
     if any(not (action == ALLOC or action in FREES) or size < 0 for action, _, size, _ in actions):
         raise ValueError("an event is neither an allocation nor a free")
     if any(not -1 <= stack < len(stacks) for *_, stack in actions):
-        raise ValueError("an event's stack is not there")
+        raise ValueError("an event's stack is missing")
     events, phases = with_phases(actions, stacks, record.get("phases"))
     listed, segments = record.get("blocks"), record.get("segments")
     blocks = None if listed is None else {int(key): (int(asked), int(size)) for key, asked, size in listed}
@@ -106,7 +109,7 @@ def _of_record(record: Mapping[str, Any]) -> Recording:
     settings = record.get("settings", record.get("config", {}))
     about = record.get("about", {})
     if not isinstance(settings, dict) or not isinstance(about, dict):
-        raise ValueError("its settings are no object")
+        raise ValueError("its settings are not an object")
     return Recording(
         events,
         stacks,
@@ -120,14 +123,14 @@ def _of_record(record: Mapping[str, Any]) -> Recording:
 
 
 def step_log(recording: Recording, number: int | None = None) -> StepLog:
-    """The log of one step of ``recording``: of the step ``number`` (from 1), else of the last.
+    """The log of step ``number`` (from 1) of ``recording``, by default the last.
 
-    What was there before it is told from what is freed in it, from what earlier events made, and from what is in use at
-    the end and was never made. Raises `GaugeError` for a step that is not there.
+    Memory from before the step is found in three ways: allocations by earlier events, frees without an allocation, and
+    blocks in use at the end without an allocation. Raises `GaugeError` if there is no such step.
     """
     steps = recording.steps()
     if number is not None and not 1 <= number <= len(steps):
-        raise GaugeError(f"the trace has {len(steps)} step{'s' if len(steps) > 1 else ''}, and no step {number}")
+        raise GaugeError(f"the trace has {len(steps)} step{'s' if len(steps) > 1 else ''} but no step {number}")
     start, stop = steps[-1 if number is None else number - 1]
     allocations: list[Allocation] = []
     events: list[Event] = []
@@ -154,7 +157,7 @@ def step_log(recording: Recording, number: int | None = None) -> StepLog:
         elif address in alive:
             index = alive.pop(address)
             allocations[index].died = len(events)
-        else:  # made before the recording began
+        else:  # allocated before the recording began
             index = made(size, BEFORE, OUTSIDE, -1)
             allocations[index].died = len(events)
         events.append(Event(sign, index, phase))
@@ -170,8 +173,10 @@ def step_log(recording: Recording, number: int | None = None) -> StepLog:
 def _at_the_end(
     recording: Recording, alive: Mapping[int, int], allocations: Sequence[Allocation], made: Any
 ) -> tuple[int | None, int | None]:
-    """Adds to the allocations what is in use at the end and was never made; returns what is known by its sum alone, and
-    what blocks have beyond their requests."""
+    """Add blocks that are in use at the end but have no allocation event.
+
+    Return the bytes in use that are known only as a sum, and the sizes of blocks minus their requests.
+    """
     if recording.blocks is not None:
         for address, (asked, _) in recording.blocks.items():
             if address not in alive:
@@ -186,6 +191,6 @@ def _at_the_end(
 
 
 def _alive_sizes(events: Sequence[tuple[int, int, int, int]], alive: Mapping[int, int]) -> Iterator[int]:
-    """Sizes of what was made after the step and is alive at the end (``alive`` has -1 for it)."""
+    """Sizes of allocations after the step that are live at the end (-1 in ``alive``)."""
     last = {address: size for sign, address, size, _ in events if sign > 0}
     return (last[address] for address, index in alive.items() if index < 0)

@@ -1,7 +1,8 @@
-"""Record one step's log of CUDA's caching allocator, and keep it as a small file.
+"""Recording the caching allocator's trace of one step, and saving it as a compact file.
 
-The history is on for one step, which is not measured: its Python stacks cost time, and its marks (allocations of a
-known size, freed at once) tell where phases begin. Addresses become small numbers, stacks are kept once each.
+The history is on for one extra step, which is not measured, because collecting Python stacks takes time. Marks
+(allocations of a known size, freed at once) show where phases begin. The file replaces addresses by small numbers, and
+holds each stack once.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from peft_gauge.traces.recording import ALLOC, Recording
 from peft_gauge.traces.snapshot import of_snapshot
 
 MOST_BYTES = 200_000
-"""Of one file: with this many cases a run's traces stay in a repository."""
+"""The largest size of a file, so that the traces of a run can be kept in a repository."""
 FRAMES = (14, 6, 2)
-"""How many frames of a stack are kept, the innermost: fewer where the file would be larger than `MOST_BYTES`."""
+"""Innermost frames to keep per stack: the first of these numbers with which the file is at most `MOST_BYTES`."""
 MOST_EVENTS = 2_000_000
-"""Of one step, after which the oldest are lost: some 2 GB of stacks on the host."""
+"""The largest number of events in a step; older ones are lost. Their stacks take about 2 GB of host memory."""
 
 BEGIN, FORWARD, BACKWARD, UPDATE, AFTER, END = range(6)  # the numbers of `reading.MARKS`
 
 
 class Job(Protocol):
-    """A training job that is warmed up (`peft_gauge.training.step.TrainingJob`)."""
+    """A training job after its warm-up (`peft_gauge.training.step.TrainingJob`)."""
 
     settings: Any
 
@@ -45,9 +46,9 @@ class Job(Protocol):
 
 
 def record_step(job: Job, device: str = "cuda") -> Recording:
-    """The log of one step of ``job``. The history is off afterwards, also where the step fails.
+    """Record one step of ``job``. The history is off afterwards, even if the step fails.
 
-    Raises what the step raises, and `GaugeError` where torch recorded nothing.
+    Raises the step's error, and `GaugeError` if torch recorded nothing.
     """
     with _history():
         mark(BEGIN, device)
@@ -83,17 +84,20 @@ def _index(device: str) -> int:
 
 
 def mark(number: int, device: str) -> None:
-    """Leave a mark in the log: its size tells which, and its stack that it is one."""
+    """Add a mark to the log. Its size gives its number; its stack identifies it as a mark."""
     import torch
 
     torch.empty(MARK_BYTES + 512 * number, dtype=torch.uint8, device=device)
 
 
 def write(path: Path, recording: Recording, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Keep ``recording`` in ``path``, a gzipped JSON of at most `MOST_BYTES` where that can be done by shorter stacks.
+    """Write ``recording`` to ``path`` as gzipped JSON, with stacks shortened to keep it below `MOST_BYTES` if possible.
 
-    ``settings``: what was trained (`peft_gauge.commands.trace` makes a plan of it); ``about``: GPU, versions, metrics
-    of the same case. The file appears complete or not at all; raises `GaugeError` where it cannot be written.
+    The file is written whole or not at all. Raises `GaugeError` if it cannot be written.
+
+    Args:
+        settings: the trained case, from which `peft_gauge.commands.trace` makes a plan.
+        about: GPU, versions, and metrics of the same case.
     """
     for frames in FRAMES:
         packed = gzip.compress(
@@ -105,7 +109,7 @@ def write(path: Path, recording: Recording, settings: Mapping[str, Any], about: 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, packed)
     except OSError as error:
-        raise GaugeError(f"the trace cannot be written to {path}: {error.strerror or error}") from error
+        raise GaugeError(f"cannot write the trace to {path}: {error.strerror or error}") from error
 
 
 def _as_json(
@@ -137,5 +141,5 @@ def _as_json(
         "phases": phases,
         "blocks": blocks,
         "events_are": "action, number of the address, bytes, index into stacks (innermost frame first; -1: a free)",
-        "blocks_are": "number of the address, bytes asked for, bytes of the block; what was in use at the end",
+        "blocks_are": "number of the address, requested bytes, bytes of the block; blocks in use at the end",
     }

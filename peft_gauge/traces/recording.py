@@ -1,4 +1,4 @@
-"""What a log of the allocator holds, in whichever file it was."""
+"""The content of an allocator trace, independent of its file format."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ Actions = Sequence[tuple[str, int, int, int]]
 
 @dataclass
 class Recording:
-    """What a file holds of one device.
+    """The trace of one device.
 
-    ``events``: (sign, address, bytes asked for, index into ``stacks`` or -1), in order of time; of the two events of
-    a free, the request and its completion, the first. ``phases``: the phase of each event. ``blocks``: address ->
-    (bytes asked for, bytes of the block) of what was in use at the end, ``None`` where only sums are known:
-    ``in_use_bytes``. ``settings``: what was trained, where the file says so; ``about``: GPU, versions and the like.
+    Attributes:
+        events: (sign, address, requested bytes, index into ``stacks`` or -1), in order of time. A free counts once, at
+            the first of its two events (request and completion).
+        phases: the phase of each event.
+        blocks: address -> (requested bytes, bytes of the block) for blocks in use at the end; ``None`` if unknown.
+        in_use_bytes: bytes in use at the end, if only the sum is known.
+        settings: the trained case, if the file has it.
+        about: GPU, versions and so on.
     """
 
     events: list[tuple[int, int, int, int]]
@@ -41,7 +45,7 @@ class Recording:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def steps(self) -> list[tuple[int, int]]:
-        """(start, stop) of each step in the events: from its first forward to the next step's."""
+        """(start, stop) of each step in the events: from its first forward pass to that of the next step."""
         starts, updated = [], True
         for position, phase in enumerate(self.phases):
             if phase == FORWARD and updated:

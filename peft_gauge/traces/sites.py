@@ -1,4 +1,4 @@
-"""Which line of Python asked for memory, in one spelling for a recorded stack and for a running one.
+"""The line of Python that requested memory, in the same notation for recorded and running code.
 
 A *frame* is written ``path:line:function``, as in ``torch/nn/functional.py:1443:dropout``; a *site* is the innermost
 frame without its line, which differs between releases.
@@ -15,7 +15,7 @@ from types import FrameType
 _PACKAGES = re.compile(r"^.*(?:site|dist)-packages/")
 _OWN = re.compile(r"^.*?(?=peft_gauge/(?!.*peft_gauge/))")
 
-# Between an operator and the Python code that called it: dispatch, shape rules, and this project's planner.
+# Code between an operator and its Python caller: dispatch, shape rules, and this project's planner.
 _BETWEEN = re.compile(
     r"^(?:torch/(?:_ops|_subclasses/|_library/|_prims|_refs|_decomp|_meta_registrations|_compile|utils/_python_dispatch"
     r"|utils/_device|utils/_stats|_dynamo|_higher_order_ops)|peft_gauge/(?:plan|memory|_internals|fingerprint|traces)/)"
@@ -24,13 +24,13 @@ _ENGINE = "_engine_run_backward"
 
 
 def frame_text(filename: str, line: int, function: str) -> str:
-    """One frame as this project writes it: the path from the package on, else its last two parts."""
+    """One frame in this project's notation; see `shortened` for the path."""
     return f"{shortened(filename)}:{line}:{function}"
 
 
 @cache
 def shortened(filename: str) -> str:
-    """``filename`` from its package on, else its last two parts: neither a home folder nor a version of Python."""
+    """``filename`` from its package on, otherwise its last two parts: without home folder and Python version."""
     path = filename.replace("\\", "/")
     for pattern in (_PACKAGES, _OWN):
         found = pattern.match(path)
@@ -40,7 +40,7 @@ def shortened(filename: str) -> str:
 
 
 def site_of(stack: Sequence[str]) -> str:
-    """The site of a recorded stack (innermost frame first); empty for one without frames."""
+    """The site of a recorded stack (innermost frame first); empty if it has no frames."""
     if not stack:
         return ""
     path, _, rest = stack[0].partition(":")
@@ -48,9 +48,9 @@ def site_of(stack: Sequence[str]) -> str:
 
 
 def site_here(frame: FrameType | None) -> str:
-    """The site of running code, seen from ``frame`` outwards; empty where autograd's engine called from C++.
+    """The site of running code, from ``frame`` outwards; empty if autograd's engine called from C++.
 
-    On CUDA the engine's thread has no Python frames at all, which a recorded stack shows as an empty one.
+    On CUDA the engine's thread has no Python frames, so that recorded stacks are empty too.
     """
     while frame is not None:
         code = frame.f_code

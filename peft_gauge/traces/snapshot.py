@@ -1,4 +1,4 @@
-"""torch's memory snapshot: a pickle of plain values, and nothing else is taken from it."""
+"""Reading torch's memory snapshots: pickles, from which only plain values are accepted."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIMES_IN_MEMORY = 10
-"""What the values of a pickle take in memory, over its size: 9 for 300,000 events whose stacks are shared."""
+"""Memory of a loaded pickle over its size on disk: 9 for 300,000 events with shared stacks."""
 
 
 class _Refused(Exception):
-    """A pickle asked for something that is no plain value."""
+    """A pickle contains something other than plain values."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Containers, texts and numbers; whatever would import or call something is refused before it is looked up."""
+    """Loads containers, strings and numbers. Rejects anything that would import or call code before it is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise _Refused(f"{module}.{name}")
@@ -39,25 +39,25 @@ def from_pickle(path: Path, stream: IO[bytes], device: int | None) -> Recording:
         snapshot = _PlainUnpickler(stream).load()
     except _Refused as error:
         raise GaugeError(
-            f"{path} is refused: it would load {one_line(error, 80)}; a memory snapshot holds plain values only"
+            f"{path} is rejected: it would load {one_line(error, 80)}; a memory snapshot has plain values only"
         ) from error
     except (EOFError, pickle.UnpicklingError) as error:
         raise GaugeError(f"{path} is cut off or damaged ({one_line(error, 80)}); copy or record it again") from error
-    except Exception as error:  # a made-up pickle can fail in every way there is
+    except Exception as error:  # an invalid pickle can raise any error
         raise GaugeError(f"{path} cannot be read as a pickle: {one_line(error, 120)}") from error
     return of_snapshot(path, snapshot, device)
 
 
 def of_snapshot(path: Path | str, snapshot: Any, device: int | None = None) -> Recording:
-    """What ``snapshot`` (as ``torch.cuda.memory._snapshot`` returns it) has of ``device``; it is used up. ``path`` is
-    its name in messages. Raises `GaugeError` as `read` does."""
+    """The recording of ``device`` in ``snapshot``, a result of ``torch.cuda.memory._snapshot``, which is emptied to
+    save memory. ``path`` is its name in messages. Raises `GaugeError` as `read` does."""
     traces = snapshot.get("device_traces") if isinstance(snapshot, dict) else None
     if not isinstance(traces, list) or not all(isinstance(trace, list) for trace in traces):
         raise GaugeError(
             f"{path} is not a memory snapshot: it has no device_traces; write one with torch.cuda.memory._dump_snapshot"
         )
     number = _device(path, [len(trace) for trace in traces], device)
-    trace, traces[:] = traces[number], []  # the other devices' events, and below this one's, can go
+    trace, traces[:] = traces[number], []  # free the events of other devices
     stacks = _Stacks()
     actions = list(_entries(path, trace, stacks))
     trace.clear()
@@ -72,7 +72,7 @@ def _check_memory(path: Path) -> None:
     needed, free = TIMES_IN_MEMORY * path.stat().st_size, psutil.virtual_memory().available
     if needed > free:
         raise GaugeError(
-            f"{path} may need {needed / 1e9:.1f} GB of memory to be read, and {free / 1e9:.1f} GB are free; "
+            f"reading {path} may need {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free; "
             "record fewer events (max_entries) or only one step"
         )
 
@@ -84,22 +84,22 @@ def _device(path: Path | str, lengths: Sequence[int], asked: int | None) -> int:
         there = f"devices 0 to {len(lengths) - 1}" if len(lengths) > 1 else f"{len(lengths) or 'no'} device"
         raise GaugeError(f"{path} has no device {asked}; it was recorded with {there}")
     if not recorded:
-        raise GaugeError(f"{path} holds no history: recording was off; {HOW_TO_RECORD}")
+        raise GaugeError(f"{path} has no history because recording was off; {HOW_TO_RECORD}")
     if asked is None and len(recorded) > 1:
-        raise GaugeError(f"{path} has histories of devices {', '.join(map(str, recorded))}; choose with --device")
+        raise GaugeError(f"{path} has histories of devices {', '.join(map(str, recorded))}; choose one with --device")
     if asked is not None and asked not in recorded:
-        raise GaugeError(f"{path} has no history of device {asked}, but of {', '.join(map(str, recorded))}")
+        raise GaugeError(f"{path} has no history of device {asked}; use --device {' or '.join(map(str, recorded))}")
     return recorded[0] if asked is None else asked
 
 
 class _Stacks:
-    """Stacks by their index, each kept once. The frames of many events are one list: it is looked at once."""
+    """Distinct stacks by index. Many events share one list of frames, which is processed once."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, ...]] = []
         self._by_text: dict[tuple[str, ...], int] = {}
         self._by_list: dict[int, int] = {}
-        self._held: list[Any] = []  # so that no list gets the address of another
+        self._held: list[Any] = []  # keep lists alive, so that no two have the same id
 
     def index(self, frames: Sequence[Mapping[str, Any]]) -> int:
         known = self._by_list.get(id(frames))
@@ -107,7 +107,7 @@ class _Stacks:
             text = tuple(
                 frame_text(str(frame["filename"]), int(frame["line"]), str(frame["name"]))
                 for frame in frames
-                if str(frame["filename"]).endswith(".py")  # not those of C++
+                if str(frame["filename"]).endswith(".py")  # leave out C++ frames
             )
             known = self._by_text.setdefault(text, len(self.found))
             if known == len(self.found):
@@ -123,16 +123,16 @@ def _entries(path: Path | str, trace: Sequence[Any], stacks: _Stacks) -> Iterato
         try:
             action = entry["action"]
             if action == ALLOC:
-                # "addr" since torch 2.0; an entry without frames was recorded with context=None.
+                # The key is "addr" since torch 2.0. An entry recorded with context=None has no frames.
                 yield action, int(entry["addr"]), int(entry["size"]), stacks.index(entry.get("frames") or [])
             elif action in FREES:
                 yield action, int(entry["addr"]), int(entry["size"]), -1
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise GaugeError(f"{path}: event {number} is none of the allocator's: {one_line(error, 80)}") from error
+            raise GaugeError(f"{path}: event {number} is not a valid allocator event: {one_line(error, 80)}") from error
 
 
 def _blocks(path: Path | str, segments: Any, device: int) -> tuple[dict[int, tuple[int, int]], tuple[int, ...]]:
-    """What is in use at the end, and the sizes of segments that are in use whole."""
+    """The blocks in use at the end, and the sizes of segments that are completely in use."""
     blocks: dict[int, tuple[int, int]] = {}
     full = []
     try:
@@ -141,12 +141,12 @@ def _blocks(path: Path | str, segments: Any, device: int) -> tuple[dict[int, tup
                 continue
             address = segment["address"]
             for block in segment["blocks"]:
-                address = block.get("address", address)  # the field is newer than the format
+                address = block.get("address", address)  # older snapshots do not have the field
                 if block["state"] == "active_allocated":
                     blocks[address] = (int(block.get("requested_size") or block["size"]), int(block["size"]))
                 address += block["size"]
             if segment["total_size"] == segment.get("allocated_size"):
                 full.append(int(segment["total_size"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise GaugeError(f"{path}: its segments are not the allocator's: {one_line(error, 80)}") from error
+        raise GaugeError(f"{path}: its segments are invalid: {one_line(error, 80)}") from error
     return blocks, tuple(full)

@@ -1,1 +1,1 @@
-"""What is trained: models, methods, batches, and the step."""
+"""Models, fine-tuning methods, batches and the training step."""

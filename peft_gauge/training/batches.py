@@ -38,17 +38,17 @@ def batches(
 ) -> list[Batch]:
     """``number`` batches of ``input_ids`` and ``labels``, each int64 of shape (``batch``, ``seq``), on ``device``.
 
-    With a tokenizer the chat examples are tokenised, joined and cut into rows without padding (repeating them where
-    they run out); without one the ids are drawn uniformly from ``vocab_size`` by ``seed``. The two have the same shape.
+    With a tokenizer, the chat examples are tokenized, joined, repeated as needed and cut into rows without padding.
+    Without one, ids are drawn uniformly from ``vocab_size`` with ``seed``. Both have the same shape.
     """
     if number < 1:
-        raise GaugeError(f"at least 1 batch is needed, not {number}")
+        raise GaugeError(f"number of batches must be at least 1, got {number}")
     stream = token_stream(tokenizer, vocab_size=vocab_size, tokens=number * batch * seq, seed=seed)
     return cut(stream, batch=batch, seq=seq, device=device)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, tokens: int, seed: int = 0) -> Tensor:
-    """``tokens`` token ids, int64 of one dimension, as `batches` cuts them into rows."""
+    """``tokens`` token ids, int64 of one dimension: the stream that `batches` cuts into rows."""
     if tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, vocab_size, (tokens,), generator=generator)
@@ -57,9 +57,9 @@ def token_stream(tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, 
 
 
 def cut(stream: Tensor, *, batch: int, seq: int, device: str = "cpu") -> list[Batch]:
-    """As many batches of ``batch`` × ``seq`` tokens as ``stream`` has; the rest of it is left out."""
+    """All whole batches of ``batch`` × ``seq`` tokens in ``stream``; the remainder is dropped."""
     if batch < 1 or seq < 2:
-        raise GaugeError(f"a batch needs at least 1 row of 2 tokens, not {batch} × {seq}")
+        raise GaugeError(f"a batch needs at least 1 row of 2 tokens, got {batch} × {seq}")
     number = len(stream) // (batch * seq)
     rows = stream[: number * batch * seq].view(number, batch, seq).to(device)
     return [{"input_ids": ids, "labels": ids} for ids in rows]

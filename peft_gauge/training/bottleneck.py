@@ -1,12 +1,12 @@
 """Bottleneck adapters: a small residual MLP after the sub-layers of each decoder block; only the MLPs are trained.
 
-Two styles, placed where the library `adapters` (1.3.0) places them in a Llama, which `tests/reference` holds:
+There are two styles. In a Llama they are placed as in the library `adapters` (1.3.0), which `tests/reference` checks:
 
-* houlsby (Houlsby et al. 2019, arXiv:1902.00751; `double_seq_bn`): one adapter on the output of attention (or of what
-  a hybrid has in its place) and one on the output of the feed-forward, each before its residual is added;
-* pfeiffer (Pfeiffer et al. 2020, arXiv:2005.00247; `seq_bn`): one adapter a block, after the feed-forward's residual.
+* houlsby (Houlsby et al. 2019, arXiv:1902.00751; `double_seq_bn`): one adapter on the output of attention (in a hybrid,
+  of any token mixer) and one on the output of the feed-forward, each before its residual is added;
+* pfeiffer (Pfeiffer et al. 2020, arXiv:2005.00247; `seq_bn`): one adapter per block, after the feed-forward's residual.
 
-The up-projection starts at zero, so an adapted model starts as its base.
+The up-projection starts at zero, so a newly adapted model has the outputs of its base.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class BottleneckConfig:
-    """What distinguishes one bottleneck adapter from another; raises `GaugeError` on a value out of range."""
+    """Settings of bottleneck adapters. Raises `GaugeError` for a value out of range."""
 
     style: Style = "houlsby"
-    """Where adapters stand, and so how many a block has."""
+    """The placement of adapters, which also fixes their number per block."""
     reduction_factor: float = 16
     """Hidden size over bottleneck width, at least 1; the width is rounded down, but never below 1."""
     nonlinearity: str = "swish"
-    """Named as in `adapters`, whose defaults are swish for houlsby and relu for pfeiffer."""
+    """A name from `adapters`, whose defaults are swish for houlsby and relu for pfeiffer."""
 
     def __post_init__(self) -> None:
         if self.style not in get_args(Style):
@@ -49,7 +49,7 @@ class BottleneckConfig:
         factor = self.reduction_factor
         is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if not is_number or not math.isfinite(factor) or factor < 1:
-            raise GaugeError(f"reduction_factor must be a number of at least 1, not {factor!r}")
+            raise GaugeError(f"reduction_factor must be a number of at least 1, got {factor!r}")
         if self.nonlinearity not in NONLINEARITIES:
             raise unknown("nonlinearity", str(self.nonlinearity), NONLINEARITIES)
 
@@ -59,18 +59,18 @@ class BottleneckConfig:
 
 
 def attach_(model: nn.Module, config: BottleneckConfig, *, dtype: torch.dtype | None = None, seed: int = 0) -> None:
-    """Freeze ``model`` and add trainable adapters to it in place; quantize the base before, not after.
+    """Freeze ``model`` and add trainable adapters to it in place. Quantize the base before, not after.
 
-    Adapters are on the device of the module they adapt, in ``dtype`` (default float32, as PEFT has it, also over
-    16-bit and 4-bit bases). The same ``seed`` draws the same weights on every device. Raises `GaugeError` where the
-    model has adapters already or is of an architecture without the sub-layers that the style needs.
+    Adapters are on the device of the module they adapt, in ``dtype`` (default: float32, PEFT's default for 16-bit and
+    4-bit bases too). The same ``seed`` draws the same weights on every device. Raises `GaugeError` if the model has
+    adapters already, or if its architecture lacks the sub-layers that the style needs.
     """
     import torch
 
     from peft_gauge.training.bottleneck_layers import BottleneckAdapter, adapt_, adapted_modules, adapters
 
     if any(adapters(model)):
-        raise GaugeError("the model has bottleneck adapters already; attach to a fresh base model")
+        raise GaugeError("the model has bottleneck adapters already; build a new base model")
     dtype = dtype or torch.float32
     if not dtype.is_floating_point:
         raise GaugeError(f"adapters cannot be trained in {dtype}; use a floating-point dtype")
@@ -92,7 +92,7 @@ def attach_(model: nn.Module, config: BottleneckConfig, *, dtype: torch.dtype | 
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' weights by their full names, sharing memory with ``model``; empty where there are none."""
+    """The adapters' weights by full name, sharing memory with ``model``; empty without adapters."""
     from peft_gauge.training.bottleneck_layers import adapters
 
     return {
@@ -103,9 +103,9 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, the adapters alone, into ``folder``.
+    """Write only the adapters into ``folder``, as ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Each file appears whole or not at all. Raises `GaugeError` where there is nothing to save or it cannot be written.
+    Each file is written whole or not at all. Raises `GaugeError` if the model has no adapters, or on a write error.
     """
     from safetensors.torch import save as to_bytes
 
@@ -113,7 +113,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     if not state:
         raise GaugeError("the model has no bottleneck adapters to save")
     if any(tensor.is_meta for tensor in state.values()):
-        raise GaugeError("adapters on the meta device hold no weights to save; build the model on cpu or cuda")
+        raise GaugeError("adapters on the meta device have no weights to save; build the model on cpu or cuda")
     described = {"adapter_type": "bottleneck", **asdict(_config_of(model)), **_sizes(model)}
     folder = Path(folder)
     try:
@@ -125,9 +125,9 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(model: nn.Module, folder: str | Path) -> None:
-    """Put the adapters saved in ``folder`` onto ``model``; a model without any gets them attached, base frozen.
+    """Load the adapters saved in ``folder`` into ``model``; if it has none, attach them and freeze the base.
 
-    Raises `GaugeError` where a file is missing or damaged, or does not fit the model; the model is then as before.
+    Raises `GaugeError` if a file is missing, is damaged or does not fit the model, which then stays unchanged.
     """
     import torch
 
@@ -138,7 +138,7 @@ def load(model: nn.Module, folder: str | Path) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise GaugeError("adapters cannot be loaded onto the meta device; build the model on cpu or cuda")
     if present and _config_of(model) != config:
-        raise GaugeError(f"{folder} holds {config}, but the model has {_config_of(model)}")
+        raise GaugeError(f"{folder} has {config}, but the model has {_config_of(model)}; load into a new base model")
     _check_fit(folder / WEIGHTS_FILE, saved, _expected_shapes(model, config))
     if not present:
         attach_(model, config, dtype=next(iter(saved.values())).dtype)
@@ -149,7 +149,7 @@ def load(model: nn.Module, folder: str | Path) -> None:
 
 def _config_of(model: nn.Module) -> BottleneckConfig:
     config = model.bottleneck_config
-    assert isinstance(config, BottleneckConfig), "attach_ sets the config together with the adapters"
+    assert isinstance(config, BottleneckConfig), "attach_ sets the config with the adapters"
     return config
 
 
@@ -158,12 +158,12 @@ def _hidden_size(model: nn.Module) -> int:
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = getattr(text_config, "hidden_size", None)
     if not isinstance(hidden, int):
-        raise GaugeError(f"the config of {type(model).__name__} has no hidden_size; a bottleneck needs one")
+        raise GaugeError(f"the config of {type(model).__name__} has no hidden_size, which bottleneck adapters need")
     return hidden
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
-    """What of the base model an adapter depends on."""
+    """The sizes of the base model that adapters depend on."""
     from peft_gauge.training.targets import decoder_blocks
 
     return {"hidden_size": _hidden_size(model), "num_hidden_layers": len(decoder_blocks(model))}
@@ -186,9 +186,9 @@ def _expected_shapes(model: nn.Module, config: BottleneckConfig) -> dict[str, tu
 
 def _check_fit(path: Path, saved: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
     faults = [f"{name} is missing" for name in expected if name not in saved]
-    faults += [f"{name} is not of this model" for name in saved if name not in expected]
+    faults += [f"{name} is not in this model" for name in saved if name not in expected]
     faults += [
-        f"{name} is {tuple(saved[name].shape)} and should be {shape}"
+        f"{name} has shape {tuple(saved[name].shape)}, expected {shape}"
         for name, shape in expected.items()
         if name in saved and tuple(saved[name].shape) != shape
     ]
@@ -198,13 +198,13 @@ def _check_fit(path: Path, saved: dict[str, torch.Tensor], expected: dict[str, t
 
 
 def read_config(path: Path, sizes: Mapping[str, int] | None = None) -> BottleneckConfig:
-    """The config in the ``adapter_config.json`` at ``path``; ``sizes``: what it must say of the model it is for."""
+    """The config in the ``adapter_config.json`` at ``path``, checked against ``sizes`` of the base model if given."""
     try:
         described = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise GaugeError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(described, dict) or described.get("adapter_type") != "bottleneck":
-        raise GaugeError(f"{path} does not describe bottleneck adapters")
+        raise GaugeError(f"{path} does not describe bottleneck adapters: adapter_type must be 'bottleneck'")
     for key, size in (sizes or {}).items():
         if described.get(key) != size:
             raise GaugeError(f"{path} was saved from a model with {key} {described.get(key)}; this one has {size}")

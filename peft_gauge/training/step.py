@@ -1,7 +1,7 @@
-"""The thing that is measured: one training step, the same code for every method and device.
+"""The measured training step: the same code for every method and device.
 
-A step is forward, backward and optimizer update over the same batches; gradients are cleared at its start, so that the
-memory between two steps is what stays, and a peak can be taken over whole steps.
+A step is a forward pass, a backward pass and an optimizer update. Gradients are cleared at its start: so the memory
+between two steps is persistent, and a peak can be taken over whole steps.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is taken; every field changes the outcome, so all of them are stored with a result.
+    """Settings of a training step. Every field changes the outcome, so all of them are stored with a result.
 
-    ``batch`` × ``seq`` tokens; ``learning_rate``; ``optimizer``, one of `OPTIMIZERS`; ``grad_checkpointing``
-    (non-reentrant); ``grad_accumulation`` micro-batches an update; ``clip_grad_norm``, a norm or ``None``;
-    ``mixed_precision``, one of `MIXED_PRECISIONS`: forward runs under autocast, with `torch.amp.GradScaler` for fp16;
-    ``float32_outputs``: 16-bit outputs of forward are copied to float32, as accelerate does.
+    Attributes:
+        batch: micro-batch size.
+        seq: sequence length in tokens.
+        optimizer: one of `OPTIMIZERS`.
+        grad_checkpointing: of the non-reentrant kind.
+        grad_accumulation: micro-batches per optimizer update.
+        clip_grad_norm: the maximum norm; ``None`` turns clipping off.
+        mixed_precision: one of `MIXED_PRECISIONS`; forward runs under autocast, with `torch.amp.GradScaler` for fp16.
+        float32_outputs: copy 16-bit outputs of forward to float32, as accelerate does.
     """
 
     batch: int
@@ -60,7 +65,7 @@ class StepSettings:
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "grad_accumulation"):
             if getattr(self, name) < 1:
-                raise GaugeError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise GaugeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if self.mixed_precision not in MIXED_PRECISIONS:
@@ -68,15 +73,12 @@ class StepSettings:
 
     @property
     def tokens(self) -> int:
-        """The tokens that one optimizer update sees."""
+        """Tokens per optimizer update."""
         return self.batch * self.seq * self.grad_accumulation
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], settings: StepSettings) -> torch.optim.Optimizer:
-    """The optimizer over ``parameters``; AdamW takes torch's default implementation unless the name says otherwise.
-
-    Raises `GaugeError` where bitsandbytes has no 8-bit optimizer for the parameters' device.
-    """
+    """The optimizer over ``parameters``. AdamW uses torch's default implementation unless the name selects another."""
     rate = settings.learning_rate
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate)
@@ -91,10 +93,11 @@ def build_optimizer(parameters: Sequence[nn.Parameter], settings: StepSettings) 
 
 
 class TrainingJob:
-    """A model in training: ``step()`` takes one whole step, and its three phases can be called one by one.
+    """A model in training. ``step()`` takes a whole step; its three phases can also be called one by one.
 
-    ``batches`` are dictionaries of tensors with at least ``input_ids`` and ``labels`` of shape (batch, seq), on the
-    model's device; they are used in turn, the same for every method.
+    Args:
+        batches: dictionaries of tensors on the model's device, with at least ``input_ids`` and ``labels`` of shape
+            (batch, seq). They are used in turn, in the same order for every method.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings) -> None:
@@ -112,21 +115,21 @@ class TrainingJob:
         self.scaler = _scaler(self.trainable, settings)
 
     def train_on(self, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings) -> None:
-        """Go on with other batches, of another shape if need be; the optimizer and its state stay."""
+        """Continue with other ``batches``, which may have another shape; the optimizer keeps its state."""
         if not batches:
             raise GaugeError("there is no batch to train on")
         self.batches, self.settings, self._micro_batches = batches, settings, 0
 
     def forward(self) -> Tensor:
-        """Run the model on the next batch and return its loss, a scalar with a graph."""
+        """Run the model on the next batch and return its loss: a scalar with an autograd graph."""
         batch = self.batches[self._micro_batches % len(self.batches)]
         self._micro_batches += 1
-        # Without use_cache=False the output carries the key-value cache, alive as long as the logits.
         self.loss = self._outputs(batch).loss
         return self.loss
 
     def _outputs(self, batch: Mapping[str, Tensor]) -> Any:
         with self._autocast():
+            # Without use_cache=False the output holds the key-value cache, which then lives as long as the logits.
             outputs = self.model(**batch, use_cache=False)
         if self.settings.float32_outputs:
             from accelerate.utils import convert_to_fp32
@@ -139,8 +142,8 @@ class TrainingJob:
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.trainable[0].device.type, dtype)
 
     def backward(self) -> None:
-        """Add the gradients of the last `forward` to the trainable parameters, and let its graph go."""
-        assert self.loss is not None, "forward comes before backward"
+        """Add the gradients of the last `forward` to the trainable parameters, and free its graph."""
+        assert self.loss is not None, "call forward before backward"
         loss = self.loss / self.settings.grad_accumulation
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
@@ -148,7 +151,7 @@ class TrainingJob:
         self.loss = self.loss.detach()
 
     def optimizer_step(self) -> None:
-        """Clip, where that is asked for, and update the trainable parameters."""
+        """Clip the gradients if ``clip_grad_norm`` is set, and update the trainable parameters."""
         if self.settings.clip_grad_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -160,12 +163,12 @@ class TrainingJob:
             self.scaler.update()
 
     def clear(self) -> None:
-        """Drop gradients and graph, as they are between two steps."""
+        """Free gradients and graph: the state between two steps."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = None
 
     def step(self) -> None:
-        """One whole training step."""
+        """Take one whole training step."""
         self.clear()
         for _ in range(self.settings.grad_accumulation):
             self.forward()
@@ -173,9 +176,9 @@ class TrainingJob:
         self.optimizer_step()
 
     def warm_up(self, steps: int = 2) -> None:
-        """Take ``steps`` steps, after which the optimizer's state exists, and remember where learning began.
+        """Take ``steps`` steps, after which the optimizer's state exists; the starting weights are kept for `learned`.
 
-        The loss of each warm-up step is kept in ``losses``.
+        Appends the loss of each step to ``losses``.
         """
         self._at_start = [_digest(parameter) for parameter in self.trainable]
         for _ in range(steps):
@@ -185,28 +188,28 @@ class TrainingJob:
         self.clear()
 
     def learned(self) -> bool:
-        """Whether every trainable parameter has moved since `warm_up` began, or would have but for rounding.
+        """Whether every trainable parameter has changed since `warm_up` began, apart from updates lost to rounding.
 
-        An AdamW update is about as large as the learning rate. Of a 16-bit weight near 1 that is less than half a
-        spacing of its numbers (0.0039 in bfloat16), so that an untrained model's norms, all ones, stay as they are for
-        good. Such a parameter counts where the optimizer holds a gradient's average for it that is not all zeros.
+        An AdamW update is about as large as the learning rate. Near 1, 16-bit numbers are further apart than twice that
+        (0.0039 to 0.0078 in bfloat16): the norms of an untrained model, which are all ones, never change. A 16-bit
+        parameter counts as learned if the optimizer holds an average of its gradients that is not all zeros.
         """
         if not self._at_start:
-            raise GaugeError("learned() compares with the start of warm_up(), which has not run")
+            raise GaugeError("learned() compares with the weights before warm_up(); call warm_up() first")
         return all(
             not torch.equal(before, _digest(parameter)) or self._was_rounded_away(parameter)
             for before, parameter in zip(self._at_start, self.trainable, strict=True)
         )
 
     def _was_rounded_away(self, parameter: Tensor) -> bool:
-        """Whether ``parameter`` is of 16 bit and the optimizer had an update for it; SGD keeps no trace of one."""
+        """Whether ``parameter`` is 16-bit and had an update from the optimizer; false for SGD, which keeps no state."""
         state = self.optimizer.state.get(parameter, {})
-        # bitsandbytes keeps a small tensor's average as it is, and others' in codes with a scale for each block.
+        # bitsandbytes keeps the average of a small tensor in float32, and others as 8-bit codes with block scales.
         average = next((state[name] for name in ("exp_avg", "absmax1", "state1") if name in state), None)
         return parameter.dtype.itemsize < 4 and average is not None and bool(torch.count_nonzero(average))
 
     def effective_settings(self) -> dict[str, Any]:
-        """What was really in force, for the record: optimizer and its implementation, attention, checkpointing."""
+        """The settings in effect, for the record: optimizer and its implementation, attention, checkpointing."""
         group = self.optimizer.param_groups[0]
         config = getattr(self.model, "config", None)
         return {
@@ -226,7 +229,7 @@ class TrainingJob:
 
 
 def _scaler(trainable: Sequence[nn.Parameter], settings: StepSettings) -> torch.amp.GradScaler | None:
-    """The loss scaling without which 16-bit gradients of small numbers are 0; bfloat16 does not need it."""
+    """The loss scaler: without it, small gradients underflow to 0 in float16. bfloat16 does not need it."""
     if settings.mixed_precision != "fp16":
         return None
     if any(parameter.dtype == torch.float16 for parameter in trainable):
@@ -238,7 +241,7 @@ def _scaler(trainable: Sequence[nn.Parameter], settings: StepSettings) -> torch.
 
 
 def _digest(parameter: Tensor) -> Tensor:
-    """Two sums that change when the parameter does: cheaper to keep than a copy of a whole model."""
+    """Two sums that change when the parameter does: they need less memory than a copy of the model."""
     values = parameter.detach()
     weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
     flat = values.reshape(-1).to(torch.float64)

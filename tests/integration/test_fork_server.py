@@ -198,13 +198,13 @@ sys.modules["peft_gauge._internals.torch"] = SimpleNamespace(in_bad_fork=lambda:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (THREAD, "2 threads ran once the modules were imported, and only the one that forks would live on"),
-        ("raise ValueError('not\\nhere')", "cannot be imported ahead: ValueError: not here"),
-        ("import a_library_that_is_not_there", "cannot be imported ahead: ModuleNotFoundError: No module named"),
-        ("print('a word'); import os; os._exit(7)", "exit code 7 while it imported its modules; last words: a word"),
+        (THREAD, "2 threads run after importing the modules, but a forked process keeps only one"),
+        ("raise ValueError('not\\nhere')", "cannot be preloaded: ValueError: not here"),
+        ("import a_library_that_is_not_there", "cannot be preloaded: ModuleNotFoundError: No module named"),
+        ("print('a word'); import os; os._exit(7)", "exit code 7 while it imported its modules; last output: a word"),
         ("import os; os.kill(os.getpid(), 9)", "the fork server was killed by SIGKILL while it imported its modules"),
-        (PLANTED_TORCH.format(initialized=True, available=True, spoilt=False), "CUDA was in use once the modules"),
-        (PLANTED_TORCH.format(initialized=False, available=True, spoilt=True), "CUDA was in use once the modules"),
+        (PLANTED_TORCH.format(initialized=True, available=True, spoilt=False), "the modules initialized CUDA"),
+        (PLANTED_TORCH.format(initialized=False, available=True, spoilt=True), "the modules initialized CUDA"),
     ],
 )  # fmt: skip
 def test_a_process_is_spawned_that_cannot_be_forked(source: str, reason: str, module: Callable[[str], str]) -> None:
@@ -246,7 +246,8 @@ def test_other_variables_than_the_servers_are_for_a_new_interpreter() -> None:
     other = {**process_environment(), "OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}
     outcome = fork("tell_about_the_process", environment=other)
     assert outcome.process == "spawned"
-    assert outcome.why_spawned == "the environment is not the fork server's: CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS"
+    assert outcome.why_spawned is not None
+    assert outcome.why_spawned.endswith(": CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS")
     assert outcome.value["environment"]["OMP_NUM_THREADS"] == "3"
     assert fork("give", 1).process == "forked"
 
@@ -257,7 +258,7 @@ def test_a_variable_that_is_gone_counts_too(module: Callable[[str], str], monkey
     assert fork("give", 1, preload=preload, environment={}).process == "forked"
     monkeypatch.delenv("MALLOC_ARENA_MAX")
     outcome = fork("give", 1, preload=preload, environment={})
-    assert outcome.why_spawned == "the environment is not the fork server's: MALLOC_ARENA_MAX"
+    assert outcome.why_spawned == "environment variables differ from the fork server's: MALLOC_ARENA_MAX"
 
 
 def test_which_test_runs_is_no_other_environment() -> None:
@@ -277,7 +278,7 @@ def test_other_cores_than_the_servers_are_for_a_new_interpreter() -> None:
     finally:
         os.sched_setaffinity(0, cores)
     assert (outcome.value, outcome.process) == (2, "spawned")
-    assert outcome.why_spawned == "this process may run on other cores than when the fork server was started"
+    assert outcome.why_spawned == "the CPU cores of this process have changed since the fork server started"
 
 
 def test_another_interpreter_is_not_the_servers(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_another_interpreter_is_not_the_servers(tmp_path: Path) -> None:
     outcome = isolation.run("os:getpid", limit_seconds=LIMIT_SECONDS, python=str(link), preload=())
     assert (outcome.process, outcome.why_spawned) == (
         "spawned",
-        "another interpreter is asked for than that of the fork server",
+        "the requested interpreter is not that of the fork server",
     )
 
 
@@ -294,7 +295,7 @@ def test_other_systems_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     outcome = fork("give", 1)
     assert (outcome.value, outcome.process) == (1, "spawned")
-    assert outcome.why_spawned == "processes are forked on Linux only, not on darwin"
+    assert outcome.why_spawned == "forking is supported on Linux only, not on darwin"
 
 
 def test_where_it_works_nothing_of_cuda_is_there_before_and_one_thread_forks() -> None:
@@ -334,7 +335,7 @@ def test_a_child_goes_with_its_server(tmp_path: Path) -> None:
         os.kill(server_pid(), signal.SIGKILL)
         outcome = running.result(timeout=30)
     assert (outcome.ended, outcome.last) == ("crashed", {"phase": "step"})
-    assert outcome.reason == "killed, since the fork server that it came from was"
+    assert outcome.reason == "killed, because its fork server was killed"
     wait_until(lambda: is_dead(int(pid_file.read_text())))
     assert fork("give", 2).process == "forked"
 

@@ -467,8 +467,8 @@ def test_qlora_is_refused_in_one_line_where_bitsandbytes_has_no_binary(
     monkeypatch.setattr(native, "lib", lost)
     said = (
         f"bitsandbytes {machine.installed_version('bitsandbytes')} has no kernels for this torch's CUDA 14.0: "
-        "No compatible CUDA binary found at libbitsandbytes_cuda140.so; it comes with CUDA 12.8, 13.0; install a "
-        "release of bitsandbytes or of torch that fits the other (python -m bitsandbytes tells more)"
+        "No compatible CUDA binary found at libbitsandbytes_cuda140.so; it has kernels for CUDA 12.8, 13.0; install "
+        "matching releases of bitsandbytes and torch (for details run: python -m bitsandbytes)"
     )
     base = models.build(models.resolve("toy-llama", weights="random"))
     before = [type(module) for module in base.modules()]

@@ -212,7 +212,7 @@ def test_noting_outside_a_child_does_nothing() -> None:
         ("allocate_an_impossible_bytearray", "MemoryError at children.py:"),
         ("raise_from_out_of_memory", "MemoryError at children.py:"),
         ("raise_while_out_of_memory_is_handled", "MemoryError at children.py:"),
-        ("exit_as_bitsandbytes_does", "last words: Error out of memory at line 380 in file ops.cu"),
+        ("exit_as_bitsandbytes_does", "last output: Error out of memory at line 380 in file ops.cu"),
     ],
 )
 def test_out_of_memory_is_told_apart(function: str, reason: str) -> None:
@@ -288,7 +288,7 @@ def test_arguments_that_the_child_cannot_read_are_refused(monkeypatch: pytest.Mo
     outcome = call("give", Here())
     assert outcome.ended == "refused"
     assert outcome.reason is not None
-    assert outcome.reason.startswith("the arguments cannot be read in a process of their own: ")
+    assert outcome.reason.startswith("the arguments cannot be unpickled in the child process: ")
 
 
 @pytest.mark.parametrize("limit_seconds", [0, -1, float("nan"), float("inf")])
@@ -300,7 +300,7 @@ def test_a_limit_is_a_positive_number(limit_seconds: float) -> None:
 def test_what_cannot_be_started_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="write it as 'package.module:name'"):
         run("tests.support.children.give", limit_seconds=1)
-    with pytest.raises(GaugeError, match=r"the arguments of tests.support.children:give cannot be sent"):
+    with pytest.raises(GaugeError, match=r"the arguments of tests.support.children:give cannot be pickled"):
         call("give", lambda: None)
     with pytest.raises(GaugeError, match="cannot start the interpreter .*nothing: No such file"):
         run("tests.support.children:give", 1, limit_seconds=1, python=str(tmp_path / "nothing"))
@@ -334,7 +334,7 @@ def test_what_json_cannot_hold_is_no_result(function: str) -> None:
     outcome = call(function)
     assert (outcome.ended, outcome.value) == ("crashed", None)
     assert outcome.reason is not None
-    assert outcome.reason.startswith("ValueError: the returned value holds what JSON cannot: ")
+    assert outcome.reason.startswith("ValueError: the returned value cannot be converted to JSON: ")
     assert outcome.work_seconds is not None
 
 
@@ -342,7 +342,7 @@ def test_what_json_cannot_hold_is_no_note() -> None:
     outcome = call("note_an_object")
     assert (outcome.ended, outcome.last) == ("crashed", {})
     assert outcome.reason is not None
-    assert outcome.reason.startswith("ValueError: a note holds what JSON cannot: ")
+    assert outcome.reason.startswith("ValueError: a note cannot be converted to JSON: ")
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -350,7 +350,7 @@ def test_an_end_without_a_result_is_a_crash(code: int, monkeypatch: pytest.Monke
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # the words must arrive without it
     outcome = call("exit_at_once", code)
     assert outcome.ended == "crashed"
-    assert outcome.reason == f"ended without a result, with exit code {code}; last words: last words"
+    assert outcome.reason == f"ended without a result, with exit code {code}; last output: last words"
     assert outcome.work_seconds is None
 
 
@@ -366,7 +366,7 @@ def test_an_interpreter_that_is_none() -> None:
     assert (outcome.ended, outcome.reason) == ("crashed", "ended without a result, with exit code 1")
 
 
-@pytest.mark.parametrize(("by", "cause"), [("SIGKILL", "out-of-memory killer"), ("SIGABRT", "native code gave up")])
+@pytest.mark.parametrize(("by", "cause"), [("SIGKILL", "out-of-memory killer"), ("SIGABRT", "native code aborted")])
 def test_what_was_told_before_a_kill_is_known_to_the_byte(by: str, cause: str) -> None:
     outcome = call("be_killed", int(signal.Signals[by]), METRICS)
     assert outcome.ended == "crashed"

@@ -70,16 +70,9 @@ TO_DO = (
     "docs/",
     "fixtures/",
     "peft_gauge/commands/bench.py",
-    "peft_gauge/files.py",
-    "peft_gauge/fork_server.py",
     "peft_gauge/history/",
-    "peft_gauge/isolation",
-    "peft_gauge/medians.py",
-    "peft_gauge/memory/",
     "peft_gauge/plan/",
     "peft_gauge/pytest_plugin/",
-    "peft_gauge/traces/",
-    "peft_gauge/training/",
 )
 
 PATTERNS = tuple((re.compile("(?i)" + pattern.replace(" ", r"\s")), better) for pattern, better in WORDS)

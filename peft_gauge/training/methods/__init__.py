@@ -1,7 +1,7 @@
-"""The fine-tuning methods as data: how each attaches to a base model, what it trains, what it promises.
+"""Fine-tuning methods as data: how each changes a base model, and which parameters it trains.
 
-A variant is a short difference from a parent. A method says how to change a model; what is then measured is the same
-training step for all (`peft_gauge.training.step`).
+A variant is defined by its differences from a parent method. The measured training step is the same for all methods
+(`peft_gauge.training.step`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapter configs of any PEFT type, read as methods and checked."""
+"""Reading methods from adapter configs of any PEFT type, and checking them."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from peft_gauge.training import bottleneck
 from peft_gauge.training.methods.definitions import BOTTLENECK, Method
 
 RENAMED_TYPES = {"BONE": "MISS"}
-"""PEFT types under the names they had in releases before the oldest that this suite takes, or lost since."""
+"""Former names of PEFT types, and their present names."""
 
 TASK = "CAUSAL_LM"
 
 RANKS_OF_MATRICES = frozenset(
     ("LORA", "ADALORA", "LOHA", "HIRA", "DELORA", "GLORA", "GRALORA", "LILY", "PEANUT", "POLY", "SUPERTUNING", "SHADOW")
 )
-"""The PEFT types whose ``r`` is the rank of a product of two matrices, which a larger one cannot raise. Elsewhere it is
-something else, and PEFT says what it may be: the width of a shared random projection (VeRA, PVeRA, RandLoRA), a rank
-from which on a full matrix takes the product's place (LoKr), a number of blocks (OFT) or of reflections (HRA), rows or
-positions (MiSS, SHiRA), a rank that is cut to what there is (AdaMSS, DEFT)."""
+"""The PEFT types whose ``r`` is the rank of a product of two matrices, limited by the size of the weight.
+
+In other types ``r`` is not such a rank, and PEFT checks it: the width of a shared random projection (VeRA, PVeRA,
+RandLoRA), a rank above which a full matrix replaces the product (LoKr), a number of blocks (OFT) or of reflections
+(HRA), rows or positions (MiSS, SHiRA), a rank that is reduced to the largest possible (AdaMSS, DEFT)."""
 
 _RANKS = ("r", "init_r", "target_r")
 _ALPHAS = ("lora_alpha", "alpha")
 
 
 def from_adapter_config(path: Path) -> Method:
-    """A method of any PEFT type, or bottleneck adapters, from the ``adapter_config.json`` at ``path`` (a file, or the
-    folder that holds it); named after its folder or file.
+    """The method in the ``adapter_config.json`` at ``path`` (the file or its folder), named after its folder or file.
 
-    Raises `GaugeError` where there is no such file, it is no adapter config, or it is for another task than causal
-    language modelling.
+    It can be of any PEFT type, or bottleneck adapters. Raises `GaugeError` if the file is missing, if it is not an
+    adapter config, or if its task is not causal language modeling.
     """
     folder = path.is_dir()
     name = adapter_name(path)
@@ -52,20 +52,19 @@ def from_adapter_config(path: Path) -> Method:
         config = bottleneck.read_config(path)
         return replace(BOTTLENECK, name=name, title=f"bottleneck adapters from {path.name}", bottleneck=config)
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
-        raise GaugeError(f"{path} is no adapter config: it names no peft_type")
+        raise GaugeError(f"{path} is not an adapter config: it has no peft_type")
     _check_type(values["peft_type"])
     task = values.get("task_type") or TASK
     if task != TASK:
         raise GaugeError(
-            f"{path} is an adapter for the task {task}; only causal language modelling is planned and measured "
-            f"(task_type {TASK})"
+            f"{path} is an adapter for the task {task}; only causal language modeling (task_type {TASK}) is supported"
         )
     settings = {**values, "inference_mode": False, "task_type": task}
     return Method(name, f"{values['peft_type']} from {path.name}", "peft", peft_config=settings, starts_as_base=False)
 
 
 def adapter_name(path: Path) -> str:
-    """What the method from the adapter config at ``path`` is called, whether it can be read or not."""
+    """The name of the method from the adapter config at ``path``, even if the config cannot be read."""
     if path.name == "adapter_config.json":
         return path.resolve().parent.name
     return path.resolve().name if path.is_dir() else path.stem
@@ -75,7 +74,7 @@ def _check_type(peft_type: str) -> None:
     from peft_gauge.training.quantization import load_bitsandbytes
 
     with suppress(GaugeError):
-        load_bitsandbytes()  # PEFT imports it too, with its notices
+        load_bitsandbytes()  # before PEFT, whose import would print bitsandbytes' notices
     from peft import PeftType
 
     known = [kind.value for kind in PeftType]
@@ -83,22 +82,25 @@ def _check_type(peft_type: str) -> None:
         return
     renamed = RENAMED_TYPES.get(peft_type.upper())
     if renamed in known:
-        raise GaugeError(f"unknown PEFT type {peft_type!r}: PEFT calls it {renamed} now; change peft_type to {renamed}")
+        raise GaugeError(f"unknown PEFT type {peft_type!r}: it is now called {renamed}; change peft_type to {renamed}")
     raise unknown("PEFT type", peft_type, known)
 
 
 def check_ranks(settings: Mapping[str, Any], largest: int, name: str) -> None:
-    """Raise `GaugeError` for a rank or an alpha, of a whole adapter or in a pattern, that cannot be.
+    """Raise `GaugeError` for an invalid rank or alpha, of the whole adapter or in a pattern.
 
-    ``settings``: as in an ``adapter_config.json``. ``largest``: the highest rank that a matrix of the model can have.
-    A rank is a whole number of at least 1; OFT's may be 0, which leaves its number of blocks to ``oft_block_size``.
+    A rank is a whole number of at least 1. OFT's may be 0: ``oft_block_size`` then gives the number of blocks.
+
+    Args:
+        settings: as in an ``adapter_config.json``.
+        largest: the highest rank of any weight matrix in the model.
     """
     kind = str(settings.get("peft_type"))
     patterns = [(key, settings.get(key)) for key in ("rank_pattern", "alpha_pattern")]
     for key, pattern in patterns:
         if pattern is not None and not isinstance(pattern, Mapping):
-            raise GaugeError(f"{name}: {key} must map module names to numbers, not be {one_line(pattern, 40)}")
-    # What AdaLoRA saves as its rank pattern are masks of the singular values that it kept.
+            raise GaugeError(f"{name}: {key} must map module names to numbers, got {one_line(pattern, 40)}")
+    # AdaLoRA's rank pattern holds masks of the singular values that it kept, not ranks.
     by_module = {} if kind == "ADALORA" else dict(settings.get("rank_pattern") or {})
     ranks = {key: settings[key] for key in _RANKS if settings.get(key) is not None}
     if kind == "OFT" and ranks.get("r") == 0 and not isinstance(ranks["r"], bool):
@@ -108,8 +110,10 @@ def check_ranks(settings: Mapping[str, Any], largest: int, name: str) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise GaugeError(f"{name}: rank {rank!r}{at} is not a whole number of at least 1")
         if kind in RANKS_OF_MATRICES and largest and rank > largest:
-            raise GaugeError(f"{name}: rank {rank}{at} is above the largest matrix rank in this model, {largest}")
+            raise GaugeError(
+                f"{name}: rank {rank}{at} is above the largest matrix rank in this model; use {largest} or less"
+            )
     alphas = {key: settings[key] for key in _ALPHAS if settings.get(key) is not None}
     for where, alpha in {**alphas, **dict(settings.get("alpha_pattern") or {})}.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise GaugeError(f"{name}: alpha {alpha!r} for {where} is not a number")
+            raise GaugeError(f"{name}: alpha {alpha!r} for {where} is not a finite number")

@@ -1,4 +1,4 @@
-"""Adapters on disk."""
+"""Saving and loading trained adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def save(model: nn.Module, method: Method, folder: Path) -> int:
-    """Write what ``method`` trained into ``folder`` as safetensors and return the bytes of the weights on disk."""
+    """Save the weights that ``method`` trained in ``folder`` as safetensors, and return their bytes on disk."""
     if method.kind == "bottleneck":
         from peft_gauge.training.bottleneck import save as save_bottleneck
 
@@ -24,15 +24,16 @@ def save(model: nn.Module, method: Method, folder: Path) -> int:
     elif method.kind == "full":
         cast("Any", model).save_pretrained(str(folder))
     else:
-        # No method resizes the vocabulary; asked to find that out for itself, PEFT looks the base up on the hub.
+        # No method resizes the vocabulary. By default PEFT checks this itself, by looking up the base on the hub.
         cast("Any", model).save_pretrained(str(folder), save_embedding_layers=False)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def load(model: PreTrainedModel, method: Method, folder: Path) -> nn.Module:
-    """Attach to the fresh base ``model`` what `save` wrote into ``folder``.
+    """Load the weights that `save` wrote into ``folder`` onto the newly built base ``model``.
 
-    A quantized method's base must be given unquantized, as to `attach`. Raises `GaugeError` for a folder without it.
+    Pass the base unquantized, as to `attach`: a method that quantizes it does so here. A folder without bottleneck
+    adapters raises `GaugeError`; for other methods, the error is that of PEFT or transformers.
     """
     if method.kind == "full":
         trained: nn.Module = type(model).from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)

@@ -39,12 +39,15 @@ def attach(
     seed: int = 0,
     device: str | None = None,
 ) -> nn.Module:
-    """Make ``model`` ready to be trained by ``method``, in place, and return what is to be called.
+    """Prepare ``model`` in place for training by ``method``, and return the model to call.
 
-    ``compute_dtype``: what 4-bit weights are dequantized to (default: the model's own dtype). New weights are drawn
-    from ``seed``. ``device`` is where the base goes first, layer by layer where it is quantized (default: it stays
-    where it is). Gradient checkpointing is a setting of the step and off unless asked for, also where a library's
-    preparation would turn it on silently. Raises `GaugeError` where the method does not fit the model.
+    Raises `GaugeError` if the method does not fit the model.
+
+    Args:
+        compute_dtype: the dtype that 4-bit weights are dequantized to (default: the model's own).
+        grad_checkpointing: a setting of the step, off by default, even where a library's preparation turns it on.
+        seed: for new weights.
+        device: move the base there first, layer by layer if it gets quantized (default: it stays where it is).
     """
     if grad_checkpointing:
         check_checkpointing(method)
@@ -52,19 +55,19 @@ def attach(
     with _seeded(seed):
         attached = _attach_adapter(model, method, seed)
     if grad_checkpointing:
-        # Without an input that needs a gradient, reentrant checkpointing never trains an adapter (peft#1142); the
-        # non-reentrant kind has no such trap.
+        # Reentrant checkpointing does not train adapters unless the input requires a gradient (peft#1142);
+        # non-reentrant checkpointing does.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     attached.train()
     return attached
 
 
 def check_checkpointing(method: Method) -> None:
-    """Raise `GaugeError` where ``method`` cannot be trained with gradient checkpointing."""
+    """Raise `GaugeError` if ``method`` cannot be trained with gradient checkpointing."""
     if method.peft_config.get("peft_type") in KEPT_IN_CACHE:
         raise GaugeError(
-            f"{method.name} gives the model its virtual tokens as a key-value cache, which gradient checkpointing "
-            "drops; train it without checkpointing"
+            f"{method.name} passes its virtual tokens as a key-value cache, which gradient checkpointing drops; train "
+            "it without checkpointing"
         )
 
 
@@ -75,8 +78,10 @@ def prepare_base(
     compute_dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> PreTrainedModel:
-    """Quantize the base and cast it for k-bit training, in place, as far as ``method`` says, and bring it to
-    ``device``. A base that comes quantized stays as it is stored; raises `GaugeError` where ``method`` does not fit."""
+    """Quantize the base and prepare it for k-bit training, in place, if ``method`` does so; move it to ``device``.
+
+    A base that is quantized already keeps its format. Raises `GaugeError` if ``method`` does not fit it.
+    """
     stored = _check_stored(model, method)
     if method.quantization is not None and stored is None:
         from peft_gauge.training.quantization import quantize_
@@ -99,7 +104,7 @@ def prepare_base(
 
 
 def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None:
-    """The format that the base is stored in, if it is quantized; raises `GaugeError` where ``method`` needs another."""
+    """The format that the base is stored in, if it is quantized. Raises `GaugeError` if ``method`` needs another."""
     from peft_gauge.training.stored_layers import check_adapter, format_of
 
     stored = format_of(model)
@@ -107,13 +112,13 @@ def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None
         return None
     if method.kind == "full" and getattr(model, "is_quantized", False):
         raise GaugeError(
-            f"{method.name} trains the base's weights, which this checkpoint stores as {stored.title}; use an adapter "
+            f"{method.name} trains the base weights, which this checkpoint stores as {stored.title}; use an adapter "
             f"method, or a 16-bit checkpoint"
         )
     if method.quantization is not None and not stored.same_as(method.quantization.quant_format):
         raise GaugeError(
-            f"{method.name} quantizes the base to {method.quantization.quant_format}, and this checkpoint is stored as "
-            f"{stored.title} already; use a method that leaves the base as it is, such as lora"
+            f"{method.name} quantizes the base to {method.quantization.quant_format}, but this checkpoint is stored as "
+            f"{stored.title} already; use a method that does not quantize, such as lora"
         )
     if method.kind == "peft":
         check_adapter(stored, str(method.peft_config.get("peft_type", "")))
@@ -142,7 +147,7 @@ def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
     try:
         config = peft.PeftConfig.from_peft_type(**settings)
         with _without_notices():
-            # Left to PEFT where nothing else is asked: releases before 0.12 do not cast, nor know the argument.
+            # Omit the argument for PEFT's default: releases before 0.12 do not cast and do not accept it.
             cast: dict[str, Any] = {} if method.autocast_adapter_dtype else {"autocast_adapter_dtype": False}
             attached: nn.Module = peft.get_peft_model(model, config, **cast)
     except Exception as error:  # each tuner validates in its own way; the reader needs the sentence, not the stack
@@ -153,8 +158,8 @@ def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
 
 
 def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """``settings`` as they are meant for this model: targets by its architecture's names, sizes of virtual tokens by
-    its own sizes, and ranks that can exist."""
+    """``settings`` fitted to this model: its architecture's target modules, its sizes for virtual tokens, and checked
+    ranks."""
     from peft_gauge.training import targets
 
     architecture = str(getattr(model.config, "model_type", type(model).__name__))
@@ -162,7 +167,7 @@ def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict
     if meant in (ATTENTION, ATTENTION_QV, KEYS_VALUES_DOWN):
         settings |= _targets_in(model, meant, f"{name} on {architecture}")
     if settings.get("peft_type") in PROMPT_LEARNING:
-        # Saved configs hold the sizes of the model that they were saved from; PEFT asks the model where they are not.
+        # Saved configs have the sizes of the model that they were saved from; without them, PEFT reads the model's.
         settings = {key: value for key, value in settings.items() if key not in SIZES_OF_SAVED_MODEL}
         settings |= _initial_tokens(settings, model)
     sizes = (min(targets.sizes(linear)) for linear in targets.linear_layers(model).values())
@@ -171,7 +176,7 @@ def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict
 
 
 def _targets_in(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> dict[str, Any]:
-    """What ``target_modules`` (and IA³'s ``feedforward_modules``) are in ``model`` for one of the target sets."""
+    """The ``target_modules`` (and IA³'s ``feedforward_modules``) in ``model`` for one of the target sets."""
     from peft_gauge.training import targets
 
     if meant == KEYS_VALUES_DOWN:
@@ -186,15 +191,15 @@ def _targets_in(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> di
         found = targets.attention_projections(model) or targets.mixer_inputs(model)
     if not found:
         raise GaugeError(
-            f"{name}: this architecture has no attention projections; name target_modules in an adapter_config.json "
-            f"and use --adapter, or use lora-all-linear"
+            f"{name}: this architecture has no attention projections; use lora-all-linear, or --adapter with an "
+            f"adapter_config.json that names target_modules"
         )
     return {"target_modules": targets.as_targets(model, found)[0], **targets.orientation(model, found)}
 
 
 def _initial_tokens(settings: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Virtual tokens that start from a text or from saved ones: without weights, only their shape; with weights, the
-    tokenizer must be on this machine."""
+    """Settings for virtual tokens initialized from a text or from saved ones: random on ``meta``, which needs shapes
+    only; otherwise with a local tokenizer."""
     init = settings.get("prompt_tuning_init")
     if init in (None, "RANDOM", "SAMPLE_VOCAB"):
         return {}
@@ -207,7 +212,7 @@ def _initial_tokens(settings: Mapping[str, Any], model: PreTrainedModel) -> dict
 
 @contextmanager
 def _without_notices() -> Iterator[None]:
-    """Between PEFT and transformers: an attribute that the one still asks for, and the other has renamed."""
+    """Suppress a deprecation warning of transformers about an attribute that PEFT still reads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
@@ -215,7 +220,7 @@ def _without_notices() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from ``seed`` inside, the caller's own stream untouched outside."""
+    """Seed torch's generators inside; restore their state afterwards."""
     import torch
 
     with torch.random.fork_rng():
@@ -224,7 +229,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def effective_settings(model: nn.Module, method: Method) -> dict[str, Any]:
-    """What was really attached, read back from the model: PEFT type, rank, alpha, dropout, targets, quantization."""
+    """The settings in effect, read back from the model: PEFT type, rank, alpha, dropout, targets, quantization."""
     found: dict[str, Any] = {"kind": method.kind, "prepare_kbit": method.prepare_kbit}
     if method.kind == "peft":
         config = cast("Any", model).peft_config["default"].to_dict()
@@ -239,7 +244,7 @@ def effective_settings(model: nn.Module, method: Method) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: sets sorted, enums by their value."""
+    """``value`` converted for JSON: sets as sorted lists, enums as their values."""
     if isinstance(value, set):
         return sorted(value)
     return getattr(value, "value", value)

@@ -1,4 +1,4 @@
-"""The methods as data: a variant is a short difference from a parent."""
+"""The methods as data; a variant is defined by its differences from a parent method."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from typing import Any, Literal
 from peft_gauge.errors import unknown
 from peft_gauge.training.bottleneck import BottleneckConfig
 
-# Target sets, by the names that Llama gives these linear layers. As a method's targets each means the layers with that
-# role in whatever architecture the method is attached to (`peft_gauge.training.targets`). An adapter config's own
-# targets are lists, and mean what PEFT makes of them.
+# Target sets, by the names of these linear layers in Llama. In a method, each stands for the layers with that role in
+# any architecture (`peft_gauge.training.targets`). Targets in an adapter config are lists instead, which PEFT matches.
 ATTENTION_QV = ("q_proj", "v_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEYS_VALUES_DOWN = ("k_proj", "v_proj", "down_proj")
 ALL_LINEAR = "all-linear"
 
 KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""PEFT types whose virtual tokens are keys and values of every layer."""
+"""PEFT types whose virtual tokens are keys and values in every layer."""
 
 RANKS = (2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the frozen base is stored: ``quant_format`` nf4, fp4 or int8; double quantization for the 4-bit ones."""
+    """The format of the frozen base: nf4, fp4 or int8; ``double_quant`` applies to the 4-bit formats."""
 
     quant_format: Literal["nf4", "fp4", "int8"] = "nf4"
     double_quant: bool = True
@@ -33,13 +32,16 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune.
+    """A fine-tuning method.
 
-    ``kind``: full, peft (``peft_config`` is the content of an ``adapter_config.json``) or bottleneck (``bottleneck``).
-    ``prepare_kbit``: cast what is not quantized to float32, as `peft.prepare_model_for_kbit_training` does.
-    ``autocast_adapter_dtype``: PEFT's default keeps 16-bit adapters in float32.
-    ``starts_as_base``: the output before the first step is the base model's (LoRA, IA³, zero-initialised bottleneck).
-    ``merges``: the trained update can be folded into the base weights.
+    Attributes:
+        kind: full, peft (with ``peft_config``, the content of an ``adapter_config.json``) or bottleneck (with
+            ``bottleneck``).
+        prepare_kbit: call `peft.prepare_model_for_kbit_training`, which casts parameters in 16 bit to float32.
+        autocast_adapter_dtype: PEFT's setting; its default keeps 16-bit adapters in float32.
+        starts_as_base: before the first step, the outputs are the base model's (LoRA, IA³, bottleneck adapters with a
+            zero up-projection).
+        merges: the trained update can be merged into the base weights.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Method:
     merges: bool = False
 
     def variant(self, name: str, title: str, **changes: Any) -> Method:
-        """A variant: this method under another ``name``, with ``changes``; those of ``peft_config`` are merged in."""
+        """This method under another ``name``, with ``changes``; a change of ``peft_config`` is merged into it."""
         if "peft_config" in changes:
             changes["peft_config"] = {**self.peft_config, **changes["peft_config"]}
         return replace(self, name=name, title=title, **changes)
@@ -89,8 +91,8 @@ PROMPT = Method(
     peft_config={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "task_type": "CAUSAL_LM"},
     starts_as_base=False,
 )
-# Keys, values and the feed-forward's inner activations, as Liu et al. 2022 (arXiv:2205.05638) have it; PEFT's defaults
-# are these for Llama, and other ones for other architectures.
+# Keys, values and the feed-forward's inner activations, as in Liu et al. 2022 (arXiv:2205.05638). PEFT's defaults are
+# the same for Llama, but differ for other architectures.
 IA3 = Method(
     "ia3",
     "IA³",
@@ -99,7 +101,7 @@ IA3 = Method(
     merges=True,
 )
 
-# The seven that every table shows, in the order it shows them.
+# The seven methods of a table by default, in its order.
 DEFAULT_METHODS = (FULL, LORA, QLORA, BOTTLENECK, PREFIX, PROMPT, IA3)
 
 VARIANTS = (
@@ -125,7 +127,7 @@ METHODS = {method.name: method for method in (*DEFAULT_METHODS, *VARIANTS)}
 
 
 def get(name: str) -> Method:
-    """The method called ``name``; raises `GaugeError` with the nearest names."""
+    """The method called ``name``. Raises `GaugeError`, with the nearest names, for an unknown one."""
     if name.lower() not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name.lower()]

@@ -1,8 +1,8 @@
-"""Base models as frozen records, built only when asked: on ``meta`` for counting, on CPU or CUDA for running.
+"""Base models as frozen records, and their construction: on ``meta`` for counting, on CPU or CUDA for running.
 
-A record says where the architecture comes from (a named record of ``fixtures/models/``, a local folder in Hugging
-Face layout, a GGUF file, or a hub id) and where the weights come from (drawn from a seed, or real). Nothing touches
-the network unless the user names a hub id, and ``trust_remote_code`` is never on.
+A record holds the source of the architecture (a named record of ``fixtures/models/``, a local folder in Hugging Face
+layout, a GGUF file, or a hub id) and of the weights (drawn from a seed, or real). The network is used only for hub ids,
+and ``trust_remote_code`` is always off.
 """
 
 from __future__ import annotations

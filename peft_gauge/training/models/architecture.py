@@ -1,4 +1,4 @@
-"""What transformers says of an architecture: its class, its attention, and what its config leaves out."""
+"""An architecture in transformers: its class, its attention, and the defaults for values missing from its config."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
 
 def model_class(record: ModelRecord) -> type[PreTrainedModel]:
-    """The class that ``record`` is built as: the causal LM of its config, else the vision-language model around it."""
+    """The class that ``record`` is built as: the causal LM of its config, otherwise the vision-language model."""
     return class_of(type(hf_config(record)))
 
 
 def auto_class(record: ModelRecord) -> Any:
-    """transformers' class that builds and loads ``record`` as `model_class`."""
+    """transformers' auto class that builds and loads ``record`` as `model_class`."""
     import transformers
 
     causal = type(hf_config(record)) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -35,14 +35,14 @@ def auto_class(record: ModelRecord) -> Any:
 
 
 def remarks(record: ModelRecord) -> list[str]:
-    """What a reader of a metric about ``record`` should know of how its config was read, a sentence each."""
+    """Notes for readers of results about ``record`` on how its config was interpreted, one sentence each."""
     stored, named = record.stored, name_says(record.name, record.config)
     said = [stored.remark if stored is not None else None, named]
     return [*_defaulted(record), *_towers(record), *filter(None, said)]
 
 
 def _defaulted(record: ModelRecord) -> Iterator[str]:
-    """Which sizes the config leaves out, and what its class puts in their place."""
+    """The sizes that are missing from the config, with the defaults of its class."""
     given, text = text_part(record.config), hf_config(record).get_text_config()
     kind = type(text)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
@@ -52,14 +52,14 @@ def _defaulted(record: ModelRecord) -> Iterator[str]:
         default = defaults.get(own)
         if size in given or own in given or not isinstance(default, int) or isinstance(default, bool):
             continue
-        if size_of(text, size) == default:  # else another key gave it (BLOOM's n_embed), or it was derived
+        if size_of(text, size) == default:  # otherwise another key gave it (BLOOM's n_embed), or it was derived
             found.append(f"{size} {default}")
     if found:
-        yield f"left out of {record.name}'s config and taken as {kind.__name__}'s defaults: {', '.join(found)}"
+        yield f"missing from {record.name}'s config, so {kind.__name__}'s defaults are used: {', '.join(found)}"
 
 
 def _towers(record: ModelRecord) -> Iterator[str]:
-    """What becomes of the parts of a multimodal checkpoint that are not the text model."""
+    """Notes on the parts of a multimodal checkpoint outside the text model: whether they are counted."""
     config = hf_config(record)
     if config.get_text_config() is config:
         return
@@ -68,13 +68,13 @@ def _towers(record: ModelRecord) -> Iterator[str]:
     if not parts:
         return
     if model_class(record).config_class is type(config):
-        yield f"{record.name} holds more than a text model: its weights of {names} are counted, and the batch is text"
+        yield f"{record.name} is multimodal: its weights of {names} are counted, but the batch is text only"
     else:
-        yield f"{record.name} holds more than a text model: planned and measured without its weights of {names}"
+        yield f"{record.name} is multimodal: planned and measured without its weights of {names}"
 
 
 def attention(model: PreTrainedModel) -> str:
-    """The attention that ``model`` was built with: sdpa, eager, …; ``"none"`` for a model without attention."""
+    """The attention implementation of ``model``: sdpa, eager, …; ``"none"`` for a model without attention."""
     text = model.config.get_text_config()
     if size_of(text, "num_attention_heads") is None:
         return "none"
@@ -82,17 +82,18 @@ def attention(model: PreTrainedModel) -> str:
 
 
 KERNELS_ELSEWHERE = ("causal_conv1d_fn", "selective_scan_fn", "chunk_gated_delta_rule", "rwkv_linear_attention")
-"""Names in transformers' modelling files of what runs a recurrent layer: kernels of other packages, or PyTorch code."""
+"""Names of functions in transformers' modeling files that run a recurrent layer: kernels of other packages, or PyTorch
+code."""
 
 
 def is_recurrent(model: nn.Module) -> bool:
-    """Whether ``model`` has state-space or other recurrent layers, for which fast kernels come from other packages."""
+    """Whether ``model`` has state-space or other recurrent layers, whose fast kernels come from other packages."""
     files = {type(module).__module__ for module in model.modules()}
     return any(hasattr(sys.modules.get(file), name) for file in files for name in KERNELS_ELSEWHERE)
 
 
 def check_attention(record: ModelRecord, asked: str | None) -> None:
-    """Raise `GaugeError` where the architecture of ``record`` has not the attention ``asked`` for; ``None`` is any."""
+    """Raise `GaugeError` if the architecture does not support the attention called ``asked``; ``None`` means any."""
     if asked is None:
         return
     if asked not in ATTENTIONS:
@@ -102,5 +103,5 @@ def check_attention(record: ModelRecord, asked: str | None) -> None:
         raise GaugeError(f"{kind.__name__} has no sdpa attention in transformers {release}; use eager")
     flash = flash_attentions(kind, asked)
     if asked == "flash_attention_2" and asked not in flash:
-        other = f"; it takes {flash[0]}, which is not planned" if flash else ""
+        other = f"; it supports {flash[0]}, which cannot be planned" if flash else ""
         raise GaugeError(f"{kind.__name__} has no {asked} in transformers {release}{other}; use sdpa or eager")

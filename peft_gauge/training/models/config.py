@@ -1,4 +1,4 @@
-"""Configs of models, checked before anything is built of them."""
+"""Model configs, checked before any model is built from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_gauge.training.stored_formats import stored_format
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# No published causal LM comes near these; a config beyond them is a mistake or an attack on the reader's memory.
+# Far above any published causal LM: a larger size is a mistake, or an attempt to exhaust memory.
 SIZE_LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**18,
@@ -27,43 +27,45 @@ SIZE_LIMITS = {
 NO_ARCHITECTURE = (
     "quantization_config",  # how weights are stored: see `peft_gauge.training.stored_formats`
     "compression_config",
-    "attn_implementation",  # of whoever saved the checkpoint; a library that is not here would be asked for
+    "attn_implementation",  # the setting of the checkpoint's author, which may need a library that is not installed
     "_attn_implementation",
     "_attn_implementation_internal",
 )
-"""Keys of a published config that say nothing of the architecture."""
+"""Keys of a published config that do not describe the architecture."""
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 CONFIG_FILE_LIMIT_BYTES = 4_000_000
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked config of the ``config.json`` at ``path``; raises `GaugeError` where it is missing or unusable."""
+    """The checked config in the ``config.json`` at ``path``. Raises `GaugeError` if it is missing or unusable."""
     config = read_json_object(path)
     check_config(config, str(path))
     return config
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at ``path``; raises `GaugeError` where there is none."""
+    """The JSON object in the file at ``path``. Raises `GaugeError` if the file is missing or holds anything else."""
     if not path.is_file():
-        raise GaugeError(f"no {path.name} in {path.parent}; it is needed there")
+        raise GaugeError(f"no {path.name} in {path.parent}; add it, or name another folder")
     if path.stat().st_size > CONFIG_FILE_LIMIT_BYTES:
-        raise GaugeError(f"{path} is {path.stat().st_size:,} bytes, far more than any config; refused")
+        raise GaugeError(
+            f"{path} is {path.stat().st_size:,} bytes, too large for a config (limit {CONFIG_FILE_LIMIT_BYTES:,})"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise GaugeError(f"{path} is not readable JSON: {one_line(error, 120)}") from error
     if not isinstance(config, dict):
-        raise GaugeError(f"{path} holds no JSON object")
+        raise GaugeError(f"{path} is not a JSON object")
     return config
 
 
 def check_config(config: dict[str, Any], origin: str) -> None:
     """Raise `GaugeError` unless ``config`` describes a causal LM that transformers builds without custom code.
 
-    The sizes that are given are checked before anything is built: a huge one would take the machine's memory. What a
-    published config leaves out is its class's default, as transformers builds it; `remarks` names these, because a
-    Llama without ``hidden_size`` is a 7B.
+    Given sizes are checked before anything is built, since a huge one would exhaust memory. Missing sizes get the
+    defaults of the config's class, as in transformers. `remarks` names them, because a Llama without ``hidden_size`` is
+    a 7B.
     """
     _check_kind(config, origin)
     stored_format(config, origin)
@@ -71,14 +73,14 @@ def check_config(config: dict[str, Any], origin: str) -> None:
     for part in (config, *parts):
         _check_given_sizes(part, _aliases(part.get("model_type") or config["model_type"]), origin)
     built = built_config(config, origin)
-    if built.is_encoder_decoder:  # by its class, where the config does not say
+    if built.is_encoder_decoder:  # by the class's default, if the config has no such key
         raise _encoder_decoder(config, origin)
     _check_built_sizes(built, origin)
     _check_text_batch(built, origin)
 
 
 def _check_kind(config: dict[str, Any], origin: str) -> None:
-    """Raise `GaugeError` for what is no causal LM, with what it is instead."""
+    """Raise `GaugeError` for a model that is not a causal LM, with the kind of model it is."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -88,47 +90,48 @@ def _check_kind(config: dict[str, Any], origin: str) -> None:
     with_images = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     known = f"{origin}: model_type {model_type!r}"
     if not isinstance(model_type, str):
-        raise GaugeError(f"{origin}: the config names no model_type, so the architecture is unknown")
+        raise GaugeError(f"{origin}: the config has no model_type, so the architecture is unknown; add it")
     if model_type not in CONFIG_MAPPING_NAMES:
         if config.get("auto_map"):
             raise GaugeError(f"{origin}: this model needs custom code (auto_map), which peft-gauge does not run")
-        raise GaugeError(f"{known} is no causal LM that transformers {transformers.__version__} knows")
+        raise GaugeError(f"{known} is not a causal LM in transformers {transformers.__version__}")
     is_decoder = bool(config.get("is_decoder")) or causal.get(model_type) in (config.get("architectures") or ())
     sequences = model_type in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not config.get("is_decoder")
     if config.get("is_encoder_decoder") or sequences:
         raise _encoder_decoder(config, origin)
     if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
-        raise GaugeError(f"{known} is an encoder (masked LM), no causal LM; a decoder of this type says is_decoder")
+        raise GaugeError(
+            f"{known} is an encoder (masked LM), not a causal LM; for a decoder of this type, set is_decoder to true"
+        )
     if model_type not in causal and model_type not in with_images:
-        raise GaugeError(f"{known} is no causal LM that transformers {transformers.__version__} knows")
+        raise GaugeError(f"{known} is not a causal LM in transformers {transformers.__version__}")
 
 
 def _encoder_decoder(config: dict[str, Any], origin: str) -> GaugeError:
     return GaugeError(
-        f"{origin}: model_type {config['model_type']!r} is an encoder-decoder model; only decoder-only causal LMs can "
-        f"be planned or measured"
+        f"{origin}: model_type {config['model_type']!r} is an encoder-decoder model; use a decoder-only causal LM"
     )
 
 
 def _check_text_batch(built: PretrainedConfig, origin: str) -> None:
-    """Raise `GaugeError` for a vision-language model that takes no batch of text alone (BLIP-2)."""
+    """Raise `GaugeError` for a vision-language model whose batches must have images (BLIP-2)."""
     kind = class_of(type(built))
     images = inspect.signature(kind.forward).parameters.get("pixel_values")
     if images is not None and images.default is inspect.Parameter.empty:
         raise GaugeError(
-            f"{origin}: {kind.__name__} is a vision-language model that takes no batch of text alone; plan its "
-            f"language model by that one's own config"
+            f"{origin}: {kind.__name__} is a vision-language model whose batches must have images; use the config of "
+            f"its language model"
         )
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of ``config`` that describes the text model, as it was published."""
+    """The part of a published ``config`` that describes the text model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def _aliases(model_type: object) -> dict[str, str]:
-    """Sizes by the name that everybody uses -> by the name that this architecture uses (GPT-2: ``n_embd``)."""
+    """From the common name of a size to its name in this architecture (GPT-2: ``n_embd``)."""
     from transformers import CONFIG_MAPPING
 
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
@@ -142,27 +145,27 @@ def _check_given_sizes(config: dict[str, Any], aliases: dict[str, str], origin: 
             if value is None:
                 continue
             if isinstance(value, list) and size in ("intermediate_size", "num_key_value_heads", "num_attention_heads"):
-                continue  # a few architectures give one value a layer
+                continue  # a few architectures have one value per layer
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
                 raise GaugeError(f"{origin}: {name} = {value!r} is not a whole number from 1 to {limit:,}")
 
 
 def built_config(config: dict[str, Any], origin: str) -> PretrainedConfig:
-    """``config`` as transformers' own class, which knows the architecture's aliases and defaults."""
+    """``config`` as an object of transformers' class, with the architecture's aliases and defaults."""
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.items() if key not in NO_ARCHITECTURE}
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # config classes validate in their own ways
-        raise GaugeError(f"the config of {origin} is not usable: {one_line(error, 200)}") from error
+        raise GaugeError(f"the config of {origin} is invalid: {one_line(error, 200)}") from error
 
 
 def size_of(config: PretrainedConfig, name: str) -> Any:
-    """The size called ``name``; ``None`` where the architecture has none, or one for each layer."""
+    """The size called ``name``; ``None`` if the architecture has no such size, or one per layer."""
     try:
         return getattr(config, name, None)
-    except Exception:  # transformers refuses to give one value for sizes that may differ from layer to layer
+    except Exception:  # transformers raises for sizes that may differ between layers
         return None
 
 
@@ -170,15 +173,15 @@ def _check_built_sizes(built: PretrainedConfig, origin: str) -> None:
     text = built.get_text_config()
     for size in REQUIRED_SIZES:
         if size_of(text, size) is None:
-            raise GaugeError(f"{origin}: {size} is missing; the architecture cannot be built without it")
+            raise GaugeError(f"{origin}: {size} is missing; add it to the config")
     heads, shared = size_of(text, "num_attention_heads"), size_of(text, "num_key_value_heads")
     if not isinstance(heads, int):
-        return  # a state-space or recurrent model; or one value a layer
-    # Where the config has no head_dim, a class leaves it out or divides, and what is left over would be lost.
+        return  # a state-space or recurrent model, or one value per layer
+    # Without head_dim in the config, a class divides and rounds down: the remainder would be lost.
     if size_of(text, "head_dim") in (None, text.hidden_size // heads) and text.hidden_size % heads:
-        raise GaugeError(f"{origin}: hidden_size {text.hidden_size} is no multiple of {heads} attention heads")
+        raise GaugeError(f"{origin}: hidden_size {text.hidden_size} is not a multiple of {heads} attention heads")
     if isinstance(shared, int) and heads % shared:
-        raise GaugeError(f"{origin}: {heads} attention heads are no multiple of {shared} key-value heads")
+        raise GaugeError(f"{origin}: {heads} attention heads are not a multiple of {shared} key-value heads")
 
 
 def class_of(kind: type[PretrainedConfig]) -> type[PreTrainedModel]:

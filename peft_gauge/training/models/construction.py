@@ -1,4 +1,4 @@
-"""Models built from their records, on ``meta``, on CPU or CUDA; and copies of their weights."""
+"""Building models from their records, on ``meta``, CPU or CUDA, and keeping copies of their weights."""
 
 from __future__ import annotations
 
@@ -34,24 +34,29 @@ def build(
     attn_implementation: str | None = None,
     as_stored: bool = True,
 ) -> PreTrainedModel:
-    """The model of ``record`` on ``device``, with weights in ``dtype``; quantized, where the checkpoint is.
+    """The model of ``record`` on ``device``, with weights in ``dtype``, quantized if the checkpoint is.
 
     On ``"meta"`` nothing is allocated (70B takes about a second). Random weights are drawn in float32 on the CPU from
-    ``record.seed`` by the architecture's own initialisation and then rounded to ``dtype``, so the same seed gives
-    the same bytes on every device. ``attn_implementation``: one of `ATTENTIONS`, or ``None`` for sdpa where the
-    architecture has it, else eager (`attention` says which). Without ``as_stored`` drawn weights stay unquantized.
-    Raises `GaugeError` where the architecture has not the attention asked for, where the machine has not enough
-    memory, or where the weights do not match the architecture.
+    ``record.seed`` by the architecture's own initialization and then rounded to ``dtype``, so the same seed gives
+    the same bytes on every device.
+
+    Args:
+        attn_implementation: one of `ATTENTIONS`; ``None`` for sdpa if the architecture supports it, otherwise eager
+            (`attention` returns the one in use).
+        as_stored: quantize drawn weights if the checkpoint is quantized.
+
+    Raises `GaugeError` if the architecture does not support the attention, if memory is too small, or if the weights do
+    not match the architecture.
     """
     import torch
 
     wanted = torch_dtype(dtype)
     check_attention(record, attn_implementation)
     if device == "meta":
-        model_class(record), auto_class(record)  # imported here: under a device, torch 2.6 cannot import its compiler
+        model_class(record), auto_class(record)  # import now: in a device context torch 2.6 cannot import its compiler
         with torch.device("meta"):
             model = _from_config(record, attn_implementation).to(wanted)
-        # What flash attention casts to, where activations are float32 and weights are packed.
+        # Flash attention casts float32 activations to this dtype if weights are packed.
         model.config.dtype = model.config.get_text_config().dtype = wanted
         return _as_stored(model, record) if as_stored else model
     check_measurable(record)
@@ -70,7 +75,7 @@ def build(
 
 
 def _drawn_on_the_gpu(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
-    """The model on the CPU, as any other, with weights that the GPU drew in ``dtype``; its memory is given back."""
+    """The model on the CPU, with weights drawn on the GPU in ``dtype``; frees the GPU's memory."""
     import torch
 
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]), torch.device("cuda"):
@@ -91,22 +96,22 @@ def _as_stored(model: PreTrainedModel, record: ModelRecord) -> PreTrainedModel:
 
 
 def check_measurable(record: ModelRecord) -> None:
-    """Raise `GaugeError` where the base comes in a format whose steps are planned but not measured."""
+    """Raise `GaugeError` if the base is stored in a format whose steps can be planned but not measured."""
     stored = record.stored
     if stored is not None and stored.kind != "bitsandbytes":
-        needed = "loading them takes" if stored.kind == "dequantized" else "their layers take"
+        needed = "loading them needs" if stored.kind == "dequantized" else "their layers need"
         raise GaugeError(
-            f"{record.name} is stored as {stored.title}; steps over such weights are planned (peft-gauge plan) and not "
+            f"{record.name} is stored as {stored.title}; such weights can be planned (peft-gauge plan) but not "
             f"measured, because {needed} packages that this project does not require; measure a 16-bit checkpoint"
         )
 
 
 def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
-    """``record`` with its very weights as safetensors in ``dtype`` in ``folder``, from which they load in a moment.
+    """Save the weights of ``record`` in ``folder`` as safetensors in ``dtype``, and return a record that loads them.
 
-    For whoever builds the same base many times, in processes of their own: drawing weights and dequantizing a GGUF
-    take longer than reading them. A record that loads from safetensors already comes back as it is, and so does one
-    whose drawn weights are quantized, which are small, or which the GPU draws: they are drawn again.
+    This saves time if many processes build the same base, since drawing weights or dequantizing a GGUF file takes
+    longer than reading safetensors. A record is returned unchanged if it loads from safetensors already, if its weights
+    are quantized, or if they are drawn on the GPU.
     """
     in_safetensors = record.weights == "real" and not str(record.location).endswith(".gguf")
     if in_safetensors or record.weights == "random-gpu" or record.stored is not None:
@@ -118,14 +123,15 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
 
 
 KEPT_COPIES = 3
-"""Of fetched weights, each for another dtype or release of transformers; older copies go."""
+"""The number of copies of fetched weights to keep, one per dtype and release of transformers; older ones are deleted.
+"""
 
 
 def kept(record: ModelRecord, dtype: str) -> ModelRecord:
-    """`stored`, beside the GGUF in the user's cache, for good; any other record comes back as it is.
+    """`stored`, with a permanent copy next to the GGUF file in the user's cache; other records are returned unchanged.
 
-    A copy is of one release of transformers, which dequantizes the weights and names the fields of the config. Raises
-    `OSError` where it cannot be written.
+    A copy belongs to one release of transformers, which dequantizes the weights and names the fields of the config.
+    Raises `OSError` if it cannot be written.
     """
     gguf = Path(record.location or "")
     if gguf.suffix != ".gguf" or not gguf.is_relative_to(paths.cache()):
@@ -138,7 +144,7 @@ def kept(record: ModelRecord, dtype: str) -> ModelRecord:
             try:
                 (Path(folder) / "copy").rename(copy)
             except OSError:
-                if not copy.is_dir():  # or another process was first, with the same bytes
+                if not copy.is_dir():  # otherwise another process was first, with the same bytes
                     raise
         copies = sorted(gguf.parent.glob(f"{gguf.stem}-*-transformers-*"), key=lambda each: each.stat().st_mtime)
         for old in copies[:-KEPT_COPIES]:
@@ -158,7 +164,7 @@ def _from_config(
         config = text
     try:
         return auto.from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
-    except Exception as error:  # every architecture refuses in its own way
+    except Exception as error:  # architectures raise many kinds of errors
         raise GaugeError(f"{record.name} cannot be built from its config: {one_line(error, 200)}") from error
 
 
@@ -169,7 +175,7 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | No
         path = Path(record.location)
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        # The GGUF reader's own progress bar knows no switch; what is wrong with a file comes as an exception.
+        # The GGUF reader's progress bar, on stderr, has no switch. Errors are raised as exceptions.
         with _without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
             model, report = auto_class(record).from_pretrained(
                 **where,
@@ -184,12 +190,12 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | No
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise GaugeError(
-            f"the weights of {record.name} do not fit its config: {len(missing)} missing, first {missing[0]}"
+            f"the weights of {record.name} do not match its config: {len(missing)} are missing, first {missing[0]}"
         )
     if record.location.endswith(".gguf"):
         _forget_gguf(model)
     if record.source != "hub":
-        # With a name, saving an adapter would look the base up on the hub, and write this machine's path into it.
+        # With a name, saving an adapter would look up the base on the hub, and store this machine's path.
         model.name_or_path = ""
         forget_origin(model.config)
     return model
@@ -207,7 +213,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Drop the marks of a quantized model: the weights of a GGUF were dequantized on the way in."""
+    """Remove the attributes of a quantized model: weights of a GGUF file are dequantized while loading."""
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         model.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)
@@ -216,15 +222,15 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 def _check_memory(record: ModelRecord, dtype: torch.dtype) -> None:
     import psutil
 
-    # Drawn in float32 and then cast: the float32 tensors are all alive at once.
+    # Random weights are drawn in float32 and then cast, so all float32 tensors exist at once.
     packed = record.stored is not None and record.weights == "real"
     size = 1 if packed else 4 if record.weights == "random" else dtype.itemsize
     needed_bytes = logical_params(record) * size
     available_bytes = psutil.virtual_memory().available
     if needed_bytes > available_bytes:
         raise GaugeError(
-            f"{record.name} needs {needed_bytes / 1e9:.1f} GB of host memory to build and "
-            f"{available_bytes / 1e9:.1f} GB are free; take a smaller model, or count it on meta"
+            f"{record.name} needs {needed_bytes / 1e9:.1f} GB of host memory, but only "
+            f"{available_bytes / 1e9:.1f} GB are free; use a smaller model, or plan it without measuring"
         )
 
 
@@ -236,9 +242,9 @@ def logical_params(record: ModelRecord) -> int:
 
 @cache
 def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that came with the record's real weights; ``None`` where there is none (random weights).
+    """The tokenizer of the record's real weights; ``None`` if there is none (random weights).
 
-    The same object for every caller: out of a GGUF file it takes seconds to read.
+    It is cached, since reading it from a GGUF file takes seconds.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Which dtypes a model is trained in, and which model and dtype are taken where none is named."""
+"""The dtypes that a model can be trained in, and the default model and dtype."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def check_dtype(name: str) -> None:
-    """Raise `GaugeError` for a dtype that a model is not trained in."""
+    """Raise `GaugeError` for a dtype that is not in `DTYPES`."""
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype called ``name``; raises `GaugeError` for one that a model is not trained in."""
+    """The torch dtype called ``name``. Raises `GaugeError` for a dtype that is not in `DTYPES`."""
     check_dtype(name)
     import torch
 
@@ -29,10 +29,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def default_dtype(device: str) -> str:
-    """float32 on CPU, 16 bit on CUDA (bfloat16 from compute capability 8.0 on, else float16).
+    """float32 on CPU, 16 bit on CUDA (bfloat16 from compute capability 8.0 on, otherwise float16).
 
-    Few CPUs multiply bfloat16 natively and the others take about ten times as long in it, so a suite whose CPU
-    metrics are to be compared across machines starts from float32; ``--dtype`` changes it.
+    Few CPUs multiply bfloat16 natively; others take about ten times as long as in float32. The default is therefore
+    float32, so that CPU metrics are comparable across machines; ``--dtype`` changes it.
     """
     if device != "cuda":
         return "float32"
@@ -41,5 +41,5 @@ def default_dtype(device: str) -> str:
 
 
 def default_model(device: str) -> str:
-    """SmolLM2-135M where there is only a CPU, TinyLlama-1.1B on a GPU."""
+    """SmolLM2-135M on CPU, TinyLlama-1.1B on a GPU."""
     return "tinyllama" if device == "cuda" else "smollm2-135m"

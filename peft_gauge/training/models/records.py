@@ -1,4 +1,4 @@
-"""Base models as frozen records: where the architecture comes from, and where the weights."""
+"""Base models as frozen records: the source of the architecture and the source of the weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Source = Literal["record", "folder", "gguf", "hub"]
 Weights = Literal["real", "random", "random-gpu"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
-# The real weights that `peft-gauge fetch` can bring, by record: the file's name in the cache.
+# The real weights that `peft-gauge fetch` can download, by record: the file's name in the cache.
 FETCHED_WEIGHTS = {"smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 POSITION_LIMITS = (
@@ -46,10 +46,14 @@ POSITION_LIMITS = (
 class ModelRecord:
     """A base model that can be built.
 
-    Fields: ``name`` as shown in tables; ``source`` of the architecture; ``config_json``, the Hugging Face config as
-    JSON text (text, so that a record can be hashed and sent to another process); ``weights``, one of `WEIGHTS`:
-    ``"real"`` (read from ``location``: a folder, a GGUF file or a hub id), ``"random"`` (drawn from ``seed`` on the
-    CPU, the same bytes everywhere) or ``"random-gpu"`` (drawn on the GPU: a 7B in seconds, other bytes on other GPUs).
+    Attributes:
+        name: as tables show it.
+        source: where the architecture comes from.
+        config_json: the Hugging Face config as JSON text, so that a record can be hashed and sent to another process.
+        weights: ``"real"`` (read from ``location``), ``"random"`` (drawn on the CPU: the same bytes everywhere) or
+            ``"random-gpu"`` (drawn on the GPU: a 7B takes seconds, but the bytes differ between GPU models).
+        location: of real weights: a folder, a GGUF file or a hub id.
+        seed: for random weights.
     """
 
     name: str
@@ -61,13 +65,13 @@ class ModelRecord:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The Hugging Face config as a dictionary (a fresh copy)."""
+        """The Hugging Face config as a new dictionary."""
         return dict(json.loads(self.config_json))
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence the model was made for, in tokens: what the text model's config says, else its class's
-        default; ``None`` where there is no such limit (a state-space model)."""
+        """The longest sequence that the model supports, in tokens, from the text model's config or its class's default;
+        ``None`` if it has no such limit (a state-space model)."""
         config = self.config
         for part in (text_part(config), config):
             for key in POSITION_LIMITS:
@@ -78,25 +82,23 @@ class ModelRecord:
 
     @property
     def vocab_size(self) -> int:
-        """The rows of the text model's embedding, as its config or its class's default says."""
+        """The rows of the text model's embedding, from its config or its class's default."""
         return int(_text_config(self)["vocab_size"])
 
     @property
     def stored(self) -> StoredFormat | None:
-        """How the checkpoint stores its weights, as its config says; ``None`` for 16 or 32 bit."""
+        """The storage format of the checkpoint's weights, from its config; ``None`` for 16 or 32 bit."""
         return None if self.source == "gguf" else stored_format(self.config, self.name)
 
     def check_sequence(self, seq: int) -> None:
-        """Raise `GaugeError` where ``seq`` tokens are more than the model has positions for."""
+        """Raise `GaugeError` if ``seq`` tokens are more than `max_positions`."""
         limit = self.max_positions
         if limit is not None and seq > limit:
-            raise GaugeError(
-                f"a sequence of {seq} tokens is beyond {self.name}'s limit of {limit}; use --seq {limit} or less"
-            )
+            raise GaugeError(f"a sequence of {seq} tokens exceeds the limit of {self.name}; use --seq {limit} or less")
 
 
 def _is_limit(value: object) -> bool:
-    """Whether ``value`` is a number of positions; XLNet says -1 for none."""
+    """Whether ``value`` is a number of positions; XLNet has -1 for "no limit"."""
     return isinstance(value, int) and value > 0
 
 
@@ -106,10 +108,10 @@ def record_names() -> list[str]:
 
 
 def resolve(spec: str, *, weights: str | None = None, seed: int = 0) -> ModelRecord:
-    """The record that ``spec`` names: a record's name, a folder, a .json or .gguf file, or a hub id ``owner/name``.
+    """The record for ``spec``: a record's name, a folder, a .json or .gguf file, or a hub id ``owner/name``.
 
-    ``weights``: one of `WEIGHTS`, or ``None`` for real ones where they are at hand. Raises `GaugeError` for an
-    unknown name, an unusable config, or real weights that are not there.
+    ``weights`` is one of `WEIGHTS`, or ``None`` for real weights if available, otherwise random ones. Raises
+    `GaugeError` for an unknown name, an invalid config, or real weights that are missing.
     """
     if weights is not None and weights not in WEIGHTS:
         raise unknown("kind of weights", weights, WEIGHTS)
@@ -125,7 +127,7 @@ def resolve(spec: str, *, weights: str | None = None, seed: int = 0) -> ModelRec
     if path.suffix == ".json":
         return _from_config_file(path, weights, seed)
     if path.exists():
-        raise GaugeError(f"{spec} is neither a folder, a config (.json) nor a .gguf file")
+        raise GaugeError(f"{spec} is not a model; name a folder, a config (.json) or a .gguf file")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", spec):
         return _from_hub(spec, weights, seed)
     if "/" in spec or spec.startswith((".", "~")):
@@ -134,10 +136,10 @@ def resolve(spec: str, *, weights: str | None = None, seed: int = 0) -> ModelRec
 
 
 def _from_record(name: str, weights: str | None, seed: int) -> ModelRecord:
-    config = read_json_object(paths.fixture("models") / name / "config.json")  # ours: a test holds them to the checks
+    config = read_json_object(paths.fixture("models") / name / "config.json")  # the project's own: a test checks them
     fetched = paths.cache() / name / FETCHED_WEIGHTS[name] if name in FETCHED_WEIGHTS else None
     if weights == "real" and (fetched is None or not fetched.is_file()):
-        how = "run: peft-gauge fetch smollm2" if fetched else "name a folder, a GGUF file or a hub id that holds them"
+        how = "run: peft-gauge fetch smollm2" if fetched else "name a folder, a GGUF file or a hub id that has them"
         raise GaugeError(f"no real weights of {name} on this machine; {how}")
     if fetched is not None and fetched.is_file() and weights != "random":
         return ModelRecord(name, "record", json.dumps(config), "real", str(fetched), seed)
@@ -169,9 +171,9 @@ def _from_gguf(path: Path, weights: str | None, seed: int) -> ModelRecord:
         raise GaugeError(f"no such GGUF file: {path}")
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    except Exception as error:  # the reader raises whatever the bytes led it to
+    except Exception as error:  # the reader raises many kinds of errors for damaged files
         raise GaugeError(
-            f"{path.name} is not a GGUF that transformers can read as a causal LM: {one_line(error, 160)}"
+            f"{path.name} is not a GGUF file that transformers can read as a causal LM: {one_line(error, 160)}"
         ) from error
     check_config(config.to_dict(), path.name)
     kind: Literal["random", "real"] = "random" if weights == "random" else "real"
@@ -185,7 +187,7 @@ def _from_hub(spec: str, weights: str | None, seed: int) -> ModelRecord:
         config = read_config(Path(hf_hub_download(spec, "config.json")))
     except GaugeError:
         raise
-    except Exception as error:  # no network, no such repository, gated: each library version has its own class
+    except Exception as error:  # no network, no such repository, gated: the classes depend on the library's version
         raise GaugeError(
             f"cannot reach {spec} on the hub ({type(error).__name__}: {one_line(error, 160)}); "
             f"check the name and the network, or use one of: {', '.join(record_names())}"
@@ -201,6 +203,6 @@ def hf_config(record: ModelRecord) -> PretrainedConfig:
 
 @cache
 def _text_config(record: ModelRecord) -> dict[str, Any]:
-    """The text model's sizes under their usual names, defaults and aliases resolved."""
+    """The text model's sizes by common name, with defaults and aliases resolved."""
     text = hf_config(record).get_text_config()
     return {name: size_of(text, name) for name in SIZE_LIMITS}

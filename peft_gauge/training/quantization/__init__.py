@@ -1,4 +1,4 @@
-"""4-bit and 8-bit weights: bitsandbytes' layers put into a model, and number formats as instruments."""
+"""4-bit and 8-bit weights: quantizing a model's layers with bitsandbytes, and the rounding error of formats."""
 
 from __future__ import annotations
 

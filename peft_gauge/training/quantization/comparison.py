@@ -1,4 +1,4 @@
-"""NF4 against other 4-bit formats, on drawn weights and on a model's own."""
+"""NF4 compared with other 4-bit formats, on drawn weights and on a model's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 SAMPLE_SHAPE = (256, 1024)
-WEIGHT_STD = 0.02  # Llama's initialisation; the relative error does not depend on it
+WEIGHT_STD = 0.02  # Llama's initialization; the relative error does not depend on it
 
 
 def _normal(generator: torch.Generator) -> Tensor:
@@ -49,12 +49,10 @@ def drawn_weight(distribution: str, seed: int) -> Tensor:
 
 
 def already_rounded(weight: Tensor, block_size: int = 32) -> bool:
-    """Whether no block of ``weight`` holds more than 16 different values, as after 4-bit rounding in such
-    blocks.
+    """Whether every block of ``weight`` has at most 16 different values, as after 4-bit rounding in such blocks.
 
-    GGUF's 4-bit types have blocks of 32. Weights read from one lie on a uniform grid already, so rounding
-    them to a uniform format again costs less than it cost the first time: no fair ground for a comparison of
-    formats.
+    GGUF's 4-bit types have blocks of 32. Weights from such a file are on a uniform grid already: rounding them to a
+    uniform format again loses less than the first time, which makes a comparison of formats unfair.
     """
     if weight.numel() % block_size:
         raise GaugeError(f"{weight.numel()} weights do not divide into blocks of {block_size}")
@@ -65,10 +63,12 @@ def already_rounded(weight: Tensor, block_size: int = 32) -> bool:
 
 @dataclass(frozen=True)
 class FormatComparison:
-    """NF4 against a rival format on the same weights, sample by sample.
+    """NF4 compared with a rival format on the same weights, sample by sample.
 
-    ``nf4_errors`` and ``rival_errors`` are relative RMS errors, in pairs; ``nf4_bits`` and ``rival_bits`` are
-    bits a parameter; ``unfair`` says why the samples cannot decide, if they cannot.
+    Attributes:
+        nf4_errors, rival_errors: relative RMS errors, in pairs.
+        nf4_bits, rival_bits: bits per parameter.
+        unfair: why these samples allow no fair comparison, or ``None``.
     """
 
     rival: str
@@ -80,12 +80,12 @@ class FormatComparison:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """NF4's error over the rival's, a sample each: below 1 where NF4 loses less."""
+        """NF4's error over the rival's, per sample; below 1 where NF4 loses less."""
         return tuple(ours / theirs for ours, theirs in zip(self.nf4_errors, self.rival_errors, strict=True))
 
     @property
     def p_value(self) -> float:
-        """Two-sided sign test: how likely a split at least this uneven is if both formats were equally good."""
+        """Two-sided sign test: the probability of a split at least this uneven if both formats were equally good."""
         decided = [ratio for ratio in self.ratios if ratio != 1]
         count, wins = len(decided), sum(ratio < 1 for ratio in decided)
         tail = sum(math.comb(count, k) for k in range(min(wins, count - wins) + 1)) / 2**count
@@ -115,10 +115,11 @@ class FormatComparison:
 
 
 def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant: bool = False) -> FormatComparison:
-    """NF4 (``double_quant``: with double quantization, as a ``"fp4"`` rival then has too) against ``rival``.
+    """Compare NF4 with ``rival``, both in blocks of 64.
 
-    Blocks of 64 on both sides. ``samples``: weight matrices, one pair of errors each; six or more are needed
-    to tell.
+    Args:
+        samples: weight matrices, one pair of errors each. Fewer than six are always inconclusive.
+        double_quant: use double quantization for NF4, and for FP4 as the rival.
     """
     rival_double_quant = double_quant and rival == "fp4"
     nf4_errors, rival_errors, rounded = [], [], 0
@@ -127,8 +128,8 @@ def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant:
         rival_errors.append(quantization_error(weight, rival, double_quant=rival_double_quant).relative_rms)
         rounded += already_rounded(weight)
     if not nf4_errors:
-        raise GaugeError("no weights to compare the formats on")
-    unfair = f"{rounded} of {len(nf4_errors)} samples hold at most 16 values a block: rounded to 4 bit before"
+        raise GaugeError("no weights to compare the formats on; pass at least one sample")
+    unfair = f"{rounded} of {len(nf4_errors)} samples have at most 16 values per block: already rounded to 4 bit"
     return FormatComparison(
         rival=rival,
         nf4_errors=tuple(nf4_errors),
@@ -142,10 +143,9 @@ def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant:
 def nf4_against_int4(
     distribution: str, seeds: Iterable[int] = range(8), *, rival: str = "int4", double_quant: bool = False
 ) -> FormatComparison:
-    """`compare_nf4` on weights drawn from ``distribution``, one sample a seed.
+    """`compare_nf4` on weights drawn from ``distribution``, one sample per seed.
 
-    The literature's INT4 (QLoRA, table 4) is symmetric, here ``"int4"``; ``rival="int4-minmax"`` asks the
-    harder question.
+    INT4 in the literature (QLoRA, table 4) is symmetric, here ``"int4"``; ``"int4-minmax"`` is a stronger rival.
     """
     samples = (drawn_weight(distribution, seed) for seed in seeds)
     return compare_nf4(samples, rival=rival, double_quant=double_quant)

@@ -1,4 +1,4 @@
-"""4-bit number formats as instruments of their own: what each loses on a weight matrix, and how many bits it takes."""
+"""4-bit number formats: the rounding error of each on a weight matrix, and its bits per parameter."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ FOUR_BIT_FORMATS = ("nf4", "fp4", "int4", "int4-minmax")
 def pack(
     weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
 ) -> tuple[Tensor, Any]:
-    """``weight`` as bitsandbytes stores it in ``"nf4"`` or ``"fp4"``: the packed bytes and their
-    ``QuantState``.
-    """
+    """``weight`` as bitsandbytes stores it in ``"nf4"`` or ``"fp4"``: the packed bytes and their ``QuantState``."""
     packed, state = load_bitsandbytes().functional.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_format
     )
@@ -34,13 +32,15 @@ def dequantized(
 ) -> Tensor:
     """``weight`` rounded to ``quant_format`` in blocks and back, as a float32 tensor of the same shape.
 
-    ``"nf4"`` and ``"fp4"`` are bitsandbytes' own. Two kinds of uniform 4-bit integer stand beside them,
-    because "INT4" names both: ``"int4"``, symmetric, -7 to 7 times absmax/7 (15 levels, zero among them; a
-    float32 absmax, so 4.5 bits a weight in blocks of 64); and ``"int4-minmax"``, 16 levels in equal steps
-    from the block's minimum to its maximum, minimum and step in float16 as in GGUF's Q4_1 (4.5 bits too).
+    ``"nf4"`` and ``"fp4"`` are bitsandbytes' formats. "INT4" can mean either of two uniform integer formats:
 
-    Raises `GaugeError` for an unknown format, a number of weights that is no multiple of ``block_size``, and
-    ``double_quant`` with an integer format, which nobody stores that way.
+    - ``"int4"`` is symmetric: -7 to 7 times absmax/7, which gives 15 levels with zero among them. With a float32 absmax
+      it takes 4.5 bits per weight in blocks of 64.
+    - ``"int4-minmax"`` has 16 levels in equal steps from the block's minimum to its maximum. Minimum and step are in
+      float16, as in GGUF's Q4_1, so it takes 4.5 bits too.
+
+    Raises `GaugeError` for an unknown format, a number of weights that is not a multiple of ``block_size``, and
+    ``double_quant`` with an integer format.
     """
     if quant_format not in FOUR_BIT_FORMATS:
         raise unknown("4-bit format", quant_format, FOUR_BIT_FORMATS)
@@ -48,13 +48,14 @@ def dequantized(
         raise GaugeError(f"{weight.numel()} weights do not divide into blocks of {block_size}")
     weight = weight.detach().float().contiguous()
     if quant_format in ("nf4", "fp4"):
-        # A block a row: the CPU's kernel gets rows wrong that are no multiple of a block (`_check_unpacking`).
+        # One block per row: the CPU kernel unpacks rows wrongly if they are not a multiple of a block (see
+        # `peft_gauge.training.quantization.layers._check_unpacking`).
         blocks = weight.view(-1, block_size)
         packed, state = pack(blocks, quant_format, double_quant=double_quant, block_size=block_size)
         restored: Tensor = load_bitsandbytes().functional.dequantize_4bit(packed, state)
         return restored.view_as(weight)
     if double_quant:
-        raise GaugeError(f"double quantization belongs to nf4 and fp4, not to {quant_format}")
+        raise GaugeError(f"double quantization applies to nf4 and fp4, not to {quant_format}; turn it off")
     blocks = weight.view(-1, block_size)
     return (_symmetric(blocks) if quant_format == "int4" else _minmax(blocks)).view_as(weight)
 
@@ -71,29 +72,29 @@ def _minmax(blocks: Tensor) -> Tensor:
 
 
 def _no_zero(step: Tensor) -> Tensor:
-    """A block of equal weights can have step 0; with 1 in its place they are 0 steps away instead of NaN."""
+    """``step`` with 1 in place of 0, the step of a block of equal weights, so that dividing by it gives no NaN."""
     return step.where(step > 0, 1.0)
 
 
 def levels(quant_format: str) -> Tensor:
-    """The values that ``quant_format`` has for a block of absmax 1, ascending; not for ``"int4-minmax"``,
-    whose levels depend on the block.
+    """The values of ``quant_format`` for a block of absmax 1, ascending.
+
+    Raises `GaugeError` for ``"int4-minmax"``, whose levels depend on the block.
     """
     if quant_format == "int4":
         return torch.arange(-7, 8) / 7
     if quant_format not in ("nf4", "fp4"):
-        raise unknown("4-bit format with levels of its own", quant_format, ("nf4", "fp4", "int4"))
+        raise unknown("4-bit format with fixed levels", quant_format, ("nf4", "fp4", "int4"))
     code: Tensor = load_bitsandbytes().functional.get_4bit_type(quant_format, device="cpu")
     levels: Tensor = code.unique()  # sorted; fp4 has two codes for zero
     return levels
 
 
 def error_bound(quant_format: str) -> float:
-    """The most that one weight can change, in units of its block's absmax, without double quantization.
+    """The largest change of one weight, in units of its block's absmax, without double quantization.
 
-    Half the widest gap between two levels. For ``"int4-minmax"`` the range is at most twice absmax, so 1/15,
-    and rounding minimum and step to float16 adds at most 2⁻¹¹ of absmax and of the range (constants of normal
-    size).
+    It is half the widest gap between two levels. For ``"int4-minmax"`` the range is at most twice absmax, which gives
+    1/15. Rounding minimum and step to float16 adds at most 2⁻¹¹ of absmax and of the range, if neither is subnormal.
     """
     if quant_format == "int4-minmax":
         return 1 / 15 + 3 * 2**-11
@@ -102,9 +103,12 @@ def error_bound(quant_format: str) -> float:
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """What rounding to a format lost: ``relative_rms`` is ‖W − Q(W)‖ / ‖W‖, ``max_over_absmax`` the largest
-    change of one weight in units of its block's absmax, ``mean_abs`` the mean change in the weights' own
-    unit.
+    """The error of rounding to a format.
+
+    Attributes:
+        relative_rms: ‖W − Q(W)‖ / ‖W‖.
+        max_over_absmax: the largest change of one weight, in units of its block's absmax.
+        mean_abs: the mean absolute change of a weight.
     """
 
     relative_rms: float
@@ -115,11 +119,11 @@ class QuantizationError:
 def quantization_error(
     weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
 ) -> QuantizationError:
-    """The error of `dequantized` on ``weight``; raises `GaugeError` as it does, and for a weight of zeros."""
+    """The error of `dequantized` on ``weight``. Raises `GaugeError` as it does, and if all weights are zero."""
     weight = weight.detach().float()
     norm = weight.norm().item()
     if norm == 0:
-        raise GaugeError("all weights are zero: a relative error has no meaning")
+        raise GaugeError("all weights are zero, so the relative error is undefined; pass other weights")
     change = (weight - dequantized(weight, quant_format, double_quant=double_quant, block_size=block_size)).abs()
     absmax = _no_zero(weight.reshape(-1, block_size).abs().amax(dim=1))
     largest = change.view(-1, block_size).amax(dim=1)
@@ -127,10 +131,9 @@ def quantization_error(
 
 
 def absmax_shift(weight: Tensor, quant_format: str = "nf4") -> tuple[float, float]:
-    """How far double quantization moves a block's absmax, and how far it may: both in units of the nested
-    absmax.
+    """The largest shift of a block's absmax by double quantization in ``weight``, and its upper bound.
 
-    The largest shift found in ``weight``, and half the widest gap of bitsandbytes' 8-bit dynamic code.
+    Both are in units of the nested absmax. The bound is half the widest gap of bitsandbytes' 8-bit dynamic code.
     """
     functional = load_bitsandbytes().functional
     exact = pack(weight, quant_format)[1].absmax
@@ -138,7 +141,7 @@ def absmax_shift(weight: Tensor, quant_format: str = "nf4") -> tuple[float, floa
     rounded = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     unit = state.state2.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: exact.numel()]
     code = state.state2.code.cpu()
-    # Where the code ends short of -1, what lies beyond its first value is rounded up to it: the whole way.
+    # If the code begins above -1, values below its first one are rounded up to it, by the whole distance.
     allowed = max(code.diff().max().item() / 2, code[0].item() + 1)
     return ((rounded - exact).abs() / unit).max().item(), allowed
 
@@ -146,12 +149,12 @@ def absmax_shift(weight: Tensor, quant_format: str = "nf4") -> tuple[float, floa
 def bits_per_parameter(
     quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE, numel: int | None = None
 ) -> float:
-    """Bits that one weight takes with its share of the quantization constants, by arithmetic.
+    """Bits per weight with its share of the quantization constants, calculated.
 
-    For ``"nf4"``, ``"fp4"`` and ``"int4"`` 4 + 32/64 = 4.5; with double quantization 4 + 8/64 + 32/(64·256) ≈
-    4.127 (QLoRA, section 3); for ``"int4-minmax"`` 4 + (16 + 16)/64. That is the limit for a large matrix;
-    with ``numel`` weights the last, partly filled blocks and the 32-bit offset of double quantization count
-    too. Codebooks are not in it.
+    ``"nf4"``, ``"fp4"`` and ``"int4"`` take 4 + 32/64 = 4.5 bits; with double quantization 4 + 8/64 + 32/(64·256) ≈
+    4.127 (QLoRA, section 3); ``"int4-minmax"`` takes 4 + (16 + 16)/64. This is the limit for a large matrix. With
+    ``numel`` weights, partly filled last blocks and the 32-bit offset of double quantization count too. Codebooks do
+    not count.
     """
     if quant_format not in FOUR_BIT_FORMATS:
         raise unknown("4-bit format", quant_format, FOUR_BIT_FORMATS)
@@ -167,8 +170,8 @@ def bits_per_parameter(
 class StoredBytes:
     """The bytes of one packed 4-bit weight of ``params`` parameters, tensor by tensor.
 
-    ``codebook_bytes`` hold the same values in every layer, though bitsandbytes stores a copy with each: the
-    16 levels in float32 and, with double quantization, the 256 values of the 8-bit code.
+    Codebooks have the same values in every layer, but bitsandbytes stores a copy with each: the 16 levels in float32
+    and, with double quantization, the 256 values of the 8-bit code.
     """
 
     params: int
@@ -180,20 +183,18 @@ class StoredBytes:
 
     @property
     def bits_per_parameter(self) -> float:
-        """All but the codebooks, which do not grow with the weight."""
+        """Without the codebooks, whose size does not depend on the weight's."""
         held = self.packed_bytes + self.absmax_bytes + self.nested_absmax_bytes + self.offset_bytes
         return 8 * held / self.params
 
     @property
     def bits_per_parameter_with_codebooks(self) -> float:
-        """As `bits_per_parameter`, with the copy of the codebooks that this weight carries."""
+        """`bits_per_parameter` with this weight's copy of the codebooks."""
         return self.bits_per_parameter + 8 * self.codebook_bytes / self.params
 
 
 def stored_bytes(packed: Tensor, state: Any) -> StoredBytes:
-    """Count the tensors that hold a packed weight: what `pack` returns, or a layer's weight and its
-    ``quant_state``.
-    """
+    """The bytes of the tensors of a packed weight: the result of `pack`, or a layer's weight and ``quant_state``."""
     nested = getattr(state, "state2", None)
     return StoredBytes(
         params=math.prod(state.shape),

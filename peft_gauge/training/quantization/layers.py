@@ -1,4 +1,4 @@
-"""A model's linear layers replaced by bitsandbytes', so that QLoRA (Dettmers et al. 2023, arXiv:2305.14314) can be
+"""Replacing a model's linear layers by bitsandbytes', so that QLoRA (Dettmers et al. 2023, arXiv:2305.14314) can be
 measured on any weights: drawn, GGUF or safetensors."""
 
 from __future__ import annotations
@@ -38,33 +38,36 @@ def quantize_(
     """Replace ``model``'s linear layers in place by bitsandbytes' ``Linear4bit`` (``"int8"``: ``Linear8bitLt``).
 
     The layers are those that transformers' integration replaces: ``nn.Linear`` itself, and GPT-2's ``Conv1D`` with its
-    weight transposed. Left alone are layers whose name is, or ends in, an entry of ``skip`` (default: the output head,
-    whatever its name); layers whose weight is tied to another module's; subclasses of ``nn.Linear``; and what is no
-    layer at all, such as the experts of a mixture, one 3-D parameter a layer (`left_unquantized` lists all these).
+    weight transposed. Not quantized (`left_unquantized` lists them) are:
 
-    Each weight is quantized in blocks of 64 on ``device`` (default: where it is) and its full-precision tensor is let
-    go before the next one is touched; so a model that does not fit a GPU in 16 bit is brought there in 4. Where a row
-    is no multiple of a block, blocks run across rows, and the last one of a weight may be short. Biases stay as they
-    are. ``double_quant`` and ``compute_dtype`` concern the 4-bit formats. The backward pass dequantizes to the dtype
-    that the weight had before. The model is marked as transformers marks one that it loaded quantized, so PEFT picks
-    its own layers for it.
+    - layers whose name is, or ends in, an entry of ``skip`` (default: the output head, whatever its name);
+    - layers that share their weight with another module;
+    - subclasses of ``nn.Linear``;
+    - parameters outside linear layers, such as the experts of a mixture, one 3-D parameter per layer.
 
-    Two things to know when reading memory:
+    Each weight is quantized in blocks of 64 on ``device`` (default: where it is), and its full-precision tensor is
+    freed before the next one: a model that does not fit a GPU in 16 bit can be moved there in 4. If a row is not a
+    multiple of a block, blocks run across rows, and the last block of a weight may be short. Biases do not change.
+    ``double_quant`` and ``compute_dtype`` apply to the 4-bit formats. The backward pass dequantizes to the weight's
+    former dtype. The model gets the attributes that transformers sets when it loads quantized weights, so that PEFT
+    uses its layers for them.
+
+    When reading memory, note:
 
     - Under ``FakeTensorMode`` and on ``meta`` the layers are the same, but each weight is a plain parameter
       (bitsandbytes' own parameter classes cannot hold a fake tensor) with the same shape, dtype and
       attributes as the real one.
     - On a CPU with AVX-512 BF16, recent bitsandbytes repacks a layer on its first forward in ``eval()`` mode
       without input gradients: double quantization is undone and the layer then computes in bfloat16. Steps in
-      ``train()`` mode are not touched by this.
+      ``train()`` mode are not affected.
 
-    Raises `GaugeError` for an unknown format, a model without such a layer, one that is quantized already, weights that
-    are not 16- or 32-bit floats, and, on a CPU, rows that this bitsandbytes unpacks wrongly there.
+    Raises `GaugeError` for an unknown format, a model without such layers, a model that is quantized already, weights
+    that are not 16- or 32-bit floats, and, on a CPU, rows that the installed bitsandbytes unpacks wrongly there.
     """
     if quant_format not in LAYER_FORMATS:
         raise unknown("quantized layer format", quant_format, LAYER_FORMATS)
     if getattr(model, "is_quantized", False):
-        raise GaugeError("the model is quantized already; start from one in 16 or 32 bit")
+        raise GaugeError("the model is quantized already; start from a 16- or 32-bit model")
     kernels_device = _kernels_device(model, device)
     load_bitsandbytes(kernels_device)
     skip = output_heads(model) if skip is None else skip
@@ -72,7 +75,7 @@ def quantize_(
     if not names:
         raise GaugeError(_why_none(model, skip))
     _check_mixers(model, names)
-    for name in names:  # all are checked first: a refused model is left whole
+    for name in names:  # check all layers first, so that a rejected model is unchanged
         _check(name, model.get_submodule(name))
     if quant_format != "int8" and kernels_device == "cpu" and _has_data(model):
         _check_unpacking(model, names, quant_format)
@@ -85,8 +88,8 @@ def quantize_(
 
 
 def output_heads(model: nn.Module) -> list[str]:
-    """The names of ``model``'s output head (lm_head, in RWKV head), which QLoRA does not quantize; ``lm_head`` where
-    the model does not tell."""
+    """The names of ``model``'s output head (lm_head; in RWKV, head), which QLoRA does not quantize; ``lm_head`` if the
+    model does not define it."""
     get_head = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     return [name for name, module in model.named_modules() if module is head] if head is not None else ["lm_head"]
@@ -95,9 +98,9 @@ def output_heads(model: nn.Module) -> list[str]:
 def left_unquantized(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The floating-point parameters of ``model`` that are not quantized, by the module or parameter that holds them.
 
-    Names have no layer numbers: the same thing in all layers is one entry. A module's own matrices count under its name
-    (``lm_head``), parameters that are no ``weight`` under their own (``mlp.experts.gate_up_proj``), and vectors (norms,
-    biases) together under ``norms and biases``.
+    Names have no layer numbers: the same module in all layers is one entry. A ``weight`` is listed under its module
+    (``lm_head``), other parameters under their own name (``mlp.experts.gate_up_proj``), and all vectors together under
+    ``norms and biases``.
     """
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -110,7 +113,7 @@ def left_unquantized(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _kernels_device(model: nn.Module, device: str | None) -> str:
-    """Where ``model`` is going to be quantized; weights without data run no kernels, wherever they say they are."""
+    """The device on which ``model`` will be quantized; "cpu" for weights without data, which run no kernels."""
     return device or next(model.parameters()).device.type if _has_data(model) else "cpu"
 
 
@@ -126,7 +129,7 @@ def _linear_names(model: nn.Module, skip: Sequence[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        # A subclass may be used for its weight only, without a call to its forward.
+        # The model may use a subclass for its weight only, without calling its forward.
         if type(module) in (nn.Linear, Conv1D)
         and not any(f".{name}".endswith(f".{part}") for part in skip)
         and len(owners[id(module.weight)]) == 1
@@ -141,23 +144,23 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _why_none(model: nn.Module, skip: Sequence[str]) -> str:
-    """Why nothing of ``model`` can be quantized, by what stands where its linear layers would be."""
+    """Why no layer of ``model`` can be quantized, as a message."""
     own = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)} - {"Linear"})
     architecture = type(model).__name__
     if own:
         return (
-            f"no layer of {architecture} can be quantized: its linear layers are of a class of its own, "
+            f"no layer of {architecture} can be quantized: its linear layers are of its own class "
             f"{', '.join(own)}, which transformers' bitsandbytes integration leaves in 16 bit; train it unquantized "
             f"(lora instead of qlora)"
         )
     return (
-        f"no layer of {architecture} can be quantized: it has no linear layers beside those left alone "
-        f"({', '.join(skip)}, and weights that are tied)"
+        f"no layer of {architecture} can be quantized: it has no linear layers other than the skipped ones "
+        f"({', '.join(skip)}, and tied weights); train it unquantized (lora instead of qlora)"
     )
 
 
 def _as_linear(layer: nn.Module) -> nn.Linear:
-    """``layer`` itself, or a ``Conv1D`` as the linear layer that it is, its weight transposed (a copy)."""
+    """``layer`` itself, or a ``Conv1D`` as an equivalent ``nn.Linear`` with a transposed copy of its weight."""
     if isinstance(layer, nn.Linear):
         return layer
     weight: Any = layer.weight
@@ -175,20 +178,20 @@ def _check(name: str, linear: nn.Module) -> None:
 
 
 def _check_unpacking(model: nn.Module, names: Sequence[str], quant_format: str) -> None:
-    """Raise `GaugeError` for a layer whose weight would come back from the CPU's kernel as another one: some releases
-    (0.50 among them) take the next block's scale for the end of a block that ends inside a row."""
+    """Raise `GaugeError` for a layer that the CPU kernel would dequantize wrongly: if a block ends inside a row, some
+    releases (such as 0.50) use the next block's scale for its end."""
     for name in names:
         inputs, _ = sizes(model.get_submodule(name))
         if inputs % BLOCK_SIZE and not _unpacks(inputs, quant_format):
             raise GaugeError(
-                f"{name} has {inputs} inputs, no multiple of the block size {BLOCK_SIZE}, and the CPU kernel of "
+                f"{name} has {inputs} inputs, not a multiple of the block size {BLOCK_SIZE}; the CPU kernel of "
                 f"bitsandbytes {version('bitsandbytes')} unpacks such rows wrongly; use a GPU, or int8"
             )
 
 
 @cache
 def _unpacks(inputs: int, quant_format: str) -> bool:
-    """Whether rows of ``inputs`` weights are unpacked on the CPU as the same weights are in rows of a block each."""
+    """Whether the CPU kernel unpacks rows of ``inputs`` weights as it unpacks the same weights in rows of one block."""
     functional = load_bitsandbytes().functional
     with unset_fake_temporarily():
         weight = torch.linspace(-1, 1, BLOCK_SIZE * inputs).sin().view(BLOCK_SIZE, inputs)
@@ -199,7 +202,7 @@ def _unpacks(inputs: int, quant_format: str) -> bool:
 
 
 _MULTIPLIED_BY_HAND = {"MambaMixer": "dt_proj", "FalconMambaMixer": "dt_proj"}
-"""Modules of transformers that multiply by the weight of one of their layers in place of calling it."""
+"""Modules in transformers that multiply by the weight of a layer instead of calling the layer."""
 
 
 def _check_mixers(model: nn.Module, names: Sequence[str]) -> None:
@@ -209,20 +212,20 @@ def _check_mixers(model: nn.Module, names: Sequence[str]) -> None:
         if _MULTIPLIED_BY_HAND.get(holder) == own:
             raise GaugeError(
                 f"{type(model).__name__} cannot be trained quantized: its {holder} multiplies by the weight of {own} "
-                f"itself, which is packed then; train it unquantized (lora instead of qlora)"
+                f"directly, which fails on packed weights; train it unquantized (lora instead of qlora)"
             )
 
 
 def _quantized_layer(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
     eight_bit = quant_format == "int8"
-    # The constructors allocate a weight of their own; on meta, outside any fake mode, that costs nothing.
+    # The constructors allocate a weight; on meta, outside any fake mode, this takes no memory.
     with unset_fake_temporarily():
         layer = _empty_8bit(linear) if eight_bit else _empty_4bit(linear, quant_format, double_quant, compute_dtype)
     weight = linear.weight.detach()
     if weight.is_meta or is_fake(weight):
         layer.weight = _fake_weight(weight, quant_format, double_quant)
     elif eight_bit:
-        # bitsandbytes quantizes an 8-bit weight only on its way from the CPU.
+        # bitsandbytes quantizes an 8-bit weight only when it is moved from the CPU.
         layer.weight = load_bitsandbytes().nn.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
     else:
         make: Any = load_bitsandbytes().nn.Params4bit
@@ -275,8 +278,8 @@ def _fake_weight(weight: Tensor, quant_format: str, double_quant: bool) -> nn.Pa
 
 @contextmanager
 def _fake_dynamic_code(device: torch.device) -> Iterator[None]:
-    """Lend bitsandbytes a fake copy of its cached 8-bit code: it cannot compute one in a fake mode nor use
-    the real.
+    """Give bitsandbytes a fake copy of its cached 8-bit code while active: in a fake mode it can neither compute the
+    code nor use the real one.
     """
     load_bitsandbytes()
     books = code_books()
@@ -284,7 +287,7 @@ def _fake_dynamic_code(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        del books["dynamic"]  # bitsandbytes computes it again when it next needs one
+        del books["dynamic"]  # bitsandbytes computes it again when needed
 
 
 def _mark(

@@ -20,24 +20,26 @@ MINIMUM_BITSANDBYTES = (0, 46, 1)  # the first that trains 4-bit layers on CPU
 
 
 def load_bitsandbytes(device: str = "cpu") -> ModuleType:
-    """The bitsandbytes module, imported without its notice about an optional CPU kernel and without the traceback that
-    it prints where its CUDA library is missing; its other messages pass.
+    """Import bitsandbytes and return the module.
 
-    Call it before PEFT is imported, which imports bitsandbytes by itself. Raises `GaugeError` where bitsandbytes is
-    missing or older than 0.46.1, and, with a CUDA ``device``, where it has no kernels for this torch's CUDA.
+    Two of its messages are suppressed: the notice about an optional CPU kernel, and the traceback that it prints if its
+    CUDA library is missing. Call this before importing PEFT, which imports bitsandbytes itself.
+
+    Raises `GaugeError` if bitsandbytes is missing or older than 0.46.1, or, for a CUDA ``device``, if it has no kernels
+    for torch's CUDA version.
     """
     for name in NOTICES:
         logging.getLogger(name).addFilter(_is_no_notice)
     try:
         installed = version("bitsandbytes")
-        # bitsandbytes makes lookup tables when imported; made under a fake mode they would stay fake for good.
+        # bitsandbytes makes lookup tables on import; under a fake mode they would stay fake for the whole process.
         with unset_fake_temporarily():
             import bitsandbytes
     except (ImportError, PackageNotFoundError) as error:
         raise GaugeError(f"bitsandbytes cannot be imported ({error}); run: pip install bitsandbytes") from error
     numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     if numbers < MINIMUM_BITSANDBYTES:
-        raise GaugeError(f"bitsandbytes {installed} is too old for 4 bit on CPU; 0.46.1 or newer is needed")
+        raise GaugeError(f"bitsandbytes {installed} is too old for 4 bit on CPU; install 0.46.1 or newer")
     if torch.device(device).type == "cuda":
         _check_cuda_kernels(installed)
     module: ModuleType = bitsandbytes
@@ -45,18 +47,18 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
 
 
 def _check_cuda_kernels(installed: str) -> None:
-    """bitsandbytes imports without its CUDA library too, and fails at the first kernel, with a page of advice."""
+    """Raise `GaugeError` if the CUDA library is missing: bitsandbytes itself fails only at the first kernel."""
     lib = native_library()
     if lib.compiled_with_cuda:
         return
-    # What stands in for a library that did not load gives a function for any name that it has not itself.
+    # The stand-in for a library that failed to load returns a function for any unknown attribute; `vars` does not.
     facts = vars(lib)
     told = re.sub(r"\S*/", "", one_line(facts.get("error_msg", "it loaded its library for CPUs only"), 160))
     versions = ", ".join(facts.get("available_versions", ()))
     raise GaugeError(
         f"bitsandbytes {installed} has no kernels for this torch's CUDA {torch.version.cuda}: {told}"
-        + (f"; it comes with CUDA {versions}" if versions else "")
-        + "; install a release of bitsandbytes or of torch that fits the other (python -m bitsandbytes tells more)"
+        + (f"; it has kernels for CUDA {versions}" if versions else "")
+        + "; install matching releases of bitsandbytes and torch (for details run: python -m bitsandbytes)"
     )
 
 

@@ -137,7 +137,7 @@ def test_plans_for_the_card_use_it_by_themselves(own_folder: Path) -> None:
 
 
 def test_a_card_outside_the_table_is_known_once_it_is_calibrated(own_folder: Path) -> None:
-    with pytest.raises(GaugeError, match="no GPU is called"):
+    with pytest.raises(GaugeError, match="unknown GPU"):
         gpus.lookup("Graphics 9000")
     record = found(gpu_name="NVIDIA Graphics 9000", usable_bytes=12_000_000_000)
     write_calibration(own_folder, record.pop("gpu_name"), **record)
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_older_file(
     (tmp_path / "file").write_text("x")
     code, _, err = run_command("calibrate", "--folder", str(tmp_path / "file"))
     assert code == 2
-    assert err.startswith(f"peft-gauge: the calibration cannot be kept as {tmp_path / 'file'}/h100-80gb.json: ")
+    assert err.startswith(f"peft-gauge: cannot write the calibration {tmp_path / 'file'}/h100-80gb.json: ")
     assert err.strip().endswith("name a folder with --folder")
     assert (tmp_path / "file").read_text() == "x"
 

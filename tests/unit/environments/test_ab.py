@@ -735,7 +735,7 @@ def test_the_smallest_difference_is_found_as_often_as_is_said() -> None:
         ((".", ".", "--threads", "0"), "--threads must be at least 1, got 0"),
         ((".", ".", "--batch", "0"), "--batch must be at least 1, got 0"),
         ((".", ".", "--seq", "1"), "--seq must be at least 2, got 1"),
-        ((".", ".", "--seq", "999999"), "a sequence of 999999 tokens is beyond toy-llama's limit"),
+        ((".", ".", "--seq", "999999"), "a sequence of 999999 tokens exceeds the limit of toy-llama"),
         ((".", ".", "--budget", "0"), "--budget must be positive, got 0"),
         ((".", ".", "--minimum-effect", "3"), "--minimum-effect must be between 0 and 1"),
         ((".", ".", "--rules", "none.toml"), "none.toml"),

@@ -142,16 +142,16 @@ def test_a_measured_card_is_planned_with_what_its_capability_takes(card: Acceler
         ("RTX 4091", "nearest: GeForce RTX 409"),
         ("RTX 3060 Laptop GPU", "nearest: .*GeForce RTX 3060"),
         ("5090 Ti", "nearest: GeForce RTX 5090"),
-        ("24G", "no GPU is called '24G'"),
-        ("", "no GPU is called ''"),
-        ("quantum computer !", "nothing in fixtures/gpus.toml comes near"),
+        ("24G", "unknown GPU '24G'"),
+        ("", "unknown GPU ''"),
+        ("quantum computer !", "use a name from fixtures/gpus.toml"),
         ("0", "less than 2 MiB"),
         ("0GB", "less than 2 MiB"),
         ("-24GB", "less than 2 MiB"),
         ("24", "less than 2 MiB"),
         ("24 sm_90", "less than 2 MiB"),
         ("A100 sm_80", "nearest: A100 40GB, A100 80GB"),
-        ("24GB sm_9", "no GPU is called '24GB sm_9'"),
+        ("24GB sm_9", "unknown GPU '24GB sm_9'"),
         ("9223372036854775808", "more than 2\\^63"),
         ("1e400", "more than 2\\^63"),
         ("1e999999999", "more than 2\\^63"),
@@ -185,7 +185,7 @@ def test_whatever_is_typed_a_size_in_range_or_one_line_comes_back(text: str) -> 
 def test_unknown_unit_is_named_by_parse_bytes() -> None:
     with pytest.raises(GaugeError, match="unknown unit"):
         gpus.parse_bytes("24 parsecs")
-    with pytest.raises(GaugeError, match="no memory size"):
+    with pytest.raises(GaugeError, match="not a memory size"):
         gpus.parse_bytes("much")
 
 
@@ -234,7 +234,7 @@ def test_calibration_may_be_partial_and_of_a_card_outside_the_table(tmp_path: Pa
     assert overheads.context_bytes == 7
     assert overheads.cublas_workspace_bytes == 2 * 8_519_680
     assert overheads.origins["cublas_workspace_bytes"] == "PyTorch's CublasHandlePool.cpp"
-    with pytest.raises(GaugeError, match="no GPU is called"):
+    with pytest.raises(GaugeError, match="unknown GPU"):
         overheads_for("GTX 9998", tmp_path)
 
 
@@ -242,14 +242,14 @@ def test_calibration_may_be_partial_and_of_a_card_outside_the_table(tmp_path: Pa
     ("spoil", "complaint"),
     [
         (lambda r: "{", "Expecting property name"),
-        (lambda r: "[]", "no JSON object"),
+        (lambda r: "[]", "not a JSON object"),
         (lambda r: json.dumps(r | {"context_byte": 1}), "unknown field 'context_byte'"),
-        (lambda r: json.dumps({k: v for k, v in r.items() if k != "torch"}), "'torch' must be a text"),
+        (lambda r: json.dumps({k: v for k, v in r.items() if k != "torch"}), "'torch' must be a string"),
         (lambda r: json.dumps(r | {"gpu": "T4"}), "measured on 'T4'"),
-        (lambda r: json.dumps(r | {"context_bytes": -1}), "not -1"),
-        (lambda r: json.dumps(r | {"context_bytes": 1.5}), "not 1.5"),
-        (lambda r: json.dumps(r | {"context_bytes": True}), "not True"),
-        (lambda r: json.dumps(r | {"context_bytes": None}), "not None"),
+        (lambda r: json.dumps(r | {"context_bytes": -1}), "got -1"),
+        (lambda r: json.dumps(r | {"context_bytes": 1.5}), "got 1.5"),
+        (lambda r: json.dumps(r | {"context_bytes": True}), "got True"),
+        (lambda r: json.dumps(r | {"context_bytes": None}), "got None"),
         (lambda r: "\udcff", "codec can't decode"),
     ],
 )

@@ -94,7 +94,7 @@ def test_architectures_with_flash_are_planned(name: str, tmp_path: Path) -> None
     [
         ("bloom-560m", "sdpa", "BloomForCausalLM has no sdpa attention in transformers .*; use eager"),
         ("bloom-560m", FLASH, "BloomForCausalLM has no flash_attention_2 in transformers .*; use sdpa or eager"),
-        ("gpt-oss-20b", FLASH, "has no flash_attention_2 in .*; it takes .*, which is not planned; use sdpa or eager"),
+        ("gpt-oss-20b", FLASH, "has no flash_attention_2 in .*; it supports .*, which cannot be planned; use sdpa"),
         ("gpt2", "flash", "unknown attention 'flash'"),
     ],
 )
@@ -151,4 +151,4 @@ def test_the_title_names_attention_and_a_stored_base(tmp_path: Path) -> None:
     config = {**TOY.config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (tmp_path / "toy.json").write_text(json.dumps(config))
     stored = plan_of(models.resolve(str(tmp_path / "toy.json"))).as_json()
-    assert plan_table._title([stored]).endswith("sdpa attention\nbase: GPTQ 4 bit, as its config says")
+    assert plan_table._title([stored]).endswith("sdpa attention\nbase: GPTQ 4 bit, from its config")

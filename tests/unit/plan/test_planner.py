@@ -524,7 +524,7 @@ def refused(name: str) -> Callable[[], Plan]:
             PlanRequest(TOY, replace(methods.FULL, quantization=Quantization()), SETTINGS)
         ),
         "unknown loss": lambda: plan(request(loss="half")),
-        "no GPU is called": lambda: plan(request(gpus=("RTX 9999",))),
+        "unknown GPU": lambda: plan(request(gpus=("RTX 9999",))),
         "does not fit": lambda: plan(
             PlanRequest(TOY, methods.LORA.variant("x", "x", peft_config={"target_modules": ["nothing"]}), SETTINGS)
         ),
@@ -540,7 +540,7 @@ def refused(name: str) -> Callable[[], Plan]:
         "exactly one GPU",
         "cannot be quantized",
         "unknown loss",
-        "no GPU is called",
+        "unknown GPU",
         "does not fit",
     ],
 )

@@ -234,7 +234,7 @@ def test_a_weight_that_is_not_there_is_named() -> None:
 def test_a_trace_that_does_not_tell_what_was_before_is_taken_to_begin_as_planned() -> None:
     found = checked(Steps().without("kept 2").log(), with_before(unlisted_before_bytes=None))
     assert found.difference_bytes == MIB
-    assert any("taken as planned" in note for note in found.notes)
+    assert any("the plan's value is used" in note for note in found.notes)
 
 
 def test_a_workspace_that_the_step_itself_makes_is_told() -> None:
@@ -268,8 +268,8 @@ def test_further_micro_batches_are_left_out_and_told() -> None:
         (24, 24, 24)
     ]
     assert found.notes == (
-        "2 more forward passes than the plan has were not compared",
-        "2 more backward passes than the plan has were not compared",
+        "2 forward passes that the plan does not have were not compared",
+        "2 backward passes that the plan does not have were not compared",
     )
 
 
@@ -278,4 +278,4 @@ def test_a_trace_without_phases_is_compared_in_one_piece() -> None:
     found = checked(PLANNED, replace(MEASURED, events=bare))
     assert found.difference_bytes == 0
     assert [(each.phase, each.equal) for each in found.phases] == [("step", 13)]
-    assert "does not tell its phases" in found.notes[0]
+    assert "has no phases" in found.notes[0]

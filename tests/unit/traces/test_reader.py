@@ -86,7 +86,7 @@ def test_of_several_steps_the_last_or_the_one_asked_for(written: Write) -> None:
     assert first.before_bytes == 512
     assert second.before_bytes == 2 * 512  # the first step's inputs were never freed
     assert [each.nbytes for each in second.allocations if each.born != BEFORE] == [2048, 3072, 512, 5120, 6144]
-    with pytest.raises(GaugeError, match="the trace has 3 steps, and no step 4"):
+    with pytest.raises(GaugeError, match="the trace has 3 steps but no step 4"):
         step_log(recording, 4)
 
 
@@ -140,9 +140,9 @@ def test_the_device_with_a_history_is_read_and_else_the_one_asked_for(written: W
     assert len(read(path).events) == 11
     both = written(snapshot(idle, busy, other))
     assert read(both, 2).events[0][2] == 12_345
-    with pytest.raises(GaugeError, match="has histories of devices 1, 2; choose with --device"):
+    with pytest.raises(GaugeError, match="has histories of devices 1, 2; choose one with --device"):
         read(both)
-    with pytest.raises(GaugeError, match="has no history of device 0, but of 1, 2"):
+    with pytest.raises(GaugeError, match="has no history of device 0; use --device 1 or 2"):
         read(both, 0)
     with pytest.raises(GaugeError, match="has no device 3; it was recorded with devices 0 to 2"):
         read(both, 3)
@@ -237,7 +237,7 @@ def test_a_pickle_that_would_run_something_is_refused(written: Write, tmp_path: 
     value = snapshot(one_step(Device()))
     value["allocator_settings"] = Malicious(marker)
     path = written(pickle.dumps(value, protocol=protocol))
-    with pytest.raises(GaugeError, match="is refused: it would load .*; a memory snapshot holds plain values only"):
+    with pytest.raises(GaugeError, match="is rejected: it would load .*; a memory snapshot has plain values only"):
         read(path)
     assert not marker.exists()
     pickle.loads(path.read_bytes())  # the pickle does what it is meant to
@@ -262,21 +262,21 @@ WHOLE = pickle.dumps(snapshot(one_step(Device())))
         (b"\x1f\x8bnot gzip", "is cut off or damaged"),
         (b'{"events": [', "is cut off or damaged"),
         (b'{"claims": []}', "is not an allocator trace: it has no events and stacks"),
-        (b'{"events": [["alloc", 1, 2, 5]], "stacks": []}', "an event's stack is not there"),
+        (b'{"events": [["alloc", 1, 2, 5]], "stacks": []}', "an event's stack is missing"),
         (b'{"events": [["oom", 1, 2, -1]], "stacks": []}', "neither an allocation nor a free"),
         (b'{"events": [["alloc", "x", 2, -1]], "stacks": []}', "is not an allocator trace: invalid literal"),
-        (b'{"events": [], "stacks": []}', "holds no history: recording was off"),
+        (b'{"events": [], "stacks": []}', "has no history because recording was off"),
         ([1, 2], "is not a memory snapshot: it has no device_traces"),
         ({"segments": []}, "is not a memory snapshot: it has no device_traces"),
         ({"device_traces": [3]}, "is not a memory snapshot: it has no device_traces"),
-        ({"segments": [], "device_traces": []}, "holds no history: recording was off"),
+        ({"segments": [], "device_traces": []}, "has no history because recording was off"),
         (
             {"segments": [], "device_traces": [[], []]},
-            "holds no history: recording was off; call torch.cuda.memory._rec",
+            "has no history because recording was off; call torch.cuda.memory._rec",
         ),
-        ({"segments": [], "device_traces": [[{"action": "alloc"}]]}, "event 0 is none of the allocator's: 'addr'"),
-        ({"segments": [], "device_traces": [["x"]]}, "event 0 is none of the allocator's"),
-        ({"segments": [{}], "device_traces": [one_step(Device()).trace]}, "its segments are not the allocator's"),
+        ({"segments": [], "device_traces": [[{"action": "alloc"}]]}, "event 0 is not a valid allocator event: 'addr'"),
+        ({"segments": [], "device_traces": [["x"]]}, "event 0 is not a valid allocator event"),
+        ({"segments": [{}], "device_traces": [one_step(Device()).trace]}, "its segments are invalid"),
     ],
 )
 def test_what_is_no_trace_is_one_line(written: Write, value: object, message: str) -> None:

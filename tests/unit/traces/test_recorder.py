@@ -195,7 +195,7 @@ def test_stacks_are_cut_where_the_file_would_be_too_large(
 def test_a_folder_that_cannot_be_written_is_one_line(card: StandIn, tmp_path: Path) -> None:
     found = recorder.record_step(Job(card), "cuda")
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(GaugeError, match="the trace cannot be written to .*file/case.json.gz: File exists"):
+    with pytest.raises(GaugeError, match="cannot write the trace to .*file/case.json.gz: File exists"):
         recorder.write(tmp_path / "file" / "case.json.gz", found, {}, {})
 
 

@@ -59,9 +59,9 @@ PLANNED = {
 }
 
 REFUSED = {
-    ("bert_seqcls_save_classifier", TOY): "is an adapter for the task SEQ_CLS; only causal language modelling",
-    ("ptuning_old_saved", TOY): "is an adapter for the task SEQ_CLS; only causal language modelling",
-    ("rank0_pattern", TOY): "rank 999 for q_proj is above the largest matrix rank in this model, 64",
+    ("bert_seqcls_save_classifier", TOY): "is an adapter for the task SEQ_CLS; only causal language modeling",
+    ("ptuning_old_saved", TOY): "is an adapter for the task SEQ_CLS; only causal language modeling",
+    ("rank0_pattern", TOY): "rank 999 for q_proj is above the largest matrix rank in this model; use 64",
     ("gemma4_regex", TOY): "gemma4_regex does not fit llama: .*language_model.* not found in the base model",
     ("target_parameters", TOY): "target_parameters does not fit llama: .*no `target_parameters` found",
 }

@@ -477,9 +477,9 @@ DAMAGES = {
         lambda folder: edit_config(folder, style="pfeiffer"),
         r"bottleneck_adapter.down.weight is missing \(and 23 more\)",
     ),
-    "another width": (lambda folder: edit_config(folder, reduction_factor=4), r"\(8, 64\) and should be \(16, 64\)"),
+    "another width": (lambda folder: edit_config(folder, reduction_factor=4), r"\(8, 64\), expected \(16, 64\)"),
     "a weight missing": (lambda folder: edit_weights(folder, drop="0.mlp"), r"0.mlp.* is missing \(and 3 more\)"),
-    "a weight too many": (lambda folder: edit_weights(folder, more=torch.ones(1)), "more is not of this model$"),
+    "a weight too many": (lambda folder: edit_weights(folder, more=torch.ones(1)), "more is not in this model$"),
 }
 
 
@@ -515,12 +515,12 @@ def test_adapters_of_another_config_are_not_overwritten(tmp_path: Path) -> None:
         ({"style": "houlsbi"}, "did you mean houlsby"),
         ({"nonlinearity": "relux"}, "did you mean relu"),
         ({"nonlinearity": None}, "unknown nonlinearity"),
-        ({"reduction_factor": 0.5}, "at least 1, not 0.5"),
-        ({"reduction_factor": 0}, "at least 1, not 0"),
-        ({"reduction_factor": float("nan")}, "at least 1, not nan"),
-        ({"reduction_factor": float("inf")}, "at least 1, not inf"),
-        ({"reduction_factor": "16"}, "at least 1, not '16'"),
-        ({"reduction_factor": True}, "at least 1, not True"),
+        ({"reduction_factor": 0.5}, "at least 1, got 0.5"),
+        ({"reduction_factor": 0}, "at least 1, got 0"),
+        ({"reduction_factor": float("nan")}, "at least 1, got nan"),
+        ({"reduction_factor": float("inf")}, "at least 1, got inf"),
+        ({"reduction_factor": "16"}, "at least 1, got '16'"),
+        ({"reduction_factor": True}, "at least 1, got True"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -540,7 +540,7 @@ def test_attaching_twice_or_in_integers_is_refused() -> None:
 def test_saving_or_loading_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="no bottleneck adapters to save"):
         save(toy(), tmp_path)
-    with pytest.raises(GaugeError, match="meta device hold no weights"):
+    with pytest.raises(GaugeError, match="meta device have no weights"):
         save(adapted(device="meta"), tmp_path)
     save(adapted(), tmp_path)
     with pytest.raises(GaugeError, match="cannot be loaded onto the meta device"):

@@ -223,14 +223,14 @@ def test_an_adapter_config_of_any_type_is_a_method(values: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"r": 4}, "names no peft_type"),
+        ({"r": 4}, "has no peft_type"),
         ({"peft_type": "LORAX"}, "unknown PEFT type 'LORAX'; did you mean LORA"),
         ({"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM"}, "is an adapter for the task SEQ_2_SEQ_LM; only causal"),
         ({"peft_type": "LORA", "r": 4, "target_modules": ["nowhere"]}, "nowhere"),
         ({"peft_type": "LORA", "r": 0, "target_modules": ["q_proj"]}, "rank 0 is not a whole number of at least 1"),
         (
             {"peft_type": "LORA", "r": 10**9, "target_modules": ["q_proj"]},
-            "above the largest matrix rank in this model, 64",
+            "above the largest matrix rank in this model; use 64",
         ),
         ({"peft_type": "LORA", "r": "many", "target_modules": ["q_proj"]}, "rank 'many' is not a whole number"),
         ({"peft_type": "LORA", "r": True, "target_modules": ["q_proj"]}, "rank True is not a whole number"),
@@ -239,7 +239,7 @@ def test_an_adapter_config_of_any_type_is_a_method(values: dict[str, Any], tmp_p
         ({"peft_type": "ADALORA", "init_r": 99, "total_step": 9}, "rank 99 is above the largest matrix rank"),
         (
             {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 65}},
-            "rank 65 for q_proj is above the largest matrix rank in this model, 64",
+            "rank 65 for q_proj is above the largest matrix rank in this model; use 64",
         ),
         (
             {"peft_type": "LOKR", "r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 0}},
@@ -247,11 +247,11 @@ def test_an_adapter_config_of_any_type_is_a_method(values: dict[str, Any], tmp_p
         ),
         (
             {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "rank_pattern": [8]},
-            r"rank_pattern must map module names to numbers, not be \[8\]",
+            r"rank_pattern must map module names to numbers, got \[8\]",
         ),
         (
             {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "alpha_pattern": {"q_proj": "high"}},
-            "alpha 'high' for q_proj is not a number",
+            "alpha 'high' for q_proj is not a finite number",
         ),
         ({"peft_type": "LORA", "r": 4, "lora_alpha": None, "alpha": float("nan")}, "alpha nan for alpha"),
     ],
@@ -324,7 +324,7 @@ def test_a_type_that_was_renamed_is_named_as_it_is_called_now(tmp_path: Path) ->
 
     if "BONE" in list(peft.PeftType):
         pytest.skip("this PEFT still has BONE")
-    with pytest.raises(GaugeError, match="unknown PEFT type 'BONE': PEFT calls it MISS now"):
+    with pytest.raises(GaugeError, match="unknown PEFT type 'BONE': it is now called MISS"):
         methods.from_adapter_config(config_file(tmp_path, peft_type="BONE", r=4))
 
 

@@ -63,10 +63,10 @@ BUILT: dict[str, tuple[str, int, str, int | None]] = {
 ATTENTION_AS_STATED = released("transformers", "5.24")
 
 REFUSED = {
-    "bert-base": r"model_type 'bert' is an encoder \(masked LM\), no causal LM",
+    "bert-base": r"model_type 'bert' is an encoder \(masked LM\), not a causal LM",
     "chatglm3-6b": r"needs custom code \(auto_map\), which peft-gauge does not run",
-    "gemma-4-31b-it-nvfp4": r"'modelopt', over which transformers has no loader \(NVFP4 of NVIDIA's ModelOpt\)",
-    "t5-base": "model_type 't5' is an encoder-decoder model; only decoder-only causal LMs can be planned or measured",
+    "gemma-4-31b-it-nvfp4": r"'modelopt', for which transformers has no loader \(NVFP4 of NVIDIA's ModelOpt\)",
+    "t5-base": "model_type 't5' is an encoder-decoder model; use a decoder-only causal LM",
 }
 
 
@@ -105,7 +105,9 @@ def test_a_published_config_is_refused_for_the_right_reason(name: str) -> None:
 
 def test_what_a_config_leaves_out_is_named() -> None:
     (falcon,) = models.remarks(models.resolve(str(published.path("falcon-7b"))))
-    assert falcon == "left out of falcon-7b's config and taken as FalconConfig's defaults: max_position_embeddings 2048"
+    assert falcon == (
+        "missing from falcon-7b's config, so FalconConfig's defaults are used: max_position_embeddings 2048"
+    )
     gemma, _ = models.remarks(models.resolve(str(published.path("gemma-3-4b-it"))))
     assert "Gemma3TextConfig's defaults: vocab_size 262208, num_attention_heads 8, num_key_value_heads 4" in gemma
 
@@ -119,7 +121,7 @@ def test_a_llama_without_sizes_says_what_it_became(tmp_path: Path) -> None:
     (tmp_path / "bare.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 1000}))
     (said,) = models.remarks(models.resolve(str(tmp_path / "bare.json")))
     assert said == (
-        "left out of bare's config and taken as LlamaConfig's defaults: hidden_size 4096, num_hidden_layers 32, "
+        "missing from bare's config, so LlamaConfig's defaults are used: hidden_size 4096, num_hidden_layers 32, "
         "num_attention_heads 32, intermediate_size 11008, max_position_embeddings 2048"
     )
 
@@ -127,8 +129,8 @@ def test_a_llama_without_sizes_says_what_it_became(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gemma-3-4b-it", "its weights of vision are counted, and the batch is text"),
-        ("qwen2.5-vl-7b", "its weights of vision are counted, and the batch is text"),
+        ("gemma-3-4b-it", "its weights of vision are counted, but the batch is text only"),
+        ("qwen2.5-vl-7b", "its weights of vision are counted, but the batch is text only"),
         ("llama-4-scout-17b-16e-instruct", "planned and measured without its weights of vision"),
         ("qwen3.5-27b", "planned and measured without its weights of vision"),
     ],
@@ -176,7 +178,7 @@ def test_other_names_and_other_places_of_sizes_are_read(config: dict[str, Any], 
     record = models.resolve(str(small(config, tmp_path)))
     found = plan_of(small(config, tmp_path))
     assert (record.vocab_size, record.max_positions, found.settings["attention"]) == (512, 128, attention)
-    assert not any("left out" in warning for warning in found.warnings)
+    assert not any("missing from" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +186,8 @@ def test_other_names_and_other_places_of_sizes_are_read(config: dict[str, Any], 
     [
         ("whisper", "'whisper' is an encoder-decoder model"),
         ("florence2", "'florence2' is an encoder-decoder model"),
-        ("blip-2", "is a vision-language model that takes no batch of text alone"),
-        ("clip", "'clip' is no causal LM"),
+        ("blip-2", "is a vision-language model whose batches must have images"),
+        ("clip", "'clip' is not a causal LM"),
     ],
 )
 def test_models_of_other_kinds_are_refused_as_what_they_are(model_type: str, said: str, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_learned_sees_a_parameter_that_stands_still() -> None:
     job.warm_up()
     assert not job.learned()
     job = quadratic_job(optimizer="sgd", learning_rate=0.1)
-    with pytest.raises(GaugeError, match="has not run"):
+    with pytest.raises(GaugeError, match="call warm_up"):
         job.learned()
     job.warm_up()
     assert job.learned()

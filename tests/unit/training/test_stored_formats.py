@@ -77,7 +77,7 @@ def kept_bytes(dtype_bytes: int = 2) -> int:
 
 def test_fp8_is_held_as_bytes_with_a_scale_a_block(tmp_path: Path) -> None:
     found = plan_of(toy(FP8, tmp_path))
-    assert found.base == "FP8, as its config says"
+    assert found.base == "FP8, from its config"
     assert found.resident_by_category["base_weights"] == kept_bytes() + blocks(*(o * i for o, i in LAYERS))
     scales = blocks(*(4 * (o // 16) * (i // 32) for o, i in LAYERS))
     assert found.resident_by_category["quantization_constants"] == scales
@@ -96,7 +96,7 @@ def test_groups_are_held_packed_with_scales_and_zero_points(
 ) -> None:
     found = plan_of(toy(settings, tmp_path))
     title = "GPTQ 4 bit" if rows == "in" else "AWQ 4 bit"
-    assert found.base == f"{title}, as its config says"
+    assert found.base == f"{title}, from its config"
     assert found.resident_by_category["base_weights"] == kept_bytes() + blocks(*(o * i // 2 for o, i in LAYERS))
     constants = [size for o, i in LAYERS for size in (i // 32 * o // 2, i // 32 * o * 2, *([4 * i] * (rows == "in")))]
     assert found.resident_by_category["quantization_constants"] == blocks(*constants)
@@ -119,7 +119,7 @@ def test_bitsandbytes_is_planned_as_quantizing_it_here_is(tmp_path: Path) -> Non
     settings = {**BNB_4BIT, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
     stored = plan_of(toy(settings, tmp_path), "qlora")
     quantized = plan_of(toy(None, tmp_path), "qlora")
-    assert (stored.base, quantized.base) == ("NF4, as its config says", "NF4, quantized by the method")
+    assert (stored.base, quantized.base) == ("NF4, from its config", "NF4, quantized by the method")
     assert stored.peak_by_category == quantized.peak_by_category
     assert stored.resident_by_category == quantized.resident_by_category
     assert stored.settings == quantized.settings
@@ -130,7 +130,7 @@ def test_bitsandbytes_is_planned_as_quantizing_it_here_is(tmp_path: Path) -> Non
 )
 def test_what_is_16_bit_in_a_step_is_planned_so(settings: dict[str, Any], title: str, tmp_path: Path) -> None:
     stored, plain = (plan_of(toy(each, tmp_path), "full") for each in (settings, None))
-    assert stored.base == f"{title}, as its config says, 16 bit once loaded"
+    assert stored.base == f"{title}, from its config, 16 bit once loaded"
     assert stored.peak_by_category == plain.peak_by_category
     assert any("planned as 16 bit" in warning for warning in stored.warnings)
 
@@ -141,10 +141,10 @@ def test_what_is_16_bit_in_a_step_is_planned_so(settings: dict[str, Any], title:
         (
             BNB_4BIT,
             "full",
-            "full trains the base's weights, which this checkpoint stores as NF4; use an adapter method",
+            "full trains the base weights, which this checkpoint stores as NF4; use an adapter method",
         ),
         (FP8, "full", "which this checkpoint stores as FP8"),
-        (GPTQ, "qlora", "qlora quantizes the base to nf4, and this checkpoint is stored as GPTQ 4 bit already"),
+        (GPTQ, "qlora", "qlora quantizes the base to nf4, but this checkpoint is stored as GPTQ 4 bit already"),
         (MXFP4, "qlora", "this checkpoint is stored as MXFP4 already"),
         ({**BNB_4BIT, "bnb_4bit_quant_type": "fp4"}, "qlora", "this checkpoint is stored as FP4 already"),
         (GPTQ, "ia3", "PEFT has no IA3 layers over GPTQ 4 bit weights"),
@@ -160,23 +160,23 @@ def test_a_method_that_does_not_fit_is_one_line(
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "bottleneck"])
 def test_methods_without_layers_of_peft_fit_grouped_weights(method: str, tmp_path: Path) -> None:
-    assert plan_of(toy(GPTQ, tmp_path), method).base == "GPTQ 4 bit, as its config says"
+    assert plan_of(toy(GPTQ, tmp_path), method).base == "GPTQ 4 bit, from its config"
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "no loader .NVFP4 of NVIDIA's ModelOpt.; take a 16-bit"),
-        ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', over which transformers has no backward pass"),
-        ({"quant_method": "hqq"}, "'hqq', over which peft-gauge cannot plan a step"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "no loader .NVFP4 of NVIDIA's ModelOpt.; use a 16-bit"),
+        ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', for which transformers has no backward pass"),
+        ({"quant_method": "hqq"}, "'hqq', for which peft-gauge cannot plan a step"),
         ({"bits": 4}, "stored with 'an unnamed method'"),
         ("fp8", "quantization_config is not an object"),
         ({**BNB_4BIT, "bnb_4bit_quant_type": "nf3"}, "no 4-bit format 'nf3'"),
         ({**GPTQ, "bits": 5}, "GPTQ with 5 bits cannot be planned"),
-        ({**GPTQ, "bits": "4"}, "bits = '4' of its quantization_config is not a whole number"),
+        ({**GPTQ, "bits": "4"}, "bits = '4' in its quantization_config is not a whole number"),
         ({**GPTQ, "group_size": 0}, "group_size = 0"),
-        ({**AWQ, "version": "gemv"}, "AWQ of version 'gemv'"),
-        ({**FP8, "weight_block_size": [128]}, "weight_block_size = .128. is not two whole numbers"),
+        ({**AWQ, "version": "gemv"}, "AWQ version 'gemv'"),
+        ({**FP8, "weight_block_size": [128]}, "weight_block_size = .128. must be two positive whole numbers"),
     ],
 )
 def test_a_format_that_cannot_be_planned_is_one_line(settings: Any, said: str, tmp_path: Path) -> None:
@@ -201,8 +201,8 @@ def test_formats_of_old_and_nested_configs_are_read() -> None:
 def test_a_name_that_speaks_of_a_format_is_remarked_on() -> None:
     record = models.resolve(str(published.path("llama-3.1-70b-instruct-fp8")))
     assert models.remarks(record) == [
-        "llama-3.1-70b-instruct-fp8 has fp8 in its name and no quantization_config in its config: taken as an "
-        "unquantized base"
+        "llama-3.1-70b-instruct-fp8 has fp8 in its name but no quantization_config in its config: treated as "
+        "not quantized"
     ]
 
 
@@ -307,7 +307,7 @@ def fp8_here(request: pytest.FixtureRequest) -> None:
     except ImportError:
         fp8 = None
     if asks and not hasattr(fp8, "FP8LinearFunction"):
-        pytest.skip("this transformers has no backward pass over FP8")
+        pytest.skip("this transformers has no backward pass for FP8")
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_a_saved_4_bit_folder_is_planned_as_it_is_measured(four_bit_folder: Path
     assert four_bit_layers(loaded) == four_bit_layers(planned) != []
     assert counting.count(loaded) == counting.count(planned)
     found = plan_of(record, dtype="float32")
-    assert found.base == "NF4, as its config says"
+    assert found.base == "NF4, from its config"
     job = cases.build_job(case(record, methods.LORA))
     job.step()
     counted = counting.count(job.model)
@@ -352,7 +352,7 @@ def case(record: models.ModelRecord, method: methods.Method) -> Case:
 
 def test_full_fine_tuning_is_the_same_line_measured_and_planned(four_bit_folder: Path) -> None:
     record = models.resolve(str(four_bit_folder))
-    with pytest.raises(GaugeError, match="full trains the base's weights") as measured:
+    with pytest.raises(GaugeError, match="full trains the base weights") as measured:
         cases.build_job(case(record, methods.FULL))
     with pytest.raises(GaugeError) as planned:
         plan_of(record, "full", dtype="float32")
@@ -374,7 +374,7 @@ def test_drawn_weights_are_stored_as_the_config_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [FP8, GPTQ, AWQ, MXFP4, COMPRESSED], ids=lambda each: each["quant_method"])
 def test_other_formats_are_not_measured_and_say_why(settings: dict[str, Any], tmp_path: Path) -> None:
     record = toy(settings, tmp_path)
-    with pytest.raises(GaugeError, match=r"is stored as .*; steps over such weights are planned .* and not measured"):
+    with pytest.raises(GaugeError, match=r"is stored as .*; such weights can be planned .* but not measured"):
         models.build(record)
 
 
