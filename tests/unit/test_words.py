@@ -72,7 +72,6 @@ TO_DO = (
     "peft_gauge/commands/bench.py",
     "peft_gauge/files.py",
     "peft_gauge/fork_server.py",
-    "peft_gauge/history/",
     "peft_gauge/isolation",
     "peft_gauge/medians.py",
     "peft_gauge/memory/",
