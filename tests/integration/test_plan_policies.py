@@ -293,7 +293,7 @@ def test_adamss_is_planned_without_its_clustering(use_asa: Any) -> None:
 
     assert trained == 2 * (3 * 16 + 64 + 3 * 16 + 32)
     assert outcome.live_bytes > 0
-    assert [*warnings, *in_step] == ["AdaMSS's k-means of the base weights replaced by clusters of equal size."]
+    assert [*warnings, *in_step] == ["AdaMSS's k-means of the base weights is replaced by clusters of equal size."]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_virtual_tokens_from_a_text_are_said() -> None:
     plain, _ = attach_planned(TABLE["prompt"].config)
     planned, warnings = attach_planned(config)
     assert tensors_of(planned) == tensors_of(plain)
-    assert warnings == ["Virtual tokens not initialised from TEXT: shapes only."]
+    assert warnings == ["Virtual tokens are not initialised from TEXT: shapes only."]
 
 
 # Failing, and leaving no trace

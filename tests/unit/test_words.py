@@ -75,7 +75,6 @@ TO_DO = (
     "peft_gauge/isolation",
     "peft_gauge/medians.py",
     "peft_gauge/memory/",
-    "peft_gauge/plan/",
     "peft_gauge/pytest_plugin/",
     "peft_gauge/traces/",
     "peft_gauge/training/",
