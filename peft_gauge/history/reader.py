@@ -294,7 +294,7 @@ def _check_ids(cases: list[CaseRecord]) -> None:
     passed = Counter(case.id for case in cases if case.outcome == "passed")
     for id_, records in passed.items():
         if records > 1:
-            raise _Malformed(f"is malformed: case {id_} has {records} records that passed")
+            raise _Malformed(f"is malformed: case {id_} has more than one record that passed")
 
 
 def _check_samples(samples: dict[str, Any], where: str) -> None:

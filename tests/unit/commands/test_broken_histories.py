@@ -72,8 +72,8 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "blank": ("\n \n", "is empty"),
     "binary": (bytes(range(256)) * 40, "not valid UTF-8"),
     "zeros": (b"\0" * 4096, "is not JSON"),
-    "no object": ("[]", "no benchmark run"),
-    "other JSON": ('{"name": "x"}', "no benchmark run"),
+    "no object": ("[]", "not a benchmark run"),
+    "other JSON": ('{"name": "x"}', "not a benchmark run"),
     "deep": ("[" * 100_000, "not JSON"),
     "NaN": (with_nan(), "holds NaN"),
     "infinite": (whole().replace("1000000", "1e999"), "too large for a number"),
@@ -84,7 +84,7 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "schema as text": (json.dumps(document(schema="2")), "not a whole number"),
     "cases as object": (json.dumps(document(cases={})), "not a list"),
     "case without id": (json.dumps(document(cases=[{}])), "id is missing"),
-    "case twice": (json.dumps(document(case(), case({"peak_bytes": 2}))), "twice"),
+    "case twice": (json.dumps(document(case(), case({"peak_bytes": 2}))), "more than one record"),
     "name leads out": (json.dumps(document(machine="../../etc")), "not a valid name of a machine"),
 }
 

@@ -236,7 +236,7 @@ CASE: dict[str, Any] = {"id": "b::c", "benchmark": "b", "outcome": "passed", "re
         ({"cases": [CASE | {"benchmark": 3}]}, "case b::c: benchmark is 3, not a string"),
         ({"cases": [CASE | {"reason": []}]}, "case b::c: reason is [], not a string"),
         ({"cases": [CASE | {"metrics": None}]}, "case b::c: metrics is null, not an object"),
-        ({"cases": [CASE | {"outcome": "exploded"}]}, "case b::c: outcome is 'exploded', none of crashed, failed"),
+        ({"cases": [CASE | {"outcome": "exploded"}]}, "case b::c: outcome is 'exploded', not one of crashed, failed"),
         ({"cases": [CASE | {"metrics": {SAMPLES: [1.0]}}]}, f"case b::c: {SAMPLES} is [1.0], not an object"),
         ({"claims": [{"id": "x", "model": "m"}]}, "claim x: verdict is missing"),
         ({"claims": [{"id": "x", "model": None}]}, "claim x: model is null, not a string"),
