@@ -21,7 +21,7 @@ def add_options(parser: pytest.Parser) -> None:
     add = group.addoption
     add(
         "--model",
-        help="a record's name, a folder, a GGUF file or a hub id (default: by device); for a path: --model=PATH",
+        help="a record's name, a folder, a GGUF file or a Hub id (default: by device); for a path: --model=PATH",
     )
     add(
         "--method",
@@ -51,7 +51,7 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "--dataset",
         metavar="SOURCE",
-        help="prompt/response or text examples for the slow quality sweeps: a file, a saved folder or a hub id "
+        help="prompt/response or text examples for the slow quality sweeps: a file, a saved folder or a Hub id "
         "(default: generated)",
     )
     add("--seed", type=int, default=0, help="seed of random weights, adapters and token ids (default: 0)")

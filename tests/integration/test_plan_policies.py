@@ -65,7 +65,7 @@ TABLE = {
     "lora-embedding": row("LORA", r=4, target_modules=["embed_tokens", "q_proj"]),
     "lora-parameters": row("LORA", r=4, target_modules=[], target_parameters=["q_proj.weight"]),
     "lora-velora": on("LORA", "_normalize_projection", r=4, velora_config={}),
-    "lora-monteclora": on("LORA", "MonteCLoRA's samples", "question", r=4, monteclora_config={"buffer_size": 5}),
+    "lora-monteclora": on("LORA", "MonteCLoRA's samples", "boolean value", r=4, monteclora_config={"buffer_size": 5}),
     "lora-kasa": on("LORA", "KaSA's truncation", r=4, kasa_config={}),
     "lora-qalora": on("LORA", r=4, use_qalora=True),
     "lora-alora": on("LORA", "aLoRA's invocation", "positions", r=4, alora_invocation_tokens=[3, 4]),
