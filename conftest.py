@@ -1,4 +1,4 @@
-"""pytest's way into the suite: the plugin that runs it (`peft_gauge.pytest_plugin`), and the suite's fixtures."""
+"""Load the suite into pytest: the plugin that runs it (`peft_gauge.pytest_plugin`), and the suite's fixtures."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ pytest_plugins = [
     "fixtures.weights",
 ]
 
-# When this file is imported, Hypothesis has not yet read --hypothesis-profile, which can name one of these.
+# pytest imports this file before Hypothesis reads --hypothesis-profile, which may name one of these.
 hypothesis_profiles.register()

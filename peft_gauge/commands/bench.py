@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 EXTRA = {"ignore_unknown_options": True}
-"""Settings of the command: options that it does not know are pytest's."""
+"""Settings of the command: unknown options are passed to pytest."""
 
 
 def bench(

@@ -1,4 +1,4 @@
-"""Why a run does not hold a case that another one holds: it was not asked, left out, not reached, or it is gone."""
+"""Why a run lacks a case of another run: not requested, deselected, not reached, or gone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
     from peft_gauge.history.reader import Run
 
-NOT_ASKED, DESELECTED, NOT_REACHED, MISSING = "NOT ASKED", "DESELECTED", "NOT REACHED", "MISSING"
+NOT_ASKED, DESELECTED, NOT_REACHED, MISSING = "NOT REQUESTED", "DESELECTED", "NOT REACHED", "MISSING"
 ABSENT = frozenset({NOT_ASKED, DESELECTED, NOT_REACHED, MISSING})
 
 NAMING = ("model", "method", "adapter", "device")
-"""The options that stand in the ids of cases: under another one, a case has another name."""
+"""The options that are part of test ids: with another value, a case has another id."""
 
 
 class Absence(NamedTuple):
-    """``label``: one of `ABSENT`; ``why``: goes on from the run's name, as in "NEW did not ask this benchmark"."""
+    """``label``: one of `ABSENT`; ``why``: continues after the run's name, as in "NEW did not run this benchmark"."""
 
     label: str
     why: str
@@ -27,8 +27,8 @@ class Absence(NamedTuple):
 class Absences:
     """``absences(id, benchmark, metrics)``: why ``run`` does not hold a case of ``held``.
 
-    A run says what it was asked for and what was deselected (`Selection`). Of an older one, which does not, a benchmark
-    was not asked if it holds none of its cases, and only in other parts if it holds none that the other run has.
+    A run records what was selected and deselected (`Selection`). Older runs do not. For these, a benchmark without any
+    case was not requested; a benchmark with cases, but none in common with the other run, was requested with others.
     """
 
     def __init__(self, held: Run, run: Run) -> None:
@@ -49,18 +49,18 @@ class Absences:
                 by = selection.expressions or "slow, or of another device"
                 return Absence(DESELECTED, f"left it out ({by})")
             if not selection.covers(id_):
-                return Absence(NOT_ASKED, f"was asked for {', '.join(selection.args)} only")
-        # What is about no method has the same name whatever is asked for; what has no metrics may be about one.
+                return Absence(NOT_ASKED, f"was limited to {', '.join(selection.args)}")
+        # A case about no method has the same id under all options; a case without metrics may be about a method.
         if self._options and ("method" in metrics or not metrics):
             return Absence(NOT_ASKED, f"had {' and '.join(self._options)}")
         if run.interrupted:
             return Absence(NOT_REACHED, "was interrupted before it")
         if benchmark not in self._benchmarks and not (selection is not None and selection.deselected is not None):
-            return Absence(NOT_ASKED, "did not ask this benchmark")
+            return Absence(NOT_ASKED, "did not run this benchmark")
         if selection is None and benchmark not in self._repeated:
-            return Absence(NOT_ASKED, "asked other cases of this benchmark")
-        unsaid = "" if selection is not None else ", and does not say what it left out"
-        return Absence(MISSING, f"asked the benchmark without it{unsaid}")
+            return Absence(NOT_ASKED, "ran other cases of this benchmark")
+        unsaid = "" if selection is not None else ", and does not record which cases it deselected"
+        return Absence(MISSING, f"ran the benchmark without it{unsaid}")
 
 
 def _told(option: object) -> str:

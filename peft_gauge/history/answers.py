@@ -1,8 +1,8 @@
-"""What the saved runs of a machine answer, taken together: of each case the newest record in which it ran.
+"""The newest results of a machine over all its saved runs: for each case, the newest record in which it ran.
 
-A bare run, a slow one and one of a single benchmark each ask for a part of all there is, so no single run holds it. An
-answer stands until a newer run gives another, or asks the benchmark and no longer holds the case (`Absences`): then the
-case is gone from the suite. A run that was interrupted, or left the case out, takes no answer away.
+A default run, a slow run and a run of one benchmark each cover a part of the suite, so no single run holds all cases.
+A result stays valid until a newer run has another, or runs the benchmark without the case (`Absences`): then the case
+is gone from the suite. A run that was interrupted, or deselected the case, invalidates nothing.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 class NewestAnswers:
-    """The newest answers of runs that are given oldest first (`add`)."""
+    """The newest results of runs, which are added oldest first (`add`)."""
 
     def __init__(self) -> None:
-        self._runs: list[Run] = []  # those that an answer is of, and the newest, oldest first
+        self._runs: list[Run] = []  # runs that hold a newest result, and the newest run; oldest first
         self._records: dict[
             str, tuple[int, list[CaseRecord]]
-        ] = {}  # by id: the place of its run, and its records there
+        ] = {}  # by id: the index of its run, and its records there
 
     def add(self, run: Run) -> None:
-        """Take in ``run``, the newest so far."""
+        """Add ``run``, the newest so far."""
         place = len(self._runs)
         self._runs.append(run)
         given: dict[str, list[CaseRecord]] = {}
         for case in run.cases:
-            given.setdefault(case.id, []).append(case)  # a second record tells how a clean-up failed
+            given.setdefault(case.id, []).append(case)  # a second record is of a failed clean-up
         self._forget_what_is_gone(run, given)
         for id_, records in given.items():
             known = self._records.get(id_)
@@ -47,7 +47,7 @@ class NewestAnswers:
     def _forget_what_is_gone(self, run: Run, given: Mapping[str, Iterable[CaseRecord]]) -> None:
         places = {place for place, _ in self._records.values()}
         absences = {place: Absences(self._runs[place], run) for place in places}
-        # A run without a selection may have run a part only; a benchmark that changed has other cases.
+        # A run without a selection may have run only a part; a benchmark that changed has other cases.
         known = {place: {case.id for case in self._runs[place].cases} for place in places}
         changed = {place: {case.benchmark for case in run.cases if case.id not in ids} for place, ids in known.items()}
         for id_, (place, (record, *_)) in list(self._records.items()):
@@ -58,16 +58,16 @@ class NewestAnswers:
                 del self._records[id_]
 
     def _let_go(self) -> None:
-        """Runs without an answer are not kept: a history can have a thousand of them."""
+        """Drop runs without a newest result: a history can have a thousand runs."""
         kept = sorted({place for place, _ in self._records.values()} | {len(self._runs) - 1})
         self._runs = [self._runs[place] for place in kept]
         moved = {old: new for new, old in enumerate(kept)}
         self._records = {id_: (moved[place], records) for id_, (place, records) in self._records.items()}
 
     def by_run(self) -> list[Run]:
-        """The runs that an answer is of, the newest first, each with only the cases that it answers for the last time.
+        """The runs that hold a newest result, newest first, each with only these cases.
 
-        The newest of all is always there, also where all its cases were skipped and an earlier run answers them.
+        The newest run is always included, even if all its cases were skipped and have their results from earlier runs.
         """
         cases: dict[int, list[CaseRecord]] = {len(self._runs) - 1: []} if self._runs else {}
         for place, records in self._records.values():

@@ -1,9 +1,9 @@
-"""Where in a history of runs a time came to another level.
+"""Detect the runs at which a time changed to another level.
 
-Times are judged by ranks, so that an outlier weighs no more than any other run: where the runs before and the runs
-after differ most by Wilcoxon's rank sum, there is a step, if it is beyond chance; then the same is asked of both
-parts (binary segmentation: Scott and Knott 1974, Biometrics 30: 507-512). So a step is found that no comparison of two
-of its runs can decide, whose times differ by less than hosts or processes do.
+Times are compared by rank, so an outlier weighs no more than any other run. The split with the largest difference in
+Wilcoxon's rank sum is a change point if the difference is significant; then both parts are split the same way (binary
+segmentation: Scott and Knott 1974, Biometrics 30: 507-512). This finds changes that no comparison of two runs detects,
+because they are smaller than the differences between hosts or processes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     import numpy as np
 
 CHANCE = 0.05
-"""Of any step in a history of independent times that has none: an upper bound, whatever its length (Bonferroni)."""
+"""Probability of any change point in a history of independent times without one: an upper bound (Bonferroni)."""
 
 LEAST_RUNS = 5
-"""On either side of a step: among fewer, outliers would be one."""
+"""Minimum number of runs on either side of a change point: among fewer, outliers would look like a change."""
 
 
 def change_points(seconds: Sequence[float], minimum_effect: float = 0.03, chance: float = CHANCE) -> list[int]:
-    """The places in ``seconds``, one time a run and oldest first, at which another level begins; in order.
+    """The indices in ``seconds`` (one time per run, oldest first) at which another level begins, in order.
 
-    A step needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels must
-    differ by more than ``minimum_effect`` (a factor of 1 + this). ``chance`` is of any step in a history that has none.
-    Times after each other are taken for independent; slow drift is reported as steps.
+    A change point needs `LEAST_RUNS` runs on either side and about a dozen in all, and the medians of the two levels
+    must differ by more than ``minimum_effect`` (a factor of 1 + this). ``chance``: the probability of any change point
+    in a history without one. The times are assumed independent; slow drift is reported as change points.
     """
     import numpy as np
 
     times = np.asarray(seconds, dtype=float)
     found = _without_small(times, sorted(_segmented(times, 0, len(times), chance)), minimum_effect)
-    # A place was found while further steps stood in the same part; now each is looked for between its neighbours.
+    # Each index was found while its part held further change points; now locate each between its neighbours.
     ends = [0, *found, len(times)]
     around = zip(ends, ends[1:], ends[2:], strict=False)
     placed = {low + _placed(times[low:high], at - low) for low, at, high in around}
@@ -43,9 +43,9 @@ def change_points(seconds: Sequence[float], minimum_effect: float = 0.03, chance
 
 
 def _placed(part: np.ndarray, about: int) -> int:
-    """Where the one step of ``part`` is, ``about`` there: where both levels' absolute deviations are least.
+    """The index of the one change point of ``part``, near ``about``: where the absolute deviations are least.
 
-    No time weighs more than the height of the step, however far off it is.
+    A single time weighs at most the size of the change, however large an outlier it is.
     """
     import numpy as np
 
@@ -56,7 +56,7 @@ def _placed(part: np.ndarray, about: int) -> int:
 
 
 def _segmented(times: np.ndarray, low: int, high: int, chance: float) -> Iterator[int]:
-    """Steps of ``times[low:high]`` that are beyond chance."""
+    """The significant change points in ``times[low:high]``."""
     spans = list(_spans(low, high))
     if not spans:
         return
@@ -71,8 +71,8 @@ def _segmented(times: np.ndarray, low: int, high: int, chance: float) -> Iterato
 
 
 def _spans(low: int, high: int) -> Iterator[tuple[int, int]]:
-    """The whole, and halves, quarters, … of it, which overlap by half: in the whole, a step up and one down soon after
-    it hide each other (seeded intervals: Kovács et al. 2023, Biometrika 110: 249-256).
+    """The whole, and its halves, quarters, …, which overlap by half: in the whole, a rise and a fall soon after it hide
+    each other (seeded intervals: Kovács et al. 2023, Biometrika 110: 249-256).
     """
     length = high - low
     while length >= 2 * LEAST_RUNS:
@@ -82,7 +82,7 @@ def _spans(low: int, high: int) -> Iterator[tuple[int, int]]:
 
 
 def _largest(part: np.ndarray) -> tuple[int, float]:
-    """Where the ranks before and after differ most, and by how many standard deviations of Wilcoxon's rank sum."""
+    """The index at which ranks before and after differ most, and by how many standard deviations of the rank sum."""
     import numpy as np
 
     _, group, sizes = np.unique(part, return_inverse=True, return_counts=True)
@@ -96,7 +96,7 @@ def _largest(part: np.ndarray) -> tuple[int, float]:
 
 
 def _without_small(times: np.ndarray, steps: Sequence[int], effect: float) -> list[int]:
-    """``steps`` without those between levels that hardly differ, the smallest taken out first."""
+    """``steps`` without those between levels that hardly differ, removing the smallest first."""
     import numpy as np
 
     left = list(steps)
@@ -110,6 +110,6 @@ def _without_small(times: np.ndarray, steps: Sequence[int], effect: float) -> li
 
 
 def _excess(one: float, other: float) -> float:
-    """By which share the greater exceeds the smaller."""
+    """The fraction by which the greater number exceeds the smaller."""
     low, high = sorted((one, other))
     return high / low - 1 if low > 0 else math.inf if high > 0 else 0.0

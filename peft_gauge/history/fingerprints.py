@@ -1,7 +1,7 @@
-"""Two fingerprints of a training step compared: what came and what went. Plain records; nothing here needs torch.
+"""Compare two fingerprints of a training step. They are plain records; nothing here needs torch.
 
-The records are `peft_gauge.fingerprint`'s. All but their losses is exact: any difference is a difference in what the
-step does, however small.
+`peft_gauge.fingerprint` makes the records. All but their losses are exact: any difference, however small, is a
+difference in the operations of the step.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from peft_gauge.errors import GaugeError
 
 LOSS_TOLERANCE: Mapping[str, float] = {"float64": 2e-6, "float32": 2e-6, "float16": 1e-3, "bfloat16": 1e-3}
-"""Dtype that a step multiplies in -> relative difference of losses that rounding in another order may make.
+"""Dtype of a step's matrix products -> relative difference of losses that another order of rounding can cause.
 
-From SmolLM2-135M's first three losses: with attention fused or written out, they come out up to 2e-7 apart in float32
-and up to 4e-4 in bfloat16; computed in bfloat16 instead of float32, 5e-6 to 3e-4. So a float32 step that turned
-bfloat16 is found; float16 takes bfloat16's tolerance.
+Measured on the first three losses of SmolLM2-135M. With attention fused or written out, they differ by up to 2e-7 in
+float32 and up to 4e-4 in bfloat16; bfloat16 instead of float32 changes them by 5e-6 to 3e-4. So the tolerance detects
+a float32 step that runs in bfloat16. float16 has bfloat16's tolerance.
 """
 
 _PHASES = ("forward", "backward", "optimizer")
@@ -30,11 +30,11 @@ Value = int | float | None
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs between two fingerprints.
+    """One difference between two fingerprints.
 
-    ``what``: the part of the record (``"modules"``: an operator called as often as before, elsewhere); ``phase``,
-    ``name`` (of an operator, dtype, category or direction) and ``module``, where they apply; ``before`` and ``after``,
-    ``None`` where only a lower bound or nothing is known; ``text``: one line for a reader.
+    ``what``: the part of the record (``"modules"``: an operator called as often as before, but in other modules);
+    ``phase``, ``name`` (of an operator, dtype, category or direction) and ``module``, where they apply; ``before`` and
+    ``after``, ``None`` where only a lower bound or no value is known; ``text``: one line for a reader.
     """
 
     what: str
@@ -49,14 +49,14 @@ class Difference:
 _COSTS = frozenset(
     ("operators", "flops", "product_flops", "bytes", "peak_bytes", "resident_bytes", "saved_activation_bytes")
 )
-"""Parts of a record of which less is better as long as nothing else changed."""
+"""Parts of a record for which less is better, as long as nothing else changed."""
 
 
 def only_less(found: Sequence[Difference]) -> bool:
-    """Whether the step does the same with less: everything that differs is a cost, and each of them fell.
+    """Whether the step does the same at lower cost: all differences are costs, and each of them fell.
 
-    What merely moved, another number of trained parameters or another loss is not the same step any more; and where a
-    side has no number, as FLOPs of operators without a formula, nothing is known to have fallen.
+    With operators in other modules, another number of trainable parameters or another loss, it is not the same step.
+    Where a side has no value, as for FLOPs of operators without a formula, nothing is known to have fallen.
     """
     return bool(found) and all(
         each.what in _COSTS and each.before is not None and each.after is not None and each.after < each.before
@@ -65,7 +65,7 @@ def only_less(found: Sequence[Difference]) -> bool:
 
 
 def digest(record: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits over everything that is exact, that is, all but the losses."""
+    """16 hexadecimal digits that identify everything exact: all but the losses."""
     exact = {key: value for key, value in record.items() if key != "losses"}
     text = json.dumps(exact, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -74,25 +74,25 @@ def digest(record: Mapping[str, Any]) -> str:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, loss_tolerance: float | None = None
 ) -> list[Difference]:
-    """What differs from ``old`` to ``new``, in the records' own order; empty for two equal steps.
+    """The differences from ``old`` to ``new``, in the records' own order; empty for two equal steps.
 
-    ``loss_tolerance``: the relative difference up to which losses count as equal; by default `LOSS_TOLERANCE` of the
-    coarsest dtype in which a step multiplies, and of the finer of the two steps. Where a step has products without a
+    ``loss_tolerance``: the relative difference up to which losses count as equal. The default is the `LOSS_TOLERANCE`
+    of the coarsest dtype of a step's products, and the smaller one of the two steps. If a step has products without a
     FLOP formula, its FLOPs are lower bounds, and a difference in them has no value on that side.
 
-    Raises `GaugeError` for records of two versions and for what is no such record.
+    Raises `GaugeError` for records of different versions and for a value that is not such a record.
     """
     try:
         if old["version"] != new["version"]:
             raise GaugeError(
-                f"fingerprints of versions {old['version']} and {new['version']} do not compare; take the older anew"
+                f"fingerprints of versions {old['version']} and {new['version']} cannot be compared; record both anew"
             )
         before, after = dict(_leaves(old)), dict(_leaves(new))
         tolerance = min(_tolerance(old), _tolerance(new)) if loss_tolerance is None else loss_tolerance
         losses = list(_losses(old["losses"], new["losses"], tolerance))
         incomplete = (not old["flops_complete"], not new["flops_complete"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise GaugeError(f"this is no fingerprint of a step: {type(error).__name__} {error}") from error
+        raise GaugeError(f"not a fingerprint of a step: {type(error).__name__} {error}") from error
     moved = _moved(before, after)
     changed = [key for key in before.keys() | after.keys() if _value(before, key) != _value(after, key)]
     exact = [
@@ -107,7 +107,7 @@ def differences(
 
 
 class _Key(NamedTuple):
-    """Where in a record a number stands."""
+    """The position of a number in a record."""
 
     what: str
     phase: str | None = None
@@ -135,7 +135,7 @@ def _leaves(record: Mapping[str, Any]) -> Iterator[tuple[_Key, Value]]:
 
 
 def _value(leaves: Mapping[_Key, Value], key: _Key) -> Value:
-    """What a record counts: an operator, dtype or category that it does not name, it has none of."""
+    """The count in a record: 0 for an operator, dtype or category that it does not name."""
     return leaves.get(key, 0)
 
 
@@ -179,7 +179,7 @@ def _place(module: str | None) -> str:
 def _moved(
     before: Mapping[_Key, Value], after: Mapping[_Key, Value]
 ) -> dict[tuple[str | None, str | None], Difference]:
-    """Operators called as often as before, but in other modules (renamed ones, say): one line each."""
+    """Operators called as often as before, but in other modules (for example renamed ones): one line each."""
     places: dict[tuple[str | None, str | None], tuple[dict[str, int], dict[str, int]]] = {}
     for side, leaves in enumerate((before, after)):
         for key, calls in leaves.items():
@@ -217,7 +217,5 @@ def _losses(old: list[float], new: list[float], tolerance: float) -> Iterator[Di
     for number, (before, after) in enumerate(zip(old, new, strict=True), start=1):
         if not math.isclose(before, after, rel_tol=tolerance):
             apart = abs(after - before) / max(abs(before), abs(after))
-            text = (
-                f"loss of step {number}: {before!r} → {after!r}, {apart:.1e} apart where {tolerance:g} may be rounding"
-            )
+            text = f"loss of step {number}: {before!r} → {after!r}, {apart:.1e} apart (rounding: up to {tolerance:g})"
             yield Difference("losses", None, f"step {number}", None, before, after, text)

@@ -1,18 +1,18 @@
-"""Ratios of times with an interval, and what can be said from one.
+"""Ratios of times with a confidence interval, and the verdict on one.
 
-Rounds of one process are correlated, so what is compared are medians of processes, on a logarithmic scale. With several
-processes a side, Welch's t interval on these medians decides. A percentile bootstrap of processes and of rounds in them
-falls short there: with 2, 3 and 5 processes its 95 % intervals covered a known ratio in 85, 89 and 93 % of 600
-simulated comparisons (Welch's in 96 to 97), and 5 processes have too few resamples for the small errors at which each
-of many comparisons is to be judged.
+Rounds of one process are correlated, so medians of processes are compared, on a logarithmic scale. With several
+processes per side, Welch's t interval on these medians decides. A percentile bootstrap over processes and their rounds
+is too narrow: with 2, 3 and 5 processes its 95 % intervals covered a known ratio in 85, 89 and 93 % of 600
+simulated comparisons (Welch's: 96 to 97 %). Also, 5 processes have too few resamples for the small error levels that a
+correction for many comparisons needs.
 
-A case's processes follow each other, so they share the host's mood of some minutes, which another run does not have.
-What they share they cannot show by how they differ; its share of the variance has to be known (`in_common`), and the
-variance of their mean is greater by the design effect (Kish, Survey Sampling, 1965): of n with correlation r among
-them, by 1 + (n - 1)·r.
+A case's processes follow each other, so they share slow host drift, which another run does not have. Differences
+between the processes do not show this common part. Its share of the variance has to be known (`in_common`), and the
+variance of their mean is larger by the design effect (Kish, Survey Sampling, 1965): 1 + (n - 1)·r for n processes with
+correlation r.
 
-With one process on a side, nothing in the data says how much processes differ. The rounds are bootstrapped, and the
-interval is widened by a spread that was seen elsewhere.
+With one process on a side, the data do not show how much processes differ. The rounds are bootstrapped, and the
+interval is widened by a spread that was measured separately.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ DRAWS = 9_999
 SEED = 20_261_124
 IN_COMMON = 0.45
 IN_COMMON_OVER_CONTROL = 0.2
-"""The share of a process median's variance that is common to all processes of a case in one run. Read from the runs of
-which `benchmarks.simulation.SHARED_HOST` is made, where it is the variance of ``run``, ``minutes`` and
-``own_minutes`` (over the control only the last is left) in that of a median of 5 rounds."""
+"""The share of a process median's variance that is common to all processes of a case in one run. Read from the runs
+behind `benchmarks.simulation.SHARED_HOST`: the variance of ``run``, ``minutes`` and ``own_minutes`` (over the control
+only the last is left) as a share of the variance of a median of 5 rounds."""
 
 MOST_FURTHER = 100
-"""A need for more processes than this is not told as a number: it says that the effect is too small for the noise."""
+"""A larger number of further processes is not reported: the effect is too small for the noise."""
 
 
 class Estimate(Protocol):
-    """The logarithm of the ratio NEW / BASE of a time, and how far it is known."""
+    """The logarithm of the ratio NEW / BASE of a time, and its uncertainty."""
 
     @property
     def log_ratio(self) -> float: ...
@@ -56,18 +56,18 @@ class Estimate(Protocol):
     def processes(self) -> tuple[int, int]: ...
 
     def p_value(self, null: float = 0.0) -> float:
-        """Two-sided, of the hypothesis that the true log ratio is ``null``."""
+        """Two-sided p value of the hypothesis that the true log ratio is ``null``."""
 
     def interval(self, error: float) -> tuple[float, float]:
-        """Of the log ratio; misses the true one in a share ``error`` of cases."""
+        """Confidence interval of the log ratio; it misses the true value with probability ``error``."""
 
     def seen(self, error: float) -> tuple[float, float]:
-        """As `interval`, of what these very processes showed."""
+        """As `interval`, for these very processes, without the spread of hosts."""
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """From several processes a side: Welch's t, of which ``freedom`` are the degrees of freedom."""
+    """From several processes per side, by Welch's t with ``freedom`` degrees of freedom."""
 
     log_ratio: float
     standard_error: float
@@ -94,7 +94,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Single:
-    """From one process on at least one side: ``draws`` of the rounds' bootstrap, widened by ``log_spread`` each way."""
+    """From one process on at least one side: bootstrap ``draws`` of the rounds, widened by ``log_spread`` each way."""
 
     log_ratio: float
     draws: np.ndarray
@@ -120,10 +120,10 @@ class Single:
 def estimate(
     base: Samples, new: Samples, spread: HostSpread, *, over_control: bool, in_common: float = 0.0
 ) -> Estimate:
-    """The ratio NEW / BASE of process medians, of each round's time ``over_control`` where that is asked for.
+    """The ratio NEW / BASE of process medians; ``over_control`` divides each round's time by its control's.
 
-    Both sides must be without reproach by `why_no_estimate`. Several processes make a side's centre the geometric mean
-    of their medians; ``in_common`` is the correlation among them.
+    Both sides must pass `why_no_estimate`. With several processes, a side's centre is the geometric mean of their
+    medians; ``in_common`` is the correlation among them.
     """
     sides = [_rounds(samples, over_control) for samples in (base, new)]
     logs = [[math.log(statistics.median(rounds)) for rounds in side] for side in sides]
@@ -140,29 +140,29 @@ def estimate(
 
 
 def of_pairs(log_ratios: Sequence[float]) -> Replicated:
-    """The ratio from several pairs of processes, of which each gave the logarithm of one ratio: Student's t.
+    """The ratio from several pairs of processes, each with the logarithm of one ratio: Student's t.
 
-    A process that runs the same code as another is faster or slower for as long as it lives, which pairs of steps of
-    the same two processes cannot show; two further processes can. Raises `GaugeError` for fewer than two pairs.
+    A process is faster or slower than another with the same code for its whole life. Pairs of steps of the same two
+    processes cannot detect this; further processes can. Raises `GaugeError` for fewer than two pairs.
     """
     count = len(log_ratios)
     if count < 2:
-        raise GaugeError(f"{count} pair of processes does not show how processes differ; take two at least")
+        raise GaugeError(f"{count} pair of processes does not show how processes differ; measure at least 2")
     error = statistics.stdev(log_ratios) / math.sqrt(count)
     return Replicated(statistics.fmean(log_ratios), error, count - 1.0, (count, count))
 
 
 def _unseen(in_common: float) -> float:
-    """What values with this correlation have in common, as a multiple of the variance that is seen among them."""
+    """The common variance of values with this correlation, as a multiple of the variance observed among them."""
     return in_common / (1 - in_common)
 
 
 def why_no_estimate(samples: Samples | None) -> str | None:
-    """What is missing for an estimate, or ``None``."""
+    """The reason why ``samples`` allow no estimate, or ``None``."""
     if samples is None:
         return "its rounds were not saved"
     if samples.rounds < LEAST_ROUNDS:
-        return f"{samples.rounds} rounds, and fewer than {LEAST_ROUNDS} say nothing"
+        return f"{samples.rounds} rounds are too few; at least {LEAST_ROUNDS} are needed"
     measured = [samples.seconds, samples.control_seconds or ()]
     if any(seconds <= 0 for side in measured for rounds in side for seconds in rounds):
         return "a round took 0 seconds: the clock is too coarse"
@@ -183,7 +183,7 @@ def _rounds(samples: Samples, over_control: bool) -> list[list[float]]:
 
 
 def _bootstrap(base: list[list[float]], new: list[list[float]]) -> np.ndarray:
-    """`DRAWS` log ratios, each from resampled rounds; the same for the same rounds, whatever was drawn before."""
+    """`DRAWS` log ratios, each from resampled rounds; the same rounds always give the same draws."""
     import numpy as np
 
     generator = np.random.default_rng(SEED)
@@ -199,11 +199,12 @@ def _bootstrap(base: list[list[float]], new: list[list[float]]) -> np.ndarray:
 
 
 def holm_errors(p_values: Sequence[float], family_error: float) -> list[float]:
-    """The error at which each of several hypotheses is to be judged, so that all together keep ``family_error``.
+    """The error level for each of several hypotheses, so that all together keep ``family_error``.
 
-    Holm 1979, Scandinavian Journal of Statistics 6: 65-70: from the smallest p on, error / number of those left, and
-    the same for all the rest once one stands. Unlike the false discovery rate of Benjamini and Hochberg, it bounds the
-    chance of *any* false alarm, which is what decides whether people believe a nightly job.
+    Holm 1979, Scandinavian Journal of Statistics 6: 65-70: from the smallest p on, error / number of those left; once a
+    hypothesis is not rejected, the same level for all the rest. Unlike the false discovery rate of Benjamini and
+    Hochberg, it bounds the probability of *any* false alarm; people ignore a nightly job that often raises false
+    alarms.
     """
     errors = [0.0] * len(p_values)
     error, standing = 0.0, False
@@ -217,10 +218,10 @@ def holm_errors(p_values: Sequence[float], family_error: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an estimate says: ``ratio`` with its interval from ``low`` to ``high`` at ``error``.
+    """The verdict on an estimate: ``ratio`` with its interval from ``low`` to ``high`` at ``error``.
 
-    ``further``: about how many more processes a side would decide it, ``None`` where it is decided; `MOST_FURTHER` + 1
-    stands for all that is more.
+    ``further``: about how many more processes per side would decide it, ``None`` if it is decided; `MOST_FURTHER` + 1
+    means more than `MOST_FURTHER`.
     """
 
     verdict: Verdict
@@ -239,14 +240,14 @@ def judge(
     relative_to: float = 0.0,
     in_common: float = 0.0,
 ) -> Judgement:
-    """The verdict on a time, of which lower is better, after ``relative_to`` is taken off its log ratio.
+    """The verdict on a time (lower is better), after ``relative_to`` is subtracted from its log ratio.
 
-    ``in_common`` is as it was for the estimate: what processes share, more of them do not make smaller.
+    ``in_common``: as for the estimate; more processes do not reduce the variance that they share.
 
-    *same*: the whole interval lies within the minimum effect of 1, either way (of 3 %, from 0.97 to 1.03). *worse* and
-    *better*: the whole interval lies on one side of 1, and the ratio itself beyond the minimum effect. So of changes of
-    just the minimum effect half are found at most, as half of all estimates lie below them; to find them all, ask for a
-    smaller one.
+    *same*: the whole interval lies within the minimum effect of 1, either way (for 3 %: from 0.97 to 1.03). *worse* and
+    *better*: the whole interval lies on one side of 1, and the ratio itself is beyond the minimum effect. Therefore a
+    change of exactly the minimum effect is found in at most half of all cases, since half of the estimates lie below
+    it; to find such changes reliably, set a smaller minimum effect.
     """
     low, high = (end - relative_to for end in estimate.interval(error))
     centre = estimate.log_ratio - relative_to
@@ -260,21 +261,21 @@ def judge(
         verdict = "better"
     further = None
     if verdict == "inconclusive":
-        # One process against one is judged by a spread in which what they have in common is contained.
+        # The spread for one process against one already contains their common part.
         unseen = _unseen(in_common) if min(estimate.processes) > 1 else 0.0
         further = _further(estimate.processes, centre, low, high, most if centre >= 0 else -least, unseen)
     return Judgement(verdict, math.exp(centre), _exp(low), _exp(high), error, further)
 
 
 def _exp(value: float) -> float:
-    """With two processes a side, an interval's end can be past all floats: then it says nothing, and is the largest."""
+    """With two processes per side, the end of an interval can exceed all floats: then it is the largest float."""
     return math.exp(max(min(value, 700.0), -700.0))
 
 
 def _further(processes: tuple[int, int], centre: float, low: float, high: float, effect: float, unseen: float) -> int:
-    """How many more processes a side until this interval would lie on one side, if the ratio stays.
+    """The number of further processes per side until the interval would lie on one side, at a constant ratio.
 
-    The square of its width goes as 1/n + ``unseen``.
+    The square of its width is proportional to 1/n + ``unseen``.
     """
     needed = abs(centre) if abs(centre) > effect else effect - abs(centre)
     share = (needed / max(high - centre, centre - low)) ** 2

@@ -1,7 +1,7 @@
 """The newest verdict on every claim, over many saved runs.
 
-A bare run decides some claims and a slow one others, so no single run holds them all: of each claim on each model the
-newest run counts that decided it. "Not measured yet" decides nothing and takes no earlier verdict away.
+A default run decides some claims and a slow run others, so no single run decides all. For each claim and model, the
+newest run that decided it counts. "Not measured yet" decides nothing and replaces no earlier verdict.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Source:
     """The run that a verdict is from.
 
-    ``ended``: its end, in UTC; ``commit``: the first digits, marked where there were changes, or ``None`` if the run
-    names none; ``libraries``: the versions by name, ``None`` for one that was not installed.
+    ``ended``: its end, in UTC; ``commit``: the first digits, marked if there were uncommitted changes, or ``None`` if
+    the run names no commit; ``libraries``: the versions by name, ``None`` for a library that was not installed.
     """
 
     machine: str
@@ -34,7 +34,7 @@ class Source:
 
     @classmethod
     def of(cls, run: Run) -> Source:
-        """The source that ``run`` is; it must be one of ours, since those of other tools name no machine."""
+        """``run`` as a source; it must be saved by peft-gauge, since those of other tools name no machine."""
         commit = run.commit.get("id")
         changed = "-dirty" if run.commit.get("dirty") else ""
         return cls(
@@ -48,11 +48,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a claim stands on one model.
+    """The state of a claim for one model.
 
-    Where no run has decided it, ``verdict`` is "not measured yet", and ``metric``, ``conditions`` and ``source`` are
-    ``None``. ``statement`` is the sentence as that run had it. ``recorded``: the verdict in the ledger, where the
-    standing is of a ledger's claim.
+    If no run has decided it, ``verdict`` is "not measured yet", and ``metric``, ``conditions`` and ``source`` are
+    ``None``. ``statement`` is the sentence as in that run. ``recorded``: the verdict in the ledger, for a claim of the
+    ledger.
     """
 
     id: str
@@ -64,22 +64,22 @@ class Standing:
     source: Source | None = None
     recorded: str | None = None
     reworded: bool = False
-    """Whether the ledger's sentence is another one by now than the one that was decided."""
+    """Whether the ledger's sentence differs from the decided one."""
 
     @property
     def differs(self) -> bool:
-        """Whether the claim was decided, and not as the ledger records it."""
+        """Whether the claim was decided, and differently from the ledger's recorded verdict."""
         return self.source is not None and self.recorded is not None and self.verdict != self.recorded
 
 
 class NewestVerdicts:
-    """The newest verdict on each claim and model of all runs so far, which may be given in any order (`add`)."""
+    """The newest verdict on each claim and model over all runs so far; the runs may come in any order (`add`)."""
 
     def __init__(self) -> None:
         self._standings: dict[tuple[str, str], Standing] = {}
 
     def add(self, run: Run) -> None:
-        """Take in the claims of ``run``; of two runs that ended in the same moment, the one given last counts."""
+        """Add the claims of ``run``; of two runs that ended at the same moment, the one added last counts."""
         for claim in run.claims:
             undecided = Standing(claim["id"], claim["model"], _text(claim, "statement"))
             key = undecided.id, undecided.model
@@ -94,11 +94,11 @@ class NewestVerdicts:
                 )
 
     def standings(self) -> list[Standing]:
-        """All claims that any run was asked, in the order in which they first occurred."""
+        """All claims that any run evaluates, in the order in which they first occurred."""
         return list(self._standings.values())
 
     def of_ledger(self, claims: Mapping[str, Claim]) -> list[Standing]:
-        """Every claim of the ledger on every model that it is asked of, in the ledger's order and words."""
+        """Every claim of the ledger for each of its models, in the ledger's order and words."""
         return [self._of_claim(claim, model) for claim in claims.values() for model in claim.models]
 
     def _of_claim(self, claim: Claim, model: str) -> Standing:

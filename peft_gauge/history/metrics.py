@@ -1,7 +1,7 @@
-"""What of a saved run can be compared: each case's metrics by flat names, its raw times, and under which conditions.
+"""The comparable parts of a saved run: each case's metrics by flat names, its raw times, and its conditions.
 
-Nested metrics get dotted names (``plan.peak_bytes``). Settings are conditions, not metrics: where they differ, two
-cases are not the same experiment.
+Nested metrics get dotted names (``plan.peak_bytes``). Settings are conditions, not metrics: two cases with different
+settings are not the same experiment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SETTINGS = "settings"
 FINGERPRINT = "fingerprint"
 IDENTITY = ("method", "model", "device")
-"""The metrics that say, with the settings, what a case is about."""
+"""The metrics that identify, with the settings, the subject of a case."""
 
 ABSENT = "absent"
 SHOWN_DISTRIBUTIONS = 5
@@ -29,7 +29,7 @@ SHOWN_DISTRIBUTIONS = 5
 
 @dataclass(frozen=True)
 class Samples:
-    """Raw times of one metric in seconds: one tuple of rounds for each process, and the control's beside each round."""
+    """Raw times of one metric in seconds: one tuple of rounds per process, and the control's time for each round."""
 
     seconds: tuple[tuple[float, ...], ...]
     control_seconds: tuple[tuple[float, ...], ...] | None = None
@@ -42,7 +42,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class RecordedCase:
-    """One case of a run, ready to be compared: ``metrics`` are flat, ``settings`` too, ``samples`` are by metric."""
+    """One case of a run, ready to compare: ``metrics`` and ``settings`` have flat names, ``samples`` are by metric."""
 
     id: str
     benchmark: str
@@ -55,7 +55,7 @@ class RecordedCase:
 
     @property
     def subject(self) -> str | None:
-        """The same text for two cases about the same thing; ``None`` where nothing says what a case is about."""
+        """The same text for two cases about the same subject; ``None`` if the metrics do not identify it."""
         named = {name: self.metrics[name] for name in IDENTITY if name in self.metrics}
         return json.dumps([named, self.settings], sort_keys=True, default=str) if named and self.settings else None
 
@@ -78,7 +78,7 @@ def cases_of(run: Run) -> dict[str, RecordedCase]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``values`` with dotted names; what is absent (``None``) is left out. Lists stay whole, except of records."""
+    """``values`` with dotted names, without ``None``. Lists stay whole, except lists of records."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -96,7 +96,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _settings(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The case's own settings, and those of a record in it, as a plan has."""
+    """The case's own settings, and those of a record in it, for example of a plan."""
     yield from flat(_mapping(metrics.get(SETTINGS)) or {})
     for name, value in metrics.items():
         inner = _mapping(value.get(SETTINGS)) if isinstance(value, Mapping) and name != SETTINGS else None
@@ -109,7 +109,7 @@ def _samples(metrics: Mapping[str, Any]) -> dict[str, Samples]:
 
 
 def _with_control(seconds: list[list[float]], control: list[list[float]] | None) -> Samples:
-    """A control that does not stand round by round beside the times cannot be divided out, and is left out."""
+    """Samples with their control; without it if it has not one time per round, since it cannot be divided out then."""
     measured = _tuples(seconds)
     beside = None if control is None else _tuples(control)
     if beside is not None and [*map(len, beside)] != [*map(len, measured)]:
@@ -118,7 +118,7 @@ def _with_control(seconds: list[list[float]], control: list[list[float]] | None)
 
 
 def _tuples(processes: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    """Without processes that measured nothing."""
+    """``processes`` without those that measured nothing."""
     return tuple(tuple(rounds) for rounds in processes if rounds)
 
 
@@ -127,7 +127,7 @@ def _mapping(value: object) -> Mapping[str, Any] | None:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two flat records, as ``name: before → after``."""
+    """The differences between two flat records, as ``name: before → after``."""
     names = [*old, *(name for name in new if name not in old)]
     return [
         f"{name}: {told(old.get(name))} → {told(new.get(name))}" for name in names if old.get(name) != new.get(name)
@@ -135,7 +135,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether ``value`` is a number; a bool, which Python counts among them, is not."""
+    """Whether ``value`` is a number. In Python a bool is one; here it is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -147,10 +147,10 @@ def told(value: object) -> str:
 
 
 def machine_changes(old: Run, new: Run) -> list[str]:
-    """What makes times of two runs incomparable: machine, accelerator, threads, Python's minor version.
+    """The differences that make times of two runs incomparable: machine, accelerator, threads, Python's minor version.
 
-    Runs of plain pytest-benchmark name neither machine nor threads; what only one of the two says is not held against
-    them, except an accelerator, for which ``None`` is an answer.
+    Runs of plain pytest-benchmark name neither machine nor threads. A property that only one of the two records is
+    ignored, except the accelerator: ``None`` means no accelerator.
     """
     before, after = _hardware(old), _hardware(new)
     return changes(*({name: each[name] for name in before if name in after} for each in (before, after)))
@@ -179,8 +179,8 @@ def _minor(version: object) -> str | None:
 
 
 def environment_changes(old: Run, new: Run) -> list[str]:
-    """What differs besides the machine, and is a likely cause of a change: libraries first, then the other installed
-    distributions in one line, where both runs recorded them."""
+    """The differences other than the machine that may cause a change: libraries first, then the other installed
+    distributions in one line, if both runs recorded them."""
     return [*changes(environment(old), environment(new)), *_other_distributions(old, new)]
 
 
@@ -200,7 +200,7 @@ def _other_distributions(old: Run, new: Run) -> list[str]:
 
 
 def environment(run: Run) -> dict[str, Any]:
-    """What ``run`` was taken with besides the machine: libraries, CUDA, driver, Python and commit."""
+    """The environment of ``run`` without the machine: libraries, CUDA, driver, Python and commit."""
     accelerator = _mapping(run.machine.get("accelerator")) or {}
     commit = run.commit.get("id")
     return {

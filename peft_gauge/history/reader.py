@@ -1,7 +1,7 @@
-"""Read saved runs: ours, of every schema so far, and those that pytest-benchmark wrote without us.
+"""Read saved runs: peft-gauge's, of every schema so far, and those of plain pytest-benchmark.
 
-A file is parsed once and its parts are handed on as they stand, since a history can have a thousand of them. What is
-read is checked: whoever compares runs may rely on the types that `Run` states.
+A file is parsed once, and its parts are passed on without copies, since a history can have a thousand files. All that
+is read is checked: code that compares runs may rely on the types in `Run`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from peft_gauge.history.upgrade import upgraded
 OUTCOMES = frozenset(get_args(CaseOutcome))
 
 MOST_BYTES = 100_000_000
-"""A larger file is refused unread. A run of a thousand cases with all their rounds takes a few million bytes."""
+"""A larger file is rejected unread. A run of a thousand cases with all their rounds takes a few million bytes."""
 
-_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
+_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Run:
     """One saved run.
 
-    ``machine`` and ``commit``: what ``machine_info`` and ``commit_info`` held; ``when``: its end, with its time zone;
-    ``options``: what shaped it; ``cases`` and ``claims``: its records; ``benchmarks``: pytest-benchmark's own entries;
-    ``interrupted``: whether it ended before all its cases; ``selection``: which cases it was asked for, ``None`` for a
-    run that does not say so.
+    ``machine`` and ``commit``: the file's ``machine_info`` and ``commit_info``; ``when``: its end, with its time zone;
+    ``options``: the options that shape it; ``cases`` and ``claims``: its records; ``benchmarks``: pytest-benchmark's
+    own entries; ``interrupted``: whether it ended before all its cases; ``selection``: the cases it was to run,
+    ``None`` for a run that does not record them.
 
     ``schema`` is ``None`` for a file of plain pytest-benchmark. Each of its benchmarks is a passed case with the metric
     ``seconds``, the median, and its rounds as samples where they were saved; it has no options and no claims.
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def libraries(self) -> Mapping[str, str | None]:
-        """The versions of the libraries by name, ``None`` for one that was not installed; empty where none are told."""
+        """The versions of the libraries by name, ``None`` if one was not installed; empty if not recorded."""
         libraries = self.machine.get("libraries")
         return libraries if isinstance(libraries, Mapping) else {}
 
@@ -71,19 +71,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's number where its file has one, else the file's stem: short enough for a table."""
+        """The run's number if its file has one, else the file's stem: short enough for a table."""
         return _number(self.path) or self.path.stem
 
 
 class _Malformed(Exception):
-    """What is wrong with a file, to be said after its path."""
+    """The problem with a file, worded to follow its path."""
 
 
 def read_run(path: Path) -> Run:
     """The run saved in ``path``.
 
-    Rounds that schema 1 kept only under ``benchmarks`` are put among the metrics of their case, as one process's
-    samples. Raises `GaugeError` for a file that cannot be read, holds no run, or one of a newer schema than ours.
+    Rounds that schema 1 saved only under ``benchmarks`` are added to the metrics of their case, as one process's
+    samples. Raises `GaugeError` for a file that cannot be read, does not hold a run, or has a newer schema.
     """
     try:
         return _run(path, _parsed(_text(path)))
@@ -92,16 +92,16 @@ def read_run(path: Path) -> Run:
 
 
 def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
-    """The files of all runs under ``folder``, or of one ``machine``'s: machine by machine, the newest last.
+    """The files of all runs under ``folder``, or of one ``machine``: machine by machine, the newest last.
 
-    ``folder`` is a folder of machine folders, or one of these. Runs follow each other by number; a file without one
-    comes before them. Hidden files, temporary ones among them, are left out. The files are not opened. Raises
-    `GaugeError` where there is no such folder, and for a ``machine`` that would be a path out of it.
+    ``folder`` contains machine folders, or is one of these. Runs are ordered by number; a file without a number
+    comes before them. Hidden files, such as temporary ones, are left out. The files are not opened. Raises
+    `GaugeError` if there is no such folder, and for a ``machine`` that is a path out of it.
     """
     if machine is not None and not _is_name(machine):
-        raise GaugeError(f"{machine!r} is no name of a machine")
+        raise GaugeError(f"{machine!r} is not a valid name of a machine")
     if not folder.is_dir():
-        raise GaugeError(f"{folder} is no folder of saved runs; name one that a run was saved in")
+        raise GaugeError(f"{folder} is not a folder of saved runs; give the folder in which runs were saved")
     try:
         if machine is not None:
             return _files(folder / machine) if (folder / machine).is_dir() else []
@@ -141,17 +141,17 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise _Malformed(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError:
-        raise _Malformed("is not JSON: it holds bytes that are no UTF-8 text") from None
+        raise _Malformed("is not JSON: it is not valid UTF-8") from None
 
 
 def _check_kind_and_size(status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for somebody to write
-        raise _Malformed("is no regular file")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block until another process writes
+        raise _Malformed("is not a regular file")
     if status.st_size > MOST_BYTES:
         size, most = status.st_size / 1e6, MOST_BYTES / 1e6
-        raise _Malformed(f"is too large for a run: {size:.0f} MB, and no more than {most:.0f} MB are read")
+        raise _Malformed(f"is too large for a run: {size:.0f} MB; the limit is {most:.0f} MB")
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -163,15 +163,15 @@ def _parsed(text: str) -> dict[str, Any]:
         if _is_cut_off(text.rstrip(), error):
             raise _Malformed(f"is truncated: it ends in line {error.lineno}, in the middle of a run") from None
         raise _Malformed(f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a whole number of thousands of digits; nested past all bounds
-        raise _Malformed(f"is not JSON that can be read: {one_line(error, 100)}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting too deep
+        raise _Malformed(f"cannot be parsed as JSON: {one_line(error, 100)}") from error
     if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
-        raise _Malformed("is JSON, but no benchmark run: it has no list of benchmarks")
+        raise _Malformed("is JSON, but not a benchmark run: it has no list of benchmarks")
     return document
 
 
 def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether ``text`` began as a JSON object and the parser stopped because nothing more came."""
+    """Whether ``text`` began as a JSON object and the parser stopped at its end."""
     if not text.lstrip().startswith("{") or error.msg == "Extra data":
         return False
     if text.endswith("}") and error.pos < len(text):
@@ -181,13 +181,13 @@ def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
 
 
 def _refused(constant: str) -> float:
-    raise _Malformed(f"holds {constant}, which is no metric and not JSON")
+    raise _Malformed(f"holds {constant}, which is not valid JSON")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise _Malformed(f"holds {digits[:40]}, which is more than a number can be")
+        raise _Malformed(f"holds {digits[:40]}, which is too large for a number")
     return value
 
 
@@ -222,7 +222,7 @@ def _run(path: Path, document: dict[str, Any]) -> Run:
 
 
 def _selection(told: Any) -> Selection | None:
-    """Runs before 27 November 2026 do not say what they were asked for."""
+    """Runs before 27 November 2026 do not record a selection."""
     if told is None:
         return None
     where = f"{KEY}.selection"
@@ -232,7 +232,7 @@ def _selection(told: Any) -> Selection | None:
     lists: dict[str, list[str]] = {name: _field(told, name, list, f"{where}.") for name in given}
     for name, values in lists.items():
         if not all(type(value) is str for value in values):
-            raise _Malformed(f"is malformed: {where}.{name} is no list of texts")
+            raise _Malformed(f"is malformed: {where}.{name} is not a list of strings")
     markers, keywords = (_field({name: ""} | told, name, str, f"{where}.") for name in ("markers", "keywords"))
     deselected = frozenset(lists["deselected"]) if "deselected" in lists else None
     return Selection(tuple(lists["args"]), markers, keywords, deselected)
@@ -241,9 +241,9 @@ def _selection(told: Any) -> Selection | None:
 def _schema(section: dict[str, Any]) -> int:
     schema: int = _field(section, "schema", int, f"{KEY}.")
     if schema > VERSION:
-        raise _Malformed(f"was written by a newer peft-gauge (schema {schema}, {VERSION} is known here); upgrade")
+        raise _Malformed(f"was written by a newer peft-gauge (schema {schema}, known up to {VERSION}); upgrade")
     if schema < 1:
-        raise _Malformed(f"is malformed: {KEY}.schema is {schema}, and the first was 1")
+        raise _Malformed(f"is malformed: {KEY}.schema is {schema}, but the first schema is 1")
     return schema
 
 
@@ -251,16 +251,16 @@ def _when(text: str) -> datetime:
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
-        raise _Malformed(f"is malformed: datetime is {text[:40]!r}, which is no date") from None
-    # pytest-benchmark 3 and 4 wrote UTC without saying so.
+        raise _Malformed(f"is malformed: datetime is {text[:40]!r}, which is not a date") from None
+    # pytest-benchmark 3 and 4 wrote UTC without marking it.
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _check_machine(machine: dict[str, Any]) -> None:
-    """The parts of our own ``machine_info`` by which runs are told apart; other people's may hold anything."""
+    """The parts of peft-gauge's ``machine_info`` that identify a machine; other tools' may hold anything."""
     name = _field(machine, "name", str, "machine_info.")
     if not _is_name(name):
-        raise _Malformed(f"is malformed: machine_info.name is {_shown(name)}, which is no name of a machine")
+        raise _Malformed(f"is malformed: machine_info.name is {_shown(name)}, which is not a valid name of a machine")
     _field({"accelerator": {}} | machine, "accelerator", dict, "machine_info.")
     libraries = _field({"libraries": {}} | machine, "libraries", dict, "machine_info.")
     for library, version in libraries.items():
@@ -276,7 +276,7 @@ def _case(entry: dict[str, Any], rounds: Mapping[str, list[float]]) -> CaseRecor
     where = f"case {id_}: "
     outcome = _field(entry, "outcome", str, where)
     if outcome not in OUTCOMES:
-        raise _Malformed(f"is malformed: {where}outcome is {outcome[:40]!r}, none of {', '.join(sorted(OUTCOMES))}")
+        raise _Malformed(f"is malformed: {where}outcome is {outcome[:40]!r}, not one of {', '.join(sorted(OUTCOMES))}")
     reason = entry.get("reason")
     if reason is not None:
         _field(entry, "reason", str, where)
@@ -290,21 +290,21 @@ def _case(entry: dict[str, Any], rounds: Mapping[str, list[float]]) -> CaseRecor
 
 
 def _check_ids(cases: list[CaseRecord]) -> None:
-    """A case has one record, and a second only of how its clean-up failed."""
+    """A case has one record, and a second one only for a failed clean-up."""
     passed = Counter(case.id for case in cases if case.outcome == "passed")
     for id_, records in passed.items():
         if records > 1:
-            raise _Malformed(f"is malformed: case {id_} stands in it twice, and which is meant is not told")
+            raise _Malformed(f"is malformed: case {id_} has more than one record that passed")
 
 
 def _check_samples(samples: dict[str, Any], where: str) -> None:
     for metric, processes in samples.items():
         if type(processes) is not list or not all(_are_seconds(process) for process in processes):
-            raise _Malformed(f"is malformed: {where} of {metric} are not one list of seconds for each process")
+            raise _Malformed(f"is malformed: {where} of {metric} are not one list of seconds per process")
 
 
 def _samples_of(metrics: dict[str, Any], rounds: list[float]) -> dict[str, Any]:
-    """``rounds`` as samples of the time that a case of schema 1 was about; nothing where that is not plain."""
+    """``rounds`` as samples of the one time that a case of schema 1 has; nothing if it has several."""
     times = {name for name, value in metrics.items() if name.endswith("_seconds") and _are_seconds([value])}
     measured = [*(times - {"control_seconds"})]
     return {SAMPLES: {measured[0]: [rounds]}} if len(measured) == 1 else {}
@@ -313,7 +313,7 @@ def _samples_of(metrics: dict[str, Any], rounds: list[float]) -> dict[str, Any]:
 def _plain_case(entry: dict[str, Any]) -> CaseRecord:
     fullname, stats = entry["fullname"], entry["stats"]
     if not _are_seconds([stats.get("median")]):
-        raise _Malformed(f"is malformed: benchmark {fullname}: stats.median is no time in seconds")
+        raise _Malformed(f"is malformed: benchmark {fullname}: stats.median is not a time in seconds")
     metrics = {"seconds": stats["median"]} | ({SAMPLES: {"seconds": [stats["data"]]}} if "data" in stats else {})
     return CaseRecord(fullname, Path(fullname.partition("::")[0]).stem, "passed", None, metrics)
 
@@ -324,7 +324,7 @@ def _benchmarks(document: dict[str, Any]) -> list[dict[str, Any]]:
         fullname = _field(entry, "fullname", str, "a benchmark's ")
         stats = _field(entry, "stats", dict, f"benchmark {fullname}: ")
         if not _are_seconds(stats.get("data", [])):
-            raise _Malformed(f"is malformed: benchmark {fullname}: stats.data is no list of seconds")
+            raise _Malformed(f"is malformed: benchmark {fullname}: stats.data is not a list of seconds")
     return entries
 
 
@@ -346,14 +346,14 @@ def _objects(holder: dict[str, Any], name: str, where: str = "") -> list[dict[st
 
 
 def _are_seconds(values: object) -> bool:
-    """Whether ``values`` is a list of times; a whole number too big for a float is none."""
+    """Whether ``values`` is a list of times, each small enough for a float."""
     return type(values) is list and all(
         type(value) in (float, int) and 0 <= value <= sys.float_info.max for value in values
     )
 
 
 def _field(holder: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
-    """The value of ``name``, which must be of exactly this ``kind``: JSON's true is no whole number."""
+    """The value of ``name``, which must be of exactly this ``kind``: JSON's true is not an integer."""
     if name not in holder:
         raise _Malformed(f"is malformed: {where}{name} is missing")
     value = holder[name]

@@ -1,4 +1,4 @@
-"""Which cases of an earlier run need not be run again, and how what was run since joins them."""
+"""Resume an earlier run: which of its cases need not run again, and how new records are merged into it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Resumption:
-    """An earlier run that can be gone on with.
+    """An earlier run that can be resumed.
 
-    ``done``: its cases that passed, by id; ``unreadable``: what is wrong with newer files of the same machine, a line
-    each, that had to be passed over.
+    ``done``: its cases that passed, by id; ``unreadable``: the problems of newer files of the same machine that were
+    passed over, one line each.
     """
 
     run: Run
@@ -42,8 +42,8 @@ class Merged(NamedTuple):
 def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[str, Any]) -> Resumption:
     """The newest run under ``results`` that was made on this machine, with these versions and ``options``.
 
-    A case is done if it passed; one that was skipped or ended otherwise runs again. Raises `GaugeError` where no run
-    will do, and says what sets the newest one apart.
+    A case is done if it passed; a case that was skipped or ended otherwise runs again. Raises `GaugeError` if no run
+    qualifies; the message names the differences of the newest one.
     """
     unreadable: list[str] = []
     obstacle: str | None = None
@@ -64,14 +64,14 @@ def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[s
 
 
 def why_not(run: Run, machine_info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
-    """What sets ``run`` apart from one that is made now, as "peft 0.20.0, now 0.21.2"; ``None`` where nothing does."""
+    """The differences of ``run`` from a run made now, as "peft 0.20.0, now 0.21.2"; ``None`` if there are none."""
     was = _conditions(run.schema, run.machine, run.options)
-    # As it will be saved: a tuple is a list then.
+    # As it will be saved: there a tuple becomes a list.
     now = json.loads(json.dumps(_conditions(VERSION, machine_info, options)))
     different = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if not different:
         return None
-    rest = [f"{len(different) - SHOWN} differences more"] if len(different) > SHOWN else []
+    rest = [f"{len(different) - SHOWN} more differences"] if len(different) > SHOWN else []
     return "; ".join([*(_difference(name, was.get(name), now.get(name)) for name in different[:SHOWN]), *rest])
 
 
@@ -81,14 +81,14 @@ def merged(
     claims: Iterable[Mapping[str, Any]],
     benchmarks: Iterable[Mapping[str, Any]],
 ) -> Merged:
-    """The resumed run's records with the new ones in them.
+    """The resumed run's records, merged with the new ones.
 
-    New records take the place of old ones of the same case (claims: of the same id and model); further ones follow.
+    New records replace old ones of the same case (claims: of the same id and model); further ones follow.
     """
     cases, benchmarks = list(cases), list(benchmarks)
     again = {case.id for case in cases}
     timed = {entry["fullname"] for entry in benchmarks}
-    # The old times of a case that has now failed would stand beside its failure.
+    # Drop the old times of a case that has now failed.
     kept = [entry for entry in resumption.run.benchmarks if entry["fullname"] not in again - timed]
     return Merged(
         cases=_joined(resumption.run.cases, cases, lambda case: case.id),
@@ -104,9 +104,9 @@ def _done(run: Run) -> dict[str, CaseRecord]:
 
 
 def _conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """All that must be equal for two runs' cases to stand in one file, by the name a message gives it.
+    """Everything that must be equal for the cases of two runs to be in one file, by its name in messages.
 
-    The schema is among it: an older one was measured by another protocol.
+    This includes the schema: an older one was measured by another protocol.
     """
     accelerator = machine.get("accelerator") or {}
     return {
@@ -132,7 +132,7 @@ def _shown(value: Any) -> str:
 
 
 def _joined(old: Iterable[Entry], new: Iterable[Entry], key: Callable[[Entry], Hashable]) -> list[Entry]:
-    """``old`` with all ``new`` entries of a key where the first old one of that key stood, the other new ones last."""
+    """``old``, in which the first entry of each key is replaced by all ``new`` ones of that key; further ones last."""
     groups: dict[Hashable, list[Entry]] = {}
     for entry in new:
         groups.setdefault(key(entry), []).append(entry)

@@ -1,6 +1,6 @@
-"""Which metric is judged how: exactly, within a tolerance, statistically, or not at all.
+"""How each metric is compared: exactly, within a tolerance, statistically, or not at all.
 
-The rules are data, ``fixtures/rules.toml``: the first whose patterns match a test's id and a metric's name decides.
+The rules are in ``fixtures/rules.toml``: the first whose patterns match a test's id and a metric's name applies.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ONLY_FOR = {"absolute": "number", "relative": "number", "minimum_effect": "time
 
 @dataclass(frozen=True)
 class Rule:
-    """How a metric is judged.
+    """How a metric is compared.
 
-    ``test`` and ``metric``: patterns as a shell has them, case mattering. ``kind``: exact (any difference counts),
-    number (differences up to ``absolute``, or ``relative`` times the base's value, do not), time (an interval decides,
-    and what is smaller than ``minimum_effect`` is no change), ignore. ``direction``: which way is better; without one,
-    every change is for the worse. ``noise_free``: the metric does not depend on the machine's state, so it can be
-    compared across machines.
+    ``test`` and ``metric``: shell patterns, case-sensitive. ``kind``: exact (any difference counts), number
+    (differences up to ``absolute``, or ``relative`` times the base's value, do not count), time (a confidence interval
+    decides; differences smaller than ``minimum_effect`` do not count), ignore. ``direction``: which way is better; with
+    "none", every change is for the worse. ``noise_free``: the metric does not depend on the machine's state, so it can
+    be compared across machines.
     """
 
     metric: str
@@ -48,9 +48,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class HostSpread:
-    """The factor by which medians of single processes that ran the same code were seen to differ; at least 1.
+    """The measured factor by which medians of single processes with the same code differ; at least 1.
 
-    ``seconds``: of times as they are; ``over_control``: after a control timed beside every round was divided out.
+    ``seconds``: of the times; ``over_control``: of the times divided by a control that was timed with every round.
     """
 
     seconds: float
@@ -59,7 +59,7 @@ class HostSpread:
 
 @dataclass(frozen=True)
 class Rules:
-    """The whole file. ``family_error``: the chance that any time of a comparison is called changed when none did."""
+    """The whole file. ``family_error``: probability that any unchanged time of a comparison is reported as changed."""
 
     rules: tuple[Rule, ...]
     family_error: float
@@ -70,12 +70,12 @@ class Rules:
         return next(rule for rule in self.rules if rule.matches(test, metric))
 
     def passes_over(self, test: str, metric: str) -> bool:
-        """Whether this metric is ignored only because no rule but the last knows it."""
+        """Whether this metric is ignored only because it matches no rule but the last."""
         return self.of(test, metric) is self.rules[-1] and self.rules[-1].kind == "ignore"
 
 
 def read_rules(path: Path | None = None) -> Rules:
-    """The rules in ``path``, by default those of the project; raises `GaugeError` for a file that is not all right."""
+    """The rules in ``path``, by default those of the project; raises `GaugeError` for an invalid file."""
     source = path or paths.fixture("rules.toml")
     try:
         document = tomllib.loads(source.read_text(encoding="utf-8"))
@@ -99,7 +99,7 @@ def _rules(document: Mapping[str, Any]) -> Rules:
         raise GaugeError("rules must be a list of tables, such as { metric = 'x', kind = 'exact' }")
     rules = tuple(_rule(entry, place) for place, entry in enumerate(entries, start=1))
     if not rules or (rules[-1].test, rules[-1].metric) != ("*", "*"):
-        raise GaugeError('the last rule must be for everything else: metric = "*", and no test')
+        raise GaugeError('the last rule must match everything else: metric = "*", without test')
     family_error = _number("family_error", document["family_error"])
     if not 0 < family_error < 1:
         raise GaugeError(f"family_error must lie between 0 and 1, not {family_error:g}")
@@ -111,7 +111,7 @@ def _host_spread(values: object) -> HostSpread:
         raise GaugeError("host_spread must have the keys seconds and over_control, and no others")
     spread = HostSpread(**{name: _number(f"host_spread.{name}", value) for name, value in values.items()})
     if min(spread.seconds, spread.over_control) < 1:
-        raise GaugeError("host_spread holds factors, which are at least 1")
+        raise GaugeError("the factors in host_spread must be at least 1")
     return spread
 
 
@@ -123,7 +123,7 @@ def _rule(entry: Mapping[str, Any], place: int) -> Rule:
             raise GaugeError(f"{where} lacks {name}")
     for name in entry.keys() & {"metric", "kind", "test", "direction"}:
         if not isinstance(entry[name], str):
-            raise GaugeError(f"{where}: {name} must be a text, not {entry[name]!r}")
+            raise GaugeError(f"{where}: {name} must be a string, not {entry[name]!r}")
     for name, known in (("kind", Kind), ("direction", Direction)):
         if name in entry and entry[name] not in get_args(known):
             raise unknown(f"{name} in {where}", entry[name], get_args(known))
@@ -133,7 +133,7 @@ def _rule(entry: Mapping[str, Any], place: int) -> Rule:
     if not isinstance(entry.get("noise_free", False), bool):
         raise GaugeError(f"{where}: noise_free must be true or false")
     if entry["kind"] == "time" and (entry.get("noise_free") or entry.get("direction", "lower") != "lower"):
-        raise GaugeError(f"{where}: a time is never free of noise, and lower is better")
+        raise GaugeError(f"{where}: a time has noise and is better when lower; remove noise_free and direction")
     defaults = {"noise_free": False, "direction": "lower"} if entry["kind"] == "time" else {}
     numbers = {name: _number(f"{where}: {name}", entry[name]) for name in entry.keys() & _ONLY_FOR.keys()}
     return Rule(**{**defaults, **entry, **numbers})

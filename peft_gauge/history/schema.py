@@ -1,7 +1,7 @@
-"""What a saved run holds.
+"""The contents of a saved run.
 
-A run is one JSON file in pytest-benchmark's own format, so that its ``list`` and ``compare`` commands read it: timed
-cases stand under ``benchmarks``, and everything else under one further key, `KEY`, which pytest-benchmark passes over.
+A run is one JSON file in pytest-benchmark's own format, so its ``list`` and ``compare`` commands can read it: timed
+cases are under ``benchmarks``, and everything else under one further key, `KEY`, which pytest-benchmark ignores.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any, Literal
 KEY = "peft_gauge"
 
 # 1: cases with outcome and metrics, claims with verdicts.
-# 2: measured cases run in a process of their own and can end in ways of their own; raw samples stand with the metrics.
+# 2: measured cases run in a process of their own, with further outcomes; raw samples are among the metrics.
 # 3: the field's words: benchmark, metrics, inconclusive, mfu, mbu (`peft_gauge.history.upgrade` has the older ones).
 VERSION = 3
 
 CaseOutcome = Literal["passed", "failed", "skipped", "out-of-memory", "crashed", "timed-out", "interrupted"]
 
 NOT_RUN: tuple[CaseOutcome, ...] = ("skipped", "interrupted")
-"""How a case ends that answers nothing."""
+"""The outcomes of a case without a result."""
 
 SAMPLES = "sampled_seconds"
-"""The metric under which raw times stand: metric -> one list of seconds for each process that measured it."""
+"""The metric with the raw times: metric -> one list of seconds per process that measured it."""
 CONTROL_SAMPLES = "sampled_control_seconds"
-"""The same for the unchanged control, round by round beside `SAMPLES`."""
+"""The same for the unchanged control, with one time per round of `SAMPLES`."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class CaseRecord:
     """One case of a run.
 
     ``id``: the test id; ``benchmark``: the module's name; ``outcome`` and, unless it passed, the ``reason``;
-    ``metrics``: what was counted or measured, by name, units in the names.
+    ``metrics``: the counted and measured values by name; the names contain the units.
     """
 
     id: str
@@ -45,11 +45,11 @@ class CaseRecord:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a run was asked for, of all the cases that there are.
+    """The selection of cases that a run was started with.
 
-    ``args``: the paths and node ids on its command line, relative to the project's root, or where it looked without
-    any; ``markers`` and ``keywords``: its expressions (``-m``, ``-k``); ``deselected``: the ids of cases that these, or
-    the suite's own defaults, left out; ``None`` where several workers collected and nobody noted them.
+    ``args``: the paths and node ids on its command line, relative to the project's root, or the default paths;
+    ``markers`` and ``keywords``: its expressions (``-m``, ``-k``); ``deselected``: the ids of cases that these, or the
+    suite's own defaults, deselected; ``None`` if several workers collected, which do not report them.
     """
 
     args: tuple[str, ...]
@@ -58,14 +58,14 @@ class Selection:
     deselected: frozenset[str] | None = None
 
     def covers(self, id_: str) -> bool:
-        """Whether the case ``id_`` stands in one of the paths, or is one of the node ids or an instance of one."""
+        """Whether the case ``id_`` is in one of the paths, or is one of the node ids or an instance of one."""
         return any(id_ == arg or id_.startswith((f"{arg}/", f"{arg}::", f"{arg}[")) for arg in self.args) or (
             "." in self.args
         )
 
     @property
     def expressions(self) -> str:
-        """``-m 'not slow' -k lora``, as somebody would type it; empty where there were none."""
+        """``-m 'not slow' -k lora``, as on a command line; empty if there were none."""
         given = {"-m": self.markers, "-k": self.keywords}
         return " ".join(f"{option} {shlex.quote(value)}" for option, value in given.items() if value)
 
@@ -85,8 +85,8 @@ def as_json(
 ) -> dict[str, Any]:
     """The value stored under `KEY`: schema version, options of the run, cases and claims.
 
-    ``interrupted``: whether the run ended before all its cases; ``resumed_from``: the file whose cases it took over;
-    ``selection``: which cases it was asked for, of all that there are.
+    ``interrupted``: whether the run ended before all its cases; ``resumed_from``: the file of the run that it resumes;
+    ``selection``: the cases that it was to run.
     """
     return {
         "schema": VERSION,

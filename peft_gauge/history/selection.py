@@ -1,8 +1,8 @@
-"""Which saved runs are to be compared: the newest that have cases in common.
+"""Choose the saved runs to compare: the newest that have cases in common.
 
-A bare run, a slow one and one of a single benchmark follow each other in a history, and the newest two have often
-nothing in common. Two runs have a case in common where it ran in both; whether its settings or the machine differ is
-for the comparison to say.
+A default run, a slow run and a run of one benchmark follow each other in a history, so the newest two often have no
+case in common. Two runs have a case in common if it ran in both; the comparison checks whether settings and machine
+differ.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from peft_gauge.history.schema import NOT_RUN, CaseRecord
 
 @dataclass(frozen=True)
 class Chosen:
-    """``runs``: BASE first; ``passed_over``: a line on newer files without a case in common, and on each unreadable."""
+    """``runs``: BASE first; ``passed_over``: a line on newer files without common cases, and on each unreadable."""
 
     runs: tuple[Run, ...]
     passed_over: tuple[str, ...] = ()
 
 
 def newest_in_common(files: Sequence[Path], number: int) -> Chosen:
-    """Of ``files``, oldest first, the newest ``number`` whose oldest, BASE, has cases in common with each other one.
+    """Of ``files`` (oldest first), the newest ``number`` such that the oldest, BASE, has cases in common with each
+    other.
 
-    Raises `GaugeError` where there are none, and where the newest file cannot be read; others that cannot are passed
-    over.
+    Raises `GaugeError` if there are none, or if the newest file cannot be read; other unreadable files are passed over.
     """
     known = _Known()
     newest_first = files[::-1]
@@ -54,16 +54,16 @@ def _in_common(known: _Known, newest_first: Sequence[Path], number: int) -> list
 
 
 def newest_base(files: Sequence[Path], new: Iterable[CaseRecord]) -> Chosen:
-    """The newest of ``files``, oldest first, that has a case in common with ``new``; no run where there is none."""
+    """The newest of ``files`` (oldest first) that has a case in common with ``new``; no run if there is none."""
     known, names = _Known(), _names(new)
     base = next((file for file in reversed(files) if known.names(file) & names), None)
     return known.chosen([] if base is None else [base], looked_at=files[::-1])
 
 
 def of_each(candidates: Sequence[Sequence[Path]]) -> Chosen:
-    """BASE and each NEW out of its ``candidates``, oldest first: the newest that have cases in common, else the newest.
+    """BASE and each NEW from its ``candidates`` (oldest first): the newest with cases in common, else the newest.
 
-    A single candidate is always taken. Raises `GaugeError` where one that was taken cannot be read.
+    A single candidate is always chosen. Raises `GaugeError` if a chosen file cannot be read.
     """
     known = _Known()
     bases, *news = (each[::-1] for each in candidates)
@@ -76,13 +76,13 @@ def of_each(candidates: Sequence[Sequence[Path]]) -> Chosen:
 
 
 def _names(cases: Iterable[CaseRecord]) -> frozenset[str]:
-    """By what the ``cases`` that ran are known: their ids, and these without the file, which may have moved."""
+    """Names of the ``cases`` that ran: their ids, and these without the file, which may have moved."""
     ids = [case.id for case in cases if case.outcome not in NOT_RUN]
     return frozenset([*ids, *(name for id_ in ids if (name := id_.partition("::")[2]))])
 
 
 class _Known:
-    """What has been read so far: of each file only by what its cases are known, since a history can have a thousand."""
+    """The files read so far; only the names of their cases are kept, since a history can have a thousand files."""
 
     def __init__(self) -> None:
         self._names: dict[Path, frozenset[str]] = {}
@@ -100,7 +100,7 @@ class _Known:
         return bool(self.names(one) & self.names(other))
 
     def chosen(self, files: Sequence[Path], *, looked_at: Sequence[Path]) -> Chosen:
-        """These ``files``, and what was passed over of those that were ``looked_at``, newest first, to find them."""
+        """The runs in ``files``, and notes on the other files that were ``looked_at`` (newest first) to find them."""
         left = [file for file in looked_at if file in self._names and file not in files]
         numbers = [file.stem.partition("_")[0] for file in left if file not in self._problems]
         disjoint = [f"passed over, without cases in common: {', '.join(numbers)}"] if numbers else []

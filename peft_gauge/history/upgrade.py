@@ -1,6 +1,6 @@
-"""Saved runs of older schemas, in the words of the newest.
+"""Translate saved runs of older schemas to the newest schema.
 
-Results stay as they were written; only what is read is translated.
+The files stay as they were written; only the data read from them is translated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERDICTS = {"cannot tell": "inconclusive"}
 def upgraded(section: dict[str, Any]) -> dict[str, Any]:
     """``section``, the part of a run under `peft_gauge.history.schema.KEY`, with the keys and verdicts of schema 3.
 
-    A section of the newest schema is returned as it is, and so is any part without the expected shape: the reader
+    A section of the newest schema is returned unchanged, and so is any part without the expected shape: the reader
     reports it.
     """
     schema = section.get("schema")
@@ -57,7 +57,7 @@ def _claim(claim: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(value: Any) -> Any:
-    """Keys at any depth; and the verdicts that are values or, where verdicts are counted, keys."""
+    """Translate keys at any depth, and verdicts, which are values or, where verdicts are counted, keys."""
     if isinstance(value, dict):
         return {METRIC_KEYS.get(name, VERDICTS.get(name, name)): _metrics(each) for name, each in value.items()}
     if isinstance(value, list):

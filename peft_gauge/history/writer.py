@@ -1,4 +1,4 @@
-"""Write a run whole or not at all."""
+"""Save a run atomically."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peft_gauge.files import write_whole
 
 
 def bundled_commit(file: Path = paths.COMMIT) -> dict[str, Any] | None:
-    """The commit of a checkout that `peft-gauge bundle` brought to a node, as pytest-benchmark saves it with a run.
+    """The commit of a checkout that `peft-gauge bundle` copied to a node, in the form that pytest-benchmark saves.
 
-    ``None`` in any other checkout, which git can be asked about.
+    ``None`` in any other checkout: there git knows the commit.
     """
     try:
         commit = json.loads(file.read_text(encoding="utf-8"))
@@ -29,9 +29,9 @@ def bundled_commit(file: Path = paths.COMMIT) -> dict[str, Any] | None:
 
 
 def commit_info() -> dict[str, Any]:
-    """The commit of the suite, as pytest-benchmark saves it with a run: whatever repository the user stands in.
+    """The commit of the suite, in the form that pytest-benchmark saves, whatever the current folder is.
 
-    A bundled checkout brought its commit along (`bundled_commit`); an installed wheel has none, and gives its version.
+    A bundled checkout has its commit in a file (`bundled_commit`); an installed wheel has none and gives its version.
     """
     if paths.is_installed():
         return {"id": "unversioned", "dirty": False, "project": "peft-gauge", "version": __version__}
@@ -40,16 +40,16 @@ def commit_info() -> dict[str, Any]:
         return bundled
     from pytest_benchmark.utils import get_commit_info
 
-    with chdir(paths.PROJECT):  # it starts git in the current folder
+    with chdir(paths.PROJECT):  # it runs git in the current folder
         return dict(get_commit_info())
 
 
 def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datetime | None = None) -> Path:
     """Save ``run`` as ``results/<machine>/NNNN_<commit>_<time>.json`` and return the path.
 
-    The file appears complete or not at all: it is written under a temporary name, flushed to the disk and renamed. Two
-    runs that end at once get two numbers. Raises `GaugeError` for a value JSON cannot hold (NaN among them), a full
-    disk or a folder that cannot be written; nothing is left behind then.
+    The file is written under a temporary name, flushed to disk and renamed, so it is never incomplete. Two runs that
+    end at the same time get two numbers. Raises `GaugeError` for a value that JSON cannot hold (such as NaN), a full
+    disk or a folder that is not writable; no file is left behind then.
     """
     try:
         text = json.dumps(run, indent=2, allow_nan=False, default=_refuse)
@@ -63,13 +63,13 @@ def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datet
             write_whole(target, text)
     except OSError as error:
         raise GaugeError(
-            f"cannot save the run under {folder}: {error.strerror or error}; --results moves it"
+            f"cannot save the run under {folder}: {error.strerror or error}; choose another folder with --results"
         ) from error
     return target
 
 
 def _refuse(value: object) -> Any:
-    raise TypeError(f"a {type(value).__name__} is no JSON value")
+    raise TypeError(f"a {type(value).__name__} is not a JSON value")
 
 
 def _commit(run: Mapping[str, Any]) -> str:
@@ -80,7 +80,7 @@ def _commit(run: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _claimed_number(folder: Path) -> Iterator[int]:
-    """The next free number in ``folder``, held against other processes by an exclusively created file."""
+    """The next free number in ``folder``, reserved against other processes by an exclusively created file."""
     number = 1 + max((int(match[0]) for match in _numbers(folder)), default=0)
     while True:
         claim = folder / f".{number:04d}.claim"
@@ -89,7 +89,7 @@ def _claimed_number(folder: Path) -> Iterator[int]:
         except FileExistsError:
             number += 1
             continue
-        # The holder before us may have saved its run and let go between our look and our claim.
+        # Another process may have saved its run and released the number since the numbers were listed.
         if any(folder.glob(f"{number:04d}_*.json")):
             claim.unlink()
             number += 1

@@ -1,1 +1,1 @@
-"""What a training step will need, worked out without the device."""
+"""Plan the memory of a training step without the device."""

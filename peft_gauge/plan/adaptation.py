@@ -1,4 +1,4 @@
-"""The model of a plan: the base on ``meta``, built once, with its method attached."""
+"""The planned model: the base on ``meta``, built once, with its method attached."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
     notes += _unquantized(base, request)
     if models.is_recurrent(base):
         notes.append(
-            "recurrent layers are planned as transformers' PyTorch code computes them; with kernels for them "
+            "recurrent layers are planned as in transformers' PyTorch code; with their kernels "
             "(mamba-ssm, causal-conv1d, flash-linear-attention) a step needs less"
         )
     reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
@@ -67,16 +67,16 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
 
 
 def _unmatched(method: methods.Method, base: PreTrainedModel, places: targets.Places) -> Iterator[str]:
-    """The targets of an adapter config that this architecture has not: PEFT adapts the others without a word."""
+    """A note on targets of an adapter config that do not exist in this architecture: PEFT ignores them silently."""
     named = method.peft_config.get("target_modules")
     if isinstance(named, list):  # else a pattern, PEFT's own default, or ours for the architecture
         missing = targets.unmatched(named, places.modules)
         if missing:
-            yield f"target_modules that {base.config.model_type} has not, and PEFT passes over: {', '.join(missing)}"
+            yield f"target_modules that do not exist in {base.config.model_type}, ignored by PEFT: {', '.join(missing)}"
 
 
 def _unquantized(base: nn.Module, request: PlanRequest) -> Iterator[str]:
-    """What of a base that ``request`` quantizes is not, and what that costs: why QLoRA can need more than LoRA."""
+    """A note on the unquantized parts of a quantized base and their size: why QLoRA can need more than LoRA."""
     if request.method.quantization is None:
         return
     from peft_gauge.training.quantization import left_unquantized
@@ -119,12 +119,12 @@ def attention_package(attention: str | None) -> contextlib.AbstractContextManage
 
 @lru_cache(maxsize=8)
 def attention(record: ModelRecord, dtype: str, asked: str | None) -> str:
-    """The attention that the step of a request has."""
+    """The attention implementation of a request's step."""
     return models.attention(_meta_base(record, dtype, asked))
 
 
 def quant_format(request: PlanRequest) -> str | None:
-    """bitsandbytes' format of the base, as the checkpoint stores it or as the method quantizes it."""
+    """bitsandbytes' format of the base: the checkpoint's own, or the format to which the method quantizes."""
     stored, quantization = request.model.stored, request.method.quantization
     if stored is not None:
         return stored.settings.get("quant_format") if stored.kind == "bitsandbytes" else None

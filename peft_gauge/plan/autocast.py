@@ -1,8 +1,8 @@
 """Autocast as CUDA does it, on a machine without CUDA.
 
 Autocast is a dispatch key a device: which operators it casts, and how, are kernels that torch registers for that key.
-Plans run on fake tensors that say ``cpu``, so they would follow the CPU's list, which knows neither CUDA's layer_norm
-nor its softmax. Every build of torch registers CUDA's kernels, too; `cuda_lists` reads from there which operators CUDA
+Plans run on fake tensors whose device is ``cpu``, so they would follow the CPU's list, which lacks CUDA's layer_norm and
+softmax. Every build of torch registers CUDA's kernels, too; `cuda_lists` reads from there which operators CUDA
 has, from torch's own header how it casts each, and gives them to the CPU's key while it is entered. Casts, the cache
 of 16-bit weights and what recomputation does with it are torch's own.
 
@@ -34,9 +34,9 @@ Kernel = Callable[..., Any]
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[tuple[str, ...]]:
-    """Make autocast on the CPU what it is on CUDA: its operators, and the answers to questions about CUDA's.
+    """Make autocast on the CPU what it is on CUDA: its operators, and the state of CUDA's autocast.
 
-    PEFT and bitsandbytes ask ``torch.is_autocast_enabled()``, which is about CUDA: they get the CPU's answer. Yields a
+    PEFT and bitsandbytes ask ``torch.is_autocast_enabled()``, which is about CUDA: it returns the CPU's state. Yields a
     warning for each operator of CUDA's list whose cast torch's header does not state: it is left as it is.
     """
     with cuda_lists() as warnings, _cuda_answers():

@@ -1,4 +1,4 @@
-"""How the planned step calls the model: as the measured step does, or with a variation that was asked for."""
+"""The call of the model in the planned step: as in the measured step, or with the requested variation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ IGNORED_LABEL = -100
 
 
 class ModelCall(nn.Module):
-    """Stands between a `TrainingJob` and its model.
+    """Wraps the model of a `TrainingJob`.
 
-    ``use_cache`` overrides what the job says; with ``hold_outputs`` what the model returned lives until `let_go`.
-    ``output_bytes``: the last call's outputs, one entry a storage, the loss left out.
+    ``use_cache`` overrides the job's value; with ``hold_outputs`` the model's outputs live until `let_go`.
+    ``output_bytes``: the last call's outputs, one entry per storage, without the loss.
     """
 
     def __init__(self, model: nn.Module, *, use_cache: bool = False, hold_outputs: bool = False) -> None:
@@ -60,13 +60,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif hasattr(value, "layers"):  # a transformers cache: key and value tensors a layer
+    elif hasattr(value, "layers"):  # a transformers cache: key and value tensors per layer
         for layer in value.layers:
             yield from _tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
 
 
 class _HiddenStates(nn.Module):
-    """Around the output projection, whose weights stay the model's: the model hands hidden states to its loss."""
+    """Wraps the output projection, whose weights stay in the model, so that its loss receives hidden states."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ class _HiddenStates(nn.Module):
 def chunk_loss(base: nn.Module) -> None:
     """Make ``base``, a causal LM of transformers, compute its loss in chunks along the sequence, in place.
 
-    A stand-in for chunked and fused losses (torchtune, Liger Kernel): logits exist for one chunk at a time, in
+    This models chunked and fused losses (torchtune, Liger Kernel): logits exist for one chunk at a time, in
     forward and, recomputed, in backward. The loss's value is the same; kernels that fuse more may need less.
-    Raises `GaugeError` where the model has no output projection of its own or no exchangeable loss.
+    Raises `GaugeError` if the model has no output projection of its own or no replaceable loss.
     """
     head = base.get_output_embeddings()  # type: ignore[operator]
     name = next((name for name, module in base.named_children() if module is head), None)
     if head is None or name is None or not isinstance(getattr(type(base), "loss_function", None), property):
-        raise GaugeError(f"--loss chunked cannot be planned for {type(base).__name__}: its loss cannot be exchanged")
+        raise GaugeError(f"--loss chunked cannot be planned for {type(base).__name__}: its loss is fixed")
     modules_of(base)[name] = _HiddenStates(head)
 
     def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Ceilings: the memory that a measured training step may not pass, by case, as a file that is reviewed like code.
+"""Memory ceilings: the most memory that each measured training step may use, in a file reviewed like code.
 
-A ceiling is what `peft_gauge.plan` says a step needs, with a margin for what a plan cannot know. The file,
-``fixtures/ceilings.toml``, holds one line a case, so that a change of any library shows as a diff. Reading it imports
-none of them.
+A ceiling is the result of `peft_gauge.plan` with a margin for the quantities that a plan does not know. The file,
+``fixtures/ceilings.toml``, has one line per case, so that any effect of a library's update shows as a diff. Reading it
+imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import Plan
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-"""What changes a plan when it changes."""
+"""The libraries whose versions affect a plan."""
 
 
 @dataclass(frozen=True, order=True)
 class CeilingKey:
-    """The case that a ceiling is of. Everything that is not named here is as `StepSettings` has it by default."""
+    """The case of a ceiling. Everything that is not named here has the default of `StepSettings`."""
 
     model: str
     method: str
@@ -42,10 +42,10 @@ class CeilingKey:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The most that a step may take, in bytes.
+    """The most memory that a step may use, in bytes.
 
     ``allocated_bytes``: tensors and library workspaces (``torch.cuda.max_memory_allocated``); ``reserved_bytes``: the
-    caching allocator's segments; ``device_bytes``: what the driver counts for the process, CUDA context included.
+    caching allocator's segments; ``device_bytes``: the driver's number for the process, CUDA context included.
     """
 
     allocated_bytes: int
@@ -55,20 +55,20 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Margins:
-    """What is added to a plan. Percentages are whole, so that a ceiling can be worked out by hand to the byte."""
+    """The margins added to a plan. Percentages are integers, so that a ceiling can be computed by hand to the byte."""
 
     allocated_percent: int = 3
-    """A plan counts tensors exactly; this is for another attention kernel, or a temporary that a release adds. A
-    method that starts to keep one more copy of its activations passes it."""
+    """A plan counts tensors exactly; this allows for another attention kernel, or a temporary in a new release. A
+    method that starts to keep one more copy of its activations exceeds it."""
     reserved_percent: int = 12
-    """Segments depend on the order of all allocations since the process began, of which a plan replays only steps."""
+    """Segments depend on the order of all allocations since the process began; a plan replays only steps."""
     device_percent: int = 15
     """The CUDA context is an estimate and differs by GPU, driver and loaded kernels."""
     workspace_bytes: int = CUBLAS_WORKSPACES * CUBLAS_WORKSPACE_HOPPER_BYTES + CUBLASLT_WORKSPACE_BYTES
-    """cuBLAS's two workspaces and cuBLASLt's where they are largest (Hopper): a ceiling is for any GPU."""
+    """cuBLAS's two workspaces and cuBLASLt's at their largest (Hopper), since a ceiling is for any GPU."""
 
     def ceiling(self, plan: Plan) -> Ceiling:
-        """The ceiling over ``plan``, whose own workspaces, those of a smaller GPU, make room for the largest."""
+        """The ceiling for ``plan``, with the largest workspaces in place of the plan's own, which may be smaller."""
         largest = self.workspace_bytes - plan.device.cublas_workspace_bytes - plan.device.cublaslt_workspace_bytes
         return Ceiling(
             allocated_bytes=_raised(plan.peak_bytes, self.allocated_percent) + self.workspace_bytes,
@@ -83,7 +83,7 @@ def _raised(size: int, percent: int) -> int:
 
 @dataclass(frozen=True)
 class CeilingTable:
-    """The content of the file: ceilings by case, and what they were planned with."""
+    """The content of the file: ceilings by case, and the library versions of their plans."""
 
     ceilings: Mapping[CeilingKey, Ceiling]
     margins: Margins
@@ -91,20 +91,20 @@ class CeilingTable:
 
 
 def default_path() -> Path:
-    """Where the project's ceilings are, or will be once they are written for the first time."""
+    """The path of the project's ceilings, also before they are first written."""
     return paths.fixture("models").parent / "ceilings.toml"
 
 
 def ceiling_for(
     model: str, method: str, device: str, dtype: str, batch: int, seq: int, *, path: Path | None = None
 ) -> Ceiling | None:
-    """The ceiling of this case, or ``None`` where the table has none; raises `GaugeError` for an unusable file."""
+    """The ceiling of this case, or ``None`` if the table has none; raises `GaugeError` for an unusable file."""
     return read(path or default_path()).ceilings.get(CeilingKey(model, method, device, dtype, batch, seq))
 
 
 @cache
 def read(path: Path) -> CeilingTable:
-    """The table in the file at ``path``; raises `GaugeError` where it is missing, no TOML, or not sound."""
+    """The table in the file at ``path``; raises `GaugeError` if it is missing, not TOML, or invalid."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         margins = Margins(**_whole(content["margins"], Margins))
@@ -113,11 +113,11 @@ def read(path: Path) -> CeilingTable:
         for row in content["ceilings"]:
             key, ceiling = _from_row(row)
             if key in ceilings:
-                raise ValueError(f"{shown(key)} stands twice")
+                raise ValueError(f"{shown(key)} occurs twice")
             ceilings[key] = ceiling
     except (OSError, ValueError, KeyError, TypeError) as error:  # tomllib's and Unicode errors are ValueErrors
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise GaugeError(f"{path} is no table of ceilings: {reason}; run: peft-gauge ceilings --write") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise GaugeError(f"{path} is not a table of ceilings: {reason}; run: peft-gauge ceilings --write") from error
     return CeilingTable(ceilings, margins, versions)
 
 
@@ -127,22 +127,22 @@ def _from_row(row: Mapping[str, Any]) -> tuple[CeilingKey, Ceiling]:
         raise ValueError(f"a ceiling has the fields {', '.join(names)}, not {', '.join(row)}")
     texts = ("model", "method", "device", "dtype")
     if not all(isinstance(row[name], str) for name in texts):
-        raise ValueError(f"{', '.join(texts)} of a ceiling are texts")
+        raise ValueError(f"{', '.join(texts)} of a ceiling must be strings")
     numbers = _whole({name: value for name, value in row.items() if name not in texts})
     key = CeilingKey(**{field.name: row[field.name] for field in fields(CeilingKey)})
     ceiling = Ceiling(**{field.name: numbers[field.name] for field in fields(Ceiling)})
     if not ceiling.allocated_bytes <= ceiling.reserved_bytes <= ceiling.device_bytes:
-        raise ValueError(f"{shown(key)}: allocated ≤ reserved ≤ device does not hold")
+        raise ValueError(f"{shown(key)}: not allocated ≤ reserved ≤ device")
     return key, ceiling
 
 
 def _whole(values: Mapping[str, Any], kind: type | None = None) -> dict[str, int]:
-    """``values`` once all are whole numbers above 0 and, with ``kind``, are that dataclass's fields."""
+    """``values``, checked to be positive integers and, with ``kind``, exactly that dataclass's fields."""
     if kind is not None and set(values) != {field.name for field in fields(kind)}:
         raise ValueError(f"{kind.__name__.lower()} are {', '.join(field.name for field in fields(kind))}")
     for name, value in values.items():
         if type(value) is not int or value < 1:  # a bool is an int to isinstance
-            raise ValueError(f"{name} must be a whole number above 0, not {value!r}")
+            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
     return dict(values)
 
 
@@ -156,24 +156,24 @@ def shown(key: CeilingKey) -> str:
 
 HEADER = """\
 # The most memory that a training step may take, by case, in bytes; a measured benchmark fails above it.
-# Generated by `peft-gauge ceilings --write`: do not edit, but read the diff. Without --write the command says what
-# would change, and its exit code is 1 where this file is out of date.
+# Generated by `peft-gauge ceilings --write`: do not edit, but review the diff. Without --write the command prints the
+# changes, and exits with 1 if this file is out of date.
 #
-# A ceiling is the planned metric with a margin, rounded up:
-#   allocated_bytes  the step's peak, + {allocated_percent} %, and the workspaces of cuBLAS and cuBLASLt as Hopper has
-#                    them, which count as allocated. Tight: it is there to catch a method that grew.
+# A ceiling is the planned value with a margin, rounded up:
+#   allocated_bytes  the step's peak, + {allocated_percent} %, and the workspaces of cuBLAS and cuBLASLt on Hopper,
+#                    which count as allocated. Tight: it detects a method that needs more than before.
 #   reserved_bytes   the allocator's segments with such workspaces, + {reserved_percent} % for fragmentation, which
-#                    depends on all that the process allocated before.
-#   device_bytes     those segments and an estimated CUDA context, + {device_percent} % for what differs by GPU,
-#                    driver and loaded kernels. Loose: it is there to say whether a GPU is enough.
+#                    depends on all earlier allocations of the process.
+#   device_bytes     those segments and an estimated CUDA context, + {device_percent} % for differences of GPU,
+#                    driver and loaded kernels. Loose: it shows whether a GPU is large enough.
 # nvidia-smi has shown 1.06 to 1.48 times the peak allocated, most for QLoRA; below, device_bytes is {least:.2f} to
 # {most:.2f} times allocated_bytes. Plans replay steps, not loading: empty the allocator's cache in between.
-# What no line names is as the suite has it by default: AdamW, one micro-batch, no gradient checkpointing, no padding.
+# Settings that a line does not name are the defaults: AdamW, one micro-batch, no gradient checkpointing, no padding.
 """
 
 
 def render(table: CeilingTable) -> str:
-    """``table``, of at least one case, as TOML text: the same text for the same table, one line a case, sorted."""
+    """``table``, of at least one case, as TOML: the same text for the same table, one line per case, sorted."""
     ratios = [each.device_bytes / each.allocated_bytes for each in table.ceilings.values()]
     margins = asdict(table.margins)
     versions = {name: table.versions[name] for name in LIBRARIES}
@@ -193,7 +193,7 @@ def render(table: CeilingTable) -> str:
 
 
 def shown_row(key: CeilingKey, ceiling: Ceiling) -> str:
-    """One case as it stands in the file."""
+    """The line of one case in the file."""
     return _inline(asdict(key) | asdict(ceiling))
 
 
@@ -204,22 +204,22 @@ def _inline(values: Mapping[str, str | int]) -> str:
 def _toml(value: str | int) -> str:
     if isinstance(value, int):
         return f"{value:_}"
-    # A JSON string is a TOML string, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML string, except DEL, which TOML requires to be escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def write(path: Path, table: CeilingTable) -> None:
-    """Replace the file at ``path`` whole or not at all; raises `GaugeError` where it cannot be written."""
+    """Replace the file at ``path`` atomically; raises `GaugeError` if it cannot be written."""
     text = render(table)
     try:
         write_whole(path, text)
     except OSError as error:
-        raise GaugeError(f"cannot write {path}: {error.strerror or error}; --file names another place") from error
+        raise GaugeError(f"cannot write {path}: {error.strerror or error}; choose another file with --file") from error
     read.cache_clear()
 
 
 def changes(old: Mapping[CeilingKey, Ceiling], new: Mapping[CeilingKey, Ceiling]) -> list[str]:
-    """What replacing ``old`` by ``new`` changes, as the lines that go (-) and that come (+), case by case."""
+    """The changes from ``old`` to ``new``, as lines removed (-) and added (+), case by case."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):

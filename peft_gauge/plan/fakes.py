@@ -1,8 +1,8 @@
-"""A real training step without its memory: fake tensors that behave as a CUDA device would have them.
+"""Run a real training step without its memory, on fake tensors that behave as on a CUDA device.
 
-Fake tensors have shapes, strides, storages and autograd, and no data. They say they live on device `cpu`, because a
-CPU build of torch has no autograd thread for a `cuda` device; where the CPU's operators would keep other tensors
-than CUDA's, `kernels.cuda_kernels` routes to CUDA's operator, whose shape rules torch ships with every build.
+Fake tensors have shapes, strides, storages and autograd, but no data. They are on device `cpu`, because a CPU build of
+torch has no autograd thread for a `cuda` device. Where the CPU's operators would save other tensors for backward than
+CUDA's, `kernels.cuda_kernels` routes to CUDA's operator; every build of torch has its shape rules.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 def fake_mode() -> FakeTensorMode:
-    """A mode in which small real tensors (constants of a closure) may meet fake ones."""
+    """A fake mode that accepts small real tensors (constants of a closure) among fake ones."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:
-    """Replaces, in place, each parameter, buffer and quantization constant of `model` by a fake on device `cpu`.
+    """Replace, in place, each parameter, buffer and quantization constant of `model` by a fake on device `cpu`.
 
-    Shapes, strides, dtypes, `requires_grad` and attributes stay, and so do ties: what was one parameter is one
-    fake, what shared a storage shares one. The originals may be on `meta` or real. Unpacked 4-bit parameters are
-    packed as bitsandbytes does it on the first move to a device.
+    Shapes, strides, dtypes, `requires_grad` and attributes stay, and so do ties: a parameter used twice becomes one
+    fake, and tensors that share a storage still share one. The originals may be on `meta` or real. Unpacked 4-bit
+    parameters are packed as bitsandbytes does it on the first move to a device.
 
     Returns:
         id of each original tensor -> its fake.
@@ -57,7 +57,7 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:
 
 
 def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer's lazy state by one step on fake gradients, so that one traced step is a steady one."""
+    """Create the optimizer's lazy state by one step on fake gradients, so that the traced step is a steady one."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -65,7 +65,7 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-# What `nn.Module` keeps in its dictionary beside a module's own attributes.
+# Entries of an `nn.Module`'s dictionary other than the module's own attributes.
 _REGISTRIES = frozenset(vars(nn.Module()))
 
 
@@ -148,16 +148,16 @@ class _Faker:
                 base = torch.empty(storage.nbytes(), dtype=torch.uint8)
                 self._storages[storage_key(storage)] = base
                 self._originals.append(storage)
-            # Not `set_`: a fake that was set to a storage keeps it for good, also after `parameter.data = other`.
+            # Not `set_`: a fake that was set to a storage keeps it forever, also after `parameter.data = other`.
             typed = base[: base.numel() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
             return typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach()
 
     def _packed(self, parameter: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        """What `Params4bit._quantize` makes of a 16- or 32-bit weight, by its own code on a fake."""
+        """The result of `Params4bit._quantize` for a 16- or 32-bit weight, by its own code on a fake."""
         from bitsandbytes import functional
 
         code_books = bnb_internals.code_books()
-        if "dynamic" not in code_books:  # it needs values, and the library keeps it for good
+        if "dynamic" not in code_books:  # it needs values, and the library caches it
             code_books["dynamic"] = functional.create_dynamic_map()
         with self.mode, torch.no_grad():
             weight = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -189,7 +189,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _inside(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """What a container holds; for a PEFT helper object (a sampler, an allocator of ranks) its attributes."""
+    """The content of a container; for a PEFT helper object (a sampler, an allocator of ranks) its attributes."""
     if type(value) in (dict, list):
         held: dict[Any, Any] | list[Any] = value
         return held
@@ -198,7 +198,7 @@ def _inside(value: Any) -> dict[Any, Any] | list[Any] | None:
 
 
 def _carry_hooks(original: torch.Tensor, fake: torch.Tensor) -> None:
-    """Gradient hooks work on the step's memory too: a projection of the gradient, a mask."""
+    """Copy gradient hooks: they allocate in the step too (a projection of the gradient, a mask)."""
     hooks, hooks_after = hooks_of(original)
     for hook in hooks:
         fake.register_hook(hook)

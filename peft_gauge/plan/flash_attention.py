@@ -1,8 +1,8 @@
 """``--attention flash_attention_2`` without the package flash-attn, which needs a GPU to be built and to run.
 
-transformers looks its functions up by name when a model asks for them. While `package` is active it finds functions of
-the same names and arguments that take fakes through torch's copy of the same kernels: FlashAttention-2 keeps queries,
-keys, values, outputs and row sums for backward there as here.
+transformers looks up its functions by name when a model requests them. While `package` is active, it finds functions
+of the same names and signatures that pass fakes through torch's copy of the same kernels. FlashAttention-2 saves the
+same tensors for backward: queries, keys, values, outputs and row sums.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ WIDTH_MULTIPLE = 8  # flash-attn pads heads to it
 
 @contextmanager
 def package() -> Iterator[None]:
-    """While active, transformers takes flash-attn for installed, and its functions take fakes."""
+    """While active, transformers considers flash-attn installed, and its functions accept fakes."""
     from transformers import masking_utils
     from transformers import modeling_flash_attention_utils as utils
 
     found, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    found.__spec__ = ModuleSpec("flash_attn", None)  # transformers looks for it, and finds no release behind it
+    found.__spec__ = ModuleSpec("flash_attn", None)  # transformers looks for it, but needs no release
     vars(found).update(
         flash_attn_func=attend, flash_attn_varlen_func=attend_rows, flash_attn_with_kvcache=None, bert_padding=padding
     )
@@ -63,8 +63,8 @@ def package() -> Iterator[None]:
 def _installed(name: str, module: ModuleType) -> Iterator[None]:
     """While active, ``import name`` gives ``module``.
 
-    Not `patch.dict`, which at its end forgets every module that was imported meanwhile: transformers would be imported
-    twice, and its classes would not be those of models that were built before.
+    Not `patch.dict`, which at its end removes every module imported meanwhile: transformers would be imported
+    twice, and its classes would differ from those of models built before.
     """
     before = sys.modules.get(name)
     sys.modules[name] = module
@@ -78,7 +78,7 @@ def _installed(name: str, module: ModuleType) -> Iterator[None]:
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int = 0, **kwargs: Any) -> Tensor | None:
-    """The mask of a padded batch as it is: transformers drops one without padding, for which it asks the values."""
+    """The mask, unchanged: transformers drops a mask without padding, which it finds from the values."""
     return None if attention_mask is None else attention_mask[:, -kv_length:]
 
 
@@ -97,16 +97,16 @@ def attend(
 ) -> Tensor:
     """``flash_attn.flash_attn_func`` over fakes: (batch, tokens, heads, width) in 16 bit, the same shape out.
 
-    Raises `GaugeError` for what flash-attn has no kernel for.
+    Raises `GaugeError` if flash-attn has no kernel for these tensors.
     """
     if not isinstance(q, FakeTensor):
-        raise GaugeError("flash attention is planned here, not run")
+        raise GaugeError("this flash attention is for planning only; it takes fake tensors")
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise GaugeError("flash attention takes 16 bit alone; use --dtype bfloat16 or float16, or --attention sdpa")
+        raise GaugeError("flash attention needs 16-bit tensors; use --dtype bfloat16 or float16, or --attention sdpa")
     width = q.shape[-1]
     if width > WIDEST_HEAD:
         raise GaugeError(
-            f"flash attention has no kernel for heads {width} wide, {WIDEST_HEAD} at most; use --attention sdpa"
+            f"flash attention has no kernel for head dimension {width} (at most {WIDEST_HEAD}); use --attention sdpa"
         )
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     q, k, v = (_in_rows(tensor) for tensor in (q, k, v))
@@ -140,7 +140,7 @@ def attend_rows(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor:
-    """``flash_attn.flash_attn_varlen_func`` over fakes: rows of all sequences one after the other, none shortened."""
+    """``flash_attn.flash_attn_varlen_func`` over fakes: the tokens of all sequences concatenated, without unpadding."""
     queries = q.unflatten(0, (-1, max_seqlen_q))
     keys, values = (tensor.unflatten(0, (-1, max_seqlen_k)) for tensor in (k, v))
     return attend(queries, keys, values, dropout_p, softmax_scale, causal).flatten(0, 1)
@@ -149,7 +149,7 @@ def attend_rows(
 def _rows_of(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, query_length: int, unpad_func: Any = None
 ) -> Any:
-    """transformers' ``_upad_input`` as if no row had padding (how much it cuts depends on values), copies included."""
+    """transformers' ``_upad_input``, copies included, as if without padding (how much it removes depends on values)."""
     batch, keys = key.shape[0], key.shape[1]
     rows = [torch.arange(batch * length, device=query.device) for length in (query_length, keys)]
     ends = [torch.zeros(batch + 1, dtype=torch.int32, device=query.device) for _ in rows]

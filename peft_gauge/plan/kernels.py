@@ -1,4 +1,4 @@
-"""What CUDA's kernels keep, take and choose, for fake tensors that say they live on a CPU (`fakes`)."""
+"""The tensors that CUDA's kernels save and their scratch memory, for fake tensors on device `cpu` (`fakes`)."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ FUSED_4BIT_ROWS = 4  # bitsandbytes multiplies up to this many rows without a de
 
 @contextmanager
 def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
-    """While active, fake tensors keep what CUDA's operators keep; real CPU tensors go the CPU's way.
+    """While active, fake tensors take CUDA's operators; real CPU tensors take the CPU's.
 
     - attention: flash or memory-efficient attention as CUDA chooses between them (no quadratic matrix), with the mask
-      converted and padded as there; the math path where CUDA would take it;
-    - dropout: one byte an element for the mask;
+      converted and padded as on CUDA; the math path where CUDA would take it;
+    - dropout: one byte per element for the mask;
     - 4-bit products: a dequantized copy of the weight inside the operator, for more than `fused_4bit_rows` rows.
-      Between 4 and 1536 rows bitsandbytes chooses by GPU and shape, so this is an upper bound there.
+      Between 4 and 1536 rows the choice of bitsandbytes depends on GPU and shape, so this is an upper bound there.
     """
     routes: dict[str, dict[str, Callable[..., Any]]] = {
         "aten": {"scaled_dot_product_attention": _attention, "dropout": _dropout}
@@ -62,8 +62,8 @@ def cuda_kernels(*, fused_4bit_rows: int = FUSED_4BIT_ROWS) -> Iterator[None]:
 
 
 def unrouted(model: nn.Module) -> Iterator[str]:
-    """A sentence for each route of `cuda_kernels` and `unpacked_sequences` that this release of a library should have,
-    has not, and ``model`` would take.
+    """A note on each route of `cuda_kernels` and `unpacked_sequences` that ``model`` would take and that is missing
+    from a release of a library that should have it.
 
     bitsandbytes before 0.50 needs no route for its 4-bit products: its own autograd function calls `dequantize_4bit`
     and an ordinary product, on any device.
@@ -77,10 +77,10 @@ def unrouted(model: nn.Module) -> Iterator[str]:
 
 @contextmanager
 def unpacked_sequences() -> Iterator[None]:
-    """While active, transformers takes no row of a batch for several packed sequences.
+    """While active, transformers never treats a row of a batch as several packed sequences.
 
-    It decides by the values of `position_ids`, which fakes lack; without this it would build the mask of a packed
-    batch, and attention would take the memory-efficient kernel with a mask a layer in place of flash.
+    It decides by the values of `position_ids`, which fakes lack. Without this it would build the mask of a packed
+    batch, and attention would take the memory-efficient kernel with one mask per layer instead of flash.
     """
     with without_packing():
         yield
@@ -88,9 +88,9 @@ def unpacked_sequences() -> Iterator[None]:
 
 @contextmanager
 def cuda_int8_products() -> Iterator[None]:
-    """While active, bitsandbytes' 8-bit layers multiply as on CUDA (by the tensors' device they would as on a CPU).
+    """While active, bitsandbytes' 8-bit layers multiply as on CUDA (otherwise, from the tensors' device, as on a CPU).
 
-    LLM.int8()'s outlier columns are left out: which they are depends on values.
+    LLM.int8()'s outlier columns are left out, since they depend on values.
     """
     import bitsandbytes
 
@@ -159,7 +159,7 @@ def _math_attention(
 ) -> torch.Tensor:
     """`_scaled_dot_product_attention_math` (aten/src/ATen/native/transformers/attention.cpp) as it runs on CUDA.
 
-    The operator itself cannot be asked: for tensor subclasses, as fakes are, it adds the mask out of place.
+    The operator itself cannot be used: for tensor subclasses, such as fakes, it adds the mask out of place.
     """
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16) and not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
@@ -176,7 +176,7 @@ def _math_attention(
     weights = query @ (key.transpose(-2, -1) * root)
     if mask is not None:
         weights.add_(mask)
-    weights = safe_softmax(weights, -1)  # one name: what it stood for before may go here
+    weights = safe_softmax(weights, -1)  # same name, so that the tensor before is released here
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
     product: torch.Tensor = (weights @ value).to(dtype)
@@ -184,8 +184,8 @@ def _math_attention(
 
 
 # The filters of `can_use_flash_attention` and `can_use_mem_efficient_attention` that depend on the tensors alone, as of
-# torch 2.13; those that ask for the GPU (a head wider than 192 on compute capability 8.6, 8.9 or 12) are left out, and
-# so is cuDNN's kernel, which recent releases prefer on compute capability 9 and 10.
+# torch 2.13. Left out are filters by GPU (a head dimension above 192 on compute capability 8.6, 8.9 or 12) and cuDNN's
+# kernel, which recent releases prefer on compute capability 9 and 10.
 
 
 def _flash_fits(
@@ -221,15 +221,16 @@ def _efficient_fits(
 
 
 def _is_dense(*tensors: torch.Tensor) -> bool:
-    """Four dimensions, one batch size, no empty sequence, rows in one piece."""
+    """Four dimensions, one batch size, no empty sequence, contiguous last dimension."""
     one_batch = len({tensor.shape[0] for tensor in tensors if tensor.dim() == 4}) == 1
     return one_batch and all(t.dim() == 4 and t.shape[-2] > 0 and t.stride(-1) == 1 for t in tensors)
 
 
 def _heads_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grouped: bool) -> bool:
-    """Whether flash takes these heads: as many of each, or a query's several to one key where ``enable_gqa`` says so.
+    """Whether flash supports these heads: as many key as query heads, or several query heads per key head
+    (``enable_gqa``).
 
-    A single key head that is to be broadcast without ``enable_gqa`` (Falcon-7B) fits no fused kernel up to torch 2.13.
+    A single key head that is broadcast without ``enable_gqa`` (Falcon-7B) has no fused kernel up to torch 2.13.
     """
     heads, shared, values = query.shape[1], key.shape[1], value.shape[1]
     if shared != values:
@@ -244,7 +245,7 @@ def _float_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _additive_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """A mask as efficient attention wants it: additive, rows padded to 16 elements, expanded as a view."""
+    """A mask in the form of efficient attention: additive, rows padded to 16 elements, expanded as a view."""
     if mask.dtype is torch.bool:
         mask = _float_mask(mask, query.dtype)
     columns = mask.shape[-1]
@@ -258,7 +259,7 @@ def _pad_last(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def _product_4bit(fused_rows: int) -> Callable[..., torch.Tensor]:
-    """`bitsandbytes::gemm_4bit` as its CUDA backend does it for many rows (backends/cuda/ops.py)."""
+    """`bitsandbytes::gemm_4bit` as in its CUDA backend for many rows (backends/cuda/ops.py)."""
 
     def product(
         A: torch.Tensor,
@@ -280,7 +281,7 @@ def _product_4bit(fused_rows: int) -> Callable[..., torch.Tensor]:
                 )
                 return product
         if absmax_8bit is not None:
-            # Both stay until the product is done: the backend's function holds them as locals.
+            # Both live until the product is done: they are locals of the backend's function.
             blocks = torch.ops.bitsandbytes.dequantize_blockwise.default(
                 absmax_8bit, absmax, absmax_code, 256, torch.float32
             )
@@ -292,7 +293,7 @@ def _product_4bit(fused_rows: int) -> Callable[..., torch.Tensor]:
 
 
 def _flash_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
-    """FP32 `dq` accumulator and row sums, and `dk`, `dv` once a query head where heads share keys.
+    """FP32 `dq` accumulator and row sums, and `dk`, `dv` per query head where heads share keys.
 
     Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, `mha_bwd`.
     """
@@ -310,7 +311,7 @@ def _efficient_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
     """FP32 gradient of the queries, padded to the kernel's blocks, and two rows of sums.
 
     Source: aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h, `workspace_elements_gq`; the
-    sizes of its blocks as an H200 showed them (tests/data/h200_attention.json).
+    block sizes as measured on an H200 (tests/data/h200_attention.json).
     """
     batch, heads, rows, width = args[1].shape
     block = 64 if width <= 64 else 128
@@ -319,7 +320,7 @@ def _efficient_backward_scratch(args: Sequence[Any], out: Any) -> list[int]:
 
 
 def _safe_softmax_scratch(args: Sequence[Any], out: Any) -> list[int]:
-    """Which scores are −∞, and which rows are nothing else; source: aten/src/ATen/native/SoftMax.cpp."""
+    """A mask of the scores that are −∞, and one of fully masked rows; source: aten/src/ATen/native/SoftMax.cpp."""
     return [out.numel(), out.numel() // out.shape[-1] if out.numel() else 0]
 
 
@@ -334,4 +335,4 @@ CUDA_WORKSPACES = {
     "aten::_safe_softmax": _safe_softmax_scratch,
     "aten::_softmax_backward_data": _softmax_backward_scratch,
 }
-"""Scratch memory that CUDA kernels are known to take, for `StorageTracker(workspaces=...)`."""
+"""Known scratch memory of CUDA kernels, for `StorageTracker(workspaces=...)`."""

@@ -1,9 +1,9 @@
-"""Plans a training step: the very code that is measured, run on tensors without data, and followed storage by storage.
+"""Plan a training step: run the measured code on tensors without data, and record every storage.
 
-The model is built and adapted on ``meta``; its parameters become fake tensors that behave as CUDA's
-(`peft_gauge.plan.fakes`); one steady step of `peft_gauge.training.step.TrainingJob` runs on them while every storage
-allocation and release is recorded (`peft_gauge.memory.tracker`); and the log is replayed through a model of CUDA's
-caching allocator (`peft_gauge.memory.allocator`). Every transformer block is traced; no result is extrapolated from
+The model is built and adapted on ``meta``. Its parameters become fake tensors that behave as on CUDA
+(`peft_gauge.plan.fakes`). One steady step of `peft_gauge.training.step.TrainingJob` runs on them while every storage
+allocation and release is recorded (`peft_gauge.memory.tracker`). The log is replayed through a model of CUDA's
+caching allocator (`peft_gauge.memory.allocator`). Every transformer block is traced; nothing is extrapolated from
 fewer.
 """
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import DeviceEstimate, PlanRequest
     from peft_gauge.traces.log import StepLog
 
-LARGEST_TENSOR_BYTES = 2**62  # what a step may ask of one tensor before sizes overflow 64 bits
+LARGEST_TENSOR_BYTES = 2**62  # a larger tensor overflows 64-bit sizes
 
 
 def plan(request: PlanRequest) -> Plan:
-    """What the step of ``request`` will need; on any machine, without a GPU, in seconds.
+    """Plan the memory of ``request``'s step: on any machine, without a GPU, in seconds.
 
-    Raises `GaugeError` for what does not fit together, and where an operation needs values that a plan has not (the
-    message names it).
+    Raises `GaugeError` for inconsistent settings, and for an operation that needs values, which a plan does not have
+    (the message names it).
     """
     started = time.perf_counter()
     notes = [*models.remarks(request.model), *_check_sizes(request)]
@@ -53,8 +53,8 @@ def plan(request: PlanRequest) -> Plan:
 
 
 def step_log(request: PlanRequest) -> tuple[StepLog, tuple[str, ...]]:
-    """The planned step of ``request``: each allocation with its operator, module and Python function, to be compared
-    with a recorded one (`peft_gauge.traces.comparison`); and what was assumed. Raises as `plan` does.
+    """The planned step of ``request``: each allocation with its operator, module and Python function, for comparison
+    with a recorded step (`peft_gauge.traces.comparison`); and the assumptions. Raises as `plan` does.
     """
     notes = [*models.remarks(request.model), *_check_sizes(request)]
     traced, _ = _traced(request, notes, located=True)
@@ -65,21 +65,21 @@ def _traced(
     request: PlanRequest, notes: list[str], *, located: bool = False
 ) -> tuple[Trace, tuple[targets.Adapted, ...]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' advice on training; what matters here is in `notes`
+        warnings.simplefilter("ignore")  # the libraries' advice on training; `notes` has what matters for a plan
         try:
             return _trace(request, notes, located=located)
         except policies.CannotPlan as error:
             raise GaugeError(f"{request.name} cannot be planned: {error}") from error
         except GaugeError:
             raise
-        except Exception as error:  # an operation without a shape rule, or one that needs values
+        except Exception as error:  # an operation without a shape rule, or with need of values
             raise GaugeError(f"{request.name} cannot be planned: {policies.operation(error)}") from error
 
 
 @contextlib.contextmanager
 def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterator[None]:
-    """Entered around the step on fake tensors, inside the fake mode, for what it needs beyond shapes; adds to ``notes``
-    what is done in place of the library's own code."""
+    """Enter around the step on fake tensors, inside the fake mode, to supply values that shapes do not give; adds to
+    ``notes`` each replacement of library code."""
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(policies.stepping(model))
         stack.enter_context(stored_layers.kernels())
@@ -106,7 +106,7 @@ def _trace(
 
 
 def _base(request: PlanRequest) -> str:
-    """How the base's weights are held, and who says so."""
+    """The storage format of the base's weights, and its origin."""
     if request.model.stored is not None:
         return request.model.stored.description
     quantization = request.method.quantization
@@ -117,7 +117,7 @@ def _check_sizes(request: PlanRequest) -> Iterator[str]:
     settings = request.settings
     limit = request.model.max_positions
     if limit is not None and settings.seq > limit:
-        yield f"a sequence of {settings.seq} tokens is beyond {request.model.name}'s {limit} positions"
+        yield f"a sequence of {settings.seq} tokens exceeds {request.model.name}'s {limit} positions"
     width = max(request.model.vocab_size, settings.seq)
     if settings.batch * settings.seq * width * 8 > LARGEST_TENSOR_BYTES:
         raise GaugeError(f"batch {settings.batch} × sequence {settings.seq} overflows 64-bit sizes; make them smaller")
@@ -126,7 +126,7 @@ def _check_sizes(request: PlanRequest) -> Iterator[str]:
 def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: float) -> Plan:
     steps = Steps(trace.tracker.events, trace.made_after_update)
     overheads = _overheads(request)
-    # With one GPU the estimate is of that one, and what a reader adds up is one metric.
+    # With one GPU the estimate is for that GPU, so that its parts add up to the printed total.
     device = device_estimate(steps, overheads[0] if len(overheads) == 1 else None)
     _check_order(request, trace, device)
     gpus = tuple(fit(steps, gpu, each) for gpu, each in zip(request.gpus, overheads, strict=True))
@@ -135,7 +135,7 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
             notes.append(f"{found.gpu}: CUDA context and workspaces as calibrated on {each.calibration}")
         if found.fits and found.retries:
             notes.append(
-                f"{found.gpu}: fits only because cached segments are given back on the way, which costs time; "
+                f"{found.gpu}: fits only because cached segments are released during the step, which costs time; "
                 f"a GPU without a limit would show {device.total_bytes / 1e9:.2f} GB"
             )
     return Plan(
@@ -163,17 +163,17 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
 
 
 def _overheads(request: PlanRequest) -> list[DeviceOverheads]:
-    """Those of each GPU of the request."""
+    """The overheads of each GPU of the request."""
     folder = request.calibration_folder
     return [overheads_for(gpu, Path(folder) if folder else None) for gpu in request.gpus]
 
 
 def _check_order(request: PlanRequest, trace: Trace, device: DeviceEstimate) -> None:
-    """Raise `GaugeError` where the replay lost bytes that the trace has: a plan that is too small is no answer."""
+    """Raise `GaugeError` if the replay has less memory than the trace: then the plan would be too small."""
     if not trace.peak.bytes <= device.allocated_bytes <= device.reserved_bytes <= device.total_bytes:
         raise GaugeError(
             f"{request.name} cannot be planned: the step's peak is {trace.peak.bytes:,} bytes and its replay has "
-            f"{device.allocated_bytes:,} allocated, {device.reserved_bytes:,} reserved; this is a fault of peft-gauge: "
+            f"{device.allocated_bytes:,} allocated, {device.reserved_bytes:,} reserved; this is a bug in peft-gauge: "
             "please report the command"
         )
 

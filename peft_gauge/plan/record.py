@@ -1,4 +1,4 @@
-"""What is asked of the planner and what it answers, as plain frozen records."""
+"""The planner's requests and results, as plain frozen records."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ LOSSES: tuple[Loss, ...] = ("full", "chunked")
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One training step to be planned: a model, a method and everything that changes the memory of the step.
+    """One training step to plan: a model, a method and everything that affects the memory of the step.
 
     Fields:
-        model, method: what is trained, and how.
+        model, method: the base and the fine-tuning method.
         settings: batch × seq tokens, optimizer, checkpointing, accumulation, clipping.
-        dtype: that of the base weights and of a quantized base's arithmetic.
-        loss: ``"full"`` as the model computes it, or ``"chunked"``: a stand-in for the chunked losses of training
+        dtype: data type of the base weights, and of a quantized base's compute.
+        loss: ``"full"`` as the model computes it, or ``"chunked"``: a model of the chunked losses of training
             libraries (see `peft_gauge.plan.call`).
         padded: whether the batch comes with an attention mask.
         use_cache: whether the model returns its key-value cache, which then lives as long as the outputs.
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
-            ``outputs = model(**batch)`` does; `peft_gauge.training.step.TrainingJob` lets them go once it has the loss.
-        checkpoint_reentrant: the kind of gradient checkpointing, where ``settings.grad_checkpointing`` is on.
+            ``outputs = model(**batch)`` does; `peft_gauge.training.step.TrainingJob` releases them once it has the
+            loss.
+        checkpoint_reentrant: whether gradient checkpointing, if ``settings.grad_checkpointing`` is on, is reentrant.
         attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose), ``"eager"`` or
-            ``"flash_attention_2"``; ``None`` is sdpa where the architecture has it, else eager.
-        gpus: names or sizes, as `peft_gauge.memory.gpus.lookup` takes them.
-        calibration_folder: measured overheads by GPU (`peft_gauge.memory.overheads`), if there are any.
+            ``"flash_attention_2"``; ``None`` is sdpa if the architecture supports it, else eager.
+        gpus: names or sizes, as for `peft_gauge.memory.gpus.lookup`.
+        calibration_folder: measured overheads by GPU (`peft_gauge.memory.overheads`), if any.
     """
 
     model: ModelRecord
@@ -65,7 +66,7 @@ class PlanRequest:
         return f"{self.method.name} on {self.model.name}"
 
     def with_value(self, quantity: str, value: int) -> PlanRequest:
-        """The same request with another batch, sequence or rank; raises `GaugeError` where it has none."""
+        """The same request with another batch, sequence or rank; raises `GaugeError` if the method has no rank."""
         if quantity == "batch":
             return replace(self, settings=replace(self.settings, batch=value))
         if quantity == "seq":
@@ -73,7 +74,8 @@ class PlanRequest:
         if quantity != "rank":
             raise unknown("quantity", quantity, ("batch", "seq", "rank"))
         config = self.method.peft_config
-        # AdaLoRA's r is unused (its ranks are init_r and target_r), OFT's is a number of blocks that must divide.
+        # AdaLoRA's r is unused (its ranks are init_r and target_r), OFT's is a number of blocks, which must divide the
+        # width.
         if self.method.kind != "peft" or "r" not in config or config.get("peft_type") in ("ADALORA", "OFT"):
             raise GaugeError(f"{self.method.name} has no rank to search for; use --find batch or --find seq")
         changed = {**config, "r": value}
@@ -84,10 +86,10 @@ class PlanRequest:
 class DeviceEstimate:
     """A device's memory by parts, in bytes.
 
-    ``allocated_bytes``: the most that is handed out of the segments at once, workspaces included; ``reserved_bytes``:
-    the caching allocator's segments, the library workspaces inside them; ``context_bytes``: driver, CUDA context and
-    kernels, outside the allocator. ``cublas_workspace_bytes`` and ``cublaslt_workspace_bytes`` are the parts of
-    ``reserved_bytes`` that no tensor accounts for. ``origins`` says where each constant is from.
+    ``allocated_bytes``: the peak of memory in use within the segments, workspaces included; ``reserved_bytes``: the
+    caching allocator's segments, library workspaces included; ``context_bytes``: driver, CUDA context and kernels,
+    outside the allocator. ``cublas_workspace_bytes`` and ``cublaslt_workspace_bytes`` are the parts of
+    ``reserved_bytes`` that belong to no tensor. ``origins`` has the source of each constant.
     """
 
     allocated_bytes: int
@@ -99,7 +101,7 @@ class DeviceEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """What the device reports as used by the process."""
+        """The memory that the device reports as used by the process."""
         return self.reserved_bytes + self.context_bytes
 
 
@@ -107,10 +109,11 @@ class DeviceEstimate:
 class GpuFit:
     """Whether a step fits one GPU.
 
-    ``fits``: the step's allocations, replayed with this GPU's memory less its context, never run out.
-    ``device_bytes``: what the GPU will show as used: that replay's segments and the context; where it does not fit,
-    what a GPU without a limit would show. ``headroom_bytes``: ``usable_bytes`` less ``device_bytes``, negative where
-    it does not fit. ``retries``: how often cached segments had to be given back to make room, which costs time.
+    ``fits``: whether the step's allocations, replayed with this GPU's memory less its context, never run out.
+    ``device_bytes``: the memory that the GPU will report as used: that replay's segments and the context; if the step
+    does not fit, the same for a GPU without a limit. ``headroom_bytes``: ``usable_bytes`` less ``device_bytes``,
+    negative if it does not fit. ``retries``: how often cached segments had to be released to make room, which costs
+    time.
     """
 
     gpu: str
@@ -123,31 +126,31 @@ class GpuFit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training step needs. Bytes are counted in blocks of 512, to which CUDA's allocator rounds a request;
-    what it hands out beyond that, where it does not split a cached block, is in the reserved metrics.
+    """The memory of one training step. Bytes are counted in blocks of 512, to which CUDA's allocator rounds a request;
+    if it does not split a cached block, the rest of the block counts in the reserved metrics.
 
     Fields:
-        model, method: names; ``settings``: everything that was assumed.
+        model, method: names; ``settings``: all assumed settings.
         trainable_params, total_params: logical parameters, tied ones once.
         phase_of_peak: forward, backward or optimizer.
-        peak_bytes: the most that is allocated in a steady step, without library workspaces.
-        resident_bytes: what stays between steps, after ``zero_grad``.
+        peak_bytes: peak of allocated memory in a steady step, without library workspaces.
+        resident_bytes: memory allocated between steps, after ``zero_grad``.
         resident_live_outputs_bytes: the same with loss, outputs and gradients alive, as right after
             ``optimizer.step()``.
-        allocated_bytes_estimate: what ``torch.cuda.max_memory_allocated`` will show: the peak, library workspaces, and
-            what the allocator hands out beyond a request.
+        allocated_bytes_estimate: the expected ``torch.cuda.max_memory_allocated``: the peak, library workspaces, and
+            the excess of the allocator's blocks over requests.
         reserved_bytes_estimate: the caching allocator's segments after repeated steps, workspaces included.
-        device_bytes_estimate: that and the CUDA context; ``device`` names the parts. Of the GPU that was asked for,
-            where it was one; else of a GPU with PyTorch's usual workspaces.
+        device_bytes_estimate: that and the CUDA context; ``device`` names the parts. For the requested GPU,
+            if there is exactly one; else for a GPU with PyTorch's usual workspaces.
         peak_by_category, resident_by_category: they sum to ``peak_bytes`` and ``resident_bytes``.
-        saved_activation_bytes_per_token: what forward keeps for backward of one micro-batch, over its tokens;
+        saved_activation_bytes_per_token: activations that one micro-batch saves for backward, divided by its tokens;
             without logits and loss.
         flops_per_step: of matrix products and attention, forward and backward over all micro-batches.
-        gpus: one `GpuFit` a GPU that was asked for.
-        warnings: what was assumed or could not be seen. ``seconds``: how long planning took.
-        adapted_modules: the modules of the base that the method trains something on, each with how many of how many
+        gpus: one `GpuFit` per requested GPU.
+        warnings: assumptions and unknowns. ``seconds``: duration of planning.
+        adapted_modules: the modules of the base with trainable parameters, each with how many of how many
             decoder blocks have it; empty for full fine-tuning and for virtual tokens.
-        base: how the base's weights are held, and who says so: ``"bfloat16"``, ``"FP8, as its config says"``.
+        base: storage format of the base's weights, and its origin: ``"bfloat16"``, ``"FP8, as its config says"``.
     """
 
     model: str
@@ -175,11 +178,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits every GPU that was asked for."""
+        """Whether the step fits every requested GPU."""
         return all(fit.fits for fit in self.gpus)
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it; ``fits`` and ``headroom_bytes`` are objects by GPU."""
+        """The record for JSON; ``fits`` and ``headroom_bytes`` are objects by GPU."""
         record = asdict(self)
         record["fits"] = {fit.gpu: fit.fits for fit in self.gpus}
         record["headroom_bytes"] = {fit.gpu: fit.headroom_bytes for fit in self.gpus}
@@ -195,7 +198,7 @@ class PlanFailure:
     error: str
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON holds it."""
+        """The record for JSON."""
         return asdict(self)
 
 
@@ -203,9 +206,9 @@ class PlanFailure:
 class Found:
     """The largest batch, sequence or rank that fits a GPU.
 
-    ``value`` is ``None`` where even 1 (a sequence: 2) does not fit; ``plan`` is then the plan of that smallest step.
-    ``at_limit``: the search ended at ``value`` because nothing larger exists (positions, matrix rank), not because
-    of memory. ``tried``: value -> whether it fitted.
+    ``value`` is ``None`` if even 1 (a sequence: 2) does not fit; then ``plan`` is the plan of that smallest step.
+    ``at_limit``: whether the search ended at ``value`` because no larger value exists (positions, matrix rank), not
+    because of memory. ``tried``: value -> whether it fits.
     """
 
     quantity: str
@@ -216,7 +219,7 @@ class Found:
     tried: Mapping[int, bool] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The plan's record with the search beside it under ``find``."""
+        """The plan's record, with the search under ``find``."""
         found = {"quantity": self.quantity, "gpu": self.gpu, "value": self.value, "at_limit": self.at_limit}
         return {**self.plan.as_json(), "find": found}
 

@@ -1,4 +1,4 @@
-"""From a step's log to the segments that CUDA's caching allocator reserves, and to whether a GPU holds them."""
+"""Estimate from a step's log the segments that CUDA's caching allocator reserves, and whether a GPU can hold them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from peft_gauge.memory.ledger import Event as StorageEvent
 
 PASSES = 3
-"""Steps that are replayed. The first meets an allocator without cached blocks and makes the optimizer's state; a later
-one may still reserve more, where best fit has broken up a block that the step before had whole."""
+"""Number of replayed steps. The first meets an allocator without cached blocks and creates the optimizer's state; a
+later one may reserve more, if best fit has split a block that was whole in the step before."""
 
 
 class Steps:
     """The allocations of a run of `PASSES` equal steps.
 
-    The log starts with what is there between two steps. Of that, the optimizer's state is allocated where a run does
-    it: in the optimizer phase of the first step, between the blocks that forward and backward left behind; and
-    ``made_after_update`` (numbers of storages) right after that phase.
+    The log starts with the storages that exist between two steps. Two kinds of them are allocated where a run does it:
+    the optimizer's state in the optimizer phase of the first step, between the blocks that forward and backward left;
+    and ``made_after_update`` (numbers of storages) right after that phase.
     """
 
     def __init__(self, events: Sequence[StorageEvent], made_after_update: frozenset[int] = frozenset()) -> None:
@@ -37,8 +37,8 @@ class Steps:
         self._present = present
 
     def allocations(self, overheads: DeviceOverheads) -> Iterator[Event]:
-        """The sequence for `replay`; library workspaces come with the first step and are never freed: one of cuBLAS
-        with the first product, the other, of autograd's thread, with the first backward."""
+        """The sequence for `replay`. Library workspaces come with the first step and are never freed: cuBLAS's first
+        one with the first product, its second one, of autograd's thread, with the first backward."""
         after_update = [event for event in self._before if event.storage in self._made_after_update]
         late = [event for event in self._before if event.category == OPTIMIZER_STATE]
         lazy = {event.storage for event in (*late, *after_update)}
@@ -47,7 +47,7 @@ class Steps:
         of_backward = overheads.cublas_workspace_bytes // CUBLAS_WORKSPACES
         yield ("alloc", "cublas", overheads.cublas_workspace_bytes - of_backward)
         yield ("alloc", "cublaslt", overheads.cublaslt_workspace_bytes)
-        # Index in the first step -> what is allocated there for good, before the event of that index.
+        # Index in the first step -> permanent allocations there, before the event of that index.
         lazily: dict[int, list[Event]] = {}
         lazily.setdefault(self._backward_begins, []).append(("alloc", "cublas of backward", of_backward))
         lazily.setdefault(self._update_begins, []).extend(("alloc", state.storage, state.nbytes) for state in late)
@@ -67,19 +67,19 @@ class Steps:
                 elif number == 0:
                     yield ("free", event.storage)
             yield from lazily.pop(len(self._step), ())
-            # What a step replaced (a buffer assigned anew) is freed by the next step's replacement.
+            # A storage that a step replaced (a buffer assigned anew) is freed by the next step's replacement.
             yield from (("free", key) for key in left)
             left = alive
 
     @cached_property
     def _backward_begins(self) -> int:
-        """The index of the step's first event in backward; its end where there is none."""
+        """The index of the step's first event in backward; its end if there is none."""
         return next((i for i, event in enumerate(self._step) if event.phase == BACKWARD), len(self._step))
 
     @cached_property
     def _update_begins(self) -> int:
-        """The index of the first event after backward: the optimizer's phase begins here, also where an update makes
-        no storage of its own (a fused or an 8-bit AdamW) and the next event is the end of a gradient."""
+        """The index of the first event after backward, where the optimizer's phase begins, even if an update creates no
+        storage (a fused or an 8-bit AdamW) and the next event is the release of a gradient."""
         return self._after(FORWARD, BACKWARD)
 
     @cached_property
@@ -94,7 +94,7 @@ class Steps:
         return {}
 
     def replayed(self, overheads: DeviceOverheads, capacity_bytes: int | None = None) -> ReplayResult:
-        """The allocator after these steps; equal questions are answered once."""
+        """The allocator after these steps; equal replays are computed once."""
         key = (overheads.cublas_workspace_bytes, overheads.cublaslt_workspace_bytes, capacity_bytes)
         if key not in self._results:
             self._results[key] = replay(self.allocations(overheads), capacity_bytes=capacity_bytes)
@@ -102,7 +102,7 @@ class Steps:
 
 
 def device_estimate(steps: Steps, overheads: DeviceOverheads | None = None) -> DeviceEstimate:
-    """What a device without a limit would report, by parts."""
+    """The memory that a device without a limit would report, by parts."""
     overheads = overheads or default_overheads(None)
     unlimited = steps.replayed(overheads)
     return DeviceEstimate(
@@ -117,7 +117,7 @@ def device_estimate(steps: Steps, overheads: DeviceOverheads | None = None) -> D
 
 def fit(steps: Steps, gpu_name: str, overheads: DeviceOverheads) -> GpuFit:
     """Whether the steps fit the GPU called (or as large as) ``gpu_name``, which has these ``overheads``; raises
-    `GaugeError` for an unknown one."""
+    `GaugeError` for an unknown GPU."""
     gpu = gpus.lookup(gpu_name)
     usable_bytes = gpu.usable_bytes if overheads.usable_bytes is None else overheads.usable_bytes
     estimate = device_estimate(steps, overheads)

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanRequest
 
 SMALLEST = {"batch": 1, "seq": 2, "rank": 1}  # the loss predicts the next token, so a sequence has two
-LARGEST = 2**24  # beyond any device: where nothing else ends the search, this does
+LARGEST = 2**24  # too large for any device; ends a search without another limit
 
 
 def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], Plan]) -> Found:
     """The largest value of ``quantity`` with which ``request`` fits its one GPU.
 
-    Taken to be monotone: what fits with n fits with fewer. The allocator's rounding can break that by a step or two
-    near the limit; the value found fits, and the next one does not. Raises `GaugeError` without exactly one GPU, and
-    where ``planner`` cannot plan the smallest step.
+    Assumes that a smaller value fits if a larger one does. The allocator's rounding can violate this by a step or two
+    near the limit; the value found fits, and the next one does not. Raises `GaugeError` unless there is exactly one
+    GPU, and if ``planner`` cannot plan the smallest step.
     """
     if len(request.gpus) != 1:
-        raise GaugeError(f"searching a {quantity} needs exactly one GPU; add --gpu")
+        raise GaugeError(f"searching for the largest {quantity} needs exactly one GPU; add --gpu")
     plans: dict[int, Plan] = {}
 
     def fits(value: int) -> bool:
@@ -54,7 +54,7 @@ def find_each(request: PlanRequest, quantity: str, planner: Callable[[PlanReques
 def largest_that_fits(fits: Callable[[int], bool], smallest: int, limit: int) -> tuple[int | None, bool]:
     """The largest value in [``smallest``, ``limit``] for which ``fits`` holds, and whether it is ``limit`` itself.
 
-    Doubles until something does not fit, then bisects; ``None`` where nothing fits.
+    Doubles until a value does not fit, then bisects; ``None`` if no value fits.
     """
     if not fits(smallest):
         return None, False
@@ -79,7 +79,7 @@ def _limit(request: PlanRequest, quantity: str) -> int:
 
 
 def _largest_rank(request: PlanRequest) -> int:
-    """The largest rank that a matrix of the model can have (`peft_gauge.training.methods` refuses more)."""
+    """The largest rank that a matrix of the model can have (`peft_gauge.training.methods` rejects more)."""
     from peft_gauge.training import models, targets
 
     model = models.build(request.model, device="meta")

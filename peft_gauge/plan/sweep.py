@@ -1,4 +1,4 @@
-"""Many plans that are only of use together: a table or a picture with a hole in it is no answer."""
+"""Plan many steps, all or none: for a table or a picture, every plan is needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sweep(requests: Sequence[PlanRequest]) -> list[Plan]:
-    """The plans of ``requests``, in their order, from one planning process; a terminal sees how far it is.
+    """The plans of ``requests``, in their order, from one planning process, with progress on a terminal.
 
     Raises `GaugeError` for the first case that cannot be planned.
     """
@@ -31,5 +31,5 @@ def sweep(requests: Sequence[PlanRequest]) -> list[Plan]:
 def _succeeded(outcome: object) -> Plan:
     if isinstance(outcome, PlanFailure):
         raise GaugeError(outcome.error)
-    assert isinstance(outcome, Plan)  # nothing is searched for, so there is no `Found`
+    assert isinstance(outcome, Plan)  # there is no search, so there is no `Found`
     return outcome

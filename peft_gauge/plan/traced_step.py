@@ -1,4 +1,4 @@
-"""One steady training step followed storage by storage, on tensors with or without data."""
+"""Trace one steady training step, storage by storage, on tensors with or without data."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanRequest
 
 TRACED_MICRO_BATCHES = 3
-"""Accumulated micro-batches after the second differ in nothing: the first makes the gradients, the second adds to them,
-the third shows that the second was steady."""
+"""Accumulated micro-batches after the second are all equal: the first creates the gradients, the second adds to them,
+and the third shows that the second was steady."""
 
 ELEMENTWISE = (
     *OPERATOR_CATEGORY,
@@ -54,16 +54,16 @@ ELEMENTWISE = (
     "bitsandbytes::optimizer_",
     "bitsandbytes::int8_vectorwise_quant",
 )
-"""Names, or their beginnings, of library operators without matrix products."""
+"""Names, or prefixes of names, of library operators without matrix products."""
 
 PAGED_FROM_ELEMENTS = 100_000  # bitsandbytes: smaller states are not paged (optim/optimizer.py, get_state_buffer)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One steady step: its log, and what was alive at the moments that a plan reports.
+    """One steady step: its log, and the allocated memory at the moments that a plan reports.
 
-    ``made_after_update``: storages (`Event.storage`) that a run makes once, right after its first update.
+    ``made_after_update``: storages (`Event.storage`) that a run creates once, right after its first update.
     """
 
     tracker: StorageTracker
@@ -85,10 +85,10 @@ def follow(
     *,
     located: bool = False,
 ) -> Trace:
-    """Follow one steady step of ``model``, adapted as ``request`` says; ``base`` are its parameters from before.
+    """Trace one steady step of ``model``, adapted as in ``request``; ``base`` are its parameters before adaptation.
 
-    The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace could not see. ``located``:
-    also note of each storage which module and which Python function made it, at the cost of some time.
+    The tensors may be fake (inside a fake mode) or real. Adds to ``notes`` what the trace cannot see. ``located``:
+    also record the module and the Python function that created each storage, which takes longer.
     """
     places = ModuleAttribution(model, fold=False) if located else None
     tracker = StorageTracker(
@@ -117,7 +117,7 @@ def _where(places: ModuleAttribution) -> tuple[str, str]:
 
 
 def _name_residents(tracker: StorageTracker, model: nn.Module, job: TrainingJob) -> None:
-    """Put down what is there before the step to the module of its parameter."""
+    """Assign the storages that exist before the step to the module of their parameter."""
     for name, parameter in model.named_parameters():
         state = job.optimizer.state.get(parameter, {}).values()
         held = [parameter, *quantization_constants(parameter), *(t for t in state if isinstance(t, torch.Tensor))]
@@ -144,17 +144,17 @@ def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tup
         batch["attention_mask"] = torch.ones_like(tokens)
     tracker.adopt(batch.values(), INPUTS)
     call = ModelCall(model, use_cache=request.use_cache, hold_outputs=request.hold_outputs or request.use_cache)
-    with unset_fake_temporarily():  # 8-bit optimizers come with code books that are made from values
+    with unset_fake_temporarily():  # 8-bit optimizers have code books that are computed from values
         job = TrainingJob(call, [batch], settings)
     if settings.optimizer in ("adamw", "sgd"):
-        # On CUDA this is torch's own choice; fakes say they are on the CPU, where it would be another.
+        # torch's own default on CUDA; fakes are on the CPU, where the default differs.
         for group in job.optimizer.param_groups:
             group["foreach"] = True
     return job, call
 
 
 def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:
-    """Make the optimizer's state, as after the first step of a run, and say which of it the device holds."""
+    """Create the optimizer's state, as after the first step of a run, and mark the part that the device holds."""
     fakes.prime(job.optimizer)
     if job.scaler is not None:
         without_overflow(job.scaler)
@@ -166,20 +166,20 @@ def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, no
         for name, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            on_host = name == "step" and not fused  # torch keeps the counter of an unfused AdamW on the CPU
+            on_host = name == "step" and not fused  # torch has the counter of an unfused AdamW on the CPU
             if settings.optimizer.startswith("paged") and name in ("state1", "state2"):
                 on_host = parameter.numel() >= PAGED_FROM_ELEMENTS
                 paged += value.nbytes if on_host else 0
             tracker.adopt(value, HOST if on_host else OPTIMIZER_STATE)
     if paged:
         notes.append(
-            f"paged optimizer: {paged} bytes of its state are managed memory, outside the allocator; they come to the "
-            f"device while an update runs, as far as there is room, and are not counted"
+            f"paged optimizer: {paged} bytes of its state are managed memory, outside the allocator; they move to the "
+            f"device during an update, as far as there is room, and are not counted"
         )
 
 
 def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracker, notes: list[str]) -> list[Tensor]:
-    """Make and return what AdaLoRA and AdaMSS remember of each weight's importance from step to step: a training loop
+    """Create and return the importance statistics that AdaLoRA and AdaMSS keep between steps. A training loop
     does it through ``update_and_allocate``, which `TrainingJob` leaves out because it reads values."""
     known = set(map(id, fakes.plain_tensors(model)))
     for parameter in job.trainable:
@@ -201,7 +201,7 @@ def _step(
     counted: ParameterCount,
     importance: Iterable[Tensor],
 ) -> Trace:
-    """One step as `TrainingJob.step` takes it, its phases named, and the moments after it."""
+    """Run one step as in `TrainingJob.step`, with its phases marked, and take snapshots after it."""
     micro_batches = request.settings.grad_accumulation
     traced = min(micro_batches, TRACED_MICRO_BATCHES)
     tracker.start_over()

@@ -1,7 +1,7 @@
-"""Plans run in a process of their own: tracing a step on fake tensors has ended in a native crash before.
+"""Plan in separate processes: tracing a step on fake tensors can end in a native crash.
 
-One worker plans case after case, so that the libraries are imported once. Where it dies, the case it was at becomes
-an error and a fresh worker takes the rest. Run as a program, this module is that worker: pickled requests on standard
+One worker plans case after case, so that the libraries are imported once. If it dies, its current case becomes
+an error and a new worker takes the rest. Run as a program, this module is that worker: pickled requests on standard
 input, pickled outcomes on standard output, each as soon as it is known.
 """
 
@@ -37,16 +37,16 @@ IMPORT_SECONDS = 120.0  # from a cold disk
 
 @dataclass(frozen=True)
 class Preloaded:
-    """The fork server whose children may plan: the modules that it imports, and its environment."""
+    """A fork server for planning: the modules that it imports, and its environment."""
 
     modules: Sequence[str]
     environment: Mapping[str, str]
 
 
 def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[PlanOutcome]:
-    """The outcomes of ``requests``, in their order; with ``find`` (batch, seq, rank) one `Found` a GPU of each.
+    """The outcomes of ``requests``, in their order; with ``find`` (batch, seq, rank) one `Found` per GPU of each.
 
-    A case that cannot be planned, or that ends its worker, is a `PlanFailure`; the others go on.
+    A case that cannot be planned, or that ends its worker, is a `PlanFailure`; the others continue.
     """
     return _plan_all(requests, find, None, _Crew())
 
@@ -62,7 +62,7 @@ def _plan_all(
             for outcomes in _outcomes(worker):
                 done += 1
                 yield from outcomes
-        except BaseException:  # interrupted, or nobody asks for the rest
+        except BaseException:  # interrupted, or the caller stopped iterating
             worker.kill()
             raise
         finally:
@@ -79,9 +79,9 @@ def _plan_all(
 def plan_in_parallel(
     requests: Sequence[PlanRequest], *, workers: int | None = None, preloaded: Preloaded | None = None
 ) -> list[PlanOutcome]:
-    """The outcomes of ``requests``, in their order, planned by several processes (by default one a core).
+    """The outcomes of ``requests``, in their order, planned by several processes (by default one per core).
 
-    Tracing a step is Python on one core. Each worker pays for its imports once, unless it can be forked from
+    Tracing a step is Python on one core. Each worker imports the libraries once, unless it can be forked from
     ``preloaded``.
     """
     if not requests:
@@ -93,7 +93,7 @@ def plan_in_parallel(
             shares = list(
                 pool.map(lambda start: list(_plan_all(requests[start::number], None, preloaded, crew)), range(number))
             )
-        except BaseException:  # Ctrl-C reaches this thread alone, and the others are waited for
+        except BaseException:  # Ctrl-C reaches only this thread, which waits for the others
             crew.dismiss()
             raise
     return [shares[index % number][index // number] for index in range(len(requests))]
@@ -119,7 +119,7 @@ class _Worker:
 
 
 class _Crew:
-    """Workers that can be dismissed from another thread, and are not replaced then."""
+    """Workers that another thread can end; they are not replaced then."""
 
     def __init__(self) -> None:
         self._workers: set[_Worker] = set()
@@ -148,7 +148,7 @@ def _start(requests: Sequence[PlanRequest], find: str | None, preloaded: Preload
         worker = _spawn() if preloaded is None else _fork(preloaded)
     except CannotFork:
         worker = _spawn()
-    with contextlib.suppress(BrokenPipeError), worker.stdin:  # it died at once; its exit code, read later, says why
+    with contextlib.suppress(BrokenPipeError), worker.stdin:  # it died at once; its exit code, read later, shows why
         pickle.dump((tuple(requests), find), worker.stdin)
     return worker
 
@@ -159,7 +159,7 @@ def _spawn() -> _Worker:
         WORKER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        # transformers sets its logger's level anew when it is imported, from this variable.
+        # transformers sets its logger's level from this variable when it is imported.
         env={"TRANSFORMERS_VERBOSITY": "error", **os.environ, "PYTHONPATH": path},
     )
     return _Worker(process, cast("BinaryIO", process.stdin), cast("BinaryIO", process.stdout))
@@ -191,7 +191,7 @@ def _outcomes(worker: _Worker) -> Iterator[list[PlanOutcome]]:
         while True:
             try:
                 yield pickle.load(worker.stdout)
-            except (EOFError, pickle.UnpicklingError):  # its end, or its end in the middle of an outcome
+            except (EOFError, pickle.UnpicklingError):  # it ended, perhaps in the middle of an outcome
                 return
     finally:
         worker.stdout.close()
@@ -199,10 +199,10 @@ def _outcomes(worker: _Worker) -> Iterator[list[PlanOutcome]]:
 
 def _ended(code: int | None) -> str:
     if code is None:
-        return "ended with the fork server that its process came from, which was killed"
+        return "ended because the fork server of its process was killed"
     if code < 0:
         return f"ended the planning process by {signal_name(-code)}"
-    return f"ended the planning process with exit code {code}; its last words are above"
+    return f"ended the planning process with exit code {code}; its last output is above"
 
 
 def _outcome(request: PlanRequest, find: str | None) -> list[PlanOutcome]:
@@ -223,17 +223,17 @@ def serve(requests: Sequence[PlanRequest], find: str | None, out: BinaryIO) -> N
 
 
 def main() -> None:
-    """The worker's side. Whatever a library prints goes to standard error: standard output carries the outcomes."""
+    """Run the worker. All library output goes to standard error: standard output carries the outcomes."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     requests, find = pickle.load(sys.stdin.buffer)
     quiet()
-    gc.freeze()  # what is imported by now is no garbage, and need not be looked through again
+    gc.freeze()  # imported objects are not garbage; exclude them from collection
     serve(requests, find, out)
 
 
 def quiet() -> None:
-    """bitsandbytes and transformers log advice on training that a plan does not need."""
+    """Silence bitsandbytes' and transformers' advice on training, which a plan does not need."""
     import logging
 
     for name in ("bitsandbytes", "transformers"):

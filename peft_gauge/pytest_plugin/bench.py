@@ -1,4 +1,4 @@
-"""Start pytest on the suite from any folder: the checkout's, or the copy that an installed wheel carries."""
+"""Run pytest on the suite from any folder: the suite of the checkout, or the copy in an installed wheel."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from peft_gauge.errors import GaugeError
 BENCHMARKS = "benchmarks"
 
 INTERRUPTED = 128 + 2
-"""The exit code after Ctrl-C, as a shell gives it: 2, which is pytest's, is bad input here."""
+"""The exit code after Ctrl-C, as from a shell: pytest's code for it, 2, means bad input here."""
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run the suite with pytest's ``arguments``; paths in them are looked up in the suite first, then here.
+    """Run the suite with pytest's ``arguments``; paths in them are looked up in the suite first, then in the current
+    folder.
 
-    Options that name a file or folder (``--results``, ``--model``, …) mean it from the current folder, as ever.
+    Options that name a file or folder (``--results``, ``--model``, …) are relative to the current folder.
 
-    Returns: 0 where everything passed, 1 where a benchmark failed or something got worse, 2 where an adapter could not
-    be used, 3 for an error in collection or within pytest, `INTERRUPTED` after Ctrl-C.
+    Returns: 0 if everything passed, 1 if a benchmark failed or regressed, 2 if an adapter could not be used, 3 for an
+    error in collection or within pytest, `INTERRUPTED` after Ctrl-C.
 
-    Raises: `GaugeError` for arguments that pytest or the suite refuses, or that select no benchmark.
+    Raises: `GaugeError` for arguments that pytest or the suite rejects, or that select no benchmark.
     """
     suite = paths.suite()
-    # The plugin comes before conftest.py so that its options are known, and no value of theirs is read as a path.
+    # The plugin comes before conftest.py, so that its options are known and none of their values is read as a path.
     fixed = ["-c", str(suite / "pytest.ini"), "--rootdir", str(suite), "-p", "peft_gauge.pytest_plugin.hooks"]
     in_suite = InSuite(suite)
     with tempfile.TemporaryDirectory(prefix="peft-gauge-bench-") as apart:
-        # What Hypothesis and pytest-benchmark keep for themselves is of no use in the user's folder.
+        # Keep the files of Hypothesis and pytest-benchmark out of the user's folder.
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", apart)
         kept = f"--benchmark-storage=file://{apart}"
         code = pytest.main([*fixed, kept, *arguments], plugins=[in_suite])
@@ -47,14 +48,14 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 class InSuite:
-    """What pytest needs to be started elsewhere: where its arguments lie, and refusals that are one line."""
+    """Start pytest from another folder: locate its arguments in the suite, and report usage errors in one line."""
 
     def __init__(self, suite: Path) -> None:
         self._suite = suite
         self.by_hand = False
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """pytest ends in the same way after an error in collection."""
+        """Distinguish Ctrl-C from an error in collection, after which pytest ends with the same exit code."""
         self.by_hand = not isinstance(excinfo.value, pytest.Session.Interrupted)
 
     @pytest.hookimpl(wrapper=True)
@@ -75,14 +76,14 @@ class InSuite:
     def pytest_load_initial_conftests(
         self, early_config: pytest.Config, parser: pytest.Parser, args: list[str]
     ) -> None:
-        """Without a path, all benchmarks; a path as a user of the checkout would give it, in the suite."""
+        """Without a path, select all benchmarks; locate a path in the suite as in a checkout."""
         _, unknown = parser.parse_known_and_unknown_args(args)
-        if unknown:  # pytest will refuse them; what follows one looks like a path
+        if unknown:  # pytest will reject them; the value after one looks like a path
             return
         given: list[str] = early_config.known_args_namespace.file_or_dir
         if not given:
             given.append(str(self._suite / BENCHMARKS))
-            args.insert(0, given[0])  # first, where no option with an optional value can take it
+            args.insert(0, given[0])  # first, so that no option with an optional value takes it
         for place, path in enumerate(given):
             found = self._found(path)
             if found != path:
@@ -96,12 +97,12 @@ class InSuite:
                 return f"{folder / path}{mark}{name}"
         if not Path(path).exists():
             known = ", ".join(sorted(each.stem for each in (self._suite / BENCHMARKS).glob("test_*.py")))
-            raise GaugeError(f"there is no {path}, neither here nor in the suite, which has {known}")
+            raise GaugeError(f"{path} does not exist, neither here nor in the suite, which has {known}")
         return argument
 
 
 def _refusal(error: pytest.UsageError) -> str:
-    """What pytest refuses, without the usage that its parser prints around it."""
+    """pytest's usage error, without the usage that its parser prints around it."""
     text = "; ".join(map(str, error.args))
     found = re.search(r"^.*?: error: (.*)$", text, re.MULTILINE)
     return found[1] if found else text

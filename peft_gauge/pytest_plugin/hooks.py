@@ -1,8 +1,8 @@
-"""The hooks by which pytest runs the suite; this is the module that pytest loads as the plugin.
+"""The pytest hooks of the suite; pytest loads this module as the plugin.
 
-What the command line asks for is settled before the session starts, so that a mistake in it is one line. Then cases
-become parameters of tests, collection leaves out what nobody asked for and ends with the session's `Workload`, and the
-`Recorder` saves what comes of it.
+The options are checked before the session starts, so that an error in them is one line. Then cases become parameters of
+tests, collection deselects slow cases and cases of another device and builds the session's `Workload`, and the
+`Recorder` saves the results.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Settle what to run before pytest prints or looks at anything: a mistake in the options is one line."""
+    """Check the options before pytest prints or collects anything, so that an error in them is one line."""
     config = session.config
     try:
         config.stash[CASES] = selected_cases(config)
@@ -83,17 +83,17 @@ def _resumption(config: pytest.Config) -> Resumption:
 
 
 def _baseline(config: pytest.Config) -> Run | None:
-    """The run that ``--compare`` names, read before hours are spent; ``None`` where the new run's cases will choose."""
+    """The run that ``--compare`` names, read before the long measurement; ``None``: chosen by the new run's cases."""
     if config.getoption("--no-save"):
-        raise GaugeError("--compare reads this run as it was saved; drop --no-save")
+        raise GaugeError("--compare needs the saved run; drop --no-save")
     named = config.getoption("--compare")
     return read_run(Path(named)) if named else None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Which device a bare run takes and, where that is the CPU, why."""
+    """The device of a default run and, if that is the CPU, the reason."""
     reason = machine.why_no_cuda()
-    return "peft-gauge: a bare run measures on " + ("cuda" if reason is None else f"the CPU: {reason}")
+    return "peft-gauge: the default device is " + ("cuda" if reason is None else f"the CPU: {reason}")
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -103,13 +103,13 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
-    """The suite's own commit; pytest-benchmark would ask git about the current folder."""
+    """The suite's own commit; pytest-benchmark would run git in the current folder."""
     return commit_info()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, all benchmarks to one case go to one worker, unless the user chose another way to share them out."""
+    """With ``-n``, send all benchmarks of a case to one worker, unless the user chose another distribution."""
     return case_scheduling(config, log) if config.getoption("dist") == "load" else None
 
 
@@ -131,30 +131,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = metafunc.config.stash[VARIED_CASES if varies else CASES]
     marks = {"cuda": [pytest.mark.gpu], "cpu": [pytest.mark.slow] if slow_on_cpu else []}
     marked = [pytest.param(case, id=case.id, marks=marks[case.device]) for case in cases]
-    # In session scope pytest puts the benchmarks to one case next to each other, and one job serves them all.
+    # In session scope, pytest groups the benchmarks by case, and one job serves them all.
     metafunc.parametrize("case", marked, scope="session")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of what -m and -k have left, leave out what nobody asked for (`LeftOut`); say why GPU cases cannot run. What
-    stays is the session's workload."""
+    """Deselect cases by `LeftOut` in addition to -m and -k, and skip GPU cases with a reason without a GPU. The
+    remaining tests are the session's workload."""
     for item in items:
         check_markers(item)
     device = config.stash[DEVICE]
     left_out = LeftOut(config, device)
     elsewhere = deselect(config, items, left_out.is_of_another_device)
     slow = deselect(config, items, left_out.is_slow)
-    how = "--device" if config.getoption("--device") else "-m gpu takes them" if device == "cpu" else "--device=cpu"
+    how = "--device" if config.getoption("--device") else "-m gpu selects them" if device == "cpu" else "--device=cpu"
     config.stash[LEFT_OUT] = [
-        *([f'{slow} slow cases (-m "slow or not slow" takes them in)'] if slow else []),
+        *([f'{slow} slow cases (-m "slow or not slow" includes them)'] if slow else []),
         *([f"{elsewhere} of {'cuda' if device == 'cpu' else 'the CPU'} ({how})"] if elsewhere else []),
     ]
     resumption = config.stash[RESUMPTION]
     if resumption is not None:
         deselect(config, items, lambda item: item.nodeid in resumption.done)
-    if is_worker():  # other workers' cases would take the time that is measured
-        alone = pytest.mark.skip(reason="timing cases do not share this CPU (-n); run without -n")
+    if is_worker():  # other workers' cases would disturb the timing
+        alone = pytest.mark.skip(reason="timing cases cannot share the CPU with other workers; run without -n")
         for item in items:
             case = case_of(item)
             if case is not None and case.device == "cpu" and "speed" in passes_of(item):
@@ -172,23 +172,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    workload = session.config.stash.get(WORKLOAD, None)  # none where pytest-xdist's workers collect
+    workload = session.config.stash.get(WORKLOAD, None)  # missing if pytest-xdist's workers collect
     if workload is not None and not session.config.option.collectonly:
         start_imports(session.config, workload)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    """What was left out although no expression says so (a run of nothing else would be a riddle), and how a budget is
-    to be spent."""
+    """Lines on the cases deselected without an expression on the command line, and on the schedule of a
+    budget."""
     left_out = config.stash.get(LEFT_OUT, [])
     budget: Budget | None = config.stash.get(BUDGET, None)
-    lines = [f"peft-gauge: left out {', '.join(left_out)}"] if left_out else []
+    lines = [f"peft-gauge: deselected {', '.join(left_out)}"] if left_out else []
     return lines if budget is None else [*lines, *budget.schedule()]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what a budget has no time for. One that skips of itself does so by its own reason, which comes later."""
+    """Skip tests that the budget has no time for. A test that is skipped anyway keeps its own reason."""
     budget: Budget | None = item.config.stash.get(BUDGET, None)
     reason = None if budget is None or item.get_closest_marker("skip") is not None else budget.why_not(item)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""The suite's own options on pytest's command line, and the record of what a run was asked for."""
+"""The suite's own options on pytest's command line, and their record in the saved run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ DEVICES = ("cpu", "cuda")
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """The suite's own options."""
-    group = parser.getgroup("peft-gauge", "peft-gauge: what is measured, and where the result goes")
+    """Add the suite's own options."""
+    group = parser.getgroup("peft-gauge", "peft-gauge: choose the measured cases, and where results are saved")
     add = group.addoption
     add(
         "--model",
-        help="a record's name, a folder, a GGUF file or a hub id (by default one a device); a path as --model=PATH",
+        help="a record's name, a folder, a GGUF file or a Hub id (default: by device); for a path: --model=PATH",
     )
     add(
         "--method",
         action="append",
         metavar="NAME",
-        help="a method or variant; may be given several times (default: seven)",
+        help="a method or variant; repeatable (default: seven methods)",
     )
     add(
         "--adapter",
         action="append",
         metavar="FILE",
-        help="an adapter_config.json or its folder, as a further method; as --adapter=FILE",
+        help="add the method of an adapter_config.json or its folder; write --adapter=FILE",
     )
-    add("--device", help=f"{' or '.join(DEVICES)} (default: cuda where there is one)")
-    add("--dtype", help=f"of the base weights: {', '.join(models.DTYPES)} (default: by device)")
+    add("--device", help=f"{' or '.join(DEVICES)} (default: cuda if available)")
+    add("--dtype", help=f"data type of the base weights: {', '.join(models.DTYPES)} (default: by device)")
     add(
         "--mixed-precision",
         default="no",
@@ -44,67 +44,71 @@ def add_options(parser: pytest.Parser) -> None:
     )
     add(
         "--attention",
-        help=f"{', '.join(models.ATTENTIONS)} (default: sdpa where the architecture has it, else eager)",
+        help=f"{', '.join(models.ATTENTIONS)} (default: sdpa if the architecture supports it, else eager)",
     )
     add(
         "--weights",
-        help="real, random, or random-gpu, which the GPU draws: a 7B in seconds, other values than random "
-        "(default: real where they are at hand)",
+        help="real, random, or random-gpu: drawn on the GPU, a 7B in seconds, with other values than random "
+        "(default: real if available locally)",
     )
-    add("--batch", type=int, help="rows a step (default: 1 on cpu, 4 on cuda)")
-    add("--seq", type=int, help="tokens a row (default: 64 on cpu, 768 on cuda)")
+    add("--batch", type=int, help="micro-batch size (default: 1 on cpu, 4 on cuda)")
+    add("--seq", type=int, help="sequence length in tokens (default: 64 on cpu, 768 on cuda)")
     add(
         "--dataset",
         metavar="SOURCE",
-        help="prompt/response or text examples for the slow quality sweeps: a file, a saved folder or a hub id "
+        help="prompt/response or text examples for the slow quality sweeps: a file, a saved folder or a Hub id "
         "(default: generated)",
     )
-    add("--seed", type=int, default=0, help="draws random weights, adapters and token ids (default: 0)")
-    add("--rounds", type=int, help="timed steps after warm-up (default: until their noise is low, or settled)")
+    add("--seed", type=int, default=0, help="seed of random weights, adapters and token ids (default: 0)")
+    add(
+        "--rounds",
+        type=int,
+        help="timed steps after warm-up (default: adaptive; stops when relative noise is low or stable)",
+    )
     add(
         "--processes",
         type=int,
         default=1,
-        help="processes that time each case; several show how far they differ, which compare needs (default: 1)",
+        help="processes that time each case; use at least 2 to estimate between-process variance (default: 1)",
     )
     add(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="take cases in the order of their worth and begin none that would not end so many seconds after the start "
-        "of pytest, by its own estimate; --resume goes on with the rest",
+        help="run cases by priority, and start none that would, by its own estimate, end later than SECONDS after the "
+        "start of pytest; continue with --resume",
     )
     add(
         "--time-limit",
         type=float,
         default=900.0,
         metavar="SECONDS",
-        help="after which the process of a measured case is killed, its outcome timed-out (default: 900)",
+        help="kill the process of a measured case after SECONDS, with the outcome timed-out (default: 900)",
     )
-    add("--results", default="results", metavar="DIR", help="where runs are saved (default: results); as --results=DIR")
+    add("--results", default="results", metavar="DIR", help="save runs in DIR (default: results); write --results=DIR")
     add("--no-save", action="store_true", help="do not save this run")
     add(
         "--traces",
         metavar="DIR",
-        help="where the allocator's log of one step of each case on CUDA goes, which peft-gauge trace reads "
-        "(default: traces beside the saved run); as --traces=DIR",
+        help="save the allocator's log of one step of each CUDA case in DIR, for peft-gauge trace (default: traces "
+        "next to the saved run); write --traces=DIR",
     )
     add(
         "--compare",
         nargs="?",
         const="",
         metavar="FILE",
-        help="compare with a saved run, by default this machine's last one; fails where something got worse",
+        help="compare with a saved run, by default this machine's last one; fail on a regression",
     )
     add(
         "--resume",
         action="store_true",
-        help="run only what did not pass in the last saved run of this machine, these versions and these options",
+        help="run only the cases that did not pass in the last saved run with this machine, versions and options",
     )
 
 
 def run_options(config: pytest.Config) -> dict[str, Any]:
-    """The options that shape a run, for its record."""
+    """The options that affect the results of a run, for its record."""
     names = (
         "model",
         "method",
@@ -125,7 +129,7 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
 
 
 def selection(config: pytest.Config, deselected: Iterable[str] | None) -> Selection:
-    """What the command line asked for, for the run's record; ``deselected``: ids, ``None`` where nobody noted them."""
+    """The selection on the command line, for the run's record; ``deselected``: ids, ``None`` if they are unknown."""
 
     def from_root(arg: str) -> str:
         path, mark, name = arg.partition("::")

@@ -1,4 +1,4 @@
-"""The recorder: keeps what benchmarks record, saves the run, compares it for ``--compare``, and shows the summary."""
+"""Record the results of benchmarks, save the run, compare it for ``--compare``, and print the summary."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 RESUMPTION = pytest.StashKey[Resumption | None]()
-"""The earlier run that ``--resume`` goes on with."""
+"""The earlier run that ``--resume`` continues."""
 BASELINE = pytest.StashKey[Run | None]()
-"""The run that ``--compare`` names; ``None`` where the new run's cases will choose."""
+"""The run that ``--compare`` names; ``None``: chosen by the new run's cases."""
 LAST_WORDS = pytest.StashKey[list[schema.CaseRecord]]()
-"""Cases that an interrupt ended while they were measured; pytest itself reports nothing of them."""
+"""Cases that were interrupted while they were measured; pytest itself does not report them."""
 
-METRICS = "metrics"  # the name of the user property in which a case's metrics travel on its report
+METRICS = "metrics"  # the user property with a case's metrics in its test report
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``record(name=value, …)`` keeps metrics with the case: in the saved run and in the summary."""
+    """``record(name=value, …)`` adds metrics to the case, for the saved run and the summary."""
 
     def keep(**metrics: Any) -> None:
         request.node.user_properties.append((METRICS, metrics))
@@ -49,7 +49,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 class Recorder:
-    """Keeps what the benchmarks recorded, saves it, and shows the summary; calibration tests leave no record."""
+    """Collects the benchmarks' records, saves them, and prints the summary; calibration tests leave no record."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -57,7 +57,7 @@ class Recorder:
         self.claims: list[dict[str, Any]] = []
         self.timings: list[Any] = []  # pytest-benchmark's own records, which its hook turns into JSON
         self.notes: list[str] = []
-        self.deselected: set[str] | None = None  # what workers deselect, the session that saves is not told
+        self.deselected: set[str] | None = None  # unknown if workers deselect
 
     def pytest_collection_modifyitems(self) -> None:
         self.deselected = self.deselected or set()
@@ -86,7 +86,7 @@ class Recorder:
         if claim is not None:
             self.claims.append(claim)
         benchmark = Path(report.nodeid.partition("::")[0]).stem
-        # How a process of the case's own ended says more than that the test failed.
+        # The outcome of the case's own process is more specific than the test's.
         outcome = metrics.pop("ended", report.outcome)
         self.cases.append(schema.CaseRecord(report.nodeid, benchmark, outcome, _reason(report), metrics))
 
@@ -114,7 +114,7 @@ class Recorder:
                 self._compare(path)
 
     def _report_unusable_adapters(self) -> None:
-        """The other cases ran without them; the run is not what was asked for, and its exit code says so."""
+        """Report adapters that could not be used: the other cases ran, but the exit code is an error."""
         errors = unusable_adapters(self.config)
         self.notes += [f"ERROR: {error}" for error in errors]
         if errors:
@@ -149,13 +149,13 @@ class Recorder:
             commit_info=hook.pytest_benchmark_generate_commit_info(config=self.config),
         )
         for timed in run["benchmarks"]:
-            # pytest-benchmark keeps the parameters as they are; a case is known by its id.
+            # pytest-benchmark stores parameter objects; save a case by its id.
             timed["params"] = {name: getattr(value, "id", value) for name, value in (timed["params"] or {}).items()}
         cases, claims = self.cases, self.claims
         resumption = self.config.stash.get(RESUMPTION, None)
         if resumption is not None:
             cases, claims, run["benchmarks"] = merged(resumption, cases, claims, run["benchmarks"])
-            self.cases, self.claims = cases, claims  # the summary, too, is of the whole run
+            self.cases, self.claims = cases, claims  # the summary shows the whole run too
             self.notes += [f"passed over: {line}" for line in resumption.unreadable]
         run[schema.KEY] = schema.as_json(
             cases,
@@ -194,7 +194,7 @@ def _metrics(report: pytest.TestReport) -> dict[str, Any]:
 
 
 def _reason(report: pytest.TestReport) -> str | None:
-    """One line: why a case was skipped or how it failed."""
+    """The reason in one line why a case was skipped or failed."""
     if report.passed:
         return None
     if isinstance(report.longrepr, tuple):

@@ -1,10 +1,10 @@
-"""What a session needs planned and measured: one object, built once from the tests that were collected.
+"""The workload of a session: the steps to plan and the cases to measure, built once from the collected tests.
 
-Tests declare their needs with markers, so that no name of a test or file matters:
+Tests declare their needs with markers, independent of the names of tests and files:
 
-- ``measures(*passes, shapes=False)``: what the process of a test's case measures. ``passes``: any of `PASSES`; none
-  where the test only reads how the case was built. ``shapes``: the case's peak is measured at further shapes, too. Of
-  several markers, as a module's and a function's, each counts. Every test that uses the fixture `measured` has one.
+- ``measures(*passes, shapes=False)``: the passes that the process of a test's case runs. ``passes``: any of `PASSES`;
+  none if the test only reads how the case was built. ``shapes``: measure the case's peak at further shapes too.
+  Several markers, for example on a module and a function, add up. Every test that uses the fixture `measured` has one.
 - ``plans(steps=function)``: the function returns the training steps (`PlanRequest`) whose plans the test will use. Its
   parameters are parameters of the test, by name, and ``config`` for pytest's own. These steps are planned together with
   the session's first plan, on all cores; a step that no marker names is planned when the test needs it.
@@ -39,15 +39,15 @@ MEASURES, PLANS, CLAIM = "measures", "plans", "claim"
 
 PASSES = frozenset(get_args(Pass))
 
-# Rounds on a CPU take longer and stay noisy; a bare run has to end in minutes.
+# Rounds on a CPU take longer and stay noisy; a default run has to end in minutes.
 RULES = {"cpu": StoppingRule(min_rounds=5, max_rounds=25, budget_seconds=4.0), "cuda": StoppingRule()}
 WARM_UPS = {"cpu": WarmUp(window=1, most=8, tolerance=0.1, budget_seconds=4.0), "cuda": WarmUp()}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A process that measures a case. With ``shapes`` it is the one for further shapes alone, which only a run with a
-    budget has: how memory grows can wait there until every step was measured."""
+    """A process that measures a case. With ``shapes`` it measures only further shapes: in a run with a budget, these
+    wait until every step was measured."""
 
     case: Case
     shapes: bool = False
@@ -55,8 +55,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the tests of a session need of a case, in one process: ``passes``, and peaks at further ``shapes``, each a
-    (batch, sequence length)."""
+    """The measurements that the tests of a session need of a case, in one process: ``passes``, and peaks at further
+    ``shapes``, each a (batch, sequence length)."""
 
     job: Job
     passes: tuple[Pass, ...]
@@ -68,7 +68,7 @@ class Asked:
 
     @property
     def steps(self) -> list[PlanRequest]:
-        """The steps to plan: the case's own, then one for each further shape."""
+        """The steps to plan: the case's own, then one per further shape."""
         case = self.case
         settings = [case.settings, *(replace(case.settings, batch=batch, seq=seq) for batch, seq in self.shapes)]
         cards = machine.accelerators() if case.device == "cuda" else ()
@@ -85,8 +85,8 @@ class Asked:
 
 
 def gpu_name(card: machine.Accelerator) -> str:
-    """``GPU`` as plans look it up: by its name, unless it has other memory than the GPU of that name (a slice of one,
-    or none that is known), and then by its memory and its compute capability: workspaces and context depend on that."""
+    """The name by which plans look up the GPU. If the memory differs from the known GPU of that name (a MIG slice), or
+    the name is unknown, it is the memory and the compute capability, on which workspaces and context depend."""
     major, minor = card.compute_capability
     by_size = f"{card.memory_bytes} sm_{major}{minor}"
     try:
@@ -99,13 +99,13 @@ def gpu_name(card: machine.Accelerator) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that a session plans and measures.
+    """The plans and measurements of a session.
 
     Fields:
-        processes: what each process measures, by job, in the order of the tests. A job whose tests are all skipped has
-            no process.
+        processes: the measurements of each process, by job, in the order of the tests. A job whose tests are all
+            skipped has no process.
         tests: the tests that use each job, in their order, skipped ones included.
-        others: the tests that need no such process, in their order.
+        others: the tests without such a process, in their order.
         claims: ids of the claims that a test of the session decides.
     """
 
@@ -117,7 +117,7 @@ class Workload:
 
     @classmethod
     def of(cls, items: Iterable[pytest.Item], *, split: bool = False) -> Workload:
-        """The workload of ``items``, whose markers are right (`check_markers`).
+        """The workload of ``items``, whose markers are valid (`check_markers`).
 
         ``split``: further shapes are measured in a process of their own (`is_split`).
         """
@@ -137,8 +137,8 @@ class Workload:
 
     @cached_property
     def steps(self) -> tuple[PlanRequest, ...]:
-        """Every step to plan together with the first, each once: those that tests name, and those that processes
-        measure. With a budget, those of further shapes wait, since many a budget ends before them."""
+        """All steps to plan together with the first, each once: those that tests name, and those that processes
+        measure. With a budget, the steps of further shapes wait, since many budgets end before them."""
         found: list[PlanRequest] = []
         for steps in self._named:
             with suppress(GaugeError):  # the test itself reports it
@@ -148,15 +148,15 @@ class Workload:
 
 
 WORKLOAD = pytest.StashKey[Workload]()
-"""Where a session's workload is once its tests are collected; tests get it from the fixture `workload`."""
+"""The session's workload, once its tests are collected; tests get it from the fixture `workload`."""
 
 TIMEKEEPERS = pytest.StashKey[tuple[Callable[[Job, float], None], ...]]()
-"""Callables that are given how many seconds the process of each job took."""
+"""Callbacks that receive each job with the seconds that its process took."""
 
 
 @pytest.fixture(scope="session")
 def workload(request: pytest.FixtureRequest) -> Workload:
-    """What this session plans and measures."""
+    """The plans and measurements of this session."""
     return request.config.stash[WORKLOAD]
 
 
@@ -166,7 +166,7 @@ def is_split(config: pytest.Config) -> bool:
 
 
 def start_imports(config: pytest.Config, found: Workload) -> None:
-    """Where this session's cases will be forked, let what they need be imported while the first tests run."""
+    """If this session's cases will be forked, start importing their libraries while the first tests run."""
     if config.getoption("--processes") == 1 and found.processes:
         fork_server.prepare(PRELOAD, isolation.child_environment(process_environment()))
 
@@ -175,20 +175,20 @@ def start_imports(config: pytest.Config, found: Workload) -> None:
 
 
 def job_of(item: pytest.Item, *, split: bool) -> Job | None:
-    """The process that ``item`` needs; ``None`` where it needs none, or has no case of the session's, as calibration
-    tests do."""
+    """The process that ``item`` needs; ``None`` if it needs none, or has no case of the session, such as calibration
+    tests."""
     case = case_of(item) if _uses_measured(item) else None
     return None if case is None else Job(case, split and _needs_shapes(item))
 
 
 def passes_of(item: pytest.Item) -> set[Pass]:
-    """What the process of the item's case measures for it, by its markers."""
+    """The passes that the process of the item's case runs for it, from its markers."""
     return {name for marker in item.iter_markers(MEASURES) for name in marker.args}
 
 
 def check_markers(item: pytest.Item) -> None:
-    """Raise `pytest.UsageError` where the markers of ``item`` are wrong, or do not say what `measured` has to
-    measure."""
+    """Raise `pytest.UsageError` if the markers of ``item`` are invalid, or do not name the passes for
+    `measured`."""
     markers = [*item.iter_markers(MEASURES)]
     for marker in markers:
         wrong = [*(each for each in marker.args if each not in PASSES), *(marker.kwargs.keys() - {"shapes"})]
@@ -197,7 +197,7 @@ def check_markers(item: pytest.Item) -> None:
             raise pytest.UsageError(f"{item.nodeid}: the marker {MEASURES} knows {known}, not {wrong[0]!r}")
     if _uses_measured(item) and not markers:
         raise pytest.UsageError(
-            f"{item.nodeid} asks for measured and does not say of what: "
+            f"{item.nodeid} uses measured without naming its passes: "
             f"mark it pytest.mark.{MEASURES}(…) with those it needs of {', '.join(sorted(PASSES))}"
         )
     for marker in item.iter_markers(PLANS):
@@ -209,7 +209,7 @@ def check_markers(item: pytest.Item) -> None:
         if unknown:
             raise pytest.UsageError(
                 f"{item.nodeid}: the function of its marker {PLANS} has a parameter {sorted(unknown)[0]!r}, which is "
-                "neither one of the test nor config"
+                "neither a parameter of the test nor config"
             )
 
 

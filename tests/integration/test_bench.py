@@ -46,7 +46,7 @@ def test_a_file_of_the_users_own_stays_his(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "test_mine.py").touch()
     monkeypatch.chdir(tmp_path)
     assert lookup("test_mine.py") == ["test_mine.py", "--compare"]
-    with pytest.raises(GaugeError, match=r"there is no test_spede\.py, .* which has test_claims, .*test_verdicts"):
+    with pytest.raises(GaugeError, match=r"test_spede\.py does not exist, .* which has test_claims, .*test_verdicts"):
         lookup("test_spede.py")
 
 

@@ -36,9 +36,9 @@ def test_a_run_with_a_budget_is_saved_and_gone_on_with(tmp_path: Path) -> None:
         "test_peak lora": "passed",
         "test_peak ia3": "passed",
     }
-    assert cases["test_peak full"]["reason"].startswith("not begun: estimated at ")
+    assert cases["test_peak full"]["reason"].startswith("not started: estimated at ")
     assert "budget: " in second.stdout
-    assert "not begun: full-toy-llama-cpu; the same command with --resume goes on" in second.stdout
+    assert "not started: full-toy-llama-cpu; repeat the command with --resume" in second.stdout
 
     for record in run["peft_gauge"]["cases"]:
         record["metrics"]["process_seconds"] = 1.0
@@ -54,7 +54,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("--budget=inf",): "--budget must be a positive number of seconds, not inf",
     ("--budget=1",): "--budget=1 is too small: ",
     ("--budget=100", "--processes=2"): "--budget measures each case once; run without --processes",
-    ("--budget=100", "-n1"): "--budget puts the cases of one process in order; run without -n",
+    ("--budget=100", "-n1"): "--budget orders the cases of one process; run without -n",
 }
 Answers = tuple[dict[tuple[str, ...], subprocess.CompletedProcess[str]], Suite]
 

@@ -326,8 +326,7 @@ def test_a_card_that_is_too_small_is_said_with_plan_and_headroom(monkeypatch: py
     with pytest.raises(pytest.skip.Exception) as caught:
         measured._skip_what_cannot_fit(Case(toy, methods.PROMPT, settings, "cuda", "bfloat16"), planned)
     assert str(caught.value) == (
-        "does not fit: planned 3.10 GB on a GPU with 2.00 GB (headroom -1.10 GB); take a smaller model, --batch or "
-        "--seq"
+        "does not fit: planned 3.10 GB on a GPU with 2.00 GB (headroom -1.10 GB); use a smaller model, --batch or --seq"
     )
 
 

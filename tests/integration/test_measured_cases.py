@@ -227,7 +227,7 @@ def test_a_case_that_cannot_fit_is_skipped_with_plan_and_room(interrupted: Ended
     reason = by_benchmark(interrupted.saved)["test_peak prompt"]["reason"]
     assert reason.startswith("does not fit: planned 1000000.00 GB with ")
     assert "GB of host memory free (headroom -999" in reason
-    assert "take a smaller model, --batch or --seq" in reason
+    assert "use a smaller model, --batch or --seq" in reason
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_workers_do_not_time_on_a_cpu_that_they_share(shared_run: Ended) -> None
     for method in ("lora", "full", "ia3"):
         case = by_benchmark(shared_run.saved)[f"test_step {method}"]
         assert case["outcome"] == "skipped"
-        assert case["reason"] == "timing cases do not share this CPU (-n); run without -n"
+        assert case["reason"] == "timing cases cannot share the CPU with other workers; run without -n"
     assert shared_run.saved["benchmarks"] == []
 
 
@@ -351,7 +351,7 @@ def test_the_hosts_free_memory_decides_on_a_cpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000_000))
     assert why_skipped(case, plan) == (
         "does not fit: planned 12.34 GB with 10.00 GB of host memory free (headroom -2.34 GB); "
-        "take a smaller model, --batch or --seq"
+        "use a smaller model, --batch or --seq"
     )
 
 
@@ -362,7 +362,7 @@ def test_the_card_decides_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = replace(plan_of(request_of(case)), gpus=(fit,))
     assert why_skipped(case, plan) == (
         "does not fit: planned 12.34 GB on a GPU with 9.50 GB (headroom -2.84 GB); "
-        "take a smaller model, --batch or --seq"
+        "use a smaller model, --batch or --seq"
     )
     assert why_skipped(case, replace(plan, gpus=(replace(fit, fits=True, headroom_bytes=1),))) is None
     assert why_skipped(case, replace(plan, gpus=())) is None

@@ -65,7 +65,7 @@ TABLE = {
     "lora-embedding": row("LORA", r=4, target_modules=["embed_tokens", "q_proj"]),
     "lora-parameters": row("LORA", r=4, target_modules=[], target_parameters=["q_proj.weight"]),
     "lora-velora": on("LORA", "_normalize_projection", r=4, velora_config={}),
-    "lora-monteclora": on("LORA", "MonteCLoRA's samples", "question", r=4, monteclora_config={"buffer_size": 5}),
+    "lora-monteclora": on("LORA", "MonteCLoRA's samples", "boolean value", r=4, monteclora_config={"buffer_size": 5}),
     "lora-kasa": on("LORA", "KaSA's truncation", r=4, kasa_config={}),
     "lora-qalora": on("LORA", r=4, use_qalora=True),
     "lora-alora": on("LORA", "aLoRA's invocation", "positions", r=4, alora_invocation_tokens=[3, 4]),
@@ -293,7 +293,7 @@ def test_adamss_is_planned_without_its_clustering(use_asa: Any) -> None:
 
     assert trained == 2 * (3 * 16 + 64 + 3 * 16 + 32)
     assert outcome.live_bytes > 0
-    assert [*warnings, *in_step] == ["AdaMSS's k-means of the base weights replaced by clusters of equal size."]
+    assert [*warnings, *in_step] == ["AdaMSS's k-means of the base weights is replaced by clusters of equal size."]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_virtual_tokens_from_a_text_are_said() -> None:
     plain, _ = attach_planned(TABLE["prompt"].config)
     planned, warnings = attach_planned(config)
     assert tensors_of(planned) == tensors_of(plain)
-    assert warnings == ["Virtual tokens not initialised from TEXT: shapes only."]
+    assert warnings == ["Virtual tokens are not initialised from TEXT: shapes only."]
 
 
 # Failing, and leaving no trace

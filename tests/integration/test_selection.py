@@ -184,11 +184,13 @@ def test_where_there_is_a_gpu(selected: Selected, selected_with_cuda: Selected) 
 
 
 def test_what_was_left_out_is_said(selected: Selected, selected_with_cuda: Selected) -> None:
-    slow = '{} slow cases (-m "slow or not slow" takes them in)'
-    assert selected["file"][1]["said"] == f"peft-gauge: left out {slow.format(12)}, 19 of cuda (-m gpu takes them)"
-    assert selected["-k growth"][1]["said"] == f"peft-gauge: left out {slow.format(7)}, 7 of cuda (-m gpu takes them)"
+    slow = '{} slow cases (-m "slow or not slow" includes them)'
+    assert selected["file"][1]["said"] == f"peft-gauge: deselected {slow.format(12)}, 19 of cuda (-m gpu selects them)"
+    assert (
+        selected["-k growth"][1]["said"] == f"peft-gauge: deselected {slow.format(7)}, 7 of cuda (-m gpu selects them)"
+    )
     assert selected["-m gpu --device=cpu"][1]["said"].endswith("of cuda (--device)")
-    assert selected_with_cuda["peak"][1]["said"] == "peft-gauge: left out 7 of the CPU (--device=cpu)"
+    assert selected_with_cuda["peak"][1]["said"] == "peft-gauge: deselected 7 of the CPU (--device=cpu)"
     assert selected[EVERYTHING][1]["said"] is None
 
 
@@ -231,8 +233,8 @@ def item(*markers: pytest.MarkDecorator) -> Any:
 @pytest.mark.parametrize(
     ("markers", "said"),
     [
-        ([], "asks for measured and does not say of what"),
-        ([pytest.mark.slow], "asks for measured and does not say of what"),
+        ([], "uses measured without naming its passes"),
+        ([pytest.mark.slow], "uses measured without naming its passes"),
         ([pytest.mark.measures("memories")], "knows fingerprint, memory, speed, and shapes=True, not 'memories'"),
         ([pytest.mark.measures("memory", shape=True)], "not 'shape'"),
     ],

@@ -34,7 +34,7 @@ TOLD_BENCHMARKS = 3
 
 @dataclass(frozen=True)
 class RunComparison:
-    """NEW against BASE. ``environment``: what differs besides the code under test; ``notes``: what else to know.
+    """NEW against BASE. ``environment``: differences other than the code under test; ``notes``: further information.
 
     ``incomparable``: why the two runs cannot be compared at all, or ``None``. ``rows``: the worst first.
     """
@@ -48,12 +48,12 @@ class RunComparison:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows by what they say, the four verdicts first."""
+        """The number of rows by verdict or label, the four verdicts first."""
         found = Counter(row.says for row in self.rows)
         return {name: found[name] for name in ("worse", "inconclusive", "better", "same")} | dict(sorted(found.items()))
 
     def exit_code(self, *, strict: bool = False) -> int:
-        """0: nothing got worse; 1: something did, or, if ``strict``, is no longer checked; 2: not comparable."""
+        """0: no regression; 1: a regression or, if ``strict``, a case that is no longer checked; 2: not comparable."""
         if self.incomparable is not None:
             return 2
         bad = any(row.verdict == "worse" or (strict and row.label in UNCHECKED) for row in self.rows)
@@ -61,7 +61,7 @@ class RunComparison:
 
 
 def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False) -> RunComparison:
-    """``new`` judged against ``base``; ``across_machines`` lets machines differ, and leaves out all that has noise."""
+    """``new`` compared with ``base``; ``across_machines`` allows different machines and skips noisy metrics."""
     machines = machine_changes(base, new)
     if machines and not across_machines:
         return _comparison(base, new, (), [], f"the machines differ ({'; '.join(machines)})")
@@ -79,7 +79,7 @@ def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False)
     comparable = [pair for pair in pairs if not pair.differing]
     rows += [row for pair in comparable for row in noise_free(pair, rules, across_machines)]
     rows += claims(base, new, rules)
-    notes = [f"machines differ: {'; '.join(machines)}; what carries noise was not compared"] if machines else []
+    notes = [f"machines differ: {'; '.join(machines)}; metrics with noise were not compared"] if machines else []
     notes += without_rule(comparable, rules)
     if not machines:
         moved = any(row.verdict in ("worse", "better") and is_noise_free(row, rules) for row in rows)
@@ -102,7 +102,7 @@ def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], inco
 
 
 def _why_incomparable(base: Run, new: Run, pairs: Sequence[Pair]) -> str:
-    """Why nothing can be judged: other settings, or no case in both, and then what each of them asked."""
+    """Why nothing can be judged: other settings, or no case in both, and then the benchmarks of each."""
     if pairs:
         differing = Counter(change for pair in pairs for change in pair.differing)
         ((most, _),) = differing.most_common(1)
@@ -110,14 +110,14 @@ def _why_incomparable(base: Run, new: Run, pairs: Sequence[Pair]) -> str:
     asked = [{case.benchmark for case in run.cases} for run in (base, new)]
     told = " and ".join(f"{name} {_benchmarks(run)}" for name, run in (("BASE", base), ("NEW", new)))
     if not asked[0] & asked[1]:
-        return f"no case stands in both; they ask different benchmarks: {told}"
+        return f"the runs have no case in common, since their benchmarks differ: {told}"
     absences = Absences(base, new)
     reasons = Counter(absences(case.id, case.benchmark, case.metrics).why for case in base.cases)
-    return f"no case stands in both, although both ask {', '.join(sorted(asked[0] & asked[1]))}: NEW {_most(reasons)}"
+    return f"no case in common, although both ran {', '.join(sorted(asked[0] & asked[1]))}: NEW {_most(reasons)}"
 
 
 def _benchmarks(run: Run) -> str:
-    """ "test_speed (28 cases) and 3 more", and that it was interrupted where it was."""
+    """ "test_speed (28 cases) and 3 more", followed by "interrupted" if it was."""
     counted = Counter(case.benchmark for case in run.cases).most_common()
     named = [f"{benchmark} ({number} case{'s' * (number != 1)})" for benchmark, number in counted[:TOLD_BENCHMARKS]]
     more = f" and {len(counted) - TOLD_BENCHMARKS} more" if len(counted) > TOLD_BENCHMARKS else ""

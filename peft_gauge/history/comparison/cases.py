@@ -1,4 +1,4 @@
-"""Which case of one run is which of the other, and which have no counterpart."""
+"""Match the cases of two runs, and list those without a counterpart."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def renamed(old_cases: Mapping[str, RecordedCase], new_cases: Mapping[str, RecordedCase]) -> dict[str, str]:
-    """Old id -> new id of cases that only changed their name.
+    """Old id -> new id of cases that were only renamed.
 
-    The same metrics' names under the same test in another file, or about the same subject; or the same fingerprint.
-    Where two could be meant, none is.
+    Matched are cases with the same metric names under the same test in another file or about the same subject, or with
+    the same fingerprint. A case with several candidates is not matched.
     """
     gone = [case for case in old_cases.values() if case.id not in new_cases]
     come = [case for case in new_cases.values() if case.id not in old_cases]
@@ -42,7 +42,7 @@ def _by_subject_and_file(case: RecordedCase) -> str | None:
 
 
 def _by_subject(case: RecordedCase) -> str | None:
-    """In any file: then metrics besides those that name the subject have to say what was asked of it."""
+    """In any file, if there are metrics other than those that identify the subject."""
     said = case.metrics.keys() - {*IDENTITY}
     return None if case.subject is None or not said else json.dumps([sorted(said), case.subject])
 
@@ -69,7 +69,7 @@ def only_in_base(
     new_cases: Mapping[str, RecordedCase],
     names: Mapping[str, str],
 ) -> Iterator[Row]:
-    """Rows of cases that NEW does not hold, and why; one that did not run in BASE either is no loss."""
+    """Rows of cases that NEW does not hold, with the reason; a case that did not run in BASE either is left out."""
     absences = Absences(base, new)
     for case in old_cases.values():
         if case.id not in new_cases and case.id not in names and case.outcome not in NOT_RUN:
@@ -84,7 +84,7 @@ def only_in_new(
     new_cases: Mapping[str, RecordedCase],
     names: Mapping[str, str],
 ) -> Iterator[Row]:
-    """Rows of cases that BASE does not hold, and why, where it is not only that they are new."""
+    """Rows of cases that BASE does not hold, with the reason unless they are simply new."""
     absences = Absences(new, base)
     known = set(names.values())
     for case in new_cases.values():

@@ -1,4 +1,4 @@
-"""What may explain a change: operators of the step, categories of memory."""
+"""Possible causes of a change: operators of the step, categories of memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from peft_gauge.history.metrics import RecordedCase
 
 TOLD_DIFFERENCES = 2
-"""How many of a fingerprint's differences stand beside a verdict."""
+"""The number of fingerprint differences shown with a verdict."""
 
 
 def fingerprint(case: RecordedCase, cases: Mapping[str, RecordedCase]) -> Mapping[str, Any] | None:
-    """That of the case, or of the one case of its run about the same subject that took one."""
+    """The fingerprint of the case, or of the only case in its run about the same subject that has one."""
     if case.fingerprint is not None or case.subject is None:
         return case.fingerprint
     found = [other.fingerprint for other in cases.values() if other.fingerprint and other.subject == case.subject]
@@ -31,7 +31,7 @@ def time_cause(pair: Pair) -> str | None:
 
 
 def cause(pair: Pair, metric: str) -> str | None:
-    """Of a peak or a resident size, the categories that changed; of anything else, the operators that did."""
+    """For a peak or a resident size, the categories that changed; for other metrics, the operators that changed."""
     parent, dot, name = metric.rpartition(".")
     kinds = [kind for kind in ("peak", "resident") if kind in name and not name.startswith("planned")]
     by_category = f"{parent}{dot}{kinds[0]}_by_category." if kinds else None
@@ -48,7 +48,7 @@ def cause(pair: Pair, metric: str) -> str | None:
 
 
 def shape(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Shape | None:
-    """The first differences of two fingerprints in words; ``None`` where one was not taken."""
+    """The first differences of two fingerprints in words; ``None`` if one is missing."""
     from peft_gauge.history.fingerprints import differences, only_less
 
     if before is None or after is None:

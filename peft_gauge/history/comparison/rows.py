@@ -1,4 +1,4 @@
-"""A comparison's rows, and the pairs of cases that they are about."""
+"""The rows of a comparison, and the pairs of cases that they compare."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ if TYPE_CHECKING:
 
 NEW, RENAMED, NOT_COMPARABLE, ALL_TIMES = "NEW", "RENAMED", "NOT COMPARABLE", "ALL TIMES"
 UNCHECKED = frozenset({*ABSENT, NOT_COMPARABLE, *(name.upper() for name in NOT_RUN)})
-"""Labels of rows that say: this was checked once, and now it is not."""
+"""Labels of rows whose check existed in BASE and is missing in NEW."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a comparison.
 
-    ``test`` and ``metric``: what was compared; ``label``: for what is no plain metric, what it is (NEW, RENAMED,
-    SKIPPED, OUT OF MEMORY, …; of a case that only BASE holds, one of `ABSENT`); ``before`` and ``after``: the values,
-    of a time in seconds; ``ratio``: after / before. Of a time that was judged: ``judged``, which may be ``relative_to``
-    the control or a common factor.
-    ``cause``: what may explain a change; ``note``: anything else.
+    ``test`` and ``metric``: the compared value; ``label``: the kind of row if it is not a plain metric (NEW, RENAMED,
+    SKIPPED, OUT OF MEMORY, …; for a case that only BASE holds, one of `ABSENT`); ``before`` and ``after``: the values,
+    times in seconds; ``ratio``: after / before. For a time with a verdict: ``judged``, which may be ``relative_to`` the
+    control or a common factor. ``cause``: a possible cause of the change; ``note``: any further remark.
     """
 
     test: str
@@ -44,7 +43,7 @@ class Row:
 
     @property
     def says(self) -> str:
-        """The row in a word: its verdict, or its label where the verdict alone would say less."""
+        """The row in a word: its verdict, or its label if that is more informative."""
         return self.verdict if self.label is None or self.verdict in ("worse", "better") else self.label
 
     @property
@@ -57,8 +56,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Shape:
-    """How the fingerprints of a case's step differ, ``None`` if they do not, and what that makes of the step; or why
-    that cannot be said."""
+    """The difference between the fingerprints of a case's step (``None`` if they are equal) with its verdict, or the
+    reason why they cannot be compared."""
 
     difference: str | None
     unknown: str | None = None
@@ -75,19 +74,19 @@ class Pair:
 
     @property
     def differing(self) -> list[str]:
-        """The settings that differ. A case that did not run, or died, may have none of its own to hold against it."""
+        """The settings that differ. A case that did not run, or died, may lack settings; that is not a difference."""
         known = self.old.settings and self.new.settings
         both_passed = self.old.outcome == self.new.outcome == "passed"
         return changes(self.old.settings, self.new.settings) if known or both_passed else []
 
     def one_sided(self, row: Row) -> Iterator[Row]:
-        """The row of a metric that one run lacks; of a case that did not pass, that says nothing new."""
+        """The row of a metric that one run lacks; none for a case that did not pass: its outcome shows it."""
         if self.old.outcome == self.new.outcome == "passed":
             yield replace(row, verdict="inconclusive", label=NEW if row.before is None else MISSING)
 
 
 def names_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The names in either, in the old one's order, then the new one's."""
+    """The names of both, in the old one's order, then the new one's."""
     return [*old, *(name for name in new if name not in old)]
 
 

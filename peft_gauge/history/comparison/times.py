@@ -1,4 +1,4 @@
-"""Times, judged as one family over raw rounds."""
+"""Compare times, as one family of hypotheses, from their raw rounds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 LEAST_TIMES = 5
 AGREEING = 0.9
-"""A common factor is read from at least `LEAST_TIMES` times, of which at least this share agree with it."""
+"""A common factor needs at least `LEAST_TIMES` times, and at least this share of them must agree with it."""
 
 
 @dataclass(frozen=True)
 class _Time:
-    """A time that can be judged: its row as it stands so far, and its estimate."""
+    """A time that can be compared: its row so far, and its estimate."""
 
     row: Row
     rule: Rule
@@ -34,9 +34,9 @@ class _Time:
 
 
 def judged_times(pairs: Sequence[Pair], rules: Rules, moved: bool) -> tuple[list[Row], list[str]]:
-    """Rows of all times, judged as one family, and notes on what moved with all of them.
+    """Rows of all times, judged as one family, and notes on the control.
 
-    ``moved``: whether any metric without noise changed; if so, no common factor is looked for.
+    ``moved``: whether any deterministic metric changed; if so, no common factor is estimated.
     """
     found = [each for pair in pairs for each in _times_of(pair, rules)]
     rows = [each for each in found if isinstance(each, Row)]
@@ -79,7 +79,7 @@ def _in_common(over_control: bool) -> float:
 
 
 def _unsteady(pair: Pair) -> str | None:
-    """What the clocks had to say against their own times."""
+    """The reasons for which the clocks reported unsteady times."""
     doubts = [
         f"{name} unsteady: {', '.join(map(str, reasons))}"
         for name, case in (("BASE", pair.old), ("NEW", pair.new))
@@ -89,7 +89,7 @@ def _unsteady(pair: Pair) -> str | None:
 
 
 def _seconds(case: RecordedCase, metric: str) -> float | None:
-    """Of the rounds where there are any, since a table's median may have been taken otherwise."""
+    """The time from the rounds if there are any, since a table's median may have been computed otherwise."""
     samples = case.samples.get(metric)
     if samples is not None and intervals.why_no_estimate(samples) is None:
         return intervals.centre_seconds(samples.seconds)
@@ -125,20 +125,21 @@ def _judge_family(times: Sequence[_Time], family_error: float, factor: float) ->
 
 
 def _undecided(estimate: Estimate, judged: Judgement) -> str | None:
-    """What would decide a time that is not decided."""
+    """The number of processes that would decide an inconclusive time."""
     if judged.further is None:
         return None
     most = intervals.MOST_FURTHER
     number = f"about {judged.further}" if judged.further <= most else f"more than {most}"
     lone = "one process does not show how processes differ; " if min(estimate.processes) < 2 else ""
-    return f"{lone}{number} more {'process' if judged.further == 1 else 'processes'} a side would decide"
+    return f"{lone}{number} more {'process' if judged.further == 1 else 'processes'} per side would decide"
 
 
 def common_factor(times: Sequence[_Time]) -> float | None:
-    """The logarithm of the factor by which all times moved, where they did so beyond the minimum effect.
+    """The logarithm of the factor by which all times changed, if it exceeds the minimum effect.
 
-    Their median ratio; nine tenths of at least five times must lie on its side of 1, and either have it in the interval
-    that their own rounds give (at 95 %, without any spread of hosts) or lie within the minimum effect of it.
+    The factor is their median ratio. Nine tenths of at least five times must lie on its side of 1 and agree with it:
+    their own rounds' interval (at 95 %, without any spread of hosts) contains it, or they lie within the minimum effect
+    of it.
     """
     if len(times) < LEAST_TIMES:
         return None
@@ -155,23 +156,23 @@ def _agrees(time: _Time, factor: float) -> bool:
 
 
 def _all_times(judged: Sequence[Row], factor: float) -> Row:
-    """One row instead of many. What moved the times but not their control is no mere change of the environment."""
+    """One row instead of many. A change of the times but not of their control is more than a change of environment."""
     verdicts = {row.verdict for row in judged}
     controlled = all(row.relative_to == "control" for row in judged)
     verdict: Verdict = "inconclusive"
     if controlled and verdicts & {"worse", "better"}:
         verdict = "worse" if factor > 0 else "better"
     note = (
-        "all times moved alike while their control did not and no metric without noise changed"
+        "all times changed by the same factor; their control and all deterministic metrics did not change"
         if controlled
-        else "all times moved alike and no metric without noise changed: the environment (machine, or a library that"
-        " all cases share); below, times are judged relative to this"
+        else "all times changed by the same factor and no deterministic metric did: a change of environment (machine"
+        " or shared library); the times below are judged relative to this factor"
     )
     return Row("(all)", "seconds", verdict, ALL_TIMES, ratio=math.exp(factor), note=note)
 
 
 def _control_note(pairs: Sequence[Pair]) -> list[str]:
-    """What the control did, which is divided out of the times and so is not seen in them."""
+    """The change of the control, which is divided out of the times and so is not visible in them."""
     moved = [
         intervals.centre_seconds(new.control_seconds) / intervals.centre_seconds(old.control_seconds)
         for old, new in _controlled(pairs)
@@ -182,7 +183,7 @@ def _control_note(pairs: Sequence[Pair]) -> list[str]:
     middle = statistics.median(moved)
     return [
         f"the control, divided out of {len(moved)} times, took {middle:.2f} × its time (from {min(moved):.2f} to"
-        f" {max(moved):.2f}): the machine, or what a library changed for the bare model too"
+        f" {max(moved):.2f}): a change of the machine, or of a library that the bare model uses too"
     ]
 
 

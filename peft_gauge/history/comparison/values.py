@@ -1,4 +1,4 @@
-"""Outcomes, claims, and metrics without noise or with a known tolerance."""
+"""Compare outcomes, claims, deterministic metrics and metrics with a known tolerance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def conditions(pair: Pair) -> Iterator[Row]:
 
 
 def outcome_verdict(old: str, new: str) -> Verdict:
-    """A case that newly breaks is worse, one that no longer does is better; of one that was not run, none can tell."""
+    """Newly broken is worse, and no longer broken is better; a case that did not run in both is inconclusive."""
     if old == new:
         return "same"
     if new in BROKEN:
@@ -42,7 +42,7 @@ def outcome_verdict(old: str, new: str) -> Verdict:
 
 
 def noise_free(pair: Pair, rules: Rules, only_noise_free: bool) -> Iterator[Row]:
-    """Rows of all metrics of a case but its times."""
+    """Rows of all metrics of a case except its times."""
     if pair.old.outcome in NOT_RUN or pair.new.outcome in NOT_RUN:
         return
     for metric in names_of(pair.old.metrics, pair.new.metrics):
@@ -60,7 +60,7 @@ def noise_free(pair: Pair, rules: Rules, only_noise_free: bool) -> Iterator[Row]
 
 
 def without_rule(pairs: Sequence[Pair], rules: Rules) -> list[str]:
-    """A note on metrics that were not compared because nobody has said how."""
+    """A note on metrics that were not compared because no rule covers them."""
     found = [
         metric
         for pair in pairs
@@ -69,11 +69,11 @@ def without_rule(pairs: Sequence[Pair], rules: Rules) -> list[str]:
     ]
     names = sorted(set(found))
     told = ", ".join(names[:TOLD_NAMES]) + (f" and {len(names) - TOLD_NAMES} more" if len(names) > TOLD_NAMES else "")
-    return [f"no rule says how to compare {told}"] if names else []
+    return [f"no rule for {told}: not compared"] if names else []
 
 
 def is_noise_free(row: Row, rules: Rules) -> bool:
-    """Of claims, some are about times."""
+    """Whether the row's metric is deterministic; claims are excluded, since some are about times."""
     return row.metric != "verdict" and rules.of(row.test, row.metric).noise_free
 
 
@@ -93,7 +93,7 @@ def _fingerprint_rows(pair: Pair, rules: Rules) -> Iterator[Row]:
 
 
 def judge_value(rule: Rule, before: Any, after: Any) -> Verdict:
-    """The verdict on a metric of kind exact or number; what is no number is compared exactly."""
+    """The verdict on a metric of kind exact or number; a value that is not a number is compared exactly."""
     if before == after:
         return "same"
     if not (is_number(before) and is_number(after)):
@@ -104,7 +104,7 @@ def judge_value(rule: Rule, before: Any, after: Any) -> Verdict:
 
 
 def claims(base: Run, new: Run, rules: Rules) -> Iterator[Row]:
-    """A claim's verdict must not change; only a decision instead of "inconclusive" is for the better."""
+    """Rows of the claims. A claim's verdict must not change, except from "inconclusive" to a decision."""
     old, now = ({f"claim::{claim['id']}[{claim['model']}]": claim for claim in run.claims} for run in (base, new))
     for name in names_of(old, now):
         if rules.of(name, "verdict").kind == "ignore":
@@ -116,8 +116,7 @@ def claims(base: Run, new: Run, rules: Rules) -> Iterator[Row]:
         elif before is None:
             yield replace(row, verdict="inconclusive", label=NEW)
         elif after is None:
-            # A claim that a run lists and does not decide, or of a run without claims, is decided by a benchmark that
-            # it did not ask.
+            # NEW did not run the benchmark of a claim that it lists without a decision, or if it has no claims.
             asked = now and name not in now
             label = NOT_REACHED if new.interrupted else MISSING if asked else NOT_ASKED
             yield replace(

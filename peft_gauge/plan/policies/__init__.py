@@ -1,10 +1,10 @@
-"""What to do where a tuner's code needs values and a plan has only shapes.
+"""Policies for tuners whose code needs values, where a plan has only shapes.
 
-Most PEFT types attach to a model on `meta` and step with fake tensors as they are. Some read values: a decomposition of
-the base weights, a random mask, a coin that drops a module. For each there is a policy here, one module a type or
-family, taken only when its code is reached, and each policy taken leaves one sentence in `warnings`. A type that is not
-named in `ATTACHING` is simply tried; what then still needs values ends in `CannotPlan`, which names the operation.
-
+Most PEFT types attach to a model on `meta` and step with fake tensors unchanged. Some read values: a decomposition of
+the base weights, a random mask, a coin that drops a module. For each of these there is a policy here, one module per
+type or family. It applies only when its code is reached, and each applied policy adds one sentence to `warnings`. A
+type that is not in `ATTACHING` is tried without a policy; an operation that still needs values raises `CannotPlan`,
+which names it.
 Order of use: `with attaching(method): methods.attach(...)` on `meta`, then `fakes.to_fake`, then one traced step
 `with mode, cuda_kernels(), unpacked_sequences(), stepping(model), tracker:`.
 """
@@ -47,15 +47,15 @@ ATTACHING: Mapping[str, Callable[[Patches, Mapping[str, Any]], None]] = {
     "PROMPT_TUNING": prompts.attach,
     "MULTITASK_PROMPT_TUNING": prompts.attach,
 }
-"""What stands in for a type's initialisation, by PEFT type: called before its code runs, with the adapter's config."""
+"""Replacements of a type's initialisation, by PEFT type: called before its code runs, with the adapter's config."""
 
-# How PEFT's own warnings about a config begin: what in it has no effect.
+# The beginnings of PEFT's own warnings about config entries without effect.
 _WITHOUT_EFFECT = (
     "Unexpected keyword arguments", "target_modules=", "target_parameters=", "The following rank_pattern",
     "The following alpha_pattern", "You have passed exclude_modules",
 )  # fmt: skip
 
-# How a question about values is answered where "no" would leave out the costly path: by PEFT type.
+# Types whose boolean values are true, since false would leave out the costly path; with the meaning of true.
 _YES = {
     "LOHA": "no layer dropped by module_dropout",
     "LOKR": "no layer dropped by module_dropout",
@@ -65,16 +65,17 @@ _YES = {
 
 @contextmanager
 def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
-    """Around `methods.attach` on `meta`: initialisations that read weights make only the shapes of their results.
+    """Enter around `methods.attach` on `meta`: initialisations that read weights create only tensors of the right
+    shapes.
 
     Args:
         method: the method, or the content of an `adapter_config.json`.
 
     Yields:
-        The warnings, one sentence for each policy taken; complete when the block ends.
+        The warnings, one sentence per applied policy; complete when the block ends.
 
     Raises:
-        CannotPlan: the initialisation needs values in a way that is not known here.
+        CannotPlan: the initialisation needs values in a way that no policy covers.
     """
     config: Mapping[str, Any] = method if hasattr(method, "keys") else method.peft_config  # type: ignore[assignment]
     said: list[str] = []
@@ -92,19 +93,20 @@ def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
 def _about_the_config(messages: Iterable[str]) -> Iterator[str]:
     for message in dict.fromkeys(messages):
         if message.startswith(_WITHOUT_EFFECT):
-            yield f"PEFT says: {one_line(message.partition('. ')[0], 240)}."
+            yield f"PEFT warns: {one_line(message.partition('. ')[0], 240)}."
 
 
 @contextmanager
 def stepping(model: nn.Module) -> Iterator[list[str]]:
-    """Around a traced step, inside the fake mode: answers questions about values, and says which.
+    """Enter around a traced step, inside the fake mode: supplies the values that operators read, with a warning for
+    each.
 
-    A truth value is answered with no (NaN found? norm zero? token out of range?) but for the types where yes is the
-    costly way; a number with 0; positions of what is true in a mask with all positions, an upper bound; `unique`
-    with one value. A sparse tensor is taken as having no duplicate positions.
+    A boolean is false (NaN found? norm zero? token out of range?), except for types where true is the costly path; a
+    number is 0; the positions of a mask are all positions, an upper bound; `unique` gives one value. A sparse tensor is
+    assumed to have no duplicate positions.
 
     Yields:
-        The warnings, one sentence for each kind of answer given and each policy taken; complete when the block ends.
+        The warnings, one sentence per kind of supplied value and per applied policy; complete when the block ends.
 
     Raises:
         CannotPlan: an operation needs values in another way.
@@ -118,7 +120,7 @@ def stepping(model: nn.Module) -> Iterator[list[str]]:
         lora.whole_sequence_alora(patches, wanted=any(getattr(c, "alora_invocation_tokens", None) for c in configs))
         frod.fixed_sparse_size(patches, wanted="FROD" in kinds)
         if any(isinstance(module, torch.nn.RNNBase) for module in model.modules()):
-            patches.warn("A recurrent layer is traced step by step; the reserve of cuDNN's fused one is not modelled.")
+            patches.warn("A recurrent layer is traced step by step; cuDNN's fused layer may need more reserve space.")
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yes = next((_YES[kind] for kind in sorted(kinds) if kind in _YES), "")
         answers = Answers(patches, yes, experts(model))

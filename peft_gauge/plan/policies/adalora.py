@@ -1,4 +1,4 @@
-"""AdaLoRA, and what it and AdaMSS keep of each weight's importance between steps."""
+"""AdaLoRA, and the importance statistics that it and AdaMSS keep between steps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ if TYPE_CHECKING:
 
 
 def attach(patches: Patches, config: Mapping[str, Any]) -> None:
-    patches.warn(
-        "AdaLoRA's rank counters count as trainable: PEFT makes them so for every base but one in float32 on the CPU."
-    )
+    patches.warn("AdaLoRA's rank counters count as trainable: PEFT does so for every base except float32 on the CPU.")
 
 
 def update_importance(model: nn.Module) -> None:
-    """The state that AdaLoRA and AdaMSS keep between steps, made as their `update_and_allocate` makes it.
+    """Create the state that AdaLoRA and AdaMSS keep between steps, as their `update_and_allocate` does.
 
     Call it where a training loop calls that: between the optimizer's step and `zero_grad`. Ranks are not reallocated,
-    which would change no shape. What is kept is among `fakes.plain_tensors(model)`. Does nothing for other types.
+    since this changes no shape. The state is among `fakes.plain_tensors(model)`. Does nothing for other types.
     """
     tuner = getattr(model, "base_model", None)
     allocator = getattr(tuner, "rankallocator", None)

@@ -28,7 +28,7 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
     def fixed_rank(original: Callable[..., None]) -> Callable[..., None]:
         def update_layer(layer: Any, adapter_name: str, r: int, config: Any, **kwargs: Any) -> None:
             if config.use_dynamic_rank:
-                patches.warn("AdaMSS's dynamic ranks depend on the weights: the largest, subspace_rank, assumed.")
+                patches.warn("AdaMSS's dynamic ranks depend on the weights: the largest, subspace_rank, is assumed.")
                 config.use_dynamic_rank = False
             original(layer, adapter_name, r, config, **kwargs)
 
@@ -41,13 +41,13 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
         f"{layer}:clustering_Z",
         lambda _: even_clusters,
         since="0.19.0",
-        warning="AdaMSS's k-means of the base weights replaced by clusters of equal size.",
+        warning="AdaMSS's k-means of the base weights is replaced by clusters of equal size.",
     )
     patches.replace(f"{layer}:AdamssLayer.update_layer", fixed_rank, since="0.19.0")
 
 
 def _without_sklearn(patches: Patches) -> None:
-    """AdaMSS's config asks whether scikit-learn can be imported; its k-means is not run here."""
+    """Make scikit-learn seem importable, which AdaMSS's config requires; its k-means does not run here."""
     if "sklearn" not in sys.modules:
         sys.modules["sklearn"] = ModuleType("sklearn")
         patches.stack.callback(sys.modules.pop, "sklearn")

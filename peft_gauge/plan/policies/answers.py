@@ -1,4 +1,4 @@
-"""Answers to what operators ask of values, given on fake tensors, which have none."""
+"""Values for operators that read them from fake tensors, which have none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft_gauge.plan.policies.patches import Patches
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
-_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.")  # modules that pass a question on
+_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.")  # modules between the operator and its caller
 
 
 class Answers:
@@ -47,24 +47,24 @@ class Answers:
 
     def scalar(self, mode: Any, func: Any, tensor: Any) -> bool | int | float:
         if tensor.dtype is torch.bool:
-            self.say("a question about values", self.yes or "no")
+            self.say("a boolean value", self.yes or "false")
             return bool(self.yes)
         self.say("a number read from a tensor", "0")
         return 0.0 if tensor.dtype.is_floating_point else 0
 
     def equal(self, mode: Any, func: Any, left: Any, right: Any) -> bool:
-        self.say("whether two tensors are equal", "no")
+        self.say("whether two tensors are equal", "false")
         return False
 
     def positions(self, mode: Any, func: Any, tensor: Any) -> torch.Tensor:
         count = tensor.numel()
         if self.experts and _asked_by().startswith("transformers."):
-            self.patches.warn(f"Uniform routing assumed: each of the {self.experts} experts gets as many tokens.")
+            self.patches.warn(f"Uniform routing assumed: each of the {self.experts} experts gets equally many tokens.")
             # Which experts have tokens (1-D; some releases add a class for padding), or which tokens one expert has.
             count = min(count, self.experts) if tensor.dim() == 1 else -(-count // self.experts)
         else:
             self.say("the positions chosen by a mask", "all of them, an upper bound")
-        # The operator writes the positions of one dimension after those of another.
+        # The operator stores the positions of one dimension after those of another.
         return torch.empty(tensor.dim(), count, dtype=torch.long).t()
 
     def unique(self, mode: Any, func: Any, tensor: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
@@ -80,11 +80,11 @@ class Answers:
         return _sparse(torch.empty_like(indices), torch.empty(values.shape, dtype=tensor.dtype), mask)
 
     def say(self, question: str, answer: str) -> None:
-        self.patches.warn(f"{_asked_by()} asks for {question}; answered: {answer}.")
+        self.patches.warn(f"{_asked_by()} reads {question}; assumed: {answer}.")
 
 
 def _within_mode(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Fake tensor implementations run outside their mode: what they make would be real."""
+    """Enter the mode: fake tensor implementations run outside it, where new tensors would be real."""
 
     def run(mode: Any, *args: Any, **kwargs: Any) -> Any:
         with mode:
@@ -103,7 +103,7 @@ def _sparse(indices: torch.Tensor, values: torch.Tensor, like: torch.Tensor) -> 
 def _grouped_product(
     mode: Any, func: Any, left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> torch.Tensor:
-    """A product for each group of rows (or columns) that `offs` ends; torch's shape rule takes bfloat16 only."""
+    """One product per group of rows (or columns), delimited by `offs`; torch's shape rule supports bfloat16 only."""
     shape = [left.shape[-2], right.shape[-1]]
     if left.dim() == right.dim():
         shape.insert(0, offs.shape[0] if left.dim() == 2 else left.shape[0])
@@ -145,7 +145,7 @@ def _asked_by() -> str:
 
 
 def experts(model: nn.Module) -> int:
-    """Experts a layer of a mixture-of-experts base, 0 for a dense one."""
+    """Number of experts per layer of a mixture-of-experts base, 0 for a dense one."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -1,4 +1,4 @@
-"""The error of a method that cannot be planned, and how torch's own errors become it."""
+"""The error for a method that cannot be planned, and its translation from torch's own errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CannotPlan(GaugeError):
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """What needs values in this block is a `CannotPlan`; any other error passes."""
+    """Turn an error about missing values in this block into `CannotPlan`; other errors pass."""
     try:
         yield
     except (*NEEDS_VALUES, NotImplementedError, GaugeError) as error:
@@ -35,7 +35,7 @@ def _value_error(error: BaseException | None) -> BaseException | None:
 
 
 def operation(error: BaseException) -> str:
-    """The operation that failed, out of torch's error about it."""
+    """The operation that failed, from torch's error."""
     operator = getattr(error, "func", None)
     if operator is not None:
         return f"{operator} needs the values of its input"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def attach(patches: Patches, config: Mapping[str, Any]) -> None:
     def factors(layer: Any, V: torch.Tensor, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # PEFT asks for copies on the CPU, which `meta` cannot give; memory never written to is none.
+        # PEFT makes copies on the CPU, which `meta` does not support; memory that is never written uses none.
         return torch.empty(W.shape, dtype=V.dtype), torch.empty(W.shape[1])
 
     patches.replace("peft.tuners.frod.layer:FrodLayer._calculate_frod_u_and_lambda", lambda _: factors, since="0.20.0")
@@ -25,7 +25,7 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
         "peft.tuners.frod.model:FrodModel._init_frod_projections",
         lambda _: _frod_projections,
         since="0.20.0",
-        warning="FRoD's joint decomposition of the base weights skipped: shapes only.",
+        warning="FRoD's joint decomposition of the base weights is skipped: shapes only.",
     )
 
 

@@ -26,7 +26,7 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
             lambda _: default_values,
             since=since,
             wanted=asks_for(config, title.lower()),
-            warning=f"{title} initialisation from the base weights skipped: shapes only.",
+            warning=f"{title} initialisation from the base weights is skipped: shapes only.",
         )
 
     def not_truncated(original: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +41,7 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
         not_truncated,
         since="0.21.0",
         wanted=asks_for(config, "kasa"),
-        warning="KaSA's truncation of the base weights (an SVD a layer, once) skipped: shapes only.",
+        warning="KaSA's truncation of the base weights (one SVD per layer) is skipped: shapes only.",
     )
 
     montecloras: dict[str, Any] = {"since": "0.20.0", "wanted": asks_for(config, "monteclora")}
@@ -50,12 +50,12 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
         "peft.tuners.lora.monteclora:BufferedMontecloraSampler.__init__",
         lambda _: _unfilled_sampler,
         **montecloras,
-        warning="MonteCLoRA's samples not drawn; a refill of their buffers, which holds two at once, is not planned.",
+        warning="MonteCLoRA's samples are not drawn; a refill of their buffers (two at once) is not planned.",
     )
 
 
 def _with_sampler(original: Callable[..., None]) -> Callable[..., None]:
-    """PEFT would make the sampler in the first forward, after the optimizer was given its parameters."""
+    """PEFT would create the sampler in the first forward, after the optimizer was given its parameters."""
 
     def init(module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
         original(module, adapter_name, config, **kwargs)
@@ -86,5 +86,5 @@ def whole_sequence_alora(patches: Patches, *, wanted: bool) -> None:
         "peft.tuners.lora.variants:calculate_alora_offsets",
         lambda _: every_token,
         wanted=wanted,
-        warning="aLoRA's invocation taken to stand at the first token: an upper bound.",
+        warning="aLoRA's invocation is assumed at the first token: an upper bound.",
     )

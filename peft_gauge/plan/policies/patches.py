@@ -1,4 +1,4 @@
-"""Library attributes replaced for the length of a block."""
+"""Replace library attributes for the length of a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Patches:
-    """Replacements of library attributes that end with `stack`; each says in `warnings` when it is first used."""
+    """Replacements of library attributes that end with `stack`; the first use of each adds to `warnings`."""
 
     def __init__(self, stack: ExitStack, warnings: list[str]) -> None:
         self.stack = stack
@@ -26,10 +26,11 @@ class Patches:
     def replace(
         self, owner: str, make: Callable[[Any], Any], *, since: str = "0.18.0", wanted: bool = True, warning: str = ""
     ) -> None:
-        """`owner` is 'module:Class.attribute'; `make` gets the original and returns what stands in for it.
+        """`owner` is 'module:Class.attribute'; `make` receives the original and returns its replacement.
 
-        Where the library has no such attribute, nothing is replaced. Releases before ``since`` lack newer tuners and
-        options; in any other the piece was moved, and a warning says so if the plan reaches it (``wanted``).
+        If the library has no such attribute, nothing is replaced. Releases before ``since`` lack newer tuners and
+        options; in later releases the attribute was moved, and a warning reports this if the plan reaches it
+        (``wanted``).
         """
         module, _, path = owner.partition(":")
         *parents, name = path.split(".")
@@ -57,5 +58,5 @@ class Patches:
 
 
 def asks_for(config: Mapping[str, Any], variant: str) -> bool:
-    """Whether a setting of ``config`` that is on names ``variant``: ``init_lora_weights="pissa"``, for instance."""
+    """Whether an active setting of ``config`` names ``variant``, for example ``init_lora_weights="pissa"``."""
     return any(value and variant in f"{name}={value}".lower() for name, value in config.items())

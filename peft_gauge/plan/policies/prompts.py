@@ -1,4 +1,4 @@
-"""Prompt tuning and its kin: virtual tokens, and what their models want in a batch."""
+"""Prompt tuning and related methods: virtual tokens, and the extra inputs of their models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def attach(patches: Patches, config: Mapping[str, Any]) -> None:
     init = config.get("prompt_tuning_init")
     if init not in (None, "RANDOM", "SAMPLE_VOCAB"):  # `methods.attach` makes random ones of the same shape on meta
-        patches.warn(f"Virtual tokens not initialised from {init}: shapes only.")
+        patches.warn(f"Virtual tokens are not initialised from {init}: shapes only.")
 
 
 def extra_inputs(model: nn.Module, batch: int, seq: int) -> dict[str, torch.Tensor]:
-    """What `model`'s PEFT type wants in a batch beside `input_ids` and `labels`; call it inside the fake mode.
+    """The inputs of `model`'s PEFT type other than `input_ids` and `labels`; call it inside the fake mode.
 
     Poly and multitask prompt tuning: `task_ids` (batch,); CPT: `input_type_mask` (batch, seq); 64-bit integers.
     """

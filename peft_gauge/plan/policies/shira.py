@@ -1,4 +1,4 @@
-"""SHiRA: a random mask chooses the positions of each weight that are trained."""
+"""SHiRA: a random mask selects the trained positions of each weight."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def attach(patches: Patches, config: Mapping[str, Any]) -> None:
     patches.replace(
         "peft.tuners.shira.layer:ShiraLayer.update_layer",
         without_mask,
-        warning="SHiRA's sparse masks not drawn: their number of positions only.",
+        warning="SHiRA's sparse masks are not drawn: only their number of positions matters.",
     )

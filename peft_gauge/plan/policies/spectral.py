@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def attach(patches: Patches, config: Mapping[str, Any]) -> None:
-    patches.warn("The random positions of the trained frequencies not drawn: their number only.")
+    patches.warn("The random positions of the trained frequencies are not drawn: only their number matters.")
     patches.stack.enter_context(_NoPermutations())
 
 
 class _NoPermutations(TorchFunctionMode):
-    """A permutation of all positions of a weight takes a second a layer of a 7B model; only its length is used."""
+    """A permutation of all positions of a weight takes a second per layer of a 7B model; only its length is used."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.randperm:

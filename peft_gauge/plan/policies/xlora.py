@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def attach(patches: Patches, config: Mapping[str, Any]) -> None:
     def uncached(original: Callable[..., None]) -> Callable[..., None]:
         def init(tuner: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-            model.config.use_cache = False  # X-LoRA refuses a base that has it on; a training step has it off anyway
+            model.config.use_cache = False  # X-LoRA rejects a base that has it on; a training step has it off anyway
             original(tuner, model, *args, **kwargs)
 
         return init

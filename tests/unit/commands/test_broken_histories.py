@@ -70,22 +70,22 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "truncated": (whole()[: len(whole()) // 2], "is truncated"),
     "empty": ("", "is empty"),
     "blank": ("\n \n", "is empty"),
-    "binary": (bytes(range(256)) * 40, "no UTF-8 text"),
+    "binary": (bytes(range(256)) * 40, "not valid UTF-8"),
     "zeros": (b"\0" * 4096, "is not JSON"),
-    "no object": ("[]", "no benchmark run"),
-    "other JSON": ('{"name": "x"}', "no benchmark run"),
+    "no object": ("[]", "not a benchmark run"),
+    "other JSON": ('{"name": "x"}', "not a benchmark run"),
     "deep": ("[" * 100_000, "not JSON"),
     "NaN": (with_nan(), "holds NaN"),
-    "infinite": (whole().replace("1000000", "1e999"), "more than a number can be"),
+    "infinite": (whole().replace("1000000", "1e999"), "too large for a number"),
     "negative time": (json.dumps(document(case(timed("step_seconds", [1.0, -0.1])))), "not one list of seconds"),
     "time as text": (json.dumps(document(case(timed("step_seconds", ["1"])))), "not one list of seconds"),  # type: ignore[list-item]
     "newer": (json.dumps(document(schema=VERSION + 1)), "upgrade"),
-    "schema 0": (json.dumps(document(schema=0)), "the first was 1"),
+    "schema 0": (json.dumps(document(schema=0)), "the first schema is 1"),
     "schema as text": (json.dumps(document(schema="2")), "not a whole number"),
     "cases as object": (json.dumps(document(cases={})), "not a list"),
     "case without id": (json.dumps(document(cases=[{}])), "id is missing"),
-    "case twice": (json.dumps(document(case(), case({"peak_bytes": 2}))), "twice"),
-    "name leads out": (json.dumps(document(machine="../../etc")), "no name of a machine"),
+    "case twice": (json.dumps(document(case(), case({"peak_bytes": 2}))), "more than one record"),
+    "name leads out": (json.dumps(document(machine="../../etc")), "not a valid name of a machine"),
 }
 
 
@@ -146,7 +146,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, saved: Saved, run_com
     code, out, err = run_command("compare", str(saved(document())), str(pipe))
 
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "is no regular file" in err
+    assert "is not a regular file" in err
     assert pipe not in runs_in(tmp_path)
 
 
@@ -249,9 +249,9 @@ def test_a_machine_s_name_never_leads_out_of_the_results(name: str, tmp_path: Pa
     saved(document(), "outside/0001_x_y.json")
     results = tmp_path / "results"
     results.mkdir()
-    with pytest.raises(GaugeError, match="no name of a machine"):
+    with pytest.raises(GaugeError, match="not a valid name of a machine"):
         runs_in(results, name)
-    with pytest.raises(GaugeError, match="no name of a machine"):
+    with pytest.raises(GaugeError, match="not a valid name of a machine"):
         read_run(saved(document(machine=name)))
 
 

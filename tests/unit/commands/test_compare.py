@@ -216,7 +216,7 @@ def test_own_rules(base: str, tmp_path: Path, run_command: Command) -> None:
         (["--last", "1"], "--last must be at least 2, got 1"),
         (["--last", "2", "{base}", "{base}"], "give runs or --last, not both"),
         (["--last", "2", "--machine", "m", "--results", "{folder}/two"], "two/m has 1 saved runs"),
-        (["--last", "2", "--machine", "m", "--results", "{folder}/none"], "none is no folder of saved runs"),
+        (["--last", "2", "--machine", "m", "--results", "{folder}/none"], "none is not a folder of saved runs"),
         (["{base}", "{folder}/other.json"], "the machines differ (machine: a-2c-cpu → b; threads: 2 → 4)"),
         (["{base}", "{base}", "--rules", "{folder}/broken.json"], "broken.json is not TOML"),
         (["{base}", "{base}", "--json", "{folder}/none/x.json"], "cannot write "),
@@ -405,7 +405,7 @@ def test_times_that_cannot_be_told_apart_are_one_line(many: tuple[str, str], run
     assert "more processes per side would decide the clearest; --all" in " ".join(printed.split())
     assert "4 cases: test_verdicts.py (4)" in printed
     assert "5 cases: test_verdicts.py (5)" in printed
-    assert "BASE did not ask this benchmark" in printed
+    assert "BASE did not run this benchmark" in printed
     assert printed.splitlines()[-1] == "1 worse, 9 inconclusive, 0 better, 18 same, 4 MISSING, 5 NEW"
     every = run_command("compare", *many, "--all")[1]
     assert every.count("step_seconds") == 9

@@ -464,9 +464,9 @@ def test_losses_are_compared_to_rounding(plain: dict[str, Any]) -> None:
     ("broken", "message"),
     [
         ({"version": 0}, "versions 0 and 1"),
-        ({"operators": None}, "no fingerprint of a step"),
-        ({"losses": [1.0]}, "no fingerprint of a step"),
-        ({"trainable": {}}, "no fingerprint of a step: KeyError 'by_dtype'"),
+        ({"operators": None}, "not a fingerprint of a step"),
+        ({"losses": [1.0]}, "not a fingerprint of a step"),
+        ({"trainable": {}}, "not a fingerprint of a step: KeyError 'by_dtype'"),
     ],
 )
 def test_what_does_not_compare_is_refused(plain: dict[str, Any], broken: dict[str, Any], message: str) -> None:

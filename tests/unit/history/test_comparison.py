@@ -156,7 +156,7 @@ def test_what_no_rule_knows_is_named_and_not_judged(made: Made) -> None:
 
     found = compare(run(1), run(2), RULES)
     assert said(found) == []
-    assert found.notes == ("no rule says how to compare odd_1, odd_2, odd_3, odd_4, odd_5 and 2 more",)
+    assert found.notes == ("no rule for odd_1, odd_2, odd_3, odd_4, odd_5 and 2 more: not compared",)
 
 
 def test_a_list_of_records_is_compared_item_by_item(made: Made) -> None:
@@ -221,7 +221,7 @@ def test_fingerprints_of_two_versions_are_not_compared_and_explain_nothing(made:
     found = compare(run(1, 1), run(1.2, 2), RULES)
     assert said(found) == [("worse", "step_seconds"), ("NOT COMPARABLE", "fingerprint")]
     assert only(found, "step_seconds").cause is None
-    assert "fingerprints of versions 1 and 2 do not compare" in str(only(found, "fingerprint").note)
+    assert "fingerprints of versions 1 and 2" in str(only(found, "fingerprint").note)
 
 
 def test_a_changed_verdict_of_a_claim_has_a_row(made: Made) -> None:
@@ -240,7 +240,7 @@ def test_a_changed_verdict_of_a_claim_has_a_row(made: Made) -> None:
         "claim::a[m]": "worse",
         "claim::b[m]": "better",
         "claim::c[m]": "NEW",
-        "claim::d[m]": "NOT ASKED",
+        "claim::d[m]": "NOT REQUESTED",
         "claim::e[m]": "same",
         "claim::f[m]": "worse",
     }
@@ -303,7 +303,11 @@ def test_new_and_missing_cases_have_rows(made: Made) -> None:
         made(kept, case(STEP.format("lora"))), made(kept, case(STEP.format("ia3"), "skipped", "no GPU")), RULES
     )
     assert [(row.says, row.test, row.note) for row in found.rows if row.says != "same"] == [
-        ("MISSING", STEP.format("lora"), "NEW asked the benchmark without it, and does not say what it left out"),
+        (
+            "MISSING",
+            STEP.format("lora"),
+            "NEW ran the benchmark without it, and does not record which cases it deselected",
+        ),
         ("NEW", STEP.format("ia3"), "no GPU"),
     ]
     assert (found.exit_code(), found.exit_code(strict=True)) == (0, 1)
@@ -437,7 +441,7 @@ def test_nothing_that_can_be_compared_is_no_success(made: Made) -> None:
     )
     disjoint = compare(made(case(STEP.format("lora"))), made(case(STEP.format("full"))), RULES)
     assert disjoint.incomparable is not None
-    assert disjoint.incomparable.startswith("no case stands in both, although both ask test_speed: NEW asked ")
+    assert disjoint.incomparable.startswith("no case in common, although both ran test_speed: NEW ran ")
     assert disjoint.exit_code() == 2
 
 
@@ -454,26 +458,26 @@ def selection(*args: str, deselected: list[str] | None, markers: str = "", keywo
 @pytest.mark.parametrize(
     ("section", "says", "why"),
     [
-        ({}, "NOT ASKED", "did not ask this benchmark"),
+        ({}, "NOT REQUESTED", "did not run this benchmark"),
         ({"interrupted": True}, "NOT REACHED", "was interrupted before it"),
         (
             selection("benchmarks/test_speed.py", deselected=[]),
-            "NOT ASKED",
-            "was asked for benchmarks/test_speed.py only",
+            "NOT REQUESTED",
+            "was limited to benchmarks/test_speed.py",
         ),
-        (selection(deselected=[]), "MISSING", "asked the benchmark without it"),
+        (selection(deselected=[]), "MISSING", "ran the benchmark without it"),
         (selection(deselected=[PEAK.format("lora")], keywords="not peak"), "DESELECTED", "left it out (-k 'not peak')"),
         (selection(deselected=[PEAK.format("lora")]), "DESELECTED", "left it out (slow, or of another device)"),
         (
             selection("benchmarks/test_memory.py::test_growth", deselected=[]),
-            "NOT ASKED",
-            "was asked for benchmarks/test_memory.py::test_growth only",
+            "NOT REQUESTED",
+            "was limited to benchmarks/test_memory.py::test_growth",
         ),
-        (selection("benchmarks/test_memory.py::test_peak", deselected=[]), "MISSING", "asked the benchmark without it"),
-        (selection(deselected=None), "NOT ASKED", "did not ask this benchmark"),
+        (selection("benchmarks/test_memory.py::test_peak", deselected=[]), "MISSING", "ran the benchmark without it"),
+        (selection(deselected=None), "NOT REQUESTED", "did not run this benchmark"),
         (
             selection(deselected=[]) | {"options": {"method": ["full", "ia3"]}},
-            "NOT ASKED",
+            "NOT REQUESTED",
             "had --method full,ia3",
         ),
         (selection(deselected=[]) | {"interrupted": True}, "NOT REACHED", "was interrupted before it"),
@@ -496,7 +500,7 @@ def test_different_benchmarks_are_told_as_that(made: Made) -> None:
     memory = made(case(PEAK.format("full")), section={"interrupted": True})
     found = compare(speed, memory, RULES)
     assert found.incomparable == (
-        "no case stands in both; they ask different benchmarks: "
+        "the runs have no case in common, since their benchmarks differ: "
         "BASE test_speed (2 cases) and NEW test_memory (1 case), interrupted"
     )
     assert [row.says for row in found.rows] == ["NOT REACHED", "NOT REACHED", "NEW"]
@@ -566,13 +570,13 @@ def test_single_processes_cannot_tell_and_say_what_would(made: Made) -> None:
     row = only(found, "step_seconds")
     assert row.verdict == "inconclusive"
     # log 1.62 / log 1.2 = 2.646, and 1 has to be left out: (1 + 1.646)² - 1 = 6.0 more than one process
-    assert row.note == "one process does not show how processes differ; about 7 more processes a side would decide"
+    assert row.note == "one process does not show how processes differ; about 7 more processes per side would decide"
     assert found.exit_code() == 0
 
 
 @pytest.mark.parametrize(
     ("seconds", "note"),
-    [([[1.0, 1.0]], "2 rounds, and fewer than 3 say nothing"), (None, "its rounds were not saved")],
+    [([[1.0, 1.0]], "2 rounds are too few; at least 3 are needed"), (None, "its rounds were not saved")],
 )
 def test_too_few_rounds_cannot_tell(seconds: list[list[float]] | None, note: str, made: Made) -> None:
     metrics: Record = {"step_seconds": 9.0} | ({} if seconds is None else timed(seconds))

@@ -74,7 +74,7 @@ def test_an_older_run_is_read_and_says_nothing_of_others(tmp_path: Path) -> None
 
 
 def test_distributions_of_a_wrong_type_are_named(tmp_path: Path) -> None:
-    with pytest.raises(GaugeError, match=r"machine_info\.distributions\.rich is 15\.0, not a text"):
+    with pytest.raises(GaugeError, match=r"machine_info\.distributions\.rich is 15\.0, not a string"):
         saved(tmp_path, distributions={"rich": 15.0})
     with pytest.raises(GaugeError, match=r"machine_info\.distributions is \[\], not an object"):
         saved(tmp_path, distributions=[])

@@ -123,8 +123,8 @@ def test_the_centre_of_several_processes() -> None:
     ("samples", "why"),
     [
         (None, "its rounds were not saved"),
-        (Samples(((1.0, 1.0),)), "2 rounds, and fewer than 3 say nothing"),
-        (Samples(((1.0,), (1.0,))), "2 rounds, and fewer than 3 say nothing"),
+        (Samples(((1.0, 1.0),)), "2 rounds are too few; at least 3 are needed"),
+        (Samples(((1.0,), (1.0,))), "2 rounds are too few; at least 3 are needed"),
         (Samples(((1.0, 0.0, 1.0),)), "a round took 0 seconds: the clock is too coarse"),
         (Samples(((1.0, 1.0, 1.0),), ((1.0, 0.0, 1.0),)), "a round took 0 seconds: the clock is too coarse"),
         (Samples(((1.0,), (1.0,), (1.0,))), None),

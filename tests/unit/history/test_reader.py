@@ -197,15 +197,15 @@ def test_a_file_cut_anywhere_is_truncated(tmp_path: Path) -> None:
         ('{"a": x}\n', "is not JSON: Expecting value (line 1, column 7)"),
         ('{"a": 1} x', "is not JSON: Extra data (line 1, column 10)"),
         ('{"a": 1} {"b": 2}', "is not JSON: Extra data (line 1, column 10)"),
-        (b'{"a": "\xff"}', "is not JSON: it holds bytes that are no UTF-8 text"),
-        ("[" * 200_000, "is not JSON that can be read: "),
-        ('{"a": ' + "1" * 5000 + "}", "is not JSON that can be read: "),
-        ("[1, 2]", "is JSON, but no benchmark run"),
-        ("{}", "is JSON, but no benchmark run"),
-        ('{"benchmarks": {}}', "is JSON, but no benchmark run"),
-        ('{"benchmarks": [NaN]}', "holds NaN, which is no metric"),
-        ('{"benchmarks": [-Infinity]}', "holds -Infinity, which is no metric"),
-        ('{"benchmarks": [1e999]}', "holds 1e999, which is more than a number can be"),
+        (b'{"a": "\xff"}', "is not JSON: it is not valid UTF-8"),
+        ("[" * 200_000, "cannot be parsed as JSON: "),
+        ('{"a": ' + "1" * 5000 + "}", "cannot be parsed as JSON: "),
+        ("[1, 2]", "is JSON, but not a benchmark run"),
+        ("{}", "is JSON, but not a benchmark run"),
+        ('{"benchmarks": {}}', "is JSON, but not a benchmark run"),
+        ('{"benchmarks": [NaN]}', "holds NaN, which is not valid JSON"),
+        ('{"benchmarks": [-Infinity]}', "holds -Infinity, which is not valid JSON"),
+        ('{"benchmarks": [1e999]}', "holds 1e999, which is too large for a number"),
     ],
     ids=lambda value: None if len(value) > 60 else str(value),
 )
@@ -225,21 +225,21 @@ CASE: dict[str, Any] = {"id": "b::c", "benchmark": "b", "outcome": "passed", "re
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"schema": "2"}, 'peft_gauge.schema is "2", not a whole number'),
-        ({"schema": True}, "peft_gauge.schema is true, not a whole number"),
-        ({"schema": 0}, "peft_gauge.schema is 0, and the first was 1"),
+        ({"schema": "2"}, 'peft_gauge.schema is "2", not an integer'),
+        ({"schema": True}, "peft_gauge.schema is true, not an integer"),
+        ({"schema": 0}, "peft_gauge.schema is 0, but the first schema is 1"),
         ({"options": None}, "peft_gauge.options is null, not an object"),
         ({"interrupted": 1}, "peft_gauge.interrupted is 1, not true or false"),
         ({"cases": {}}, "peft_gauge.cases is {}, not a list"),
         ({"cases": [CASE, 3]}, "peft_gauge.cases[1] is 3, not an object"),
         ({"cases": [{"benchmark": "b"}]}, "a case's id is missing"),
-        ({"cases": [CASE | {"benchmark": 3}]}, "case b::c: benchmark is 3, not a text"),
-        ({"cases": [CASE | {"reason": []}]}, "case b::c: reason is [], not a text"),
+        ({"cases": [CASE | {"benchmark": 3}]}, "case b::c: benchmark is 3, not a string"),
+        ({"cases": [CASE | {"reason": []}]}, "case b::c: reason is [], not a string"),
         ({"cases": [CASE | {"metrics": None}]}, "case b::c: metrics is null, not an object"),
-        ({"cases": [CASE | {"outcome": "exploded"}]}, "case b::c: outcome is 'exploded', none of crashed, failed"),
+        ({"cases": [CASE | {"outcome": "exploded"}]}, "case b::c: outcome is 'exploded', not one of crashed, failed"),
         ({"cases": [CASE | {"metrics": {SAMPLES: [1.0]}}]}, f"case b::c: {SAMPLES} is [1.0], not an object"),
         ({"claims": [{"id": "x", "model": "m"}]}, "claim x: verdict is missing"),
-        ({"claims": [{"id": "x", "model": None}]}, "claim x: model is null, not a text"),
+        ({"claims": [{"id": "x", "model": None}]}, "claim x: model is null, not a string"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -251,24 +251,27 @@ def test_a_wrong_type_is_named_with_its_place(section: dict[str, Any], message: 
 @pytest.mark.parametrize("kind", [SAMPLES, CONTROL_SAMPLES])
 def test_samples_are_seconds_of_each_process(kind: str, processes: Any, tmp_path: Path) -> None:
     run = ours(cases=[CASE | {"metrics": {kind: {"step_seconds": processes}}}])
-    expected = f"is malformed: case b::c: {kind} of step_seconds are not one list of seconds for each process"
+    expected = f"is malformed: case b::c: {kind} of step_seconds are not one list of seconds per process"
     assert broken(tmp_path, json.dumps(run)) == expected
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"datetime": "yesterday"}, "datetime is 'yesterday', which is no date"),
-        ({"datetime": 5}, "datetime is 5, not a text"),
+        ({"datetime": "yesterday"}, "datetime is 'yesterday', which is not a date"),
+        ({"datetime": 5}, "datetime is 5, not a string"),
         ({"machine_info": "m"}, 'machine_info is "m", not an object'),
         ({"machine_info": {}}, "machine_info.name is missing"),
         ({"machine_info": {"name": "m", "accelerator": "H100"}}, 'machine_info.accelerator is "H100", not an object'),
-        ({"machine_info": {"name": "m", "libraries": {"peft": 0.2}}}, "machine_info.libraries.peft is 0.2, not a text"),
+        (
+            {"machine_info": {"name": "m", "libraries": {"peft": 0.2}}},
+            "machine_info.libraries.peft is 0.2, not a string",
+        ),
         ({"commit_info": []}, "commit_info is [], not an object"),
         ({"benchmarks": ["x"]}, 'benchmarks[0] is "x", not an object'),
         ({"benchmarks": [{}]}, "a benchmark's fullname is missing"),
         ({"benchmarks": [entry("a::b") | {"stats": None}]}, "benchmark a::b: stats is null, not an object"),
-        ({"benchmarks": [entry("a::b", data=["1"])]}, "benchmark a::b: stats.data is no list of seconds"),
+        ({"benchmarks": [entry("a::b", data=["1"])]}, "benchmark a::b: stats.data is not a list of seconds"),
         ({KEY: [1]}, "peft_gauge is [1], not an object"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -279,7 +282,7 @@ def test_a_wrong_part_of_the_file_is_named(changed: dict[str, Any], message: str
 
 def test_a_plain_benchmark_without_a_median_is_named(tmp_path: Path) -> None:
     message = broken(tmp_path, json.dumps(plain(entry("a::b", median="1"))))
-    assert message == "is malformed: benchmark a::b: stats.median is no time in seconds"
+    assert message == "is malformed: benchmark a::b: stats.median is not a time in seconds"
 
 
 def test_a_file_without_a_commit_is_read(tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def test_runs_are_listed_by_machine_and_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["nowhere", "file.json"])
 def test_runs_are_in_a_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text("{}")
-    with pytest.raises(GaugeError, match="is no folder of saved runs"):
+    with pytest.raises(GaugeError, match="is not a folder of saved runs"):
         runs_in(tmp_path / name)
 
 
@@ -355,9 +358,9 @@ def test_a_run_says_what_it_was_asked_for(tmp_path: Path) -> None:
         ([], "peft_gauge.selection is [], not an object"),
         ({}, "args is missing"),
         ({"args": "x"}, 'selection.args is "x", not a list'),
-        ({"args": [1]}, "selection.args is no list of texts"),
-        ({"args": [], "markers": 1}, "selection.markers is 1, not a text"),
-        ({"args": [], "deselected": [None]}, "selection.deselected is no list of texts"),
+        ({"args": [1]}, "selection.args is not a list of strings"),
+        ({"args": [], "markers": 1}, "selection.markers is 1, not a string"),
+        ({"args": [], "deselected": [None]}, "selection.deselected is not a list of strings"),
     ],
 )
 def test_a_selection_that_is_none_is_malformed(selection: Any, said: str, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_what_changes_no_result_may_differ(machine: dict[str, Any], options: dic
 def test_many_differences_are_counted(tmp_path: Path) -> None:
     machine = changed("libraries", {"torch": "1", "peft": "2"}) | {"threads": 7, "python_version": "3.12", "name": "x"}
     save(tmp_path, case("a"), machine=machine)
-    expected = "had torch 1, now 2.13.0; peft 2, now 0.21.2; Python 3.12, now 3.11.7; 2 differences more; run without"
+    expected = "had torch 1, now 2.13.0; peft 2, now 0.21.2; Python 3.12, now 3.11.7; 2 more differences; run without"
     with pytest.raises(GaugeError, match=expected):
         resumable(tmp_path, MACHINE, OPTIONS)
 
@@ -191,7 +191,7 @@ def test_broken_files_alone_are_told(tmp_path: Path) -> None:
 def test_a_plain_pytest_benchmark_file_is_not_gone_on_with(tmp_path: Path) -> None:
     run = {"machine_info": MACHINE, "benchmarks": [timed("a")], "datetime": NOW.isoformat()}
     write_run(tmp_path, "m", run, now=NOW)
-    with pytest.raises(GaugeError, match=f"had .*no schema, now {schema.VERSION}|differences more"):
+    with pytest.raises(GaugeError, match=f"had .*no schema, now {schema.VERSION}|more differences"):
         resumable(tmp_path, MACHINE, OPTIONS)
 
 

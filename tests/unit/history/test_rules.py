@@ -125,9 +125,9 @@ def test_values_are_judged_by_hand(rule: Rule, before: object, after: object, ve
     [
         ("rules = [", "is not TOML"),
         ("rules = []", "family_error, host_spread is missing"),
-        (f"{HEAD}rules = []", "the last rule must be for everything else"),
-        (f'{HEAD}rules = [{{ metric = "a", kind = "exact" }}]', "the last rule must be for everything else"),
-        (f'{HEAD}rules = [{{ test = "a", metric = "*", kind = "exact" }}]', "the last rule must be"),
+        (f"{HEAD}rules = []", "the last rule must match everything else"),
+        (f'{HEAD}rules = [{{ metric = "a", kind = "exact" }}]', "the last rule must match everything else"),
+        (f'{HEAD}rules = [{{ test = "a", metric = "*", kind = "exact" }}]', "the last rule must match"),
         (f"{HEAD}rules = 3", "rules must be a list of tables"),
         (f"{HEAD}rules = [3]", "rules must be a list of tables"),
         (f"{HEAD}rule = []\nrules = [{LAST}]", "unknown key 'rule'; did you mean rules"),
@@ -138,7 +138,7 @@ def test_values_are_judged_by_hand(rule: Rule, before: object, after: object, ve
         (f'{HEAD}rules = [{LAST}, {{ kind = "exact" }}]', "rule 2 lacks metric"),
         (f'{HEAD}rules = [{{ metric = "a" }}, {LAST}]', "rule 1 lacks kind"),
         (f'{HEAD}rules = [{{ metric = "a", kind = "exakt" }}, {LAST}]', "unknown kind in rule 1 'exakt'; did you mean"),
-        (f'{HEAD}rules = [{{ metric = 1, kind = "exact" }}, {LAST}]', "rule 1: metric must be a text, not 1"),
+        (f'{HEAD}rules = [{{ metric = 1, kind = "exact" }}, {LAST}]', "rule 1: metric must be a string, not 1"),
         (
             f'{HEAD}rules = [{{ metric = "a", kind = "exact", direction = "up" }}, {LAST}]',
             "unknown direction in rule 1 'up'",
@@ -161,7 +161,7 @@ def test_values_are_judged_by_hand(rule: Rule, before: object, after: object, ve
         ),
         (
             f'{HEAD}rules = [{{ metric = "a", kind = "time", direction = "higher" }}, {LAST}]',
-            "a time is never free of noise, and lower is better",
+            "a time has noise and is better when lower",
         ),
         (
             f'{HEAD}rules = [{{ metric = "a", kind = "exact", noise_free = 1 }}, {LAST}]',
@@ -169,7 +169,7 @@ def test_values_are_judged_by_hand(rule: Rule, before: object, after: object, ve
         ),
         (HEAD.replace("0.05", "1") + f"rules = [{LAST}]", "family_error must lie between 0 and 1, not 1"),
         (HEAD.replace("0.05", '"x"') + f"rules = [{LAST}]", "family_error must be a number"),
-        (HEAD.replace("1.6", "0.6") + f"rules = [{LAST}]", "host_spread holds factors, which are at least 1"),
+        (HEAD.replace("1.6", "0.6") + f"rules = [{LAST}]", "factors in host_spread must be at least 1"),
         (HEAD.replace("seconds", "second") + f"rules = [{LAST}]", "host_spread must have the keys"),
     ],
 )

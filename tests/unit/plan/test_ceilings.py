@@ -133,7 +133,7 @@ def test_a_broken_file_is_one_line_that_says_how_to_mend_it(tmp_path: Path, reas
     text = path.read_text(encoding="utf-8")
     assert BROKEN[reason][0] in text
     path.write_text(text.replace(*BROKEN[reason]), encoding="utf-8")
-    with pytest.raises(GaugeError, match="is no table of ceilings: .*; run: peft-gauge ceilings --write") as caught:
+    with pytest.raises(GaugeError, match="is not a table of ceilings: .*; run: peft-gauge ceilings --write") as caught:
         ceilings.read(path)
     assert "\n" not in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_is_no_traceback(tmp_path: Path, content: byt
     path = tmp_path / "c.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(GaugeError, match="is no table of ceilings"):
+    with pytest.raises(GaugeError, match="is not a table of ceilings"):
         ceilings.read(path)
 
 

@@ -280,7 +280,7 @@ def hold_against_a_real_step(method: methods.Method, record: models.ModelRecord,
         ({"peft_type": "LORA", "init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "initialisation"),
         ({"peft_type": "FOURIERFT", "n_frequency": 8, "target_modules": ["q_proj"]}, "frequencies"),
         ({"peft_type": "ADALORA", "total_step": 100, "target_modules": ["q_proj"]}, "importance of each weight"),
-        ({"peft_type": "POLY", "target_modules": ["q_proj"], "n_tasks": 2}, "asks for"),
+        ({"peft_type": "POLY", "target_modules": ["q_proj"], "n_tasks": 2}, "assumed: "),
     ],
     ids=lambda value: value["peft_type"] if isinstance(value, dict) else "",
 )
@@ -328,7 +328,7 @@ def test_a_target_that_the_architecture_has_not_is_named() -> None:
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "qkv_proj"], "rank_pattern": {"nowhere": 4}}
     method = methods.Method("asked", "asked", "peft", peft_config={"task_type": "CAUSAL_LM", **config})
     found = plan(PlanRequest(TOY, method, SETTINGS))
-    assert "target_modules that llama has not, and PEFT passes over: qkv_proj" in found.warnings
+    assert "target_modules that do not exist in llama, ignored by PEFT: qkv_proj" in found.warnings
     if int(peft.__version__.split(".")[1]) >= 21:
         assert any("rank_pattern keys did not match any targeted module" in warning for warning in found.warnings)
 
@@ -433,7 +433,7 @@ def test_a_replay_that_loses_bytes_is_no_answer(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Steps, "allocations", losing)
     monkeypatch.setattr(planner, "device_estimate", lambda steps, _: device_estimate(steps, NO_WORKSPACES))
-    with pytest.raises(GaugeError, match="a fault of peft-gauge: please report the command"):
+    with pytest.raises(GaugeError, match="a bug in peft-gauge: please report the command"):
         plan(request())
 
 

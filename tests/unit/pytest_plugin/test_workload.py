@@ -132,7 +132,10 @@ def test_a_parameter_called_measured_is_no_process() -> None:
         (pytest.mark.plans(3), "takes steps=FUNCTION"),
         (pytest.mark.plans(steps=3), "takes steps=FUNCTION"),
         (pytest.mark.plans(steps=step, more=1), "takes steps=FUNCTION"),
-        (pytest.mark.plans(steps=lambda modle: []), "has a parameter 'modle', which is neither one of the test"),
+        (
+            pytest.mark.plans(steps=lambda modle: []),
+            "has a parameter 'modle', which is neither a parameter of the test",
+        ),
     ],
 )
 def test_a_wrong_marker_is_a_usage_error(mark: pytest.MarkDecorator, message: str) -> None:

@@ -119,7 +119,7 @@ def test_a_text_initialisation_is_planned_without_a_tokenizer(monkeypatch: pytes
     found = plan(PlanRequest(TOY, method, StepSettings(1, 8)))
 
     assert found.trainable_params == count_on_meta(TOY, method).trainable_params == 8 * 64
-    assert "Virtual tokens not initialised from TEXT: shapes only." in found.warnings
+    assert "Virtual tokens are not initialised from TEXT: shapes only." in found.warnings
 
 
 def test_with_weights_a_text_initialisation_looks_for_its_tokenizer_on_this_machine_only(

@@ -233,7 +233,7 @@ def test_logits_are_known_by_the_vocabulary_of_a_nested_config(tmp_path: Path) -
 
 
 def test_recurrent_layers_are_said_to_be_planned_without_their_kernels(tmp_path: Path) -> None:
-    said = "recurrent layers are planned as transformers' PyTorch code computes them"
+    said = "recurrent layers are planned as in transformers' PyTorch code"
     assert any(said in warning for warning in plan_of(published.cut_file("mamba-130m-hf", tmp_path)).warnings)
     assert not any(said in warning for warning in plan_of(published.cut_file("falcon-7b", tmp_path)).warnings)
 
