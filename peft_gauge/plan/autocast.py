@@ -1,10 +1,10 @@
 """Autocast as CUDA does it, on a machine without CUDA.
 
-Autocast is a dispatch key a device: which operators it casts, and how, are kernels that torch registers for that key.
-Plans run on fake tensors whose device is ``cpu``, so they would follow the CPU's list, which lacks CUDA's layer_norm and
-softmax. Every build of torch registers CUDA's kernels, too; `cuda_lists` reads from there which operators CUDA
-has, from torch's own header how it casts each, and gives them to the CPU's key while it is entered. Casts, the cache
-of 16-bit weights and what recomputation does with it are torch's own.
+Autocast is a dispatch key of each device: its kernels decide which operators are cast, and how. Plans run on fake
+tensors whose device is ``cpu``, so they would follow the CPU's list, which lacks CUDA's layer_norm and softmax. Every
+build of torch also registers CUDA's kernels. `cuda_lists` reads from there which operators CUDA has, and from torch's
+header how it casts each, and gives them to the CPU's key. Casts, the cache of 16-bit weights and its use in
+recomputation are torch's own.
 
 Source: aten/src/ATen/autocast_mode.h and autocast_mode.cpp (torch 2.6 to 2.13).
 """

@@ -1,6 +1,7 @@
 """Prose uses the field's words: no docstring, comment, message or document matches a pattern of ``WORDS``.
 
-``python tests/unit/test_words.py`` prints every match, those in the rooms still ``TO_DO`` included, and counts them by room.
+``python tests/unit/test_words.py`` prints every match and counts them by room, the rooms in
+``TO_DO`` included.
 """
 
 from __future__ import annotations
