@@ -27,7 +27,7 @@ from peft_gauge import paths
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import sweep
 from peft_gauge.quality.dissected import Dissected, spectral_metrics
-from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, plant, small_decoder
+from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, plant, small_decoder
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.quality.updates import RANKS, Updates

@@ -22,9 +22,9 @@ import pytest
 
 from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
 from peft_gauge.claims import Finding, ledger
-from peft_gauge.quality import paired, sweep
-from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, small_decoder
+from peft_gauge.quality import non_inferiority, sweep
 from peft_gauge.quality.sweep import Lengths, Setting
+from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.training import methods
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from fixtures.sweeps import Swept, TextSweep
     from fixtures.verdicts import Decide
-    from peft_gauge.quality.planted import PreparedSynthetic
     from peft_gauge.quality.sweep import Trained
+    from peft_gauge.quality.synthetic import PreparedSynthetic
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
 
@@ -124,8 +124,8 @@ def test_planted_drop_in_quality(record: Callable[..., None]) -> None:
         rounded[seed] = synthetic_quality(task, synthetic_qlora)
 
     margin = ledger()["qlora-quality"].bounds["margin"]
-    of_redrawn = paired.compare(base, redrawn, margin=margin, names=("LoRA", "LoRA drawn anew"))
-    of_rounded = paired.compare(base, rounded, margin=margin, names=("LoRA", "QLoRA"))
+    of_redrawn = non_inferiority.compare(base, redrawn, margin=margin, names=("LoRA", "LoRA drawn anew"))
+    of_rounded = non_inferiority.compare(base, rounded, margin=margin, names=("LoRA", "QLoRA"))
     record(
         model=WiderSynthetic().record.name,
         task="planted",
@@ -177,7 +177,7 @@ def test_qlora_on_text(text_sweep: TextSweep, record: Callable[..., None], decid
     by_label = sweep.by_label(swept.results)
     lora, qlora = by_label["lora"], by_label["qlora"]
     bounds = ledger()["qlora-quality"].bounds
-    compared = paired.compare(
+    compared = non_inferiority.compare(
         qualities(lora),
         qualities(qlora),
         margin=bounds["margin"],

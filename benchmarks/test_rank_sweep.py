@@ -17,8 +17,8 @@ from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import findings, sweep
-from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
+from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.tasks import CALENDAR
 from peft_gauge.training import methods
 
@@ -33,7 +33,7 @@ PLANTED_RANKS = (2, 3, 4, 8)
 
 REACHED = 0.9
 """Share of the base's error that training must remove at the planted rank, and cannot remove below it
-(`tests/unit/quality/test_planted.py` has the metrics)."""
+(`tests/unit/quality/test_synthetic.py` has the metrics)."""
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import pytest
 
 from fixtures.replay import REPLAY_CLOCK
 from peft_gauge.clock import median_ratio, tokens_per_second
-from peft_gauge.clock.card import impossible, mbu, mfu
+from peft_gauge.clock.peak_throughput import impossible, mbu, mfu
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fixtures.measured import Measured
-    from peft_gauge.clock.card import PeakThroughput
+    from peft_gauge.clock.peak_throughput import PeakThroughput
 
     Replay = Callable[[Sequence[float]], None]
     Record = Callable[..., None]

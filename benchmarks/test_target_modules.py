@@ -20,8 +20,8 @@ from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import findings, sweep
-from peft_gauge.quality.planted import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.sweep import Lengths, Setting
+from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.training import Schedule, train
 from peft_gauge.training import methods
 from peft_gauge.training.cases import count_on_meta

@@ -253,10 +253,10 @@ def log_ratios_of(taken: Pairs) -> np.ndarray:
 def by_processes(comparisons: int, slower: float, rule: PairRule) -> list[Verdict]:
     """The verdicts of pairs of processes."""
     found = log_ratios_of(in_order(comparisons, slower)).reshape(comparisons, PROCESS_PAIRS[-1])
-    return [looked_at(each, rule)[0] for each in found.tolist()]
+    return [analysed(each, rule)[0] for each in found.tolist()]
 
 
-def looked_at(log_ratios: list[float], rule: PairRule) -> tuple[Verdict, int]:
+def analysed(log_ratios: list[float], rule: PairRule) -> tuple[Verdict, int]:
     """Evaluate as `peft-gauge ab` does, at its numbers of process pairs, until one decides; returns that number too."""
     for pairs in PROCESS_PAIRS:
         found = over_processes(log_ratios[:pairs], rule).verdict
@@ -309,8 +309,8 @@ def test_real_processes_of_the_same_code(host: str, pool: int, record: Record) -
     record(
         **told_pool(measured),
         **first_pool,
-        **{key: value for key, value in asdict(found).items() if key not in ("looks", "judged")},
-        looks=[asdict(look) for look in found.looks],
+        **{key: value for key, value in asdict(found).items() if key not in ("analyses", "judged")},
+        analyses=[asdict(each) for each in found.analyses],
         comparisons=DRAWN,
         comparisons_decided=decided,
         suites_decided=alarms,
@@ -412,7 +412,7 @@ def drawn_comparisons(measured: RealPairs, slower: float, rule: PairRule, count:
         left = {first: generator.sample(ratios, half) for first, ratios in by_first.items()}
         return [left[a_leads(number)].pop() + math.log(slower) for number in range(PROCESS_PAIRS[-1])]
 
-    return [looked_at(drawn(), rule) for _ in range(count)]
+    return [analysed(drawn(), rule) for _ in range(count)]
 
 
 BUSY = """

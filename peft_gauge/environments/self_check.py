@@ -26,7 +26,7 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
-class Looked:
+class InterimAnalysis:
     """The resolution of a comparison with ``pairs`` pairs of processes on this host.
 
     ``half_width``: of the interval, as a log ratio; ``smallest``: the smallest relative slowdown that is judged worse
@@ -44,7 +44,7 @@ class Resolution:
 
     ``bias``: their mean, and ``standard_error`` its error; ``first``: the cost of being started first (half of the
     difference between the means with A first and with B first), which ``bias`` does not contain; ``spread``: their
-    standard deviation apart from ``first``; ``looks``: one for each of `PROCESS_PAIRS`; ``judged``: the verdict of a
+    standard deviation apart from ``first``; ``analyses``: one for each of `PROCESS_PAIRS`; ``judged``: the verdict of a
     comparison on these pairs, at the last evaluation that they suffice for.
     """
 
@@ -53,7 +53,7 @@ class Resolution:
     standard_error: float
     first: float
     spread: float
-    looks: tuple[Looked, ...]
+    analyses: tuple[InterimAnalysis, ...]
     judged: Judgement
 
     @property
@@ -75,20 +75,20 @@ def resolution(log_ratios: Sequence[float], a_first: Sequence[bool], rule: PairR
     within = [ratio - mean for side, mean in zip(sides, (by_a, by_b), strict=True) for ratio in side]
     spread = math.sqrt(math.fsum(each**2 for each in within) / (len(within) - 2))
     error = spread / 2 * math.sqrt(sum(1 / len(side) for side in sides))
-    looks = tuple(_look(pairs, math.hypot(spread, (by_b - by_a) / 2), rule) for pairs in PROCESS_PAIRS)
+    analyses = tuple(_analysis(pairs, math.hypot(spread, (by_b - by_a) / 2), rule) for pairs in PROCESS_PAIRS)
     return Resolution(
-        len(log_ratios), (by_a + by_b) / 2, error, (by_b - by_a) / 2, spread, looks, _judged(log_ratios, rule)
+        len(log_ratios), (by_a + by_b) / 2, error, (by_b - by_a) / 2, spread, analyses, _judged(log_ratios, rule)
     )
 
 
-def _look(pairs: int, deviation: float, rule: PairRule) -> Looked:
+def _analysis(pairs: int, deviation: float, rule: PairRule) -> InterimAnalysis:
     """The resolution, from the standard deviation of pairs of processes with the effect of the order included."""
     from scipy.special import stdtrit
 
     error = deviation / math.sqrt(pairs)
     half = float(stdtrit(pairs - 1, 1 - rule.error * ERROR_SHARES[pairs] / 2)) * error
     beyond = max(half, math.log1p(rule.minimum_effect))
-    return Looked(pairs, half, math.expm1(beyond + float(stdtrit(pairs - 1, POWER)) * error))
+    return InterimAnalysis(pairs, half, math.expm1(beyond + float(stdtrit(pairs - 1, POWER)) * error))
 
 
 def _judged(log_ratios: Sequence[float], rule: PairRule) -> Judgement:
@@ -121,7 +121,7 @@ def told(found: Resolution, name: str, lead: float, unsteady: str | None) -> lis
     lines += [
         f"    {each.pairs:2} pairs: interval ±{_percent(each.half_width)}; "
         f"a slowdown of {100 * each.smallest:.1f} % is detected in {100 * POWER:.0f} of 100 comparisons"
-        for each in found.looks
+        for each in found.analyses
     ]
     return [*lines, f"  verdict on these pairs: {verdict}"]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from peft_gauge._internals.torch import DispatchMode
 from peft_gauge.counting import count, quantization_constants, trainable_dtypes
 from peft_gauge.errors import GaugeError
+from peft_gauge.fingerprint.module_attribution import ModuleAttribution
 from peft_gauge.fingerprint.operators import Operator
-from peft_gauge.fingerprint.places import ModuleAttribution
 from peft_gauge.memory.categories import (
     ADAPTER_WEIGHTS,
     BACKWARD,

@@ -17,6 +17,7 @@ METRIC_KEYS = {
     "figure": "metric",
     "comparisons_with_cannot_tell": "comparisons_inconclusive",
     "dequantised_temporaries": "dequantized_temporaries",
+    "looks": "analyses",
     "planted_rank": "synthetic_rank",
     "planted_targets": "synthetic_targets",
     "quantisation_constants": "quantization_constants",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peft_gauge.clock.card import measure_peak_throughput
+from peft_gauge.clock.peak_throughput import measure_peak_throughput
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory import allocator
 from peft_gauge.memory.ledger import rounded
@@ -41,7 +41,7 @@ def calibrate() -> dict[str, Any]:
 
     `measure_overheads`, ``usable_bytes`` (the driver's metric of the device's memory) and the records ``workspaces``
     (`FURTHER`), ``allocator`` (`allocator_sizes`, compute capability), ``nvml`` (the device's bytes before and after,
-    whether the driver lists this process) and ``speed`` (`peft_gauge.clock.card.PeakThroughput`, in 16 bit). Raises as
+    whether the driver lists this process) and ``speed`` (`PeakThroughput`, in 16 bit). Raises as
     `measure_overheads` and `measure_peak_throughput` do.
     """
     found = measure_overheads()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_gauge import counting, isolation, meters
-from peft_gauge.clock.card import measure_peak_throughput
+from peft_gauge.clock.peak_throughput import measure_peak_throughput
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.fingerprint import fingerprint
 from peft_gauge.measure import memory, speed, trace
@@ -109,7 +109,7 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
 
 
 def peak_throughput(device: str, dtype: str) -> dict[str, Any]:
-    """`peft_gauge.clock.card.PeakThroughput` of this process's device, as JSON."""
+    """`peft_gauge.clock.peak_throughput.PeakThroughput` of this process's device, as JSON."""
     return measure_peak_throughput(device, dtype).as_json()
 
 

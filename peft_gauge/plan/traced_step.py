@@ -12,7 +12,7 @@ import torch
 
 from peft_gauge._internals.torch import scaler_tensors, unset_fake_temporarily, without_overflow
 from peft_gauge.counting import ParameterCount, constant_buffers, quantization_constants
-from peft_gauge.fingerprint.places import UNKNOWN, ModuleAttribution
+from peft_gauge.fingerprint.module_attribution import UNKNOWN, ModuleAttribution
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
     ADAPTER_WEIGHTS,

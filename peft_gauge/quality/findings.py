@@ -11,7 +11,7 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 from peft_gauge.claims import Finding
-from peft_gauge.quality import paired
+from peft_gauge.quality import non_inferiority
 from peft_gauge.quality.sweep import by_label, knees, pareto_rows
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def best_rank(
     )
     reached = f"quality {qualities}; {at}" if knee else ""
     metric = "; ".join(filter(None, (reached, f"diverged: {', '.join(diverged)}" if diverged else "")))
-    if knee is None or diverged or knee.share < least_share or knee.seeds < paired.LEAST_PAIRS:
+    if knee is None or diverged or knee.share < least_share or knee.seeds < non_inferiority.LEAST_PAIRS:
         return Finding.of(None, metric, conditions)
     return Finding.of(knee.label is not None, metric, conditions)
 
@@ -58,7 +58,7 @@ def best_targets(results: Sequence[Trained], conditions: str, *, margin: float) 
     }
     means = ", ".join(_mean(label, values) for label, values in qualities.items())
     compared = {
-        (first, second): paired.compare(qualities[second], qualities[first], margin=margin).difference
+        (first, second): non_inferiority.compare(qualities[second], qualities[first], margin=margin).difference
         for first, second in permutations(qualities, 2)
     }
     metric = f"quality at equal parameters: {means}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peft_gauge.fingerprint.places import folded
+from peft_gauge.fingerprint.module_attribution import folded
 from peft_gauge.memory.categories import OUTSIDE
 
 # Kinds of differences.

@@ -51,13 +51,13 @@ def test_events_and_host_agree_on_a_long_kernel() -> None:
 def test_a_second_product_is_within_the_measured_speed() -> None:
     import torch
 
-    from peft_gauge.clock import card
+    from peft_gauge.clock import peak_throughput
 
-    speed = card.measure_peak_throughput("cuda", "bfloat16")
+    speed = peak_throughput.measure_peak_throughput("cuda", "bfloat16")
     side = speed.product_shape[0]
     left, right = (torch.randn(side, side, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     stopwatch = Stopwatch("cuda")
     product = stopwatch.time(lambda: torch.mm(left, right))
     product = stopwatch.time(lambda: torch.mm(left, right))
-    share = card.mfu(2 * side**3, product.seconds, speed)
+    share = peak_throughput.mfu(2 * side**3, product.seconds, speed)
     assert 0.25 < share <= 1

@@ -156,15 +156,15 @@ def test_long_steps_make_short_blocks() -> None:
 
 
 def test_it_ends_when_the_ratio_is_known_whatever_it_is() -> None:
-    """It looks behind two blocks each, at how far the ratio is known, and not at what it is."""
+    """It analyses behind two blocks each, at how far the ratio is known, and not at what it is."""
     pairs = {}
     rule = PairRule(budget_seconds=100)
     enough = PRECISION * math.log1p(rule.minimum_effect)
     for factor in (1.0, 1.03, 1.5):
-        looks: list[Paired] = []
-        pairs[factor] = Machine(factor, noise=0.04, seed=3).run(rule, on_blocks=looks.append).pairs
-        half_widths = [each.half_width for each in looks]
-        assert [each.pairs for each in looks] == [2 * BLOCK_PAIRS * number for number in range(1, len(looks) + 1)]
+        analyses: list[Paired] = []
+        pairs[factor] = Machine(factor, noise=0.04, seed=3).run(rule, on_blocks=analyses.append).pairs
+        half_widths = [each.half_width for each in analyses]
+        assert [each.pairs for each in analyses] == [2 * BLOCK_PAIRS * number for number in range(1, len(analyses) + 1)]
         assert half_widths[-1] <= enough < min(half_widths[:-1])
     assert len(set(pairs.values())) == 1
     over = Machine(noise=0.5).run(PairRule(budget_seconds=2.0))
@@ -697,11 +697,11 @@ def test_what_a_host_can_resolve_by_hand() -> None:
     assert (found.bias, found.first) == pytest.approx((0.0, 0.01))
     assert found.spread == pytest.approx(math.sqrt(8 * 0.001**2 / 6))
     assert found.standard_error == pytest.approx(found.spread / math.sqrt(8))
-    eight = found.looks[1]
+    eight = found.analyses[1]
     deviation = math.hypot(found.spread, 0.01)
     assert eight.half_width == pytest.approx(4.944470 * deviation / math.sqrt(8))  # t, 7 degrees, 1 - 0.01/12
     assert eight.smallest == pytest.approx(math.expm1(math.log(1.03) + 0.896030 * deviation / math.sqrt(8)))
-    assert found.looks[2].half_width < eight.half_width < found.looks[0].half_width
+    assert found.analyses[2].half_width < eight.half_width < found.analyses[0].half_width
     with pytest.raises(GaugeError, match="needs at least 4 pairs"):
         resolution(ratios[:3], a_first[:3], PairRule())
 
@@ -712,8 +712,8 @@ def test_the_smallest_difference_is_found_as_often_as_is_said() -> None:
     def drawn(slower: float) -> list[float]:
         return [generator.gauss(math.log1p(slower), 0.02) for _ in range(16)]
 
-    looks = [resolution(drawn(0.0), [a_leads(n) for n in range(16)], PairRule()).looks[2] for _ in range(200)]
-    smallest = statistics.median(each.smallest for each in looks)
+    analyses = [resolution(drawn(0.0), [a_leads(n) for n in range(16)], PairRule()).analyses[2] for _ in range(200)]
+    smallest = statistics.median(each.smallest for each in analyses)
     found = sum(over_processes(drawn(smallest), PairRule()).verdict == "worse" for _ in range(400))
     assert 0.72 < found / 400 < 0.88
 

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint import PHASES, fingerprint
+from peft_gauge.fingerprint.module_attribution import ROOT, UNKNOWN, folded
 from peft_gauge.fingerprint.operators import _PRODUCT, Operator
-from peft_gauge.fingerprint.places import ROOT, UNKNOWN, folded
 from peft_gauge.history.fingerprints import differences, digest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case, build_job

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality.dissected import Dissected, PreparedDissected, spectral_metrics
-from peft_gauge.quality.planted import Student, Synthetic, loss_on, plant, small_decoder
+from peft_gauge.quality.synthetic import Student, Synthetic, loss_on, plant, small_decoder
 from peft_gauge.quality.updates import RANKS, Spectrum, Updates, random_spectrum
 from peft_gauge.training import methods, models
 

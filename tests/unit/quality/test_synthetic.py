@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.planted import UPDATE_OVER_WEIGHT, PreparedSynthetic, Synthetic, plant, small_decoder
+from peft_gauge.quality.synthetic import UPDATE_OVER_WEIGHT, PreparedSynthetic, Synthetic, plant, small_decoder
 from peft_gauge.quality.training import Curve, Schedule, train
 from peft_gauge.quality.updates import Spectrum, lora_update_norm
 from peft_gauge.training import methods, models

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from peft_gauge.clock import card
-from peft_gauge.clock.card import PeakThroughput
+from peft_gauge.clock import peak_throughput
+from peft_gauge.clock.peak_throughput import PeakThroughput
 from peft_gauge.clock.rounds import Round
 from peft_gauge.errors import GaugeError
 
@@ -36,12 +36,14 @@ def on_host(*seconds: float) -> PlannedStopwatch:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little memory that the matrices are 256² and the copy is 64 MiB."""
-    monkeypatch.setattr(card, "_free_bytes", lambda device: 2**27 + 2**20)
+    monkeypatch.setattr(peak_throughput, "_free_bytes", lambda device: 2**27 + 2**20)
 
 
 @pytest.mark.usefixtures("small")
 def test_speeds_are_work_over_the_fastest_round() -> None:
-    speed = card.measure_peak_throughput("cpu", "float32", stopwatch=on_host(3.0, 2.0, 0.5, 0.75), seconds=1.0)
+    speed = peak_throughput.measure_peak_throughput(
+        "cpu", "float32", stopwatch=on_host(3.0, 2.0, 0.5, 0.75), seconds=1.0
+    )
     assert speed.product_shape == (256, 256, 256)
     assert speed.copy_bytes == 2**26
     # Two rounds at least, 3 s and 2 s, and none more once a second is spent.
@@ -52,7 +54,7 @@ def test_speeds_are_work_over_the_fastest_round() -> None:
 @pytest.mark.usefixtures("small")
 def test_rounds_go_on_until_the_time_is_spent() -> None:
     stopwatch = on_host(*[0.25] * 3, 0.125, 0.25, 1.0, 1.0)
-    speed = card.measure_peak_throughput("cpu", "float32", stopwatch=stopwatch, seconds=1.125)
+    speed = peak_throughput.measure_peak_throughput("cpu", "float32", stopwatch=stopwatch, seconds=1.125)
     assert stopwatch.asked == 7
     assert speed.product_flops_per_second == 2 * 256**3 / 0.125
     assert speed.copy_bytes_per_second == 2 * 2**26 / 1.0
@@ -61,21 +63,21 @@ def test_rounds_go_on_until_the_time_is_spent() -> None:
 @pytest.mark.usefixtures("small")
 def test_the_clock_of_the_device_counts_where_there_is_one() -> None:
     stopwatch = PlannedStopwatch(Round(host_seconds=9.0, device_seconds=0.5))
-    speed = card.measure_peak_throughput("cpu", "float32", stopwatch=stopwatch, seconds=0.5)
+    speed = peak_throughput.measure_peak_throughput("cpu", "float32", stopwatch=stopwatch, seconds=0.5)
     assert speed.product_flops_per_second == 2 * 256**3 / 0.5
 
 
 @pytest.mark.usefixtures("small")
 def test_a_clock_too_coarse_is_refused() -> None:
     with pytest.raises(GaugeError, match="too coarse"):
-        card.measure_peak_throughput("cpu", "float32", stopwatch=on_host(0.0))
+        peak_throughput.measure_peak_throughput("cpu", "float32", stopwatch=on_host(0.0))
 
 
 @pytest.mark.usefixtures("small")
 def test_the_settings_in_force_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    speed = card.measure_peak_throughput("cpu", "bfloat16", stopwatch=on_host(1.0))
+    speed = peak_throughput.measure_peak_throughput("cpu", "bfloat16", stopwatch=on_host(1.0))
     kept = speed.as_json()
     assert json.loads(json.dumps(kept)) == kept
     assert kept == {
@@ -92,8 +94,8 @@ def test_the_settings_in_force_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_this_processor_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "_SIZES", {"cpu": (256, 2**22)})
-    speed = card.measure_peak_throughput("cpu", "float32", seconds=0.01)
+    monkeypatch.setattr(peak_throughput, "_SIZES", {"cpu": (256, 2**22)})
+    speed = peak_throughput.measure_peak_throughput("cpu", "float32", seconds=0.01)
     # Between what no computer is too slow for and what no core reaches.
     assert 1e7 < speed.product_flops_per_second < 1e15
     assert 1e7 < speed.copy_bytes_per_second < 1e13
@@ -103,7 +105,7 @@ def test_this_processor_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_product_does_the_flops_that_are_counted() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    product = card._product("cpu", torch.float32, 64)
+    product = peak_throughput._product("cpu", torch.float32, 64)
     with FlopCounterMode(display=False) as counter:
         out = product()
     assert counter.get_total_flops() == 2 * 64**3
@@ -113,7 +115,7 @@ def test_the_product_does_the_flops_that_are_counted() -> None:
 
 
 def test_the_copy_moves_the_bytes_that_are_counted() -> None:
-    copy = card._copy("cpu", 4096)
+    copy = peak_throughput._copy("cpu", 4096)
     target = copy()
     assert isinstance(target, torch.Tensor)
     assert target.nbytes == 4096
@@ -134,43 +136,43 @@ def test_the_copy_moves_the_bytes_that_are_counted() -> None:
     ],
 )
 def test_sizes_fit_in_free_memory(device: str, itemsize: int, free_bytes: int, sizes: tuple[int, int]) -> None:
-    assert card._sizes(device, itemsize, free_bytes) == sizes
+    assert peak_throughput._sizes(device, itemsize, free_bytes) == sizes
 
 
 def test_too_little_memory_is_one_line() -> None:
     with pytest.raises(GaugeError, match="1,000,000 bytes are free on cuda"):
-        card._sizes("cuda", 2, 1_000_000)
+        peak_throughput._sizes("cuda", 2, 1_000_000)
 
 
 def test_unknown_names_are_one_line() -> None:
     with pytest.raises(GaugeError, match="unknown dtype 'bfloat'; did you mean bfloat16"):
-        card.measure_peak_throughput("cpu", "bfloat")
+        peak_throughput.measure_peak_throughput("cpu", "bfloat")
     with pytest.raises(GaugeError, match="unknown device 'tpu'"):
-        card.measure_peak_throughput("tpu", "float32", stopwatch=on_host(1.0))
+        peak_throughput.measure_peak_throughput("tpu", "float32", stopwatch=on_host(1.0))
 
 
 # Shares
 
 
 def test_shares_of_planted_work() -> None:
-    assert card.mfu(256.0, 0.5, SPEED) == 0.5
-    assert card.mbu(16.0, 0.25, SPEED) == 0.25
+    assert peak_throughput.mfu(256.0, 0.5, SPEED) == 0.5
+    assert peak_throughput.mbu(16.0, 0.25, SPEED) == 0.25
 
 
 def test_the_measurement_itself_has_a_share_of_one() -> None:
     speed = PeakThroughput("cpu", "float32", 2 * 1024**3 / 0.125, 2 * GIB / 0.25, (1024,) * 3, GIB)
-    assert card.mfu(2 * 1024**3, 0.125, speed) == 1
-    assert card.mbu(2 * GIB, 0.25, speed) == 1
+    assert peak_throughput.mfu(2 * 1024**3, 0.125, speed) == 1
+    assert peak_throughput.mbu(2 * GIB, 0.25, speed) == 1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_up_to_one_can_be(share: float) -> None:
-    assert card.impossible(share, "FLOPs") is None
+    assert peak_throughput.impossible(share, "FLOPs") is None
 
 
 @pytest.mark.parametrize(("share", "shown"), [(1.0001, "1.0001"), (140.0, "140"), (float("nan"), "nan")])
 def test_a_share_above_one_is_refused(share: float, shown: str) -> None:
-    line = card.impossible(share, "FLOPs of a step")
+    line = peak_throughput.impossible(share, "FLOPs of a step")
     assert line is not None
     assert line.startswith(f"FLOPs of a step: {shown} times this device's measured peak")
 
@@ -178,6 +180,6 @@ def test_a_share_above_one_is_refused(share: float, shown: str) -> None:
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_no_speed_without_time(seconds: float) -> None:
     with pytest.raises(GaugeError, match="cannot compute throughput"):
-        card.mfu(1.0, seconds, SPEED)
+        peak_throughput.mfu(1.0, seconds, SPEED)
     with pytest.raises(GaugeError, match="cannot compute throughput"):
-        card.mbu(1.0, seconds, SPEED)
+        peak_throughput.mbu(1.0, seconds, SPEED)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.paired import Difference, compare, difference
+from peft_gauge.quality.non_inferiority import Difference, compare, difference
 
 MARGIN = 0.02
 
