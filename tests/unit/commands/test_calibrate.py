@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_older_file(
     code, _, err = run_command("calibrate", "--folder", str(tmp_path / "file"))
     assert code == 2
     assert err.startswith(f"peft-gauge: cannot write the calibration {tmp_path / 'file'}/h100-80gb.json: ")
-    assert err.strip().endswith("name a folder with --folder")
+    assert err.strip().endswith("name another folder with --folder")
     assert (tmp_path / "file").read_text() == "x"
 
 

@@ -230,8 +230,8 @@ def test_replay_ends_at_the_event_that_ran_out_of_memory() -> None:
     [
         (("free", "x"), "event 1: id 'x' is not allocated"),
         (("alloc", "w", 1), "event 1: id 'w' is allocated already"),
-        (("alloc", "x", -1), "event 1: malloc of -1 bytes"),
-        (("realloc", "w", 1), "event 1: .* is neither"),
+        (("alloc", "x", -1), "event 1: malloc: the size must not be negative, got -1"),
+        (("realloc", "w", 1), "event 1: invalid event"),
     ],
 )
 def test_replay_refuses_a_senseless_sequence(event: Any, complaint: str) -> None:

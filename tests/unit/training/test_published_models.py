@@ -109,7 +109,7 @@ def test_what_a_config_leaves_out_is_named() -> None:
         "missing from falcon-7b's config, so FalconConfig's defaults are used: max_position_embeddings 2048"
     )
     gemma, _ = models.remarks(models.resolve(str(published.path("gemma-3-4b-it"))))
-    assert "Gemma3TextConfig's defaults: vocab_size 262208, num_attention_heads 8, num_key_value_heads 4" in gemma
+    assert "Gemma3TextConfig's defaults are used: vocab_size 262208, num_attention_heads 8, num_key_value_heads 4" in gemma
 
 
 @pytest.mark.parametrize("name", ["bloom-560m", "gpt2", "rwkv-4-169m", "mamba-130m-hf", "mistral-7b"])

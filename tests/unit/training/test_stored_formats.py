@@ -147,7 +147,7 @@ def test_what_is_16_bit_in_a_step_is_planned_so(settings: dict[str, Any], title:
         (GPTQ, "qlora", "qlora quantizes the base to nf4, but this checkpoint is stored as GPTQ 4 bit already"),
         (MXFP4, "qlora", "this checkpoint is stored as MXFP4 already"),
         ({**BNB_4BIT, "bnb_4bit_quant_type": "fp4"}, "qlora", "this checkpoint is stored as FP4 already"),
-        (GPTQ, "ia3", "PEFT has no IA3 layers over GPTQ 4 bit weights"),
+        (GPTQ, "ia3", "PEFT has no IA3 layers for GPTQ 4 bit weights"),
     ],
 )
 def test_a_method_that_does_not_fit_is_one_line(
