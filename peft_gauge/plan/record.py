@@ -150,7 +150,7 @@ class Plan:
         warnings: assumptions and unknowns. ``seconds``: duration of planning.
         adapted_modules: the modules of the base with trainable parameters, each with how many of how many
             decoder blocks have it; empty for full fine-tuning and for virtual tokens.
-        base: storage format of the base's weights, and its origin: ``"bfloat16"``, ``"FP8, as its config says"``.
+        base: storage format of the base's weights, and its origin: ``"bfloat16"``, ``"FP8, from its config"``.
     """
 
     model: str

@@ -109,7 +109,9 @@ def test_what_a_config_leaves_out_is_named() -> None:
         "missing from falcon-7b's config, so FalconConfig's defaults are used: max_position_embeddings 2048"
     )
     gemma, _ = models.remarks(models.resolve(str(published.path("gemma-3-4b-it"))))
-    assert "Gemma3TextConfig's defaults are used: vocab_size 262208, num_attention_heads 8, num_key_value_heads 4" in gemma
+    assert (
+        "Gemma3TextConfig's defaults are used: vocab_size 262208, num_attention_heads 8, num_key_value_heads 4" in gemma
+    )
 
 
 @pytest.mark.parametrize("name", ["bloom-560m", "gpt2", "rwkv-4-169m", "mamba-130m-hf", "mistral-7b"])
@@ -243,7 +245,7 @@ def test_positions_of_a_nested_config_are_known(tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     config["text_config"]["max_position_embeddings"] = 4
     file.write_text(json.dumps(config))
-    assert "a sequence of 8 tokens is beyond gemma-3-4b-it's 4 positions" in plan_of(file).warnings
+    assert "a sequence of 8 tokens exceeds gemma-3-4b-it's 4 positions" in plan_of(file).warnings
 
 
 def test_the_dtype_of_a_published_config_is_not_taken_for_the_base(tmp_path: Path) -> None:
