@@ -26,6 +26,9 @@ METRIC_KEYS = {
     "update_over_planted": "update_over_synthetic",
 }
 VERDICTS = {"cannot tell": "inconclusive"}
+# Settings that older runs did not have, with the value that every one of them had: else no case could be compared.
+SETTINGS = {"mixed_precision": "no", "float32_outputs": False}
+OF_A_STEP = "grad_checkpointing"  # is among the settings of every step, measured or planned
 
 
 def upgraded(section: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def _claim(claim: dict[str, Any]) -> dict[str, Any]:
 def _metrics(value: Any) -> Any:
     """Translate keys at any depth, and verdicts, which are values or, where verdicts are counted, keys."""
     if isinstance(value, dict):
+        if OF_A_STEP in value:
+            value = {**value, **SETTINGS}
         return {METRIC_KEYS.get(name, VERDICTS.get(name, name)): _metrics(each) for name, each in value.items()}
     if isinstance(value, list):
         # Rounds and samples are long and hold numbers only.

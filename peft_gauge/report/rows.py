@@ -43,7 +43,9 @@ def by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str,
 def conditions(rows: list[dict[str, Any]]) -> str:
     """Shape, dtype and weights of ``rows``, which belong to one model on one device."""
     settings = rows[0].get("settings", {})
+    mixed = settings.get("mixed_precision", "no")
+    autocast = "" if mixed == "no" else f" with {mixed} autocast"
     return (
-        f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}, "
+        f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}{autocast}, "
         f"{settings.get('weights')} weights"
     )

@@ -24,6 +24,8 @@ OLD = {
             "reason": None,
             "figures": {
                 "share_of_product": 0.5,
+                "settings": {"batch": 1, "grad_checkpointing": False},
+                "sweep": {"settings": {"rank": 4}},
                 "peak_by_category": {"quantisation_constants": 3, "base_weights": 4},
                 "verdicts": {"cannot tell": 2, "same": 1},
                 "shapes": [{"card": {"name": "x"}}],
@@ -47,6 +49,13 @@ def test_each_key_and_verdict_has_the_new_word() -> None:
         "reason": None,
         "metrics": {
             "mfu": 0.5,
+            "settings": {
+                "batch": 1,
+                "grad_checkpointing": False,
+                "mixed_precision": "no",
+                "float32_outputs": False,
+            },
+            "sweep": {"settings": {"rank": 4}},
             "peak_by_category": {"quantization_constants": 3, "base_weights": 4},
             "verdicts": {"inconclusive": 2, "same": 1},
             "shapes": [{"gpu": {"name": "x"}}],
