@@ -202,7 +202,7 @@ def test_the_command_draws_what_the_planner_says(altair: Any, run: Run, tmp_path
         (("--out", "x.svg", "--seqs", "16,many"), "comma-separated whole numbers"),
         (("--out", "x.svg", "--seqs", "16"), "at least two lengths"),
         (("--out", "x.svg", "--seqs", "16,1"), "at least 2 tokens"),
-        (("--out", "x.svg", "--seqs", "16,129"), "limit of 128"),
+        (("--out", "x.svg", "--seqs", "16,129"), "use --seq 128 or less"),
         (("--out", "x.svg", "--gpu", "RTX 4091"), "nearest: "),
         (("--out", "x.svg", "--method", "loar"), "did you mean lora"),
         (("--out", "x.svg", "--dtype", "float8"), "unknown dtype"),
