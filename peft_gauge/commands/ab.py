@@ -45,6 +45,9 @@ def ab(
         str | None,
         typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
     ] = None,
+    mixed_precision: Annotated[
+        str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
+    ] = "no",
     budget: Annotated[
         float, typer.Option(help="Give up as inconclusive after this many seconds of steps per method.")
     ] = 60.0,
@@ -83,7 +86,7 @@ def ab(
 
     a, b = _asked_sides(a, b, self_check=self_check, pairs=pairs)
     sides = parse_side(a), parse_side(b)
-    cases = ab_options.cases_of(method or ["lora"], model, batch, seq, device, dtype)
+    cases = ab_options.cases_of(method or ["lora"], model, batch, seq, device, dtype, mixed_precision)
     rule = PairRule(budget, minimum_effect, error=PairRule.error / len(cases))
     judged_by = read_rules(rules)
     setting = ab_options.setting_of(threads, cases[0].device)

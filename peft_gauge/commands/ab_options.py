@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from peft_gauge import machine
 from peft_gauge.environments.measurement import Setting
 from peft_gauge.environments.worker import CaseSpec, quietest_cores
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.training import methods, models
+from peft_gauge.training.precision import check_mixed_precision
 
 if TYPE_CHECKING:
     from peft_gauge.environments.state import Kept
+    from peft_gauge.training.precision import MixedPrecision
 
 # (batch, seq) of a step; the benchmarks use the same defaults.
 SHAPE = {"cpu": (1, 64), "cuda": (4, 768)}
@@ -27,6 +29,7 @@ def cases_of(
     seq: int | None,
     device: str | None,
     dtype: str | None = None,
+    mixed_precision: str = "no",
 ) -> list[CaseSpec]:
     """One case per method in ``names`` (each entry may list several, comma-separated).
 
@@ -47,7 +50,9 @@ def cases_of(
     record.check_sequence(tokens)
     dtype = models.default_dtype(device) if dtype is None else dtype
     models.check_dtype(dtype)
-    return [CaseSpec(model, name, rows, tokens, device, dtype) for name in chosen]
+    check_mixed_precision(mixed_precision)
+    precision = cast("MixedPrecision", mixed_precision)
+    return [CaseSpec(model, name, rows, tokens, device, dtype, mixed_precision=precision) for name in chosen]
 
 
 def _checked_device(device: str | None) -> str:

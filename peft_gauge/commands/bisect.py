@@ -40,6 +40,9 @@ def bisect(
         str | None,
         typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
     ] = None,
+    mixed_precision: Annotated[
+        str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
+    ] = "no",
     budget: Annotated[
         float,
         typer.Option(help="Seconds of steps per release; an inconclusive release is retried with three times that."),
@@ -61,7 +64,7 @@ def bisect(
     from peft_gauge.environments.requirements import parse_library, parse_side
 
     asked, name, side = probe.parse_metric(metric), parse_library(library), parse_side(beside)
-    case = ab_options.cases_of([asked.method], model, batch, seq, device, dtype)[0]
+    case = ab_options.cases_of([asked.method], model, batch, seq, device, dtype, mixed_precision)[0]
     setting = ab_options.setting_of(threads, case.device)
     rule = PairRule(budget, minimum_effect)
     found = _releases(name, releases)

@@ -32,6 +32,7 @@ from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.isolation.signals import kill_group, signal_name
 
 if TYPE_CHECKING:
+    from peft_gauge.training.precision import MixedPrecision
     from peft_gauge.training.step import TrainingJob
 
 START_SECONDS = 120.0  # imports from a cold disk
@@ -54,6 +55,7 @@ class CaseSpec:
     device: str
     dtype: str
     seed: int = 0
+    mixed_precision: MixedPrecision = "no"
 
     @property
     def id(self) -> str:
@@ -282,7 +284,7 @@ def _case(spec: CaseSpec) -> Any:
     from peft_gauge.training.step import StepSettings
 
     record = models.resolve(spec.model, seed=spec.seed)
-    settings = StepSettings(spec.batch, spec.seq)
+    settings = StepSettings(spec.batch, spec.seq, mixed_precision=spec.mixed_precision)
     return Case(record, methods.get(spec.method), settings, spec.device, spec.dtype, spec.seed)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_gauge._internals.transformers import attention_of
 from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.training.precision import MixedPrecision, check_mixed_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,8 +33,6 @@ OPTIMIZERS: tuple[OptimizerName, ...] = (
 )
 
 
-MixedPrecision = Literal["no", "bf16", "fp16"]
-MIXED_PRECISIONS: tuple[MixedPrecision, ...] = ("no", "bf16", "fp16")
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +47,8 @@ class StepSettings:
         grad_checkpointing: of the non-reentrant kind.
         grad_accumulation: micro-batches per optimizer update.
         clip_grad_norm: the maximum norm; ``None`` turns clipping off.
-        mixed_precision: one of `MIXED_PRECISIONS`; forward runs under autocast, with `torch.amp.GradScaler` for fp16.
+        mixed_precision: one of `peft_gauge.training.precision.MIXED_PRECISIONS`; forward runs under autocast, with
+            `torch.amp.GradScaler` for fp16.
         float32_outputs: copy 16-bit outputs of forward to float32, as accelerate does.
     """
 
@@ -68,8 +68,7 @@ class StepSettings:
                 raise GaugeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        if self.mixed_precision not in MIXED_PRECISIONS:
-            raise unknown("mixed precision", self.mixed_precision, MIXED_PRECISIONS)
+        check_mixed_precision(self.mixed_precision)
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ import pytest
 from peft_gauge.clock.rounds import WarmUp
 from peft_gauge.clock.steadiness import HostState
 from peft_gauge.commands import ab_options
-from peft_gauge.environments import measurement
+from peft_gauge.environments import measurement, worker
 from peft_gauge.environments.build import Environment
 from peft_gauge.environments.measurement import (
     MethodResult,
@@ -48,6 +48,7 @@ from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
+from peft_gauge.training.step import StepSettings
 from tests.support.stepping_child import MACHINE, metrics
 
 Command = Callable[..., tuple[int, str, str]]
@@ -746,3 +747,14 @@ def test_what_cannot_be_asked_is_one_line(arguments: tuple[str, ...], said: str,
     assert code == 2
     assert said in complaint
     assert len(complaint.strip().splitlines()) == 1
+
+
+# The step
+
+
+def test_both_sides_run_the_precision_that_is_asked_for() -> None:
+    (spec,) = ab_options.cases_of(["lora"], "toy-llama", 1, 8, "cpu", mixed_precision="bf16")
+    assert spec.mixed_precision == "bf16"
+    assert worker._case(spec).settings == StepSettings(1, 8, mixed_precision="bf16")
+    with pytest.raises(GaugeError, match="unknown mixed precision 'bf8'"):
+        ab_options.cases_of(["lora"], "toy-llama", 1, 8, "cpu", mixed_precision="bf8")
