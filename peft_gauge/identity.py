@@ -259,7 +259,9 @@ def _grid(value: torch.Tensor) -> float:
         return math.inf
     digits = (mantissa * 2.0**53).to(torch.int64)
     lowest_bit = (digits & -digits).double()
-    return float(torch.ldexp(lowest_bit, exponent - 53).min())
+    # By exponents: ldexp of torch 2.6 is a product with a power of two, which can underflow.
+    exponents = exponent - 53 + torch.frexp(lowest_bit).exponent - 1
+    return math.ldexp(1.0, int(exponents.min()))
 
 
 @contextmanager
