@@ -137,7 +137,7 @@ def test_what_runs_outside_modules_has_no_place(plain: dict[str, Any]) -> None:
 
 
 def test_a_gradient_reaches_its_parameter_in_the_parameters_module(plain: dict[str, Any]) -> None:
-    # The leaf's own node takes the gradient over: `detach` makes it the parameter's, and torch 2.6 detaches it twice more.
+    # The leaf's own node takes the gradient over: `detach` makes it the parameter's. torch 2.6 detaches it twice more.
     detached = plain["operators"]["backward"]["aten.detach.default"]["layers.*.proj"]
     assert detached in (LAYERS, 3 * LAYERS)
 
