@@ -98,9 +98,6 @@ def flop_formulas() -> dict[Any, Callable[..., Any]]:
 
 # --- autocast -----------------------------------------------------------------------------------------------
 
-AUTOCAST_POLICIES = ("lower_precision_fp", "fp32", "fp32_set_opt_dtype", "fp32_append_dtype", "promote")
-"""How autocast casts the arguments of an operator, by torch's own names."""
-
 _POLICY_MACROS = {
     "AT_FORALL_LOWER_PRECISION_FP": "lower_precision_fp",
     "AT_FORALL_FP32": "fp32",
@@ -120,7 +117,7 @@ def autocast_operators(device: str) -> frozenset[str]:
 
 @cache
 def autocast_policies() -> dict[str, str]:
-    """Operator of CUDA's list -> one of `AUTOCAST_POLICIES`, as torch's own header states it; empty without the header.
+    """Operator of CUDA's list -> its policy, by torch's own name, from torch's header; empty without the header.
     Held by a contract test."""
     header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
     text = header.read_text(encoding="utf-8", errors="replace") if header.is_file() else ""

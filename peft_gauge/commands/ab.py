@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_gauge.commands.options import AnyModel, Batch, Device, Dtype, MixedPrecision, Seq, Threads
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -35,26 +36,19 @@ def ab(
     method: Annotated[
         list[str] | None, typer.Option(help="Method; repeatable or comma-separated (default: lora).")
     ] = None,
-    model: Annotated[str, typer.Option(help="Name of a model record, folder, GGUF file or Hub id.")] = "toy-llama",
-    batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 1 on cpu, 4 on cuda).")] = None,
-    seq: Annotated[
-        int | None, typer.Option(help="Sequence length in tokens (default: 64 on cpu, 768 on cuda).")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if available).")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
-    ] = None,
-    mixed_precision: Annotated[
-        str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
-    ] = "no",
+    model: AnyModel = "toy-llama",
+    batch: Batch = None,
+    seq: Seq = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    mixed_precision: MixedPrecision = "no",
     budget: Annotated[
         float, typer.Option(help="Give up as inconclusive after this many seconds of steps per method.")
     ] = 60.0,
     minimum_effect: Annotated[
         float, typer.Option(help="Smallest relative change to report as worse or better (0.03 = 3 %).")
     ] = 0.03,
-    threads: Annotated[int, typer.Option(help="CPU threads per side.")] = 1,
+    threads: Threads = 1,
     rules: Annotated[
         Path | None, typer.Option(help="Rules for deterministic metrics (default: fixtures/rules.toml).")
     ] = None,

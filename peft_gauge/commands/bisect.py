@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_gauge.commands.options import AnyModel, Batch, Device, Dtype, MixedPrecision, Seq, Threads
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -30,19 +31,12 @@ def bisect(
     beside: Annotated[
         str, typer.Option("--with", help="Requirements to install with every release, such as 'transformers<5'.")
     ] = "",
-    model: Annotated[str, typer.Option(help="Name of a model record, folder, GGUF file or Hub id.")] = "toy-llama",
-    batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 1 on cpu, 4 on cuda).")] = None,
-    seq: Annotated[
-        int | None, typer.Option(help="Sequence length in tokens (default: 64 on cpu, 768 on cuda).")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if available).")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
-    ] = None,
-    mixed_precision: Annotated[
-        str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
-    ] = "no",
+    model: AnyModel = "toy-llama",
+    batch: Batch = None,
+    seq: Seq = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    mixed_precision: MixedPrecision = "no",
     budget: Annotated[
         float,
         typer.Option(help="Seconds of steps per release; an inconclusive release is retried with three times that."),
@@ -50,7 +44,7 @@ def bisect(
     minimum_effect: Annotated[
         float, typer.Option(help="Smallest relative change to report as worse (0.03 = 3 %).")
     ] = 0.03,
-    threads: Annotated[int, typer.Option(help="CPU threads per side.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Find the first release that is worse than FIRST or, for a deterministic metric, differs from it.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_gauge.commands.options import MixedPrecision
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def plan(
     checkpoint_reentrant: Annotated[bool, typer.Option(help="Use reentrant gradient checkpointing.")] = False,
     grad_accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
     clip_grad_norm: Annotated[float | None, typer.Option(help="Maximum gradient norm.")] = None,
-    mixed_precision: Annotated[
-        str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
-    ] = "no",
+    mixed_precision: MixedPrecision = "no",
     float32_outputs: Annotated[
         bool, typer.Option(help="Copy 16-bit outputs to float32, as accelerate and Trainer do.")
     ] = False,

@@ -15,7 +15,7 @@ CLAIM_KEYS = {"figure": "metric"}
 METRIC_KEYS = {
     "card": "gpu",
     "figure": "metric",
-    "comparisons_with_cannot_tell": "comparisons_inconclusive",
+    "comparisons_with_cannot_tell": "comparisons_with_inconclusive",
     "dequantised_temporaries": "dequantized_temporaries",
     "looks": "analyses",
     "planted_rank": "synthetic_rank",

@@ -98,28 +98,28 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if _is_eligible(value) else value
 
 
-def _cast_all(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
-    return operator(
-        *(_cast(each, dtype) for each in args), **{name: _cast(each, dtype) for name, each in kwargs.items()}
-    )
+def _casting(dtype_for: Callable[[Sequence[Any]], torch.dtype]) -> Callable[[Any], Kernel]:
+    """Kernels that cast every eligible argument to ``dtype_for(arguments)``; without the cache of weights, which only
+    torch's own kernels reach."""
+
+    def kernel_of(operator: Any) -> Kernel:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            dtype = dtype_for([*args, *kwargs.values()])
+            with without_cpu_autocast():
+                return operator(*_cast(args, dtype), **{name: _cast(each, dtype) for name, each in kwargs.items()})
+
+        return kernel
+
+    return kernel_of
 
 
-def _lower_precision(operator: Any) -> Kernel:
-    """Without the cache of weights, which only torch's own kernels reach: operators that the CPU's list lacks."""
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with without_cpu_autocast():
-            return _cast_all(operator, args, kwargs, torch.get_autocast_dtype("cpu"))
-
-    return kernel
+def _lower(arguments: Sequence[Any]) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu")
 
 
-def _float32(operator: Any) -> Kernel:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        with without_cpu_autocast():
-            return _cast_all(operator, args, kwargs, torch.float32)
-
-    return kernel
+def _widest(arguments: Sequence[Any]) -> torch.dtype:
+    wide = any(_is_eligible(each) and each.dtype == torch.float32 for each in _flat(arguments))
+    return torch.float32 if wide else _lower(arguments)
 
 
 def _float32_result(operator: Any) -> Kernel:
@@ -148,18 +148,6 @@ def _float32_appended(operator: Any) -> Kernel:
     return kernel
 
 
-def _promoted(operator: Any) -> Kernel:
-    """To the widest type among the arguments."""
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        tensors = [each for each in _flat((*args, *kwargs.values())) if _is_eligible(each)]
-        wide = any(each.dtype == torch.float32 for each in tensors)
-        with without_cpu_autocast():
-            return _cast_all(operator, args, kwargs, torch.float32 if wide else torch.get_autocast_dtype("cpu"))
-
-    return kernel
-
-
 def _flat(values: Sequence[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -169,9 +157,9 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 _KERNELS: dict[str, Callable[[Any], Kernel]] = {
-    "lower_precision_fp": _lower_precision,
-    "fp32": _float32,
+    "lower_precision_fp": _casting(_lower),
+    "fp32": _casting(lambda arguments: torch.float32),
     "fp32_set_opt_dtype": _float32_result,
     "fp32_append_dtype": _float32_appended,
-    "promote": _promoted,
+    "promote": _casting(_widest),
 }

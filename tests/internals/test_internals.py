@@ -303,7 +303,7 @@ def test_torch_autocast_operators_are_registered_for_cuda_in_any_build() -> None
 
 def test_torch_autocast_policies_stand_in_its_header() -> None:
     found = from_torch.autocast_policies()
-    assert {found[name] for name in found} == set(from_torch.AUTOCAST_POLICIES)
+    assert {*found.values()} == {"lower_precision_fp", "fp32", "fp32_set_opt_dtype", "fp32_append_dtype", "promote"}
     assert found["aten::norm.ScalarOpt_dim"] == "fp32_append_dtype"
     assert found["aten::index_put"] == "promote"
     assert found.keys() <= from_torch.autocast_operators("CUDA")

@@ -24,6 +24,7 @@ OLD = {
             "reason": None,
             "figures": {
                 "share_of_product": 0.5,
+                "comparisons_with_cannot_tell": 4,
                 "settings": {"batch": 1, "grad_checkpointing": False},
                 "sweep": {"settings": {"rank": 4}},
                 "peak_by_category": {"quantisation_constants": 3, "base_weights": 4},
@@ -49,6 +50,7 @@ def test_each_key_and_verdict_has_the_new_word() -> None:
         "reason": None,
         "metrics": {
             "mfu": 0.5,
+            "comparisons_with_inconclusive": 4,
             "settings": {
                 "batch": 1,
                 "grad_checkpointing": False,
