@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import mmap
 import os
 import sys
 import threading
@@ -198,9 +199,11 @@ def test_what_stops_the_thread_is_raised_at_the_end() -> None:
 
 
 def hold(nbytes: int, seconds: float) -> None:
-    block = bytearray(nbytes)  # filled with zeros, so every page of it is resident
-    time.sleep(seconds)
-    del block
+    """Map memory and write to every page; the allocator's heap may have resident pages to give, a new mapping not."""
+    with mmap.mmap(-1, nbytes) as block:
+        for start in range(0, nbytes, mmap.PAGESIZE):
+            block[start] = 1
+        time.sleep(seconds)
 
 
 needs_kernel_peak = pytest.mark.skipif(
