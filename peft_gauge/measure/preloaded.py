@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import torch
@@ -30,11 +30,18 @@ ON_THE_WAY = (
 
 
 ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+WHILE_IMPORTING = {
+    # Check for a GPU through NVML: CUDA's own check would break CUDA in every forked process (see torch's documentation
+    # of this variable).
+    ASK_NVML: "1",
+    # Up to torch 2.8, inductor starts a thread and compile workers as it is imported, and threads forbid a fork.
+    "TORCH_WARM_POOL": "0",
+}
 
 
 def import_ahead() -> None:
     """Import everything that a fork server may import on this machine."""
-    with _asking_nvml():
+    with _environment(WHILE_IMPORTING):
         for name in ON_THE_WAY:
             importlib.import_module(name)
     if torch.backends.cuda.is_built() and not machine.nvidia_driver().absent:
@@ -47,17 +54,16 @@ def import_ahead() -> None:
 
 
 @contextmanager
-def _asking_nvml() -> Iterator[None]:
-    """Make torch check for a GPU through NVML: CUDA's own check would break CUDA in every forked process (see torch's
-    documentation of ``PYTORCH_NVML_BASED_CUDA_CHECK``)."""
-    before = os.environ.get(ASK_NVML)
-    os.environ[ASK_NVML] = "1"
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        del os.environ[ASK_NVML]
-        if before is not None:
-            os.environ[ASK_NVML] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 import_ahead()

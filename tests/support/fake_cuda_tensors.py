@@ -18,8 +18,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from itertools import chain, starmap
 from typing import Any
 
@@ -121,7 +121,8 @@ class OnCuda(DispatchMode):
         elif name == "aten::_to_copy":
             born_inside = bool(inside) and not getattr(self._local, "leaving", False)
         else:
-            born_inside = bool(inside) or (not operands and _called_by_a_node())
+            composing = getattr(self._local, "composing", False)
+            born_inside = bool(inside) or (not operands and (composing or _called_by_a_node()))
         if kwargs.get("pin_memory"):  # no copy is quicker for it here
             kwargs = {**kwargs, "pin_memory": False}
         if name == "aten::_pin_memory":
@@ -170,6 +171,15 @@ class OnCuda(DispatchMode):
         if place not in self._handles:
             self._handles.add(place)
             self.device.memory.take(WORKSPACE_BYTES)
+
+    @contextmanager
+    def composing(self) -> Iterator[None]:
+        """An operator of C++ that is made of others, and that makes tensors with the options of its operands."""
+        self._local.composing = True
+        try:
+            yield
+        finally:
+            self._local.composing = False
 
     @contextmanager
     def leaving(self, leaving: bool) -> Iterator[None]:
@@ -255,6 +265,8 @@ def put_in_place(device: Device) -> None:
     for name, value in _attributes(mode).items():
         setattr(torch.Tensor, name, value)
     _replace_groups(mode)
+    functional: Any = torch.nn.functional
+    functional.scaled_dot_product_attention = _composed(mode, functional.scaled_dot_product_attention)
     _join_new_threads(mode)
     torch.autograd.Variable._execution_engine = _Engine(torch.autograd.Variable._execution_engine, mode)  # type: ignore[assignment]
 
@@ -266,6 +278,17 @@ def _push_at_the_bottom(mode: OnCuda) -> None:
     torch._C._push_on_torch_dispatch_stack(mode)
     for each in reversed(above):
         torch._C._push_on_torch_dispatch_stack(each)
+
+
+def _composed(mode: OnCuda, function: Any) -> Any:
+    """``function``, up to torch 2.7 attention in float32 with its causal mask."""
+
+    @wraps(function)
+    def call(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with mode.composing() if mode.holds(query) else nullcontext():
+            return function(query, *args, **kwargs)
+
+    return call
 
 
 def _attributes(mode: OnCuda) -> dict[str, Any]:
