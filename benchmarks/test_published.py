@@ -22,6 +22,8 @@ Results with torch 2.13, transformers 5.24 and PEFT 0.21:
   steps that are not of the toy model are within 0.03 % of the bytes requested from the allocator, and within 0.6 % of
   `max_memory_allocated` over the first steps; reserved bytes within 8 %, half of them within 0.07 %. For the toy model
   the rounding to blocks of 512, which a plan counts and a request does not, is up to 0.17 %.
+- Nine further steps there are those of `transformers.Trainer` and of `trl.SFTTrainer`, which are planned by the
+  installed trainer: within 0.013 %, reserved bytes within 3 %.
 - Two metrics are context: torchao's NF4 layer has constants in its own layout (13,312 bytes in addition to packed
   weights and adapters, against 6,656 here), and the QLoRA paper does not break down its 5,048 MB of base weights.
 """
@@ -132,7 +134,7 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.plans(steps=lambda step: [step.request()])
-@pytest.mark.parametrize("step", [step for step in read_steps() if step.is_plain], ids=lambda step: step.id)
+@pytest.mark.parametrize("step", read_steps(), ids=lambda step: step.id)
 def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[..., None]) -> None:
     """The peak without library workspaces, and the allocated and reserved bytes for it."""
     (found,) = plans([step.request()])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -272,6 +274,47 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
 def modules_of(module: nn.Module) -> dict[str, Any]:
     """A module's own children by name; used in the same way."""
     return module._modules
+
+
+@contextmanager
+def moves_fakes() -> Iterator[None]:
+    """While active, `nn.Module.to` assigns ``data`` where a tensor changes: torch would swap a fake for another, which
+    their weak references forbid. Guarded by the plans of trainers, which move every model."""
+
+    def apply(module: Any, function: Callable[[Any], Any], recurse: bool = True) -> Any:
+        for child in module.children() if recurse else ():
+            child._apply(function)
+        with torch.no_grad():
+            for parameter in filter(lambda each: each is not None, module._parameters.values()):
+                moved = function(parameter)
+                if (moved.dtype, moved.device) != (parameter.dtype, parameter.device):
+                    parameter.data = moved
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = function(buffer)
+        return module
+
+    with patch.object(nn.Module, "_apply", apply):
+        yield
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def foreach_on_fakes() -> Iterator[None]:
+    """While active, optimizers and clipping choose for fakes on the CPU as for tensors on CUDA: by lists of tensors.
+    A missing name raises `AttributeError`."""
+    from torch.optim import optimizer
+    from torch.utils import _foreach_utils as utils
+
+    devices = [*utils._get_foreach_kernels_supported_devices(), "cpu"]
+    with ExitStack() as stack:
+        for module in (optimizer, utils):
+            types = [*module._foreach_supported_types, FakeTensor]
+            stack.enter_context(patch.object(module, "_foreach_supported_types", types))
+            stack.enter_context(patch.object(module, "_get_foreach_kernels_supported_devices", lambda: devices))
+        yield
 
 
 # --- the CUDA allocator's history -----------------------------------------------------------------------------

@@ -34,6 +34,30 @@ def without_packing() -> Iterator[None]:
         yield
 
 
+MASK_SKIPPED = "_ignore_causal_mask_sdpa"
+"""In masking_utils: decides from a padding mask's values whether sdpa's own causal mask will do."""
+
+
+def has_mask_skipped() -> bool:
+    """Whether the function that `without_padding` replaces exists; a plan warns if it does not."""
+    from transformers import masking_utils
+
+    return hasattr(masking_utils, MASK_SKIPPED)
+
+
+@contextmanager
+def without_padding() -> Iterator[None]:
+    """While active, a padding mask masks no token, whatever its values. Guarded by `has_mask_skipped`."""
+    from transformers import masking_utils
+
+    with ExitStack() as stack:
+        if has_mask_skipped():
+            original = getattr(masking_utils, MASK_SKIPPED)
+            unmasked = lambda padding_mask, *args, **kwargs: original(None, *args, **kwargs)  # noqa: E731
+            stack.enter_context(patch.object(masking_utils, MASK_SKIPPED, unmasked))
+        yield
+
+
 # Functions that transformers caches after looking them up, by release; cleared for a block and restored afterwards.
 _LOOKED_UP = (
     "_loaded_implementation",
@@ -109,6 +133,20 @@ def mark_quantized(config: Any, dtype: Any) -> None:
     transformers 5 from the first of these attributes, transformers 4 from the second."""
     config._is_quantized = True
     config._pre_quantization_dtype = dtype
+
+
+def mark_loaded(model: Any, quant_format: str, *, double_quant: bool) -> None:
+    """Marks a quantized model as `from_pretrained` does: trainers read it before they move, cast or refuse it. A
+    missing name raises `ImportError`."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    in_8bit = quant_format == "int8"
+    formats = {} if in_8bit else {"bnb_4bit_quant_type": quant_format, "bnb_4bit_use_double_quant": double_quant}
+    config = BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=not in_8bit, **formats)
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_quantized = True
+    setattr(model, "is_loaded_in_8bit" if in_8bit else "is_loaded_in_4bit", True)
 
 
 def forget_origin(config: Any) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_gauge.commands.options import MixedPrecision
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -32,17 +31,46 @@ def plan(
     double_quant: Annotated[
         bool | None, typer.Option(help="Quantize the quantization constants of a 4-bit base too.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Data type of base weights and compute.")] = "bfloat16",
+    loop: Annotated[
+        str,
+        typer.Option(
+            help="plain (this suite's step), trainer (transformers.Trainer) or sft (trl.SFTTrainer), with that "
+            "trainer's defaults."
+        ),
+    ] = "plain",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE: an argument of TrainingArguments or SFTConfig; repeatable."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16; sft: float32).")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 4,
     seq: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 768,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, adamw-fused, adamw-foreach-off, adamw8bit, paged-adamw8bit or sgd.")
-    ] = "adamw",
-    grad_checkpointing: Annotated[bool, typer.Option(help="Recompute activations in backward.")] = False,
-    checkpoint_reentrant: Annotated[bool, typer.Option(help="Use reentrant gradient checkpointing.")] = False,
+        str | None,
+        typer.Option(
+            help="adamw, adamw-fused, adamw-foreach-off, adamw8bit, paged-adamw8bit, sgd, or a name of "
+            "TrainingArguments.optim (default: adamw, or the trainer's)."
+        ),
+    ] = None,
+    grad_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations in backward (default: no, or the trainer's).")
+    ] = None,
+    checkpoint_reentrant: Annotated[
+        bool | None, typer.Option(help="Use reentrant gradient checkpointing (default: no, or the trainer's).")
+    ] = None,
     grad_accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
-    clip_grad_norm: Annotated[float | None, typer.Option(help="Maximum gradient norm.")] = None,
-    mixed_precision: MixedPrecision = "no",
+    clip_grad_norm: Annotated[
+        float | None, typer.Option(help="Maximum gradient norm, 0 for none (default: none, or the trainer's).")
+    ] = None,
+    mixed_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16 (default: no, or the "
+            "trainer's)."
+        ),
+    ] = None,
     float32_outputs: Annotated[
         bool, typer.Option(help="Copy 16-bit outputs to float32, as accelerate and Trainer do.")
     ] = False,
@@ -78,22 +106,27 @@ def plan(
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
     from peft_gauge.training import methods, models
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.loops import check_loop, step_settings
 
     gpus = _checked_gpus(gpu or [], find)
+    check_loop(loop)
+    dtype = dtype or ("float32" if loop == "sft" else "bfloat16")
     models.check_dtype(dtype)
     if attention is not None and attention not in models.ATTENTIONS:
         raise unknown("attention", attention, models.ATTENTIONS)
-    settings = StepSettings(
-        batch=batch,
-        seq=_checked_seq(seq),
-        optimizer=optimizer,  # type: ignore[arg-type]
-        grad_checkpointing=grad_checkpointing,
-        grad_accumulation=grad_accumulation,
-        clip_grad_norm=_checked_norm(clip_grad_norm),
-        mixed_precision=mixed_precision,  # type: ignore[arg-type]
-        float32_outputs=float32_outputs,
-    )
+    seq, clip_grad_norm = _checked_seq(seq), _checked_norm(clip_grad_norm)
+    options = {
+        "batch": batch,
+        "seq": seq,
+        "optimizer": optimizer,
+        "grad_checkpointing": grad_checkpointing,
+        "grad_accumulation": grad_accumulation,
+        "clip_grad_norm": clip_grad_norm,
+        "mixed_precision": mixed_precision,
+        "float32_outputs": float32_outputs or None,
+    }
+    fields = {name: value for name, value in options.items() if value is not None}
+    settings, arguments = step_settings(loop, fields, _key_values(changes or []))
     record = models.resolve(model)
 
     def request(each: Method) -> PlanRequest:
@@ -108,6 +141,8 @@ def plan(
             use_cache=use_cache,
             hold_outputs=hold_outputs,
             checkpoint_reentrant=checkpoint_reentrant,
+            loop=loop,  # type: ignore[arg-type]
+            trainer_arguments=arguments,
             gpus=gpus,
             calibration_folder=None if calibration is None else str(calibration),
         )
@@ -120,6 +155,22 @@ def plan(
             each.with_value(find, 2)  # refused now, not after minutes of planning
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
     _show([*outcomes, *unusable], as_json)
+
+
+def _key_values(changes: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` -> value as YAML reads it."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for change in changes:
+        key, separator, value = change.partition("=")
+        if not separator or not key:
+            raise GaugeError(f"--set {change!r} is not KEY=VALUE")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise GaugeError(f"--set {change!r}: the value is not valid YAML") from error
+    return found
 
 
 def _adapters(paths: Sequence[Path], model: str) -> tuple[list[Method], list[PlanFailure]]:
@@ -188,8 +239,8 @@ def _checked_seq(seq: int) -> int:
 
 
 def _checked_norm(norm: float | None) -> float | None:
-    if norm is not None and not norm > 0:
-        raise GaugeError(f"--clip-grad-norm must be positive, got {norm}")
+    if norm is not None and not norm >= 0:
+        raise GaugeError(f"--clip-grad-norm must be positive, or 0 for no clipping, got {norm}")
     return norm
 
 

@@ -26,12 +26,20 @@ OTHER_NAMES = {
     "convert": "float32_outputs",
 }
 
-# Settings in a header that plans do not model, and the note for each.
-NOT_PLANNED = {
-    "loop": "it was taken by another training loop ({value})",
-    "packing": "its batch was packed",
-}
-PLAIN = {"loop": "plain", "packing": False}
+STEP_FIELDS = (
+    "batch",
+    "seq",
+    "optimizer",
+    "grad_checkpointing",
+    "grad_accumulation",
+    "clip_grad_norm",
+    "mixed_precision",
+    "float32_outputs",
+)
+"""Settings in a header that are fields of `StepSettings`."""
+
+TRAINER_ARGUMENTS = ("packing",)
+"""Settings in a header that are arguments of a trainer."""
 
 
 def trace(
@@ -123,7 +131,6 @@ def trace(
         **found.as_json(),
     }
     record["notes"] = [
-        *not_planned(settings),
         *found.notes,
         *_shown_peak(recording.about, found.measured.peak_bytes),
         *notes,
@@ -176,7 +183,7 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
     """
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.training import methods, models
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.loops import step_settings
 
     dtype = str(settings.get("dtype") or "bfloat16")
     models.check_dtype(dtype)
@@ -186,17 +193,11 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
     for name in ("batch", "seq"):
         if not isinstance(settings[name], int):
             raise GaugeError(f"{name} must be a whole number, got {settings[name]!r}")
+    loop = str(settings.get("loop") or "plain")
+    fields = {name: settings[name] for name in STEP_FIELDS if settings.get(name) is not None}
+    arguments = {name: settings[name] for name in TRAINER_ARGUMENTS if settings.get(name)}
     try:
-        step = StepSettings(
-            batch=settings["batch"],
-            seq=settings["seq"],
-            optimizer=settings.get("optimizer") or "adamw",
-            grad_checkpointing=bool(settings.get("grad_checkpointing")),
-            grad_accumulation=settings.get("grad_accumulation") or 1,
-            clip_grad_norm=settings.get("clip_grad_norm"),
-            mixed_precision=settings.get("mixed_precision") or "no",
-            float32_outputs=bool(settings.get("float32_outputs")),
-        )
+        step, further = step_settings(loop, fields, arguments)
     except TypeError as error:
         raise GaugeError(f"invalid settings in the trace: {error}") from error
     chosen = methods.from_adapter_config(adapter) if adapter is not None else methods.get(str(settings["method"]))
@@ -214,17 +215,10 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
         attention=attention,
         padded=bool(settings.get("padded")),
         hold_outputs=bool(settings.get("hold_outputs")),
-        checkpoint_reentrant=bool(settings.get("checkpoint_reentrant")),
+        checkpoint_reentrant=settings.get("checkpoint_reentrant"),
+        loop=loop,  # type: ignore[arg-type]
+        trainer_arguments=further,
     )
-
-
-def not_planned(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of the recorded step that the plan does not model, one sentence each."""
-    return [
-        f"{sentence.format(value=settings[name])}, which plans do not model: the difference shows it"
-        for name, sentence in NOT_PLANNED.items()
-        if settings.get(name, PLAIN[name]) != PLAIN[name]
-    ]
 
 
 def _shown_peak(about: Mapping[str, Any], peak_bytes: int) -> list[str]:
@@ -240,8 +234,12 @@ def _shown_peak(about: Mapping[str, Any], peak_bytes: int) -> list[str]:
 
 
 def _title(request: PlanRequest) -> str:
+    from peft_gauge.report.format import LOOP_TITLES
+
     settings = request.settings
     parts = [f"{settings.batch}×{settings.seq} tokens", request.dtype, settings.optimizer]
+    if request.loop != "plain":
+        parts.insert(0, f"by {LOOP_TITLES[request.loop]}")
     if settings.grad_checkpointing:
         parts.append("gradient checkpointing")
     if settings.mixed_precision != "no":

@@ -47,14 +47,15 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
             "recurrent layers are planned as in transformers' PyTorch code; with their kernels "
             "(mamba-ssm, causal-conv1d, flash-linear-attention) a step needs less"
         )
-    reentrant = settings.grad_checkpointing and request.checkpoint_reentrant
-    if reentrant:
+    by_trainer = request.loop != "plain"  # which turns checkpointing on itself
+    reentrant = settings.grad_checkpointing and request.checkpoint_reentrant and not by_trainer
+    if reentrant or (settings.grad_checkpointing and by_trainer):
         methods.check_checkpointing(method)
     with policies.attaching(method) as said:
         attached = methods.attach(
             base,
             replace(method, quantization=None, prepare_kbit=False),  # done just above
-            grad_checkpointing=settings.grad_checkpointing and not reentrant,
+            grad_checkpointing=settings.grad_checkpointing and not reentrant and not by_trainer,
         )
     notes += [*said, *_unmatched(method, base, places)]
     if reentrant:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from peft_gauge._internals.torch import (
     flash_broadcasts_one_head,
     safe_softmax,
 )
-from peft_gauge._internals.transformers import PACKING, has_packing, without_packing
+from peft_gauge._internals.transformers import PACKING, has_packing, without_packing, without_padding
 from peft_gauge.plan.fakes import is_quant_state
 
 if TYPE_CHECKING:
@@ -83,6 +83,21 @@ def unpacked_sequences() -> Iterator[None]:
     batch, and attention would take the memory-efficient kernel with one mask per layer instead of flash.
     """
     with without_packing():
+        yield
+
+
+def as_packed(packed: bool) -> AbstractContextManager[None]:
+    """`unpacked_sequences`, unless the rows are ``packed``: fakes then get the mask of several sequences."""
+    return nullcontext() if packed else unpacked_sequences()
+
+
+@contextmanager
+def unpadded_sequences() -> Iterator[None]:
+    """While active, the attention mask of a trainer's batch is one of ones: every row is as long as the others.
+
+    transformers drops such a mask by its values, and sdpa then takes its own causal one.
+    """
+    with without_padding():
         yield
 
 

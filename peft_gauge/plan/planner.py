@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge._internals.torch import foreach_on_fakes
 from peft_gauge.counting import count
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory.overheads import overheads_for
@@ -25,6 +26,7 @@ from peft_gauge.plan.autocast import as_on_cuda
 from peft_gauge.plan.record import Plan
 from peft_gauge.plan.reserve import Steps, device_estimate, fit
 from peft_gauge.plan.traced_step import Trace, follow
+from peft_gauge.plan.trainer_step import follow_trainer, unexpected
 from peft_gauge.traces.log import planned
 from peft_gauge.training import models, stored_layers, targets
 
@@ -82,6 +84,10 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
     ``notes`` each replacement of library code."""
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(policies.stepping(model))
+        stack.enter_context(foreach_on_fakes())
+        stack.enter_context(kernels.as_packed(request.packed))
+        if request.loop != "plain" and not request.padded:
+            stack.enter_context(kernels.unpadded_sequences())
         stack.enter_context(stored_layers.kernels())
         stack.enter_context(attention_package(request.attention))
         if request.settings.mixed_precision != "no":
@@ -90,7 +96,7 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(kernels.cuda_int8_products())
         yield
-    notes += said
+    notes += said if request.loop == "plain" else unexpected(said)
 
 
 def _trace(
@@ -101,8 +107,9 @@ def _trace(
     mode = fakes.fake_mode()
     made = fakes.to_fake(adapted.model, mode)
     base = [made[key] for key in adapted.base_parameters if key in made]
-    with mode, kernels.cuda_kernels(), kernels.unpacked_sequences(), stepping(request, adapted.model, notes):
-        return follow(request, adapted.model, base, counted, notes, located=located), adapted.modules
+    with mode, kernels.cuda_kernels(), stepping(request, adapted.model, notes):
+        trace = follow if request.loop == "plain" else follow_trainer
+        return trace(request, adapted.model, base, counted, notes, located=located), adapted.modules
 
 
 def _base(request: PlanRequest) -> str:
@@ -186,7 +193,7 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "dtype": request.dtype,
         "optimizer": settings.optimizer,
         "grad_checkpointing": settings.grad_checkpointing,
-        "checkpoint_reentrant": request.checkpoint_reentrant,
+        "checkpoint_reentrant": request.checkpoint_reentrant or (False if request.loop == "plain" else None),
         "grad_accumulation": settings.grad_accumulation,
         "clip_grad_norm": settings.clip_grad_norm,
         "mixed_precision": settings.mixed_precision,
@@ -196,9 +203,11 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "prepare_kbit": method.prepare_kbit,
         "autocast_adapter_dtype": method.autocast_adapter_dtype,
         "rank": method.peft_config.get("r"),
+        "loop": request.loop,
         "loss": request.loss,
         "padded": request.padded,
         "use_cache": request.use_cache,
         "hold_outputs": request.hold_outputs,
         "attention": attention(request.model, request.dtype, request.attention),
+        **({"trainer_arguments": dict(request.trainer_arguments)} if request.trainer_arguments else {}),
     }

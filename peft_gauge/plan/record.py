@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.training.loops import check_loop
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from peft_gauge.training.loops import Loop
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
     from peft_gauge.training.step import StepSettings
@@ -34,9 +36,13 @@ class PlanRequest:
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
             ``outputs = model(**batch)`` does; `peft_gauge.training.step.TrainingJob` releases them once it has the
             loss.
-        checkpoint_reentrant: whether gradient checkpointing, if ``settings.grad_checkpointing`` is on, is reentrant.
+        checkpoint_reentrant: whether gradient checkpointing, if ``settings.grad_checkpointing`` is on, is reentrant;
+            ``None`` is the loop's default, for ``plain`` not.
         attention: ``"sdpa"`` (CUDA's flash, efficient or math kernel, as CUDA would choose), ``"eager"`` or
             ``"flash_attention_2"``; ``None`` is sdpa if the architecture supports it, else eager.
+        loop: by which loop the step is taken (`peft_gauge.training.loops`). A trainer keeps no outputs, returns no
+            cache and computes float32 outputs itself.
+        trainer_arguments: further arguments of the trainer, as pairs; they go before ``settings``.
         gpus: names or sizes, as for `peft_gauge.memory.gpus.lookup`.
         calibration_folder: measured overheads by GPU (`peft_gauge.memory.overheads`), if any.
     """
@@ -49,16 +55,41 @@ class PlanRequest:
     padded: bool = False
     use_cache: bool = False
     hold_outputs: bool = False
-    checkpoint_reentrant: bool = False
+    checkpoint_reentrant: bool | None = None
     attention: str | None = None
+    loop: Loop = "plain"
+    trainer_arguments: tuple[tuple[str, Any], ...] = ()
     gpus: tuple[str, ...] = ()
     calibration_folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
+        check_loop(self.loop)
+        if self.loop != "plain":
+            self._check_trainer()
         if self.method.kind == "full" and self.method.quantization is not None:
             raise GaugeError(f"{self.method.name} trains the base weights, which cannot be quantized; drop --quantize")
+
+    def _check_trainer(self) -> None:
+        """Raise `GaugeError` for a setting that only this suite's own step has."""
+        chosen = {
+            "--use-cache": self.use_cache,
+            "--hold-outputs": self.hold_outputs,
+            "--float32-outputs": self.settings.float32_outputs,
+            "--optimizer adamw-foreach-off": self.settings.optimizer == "adamw-foreach-off",
+            f"--loss {self.loss}": self.loss != "full" and self.loop == "sft",
+        }
+        for option, is_chosen in chosen.items():
+            if is_chosen:
+                raise GaugeError(f"{option} is for --loop plain; --loop {self.loop} decides that itself: drop it")
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row of a batch is several sequences, which attend to themselves only."""
+        given = dict(self.trainer_arguments)
+        bins = given.get("packing_strategy", "bfd") != "wrapped"
+        return self.loop == "sft" and bool(given.get("padding_free") or (given.get("packing") and bins))
 
     @property
     def name(self) -> str:

@@ -91,24 +91,34 @@ def follow(
     also record the module and the Python function that created each storage, which takes longer.
     """
     places = ModuleAttribution(model, fold=False) if located else None
-    tracker = StorageTracker(
+    tracker = new_tracker(request, places)
+    adopt_model(tracker, model, base)
+    job, call = _job(request, model, tracker)
+    _prime(job, tracker, request.settings, notes)
+    importance = _prime_importance(job, model, tracker, notes)
+    if places is not None:
+        name_residents(tracker, model, job.optimizer)
+    with no_collector(), places or contextlib.nullcontext():
+        trace = _step(job, call, tracker, request, counted, importance)
+    tracker.close()
+    note_uncounted(tracker, notes)
+    return trace
+
+
+def new_tracker(request: PlanRequest, places: ModuleAttribution | None = None) -> StorageTracker:
+    """A tracker for ``request``'s step, which also records where each storage was created if there are ``places``."""
+    return StorageTracker(
         vocabulary=request.model.vocab_size,
         operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTIZED_TEMPORARIES},
         workspaces=kernels.CUDA_WORKSPACES,
         where=None if places is None else functools.partial(_where, places),
     )
-    _adopt_model(tracker, model, base)
-    job, call = _job(request, model, tracker)
-    _prime(job, tracker, request.settings, notes)
-    importance = _prime_importance(job, model, tracker, notes)
-    if places is not None:
-        _name_residents(tracker, model, job)
-    with no_collector(), places or contextlib.nullcontext():
-        trace = _step(job, call, tracker, request, counted, importance)
-    tracker.close()
+
+
+def note_uncounted(tracker: StorageTracker, notes: list[str]) -> None:
+    """Add a note for each operator of a library whose operations are not counted."""
     uncounted = sorted(name for name in tracker.operators_without_flops if not name.startswith(ELEMENTWISE))
     notes += [f"{name}: its operations are not in flops_per_step" for name in uncounted]
-    return trace
 
 
 def _where(places: ModuleAttribution) -> tuple[str, str]:
@@ -116,16 +126,17 @@ def _where(places: ModuleAttribution) -> tuple[str, str]:
     return "" if module == UNKNOWN else module, site_here(sys._getframe(1))
 
 
-def _name_residents(tracker: StorageTracker, model: nn.Module, job: TrainingJob) -> None:
+def name_residents(tracker: StorageTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Assign the storages that exist before the step to the module of their parameter."""
     for name, parameter in model.named_parameters():
-        state = job.optimizer.state.get(parameter, {}).values()
+        state = optimizer.state.get(parameter, {}).values()
         held = [parameter, *quantization_constants(parameter), *(t for t in state if isinstance(t, torch.Tensor))]
         for number in tracker.storages(held):
             tracker.records[number].module = name.rpartition(".")[0]
 
 
-def _adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
+def adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor]) -> None:
+    """Track the model's tensors, by category; ``base`` are the parameters that are not the adapter's."""
     tracker.adopt(model.buffers(), BUFFERS)
     tracker.adopt(constant_buffers(model), QUANTIZATION_CONSTANTS)
     tracker.adopt(fakes.plain_tensors(model), BUFFERS)
@@ -146,10 +157,6 @@ def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tup
     call = ModelCall(model, use_cache=request.use_cache, hold_outputs=request.hold_outputs or request.use_cache)
     with unset_fake_temporarily():  # 8-bit optimizers have code books that are computed from values
         job = TrainingJob(call, [batch], settings)
-    if settings.optimizer in ("adamw", "sgd"):
-        # torch's own default on CUDA; fakes are on the CPU, where the default differs.
-        for group in job.optimizer.param_groups:
-            group["foreach"] = True
     return job, call
 
 
@@ -160,9 +167,16 @@ def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, no
         without_overflow(job.scaler)
         job.scaler.scale(torch.zeros(()))
         tracker.adopt(scaler_tensors(job.scaler), OPTIMIZER_STATE)
-    fused = job.optimizer.param_groups[0].get("fused")
+    adopt_state(job.optimizer, tracker, settings, notes)
+
+
+def adopt_state(
+    optimizer: torch.optim.Optimizer, tracker: StorageTracker, settings: StepSettings, notes: list[str]
+) -> None:
+    """Track the optimizer's state; the part that a GPU does not hold as the host's."""
+    fused = optimizer.param_groups[0].get("fused")
     paged = 0
-    for parameter, state in job.optimizer.state.items():
+    for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue

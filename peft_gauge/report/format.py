@@ -29,3 +29,7 @@ def shown_seconds(value: float | None) -> str:
         if value >= size:
             return f"{value / size:.2f} {unit}"
     return f"{value / 1e-6:.2f} µs"
+
+
+LOOP_TITLES = {"trainer": "transformers.Trainer", "sft": "trl.SFTTrainer"}
+"""Training loops of other libraries, by the names that plans give them."""

@@ -7,31 +7,23 @@ between two steps is persistent, and a peak can be taken over whole steps.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_gauge._internals.transformers import attention_of
-from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.training.precision import MixedPrecision, check_mixed_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-OptimizerName = Literal["adamw", "adamw-fused", "adamw-foreach-off", "adamw8bit", "paged-adamw8bit", "sgd"]
-OPTIMIZERS: tuple[OptimizerName, ...] = (
-    "adamw",
-    "adamw-fused",
-    "adamw-foreach-off",
-    "adamw8bit",
-    "paged-adamw8bit",
-    "sgd",
-)
-
+OPTIMIZERS = ("adamw", "adamw-fused", "adamw-foreach-off", "adamw8bit", "paged-adamw8bit", "sgd")
+"""This suite's own names. The names of ``TrainingArguments.optim`` are accepted, too."""
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +35,7 @@ class StepSettings:
     Attributes:
         batch: micro-batch size.
         seq: sequence length in tokens.
-        optimizer: one of `OPTIMIZERS`.
+        optimizer: one of `OPTIMIZERS`, or a name of ``TrainingArguments.optim``.
         grad_checkpointing: of the non-reentrant kind.
         grad_accumulation: micro-batches per optimizer update.
         clip_grad_norm: the maximum norm; ``None`` turns clipping off.
@@ -55,7 +47,7 @@ class StepSettings:
     batch: int
     seq: int
     learning_rate: float = 1e-4
-    optimizer: OptimizerName = "adamw"
+    optimizer: str = "adamw"
     grad_checkpointing: bool = False
     grad_accumulation: int = 1
     clip_grad_norm: float | None = None
@@ -66,8 +58,7 @@ class StepSettings:
         for name in ("batch", "seq", "grad_accumulation"):
             if getattr(self, name) < 1:
                 raise GaugeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        check_optimizer(self.optimizer)
         check_mixed_precision(self.mixed_precision)
 
     @property
@@ -76,8 +67,27 @@ class StepSettings:
         return self.batch * self.seq * self.grad_accumulation
 
 
-def build_optimizer(parameters: Sequence[nn.Parameter], settings: StepSettings) -> torch.optim.Optimizer:
-    """The optimizer over ``parameters``. AdamW uses torch's default implementation unless the name selects another."""
+def check_optimizer(name: str) -> None:
+    """Raise `GaugeError` unless ``name`` is an optimizer's, ours or transformers'."""
+    if name in OPTIMIZERS:
+        return
+    from peft_gauge.training.quantization.library import hide_notices
+
+    hide_notices()
+    from transformers.training_args import OptimizerNames
+
+    theirs = [each.value for each in OptimizerNames]
+    if name not in theirs:
+        raise unknown("optimizer", name, (*OPTIMIZERS, *sorted(set(theirs) - {*OPTIMIZERS})))
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], settings: StepSettings, model: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over ``parameters``. AdamW uses torch's default implementation unless the name selects another.
+
+    ``model``: for optimizers of transformers that read it. Raises `GaugeError` if the optimizer's library is missing.
+    """
     rate = settings.learning_rate
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=rate)
@@ -86,9 +96,26 @@ def build_optimizer(parameters: Sequence[nn.Parameter], settings: StepSettings) 
 
         kind = bitsandbytes.optim.AdamW8bit if settings.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
         return kind(parameters, lr=rate)
+    if settings.optimizer not in OPTIMIZERS:
+        return _transformers_optimizer(parameters, settings, model)
     fused = True if settings.optimizer == "adamw-fused" else None
     foreach = False if settings.optimizer == "adamw-foreach-off" else None
     return torch.optim.AdamW(parameters, lr=rate, fused=fused, foreach=foreach)
+
+
+def _transformers_optimizer(
+    parameters: Sequence[nn.Parameter], settings: StepSettings, model: nn.Module | None
+) -> torch.optim.Optimizer:
+    from transformers import Trainer, TrainingArguments
+
+    name = settings.optimizer
+    try:
+        arguments = TrainingArguments("unused", optim=name, learning_rate=settings.learning_rate, use_cpu=True)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        found: torch.optim.Optimizer = kind(parameters, **options)
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        raise GaugeError(f"optimizer {name} cannot be built: {one_line(error)}") from error
+    return found
 
 
 class TrainingJob:
@@ -106,7 +133,7 @@ class TrainingJob:
         self.batches = batches
         self.settings = settings
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = build_optimizer(self.trainable, settings)
+        self.optimizer = build_optimizer(self.trainable, settings, model)
         self.losses: list[float] = []
         self.loss: Tensor | None = None
         self._micro_batches = 0
@@ -231,12 +258,19 @@ def _scaler(trainable: Sequence[nn.Parameter], settings: StepSettings) -> torch.
     """The loss scaler: without it, small gradients underflow to 0 in float16. bfloat16 does not need it."""
     if settings.mixed_precision != "fp16":
         return None
-    if any(parameter.dtype == torch.float16 for parameter in trainable):
+    check_scalable(settings, trainable)
+    return torch.amp.GradScaler(trainable[0].device.type)
+
+
+def check_scalable(settings: StepSettings, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise `GaugeError` if ``settings`` scale losses and a trained parameter is in float16."""
+    if settings.mixed_precision == "fp16" and any(
+        parameter.requires_grad and parameter.dtype == torch.float16 for parameter in parameters
+    ):
         raise GaugeError(
             "mixed precision fp16 needs trainable weights in float32, since their gradients are unscaled; "
             "choose --dtype float32, or adapters in float32"
         )
-    return torch.amp.GradScaler(trainable[0].device.type)
 
 
 def _digest(parameter: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Real steps of TinyLlama on an H200 beside their plans: what the comparison finds where the plan is right, where the
-loop does more than is planned, and where a fault was planted."""
+"""Real steps of TinyLlama on an H200 and their plans: what the comparison finds where the plan is right, and where a
+fault was planted."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
 PLAIN = ("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
 AUTOCAST = ("lora-autocast", "full-float32-autocast", "qlora-unprepared-autocast")
+TRAINERS = ("lora-trainer", "lora-trainer-checkpointing", "full-sft", "qlora-sft")
 LAYERS = 22
 
 
@@ -53,6 +54,22 @@ def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
     for phase in found.phases:
         assert phase.measured - phase.equal <= most
         assert phase.planned - phase.equal <= 4 * LAYERS + 32
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainers_step_is_planned_to_the_byte_but_for_workspaces_and_unsplit_blocks(name: str) -> None:
+    found = compared(name)
+    assert found.unplanned_bytes == 0
+    workspaces, unsplit = (
+        [row.bytes for row in found.rows if row.category == category]
+        for category in (differences.WORKSPACES, differences.UNSPLIT)
+    )
+    assert workspaces == [2 * 32 * 2**20]
+    assert 0 <= sum(unsplit) < 20 * 2**20
+    forward = next(phase for phase in found.phases if phase.phase == FORWARD)
+    assert forward.equal >= 0.87 * forward.planned
+    if not name.startswith("qlora"):  # dequantization calls of another release
+        assert forward.equal == forward.planned
 
 
 def test_the_peak_is_the_one_that_torchs_own_counter_showed() -> None:
@@ -165,14 +182,3 @@ def test_an_operator_in_another_dtype_is_named() -> None:
     assert first is not None
     assert first.module.endswith("model.layers.0.mlp.act_fn")
     assert (first.planned_bytes, first.measured_bytes) == (2 * nbytes // LAYERS, nbytes // LAYERS)
-
-
-# Where the loop does more than the plan knows -------------------------------------------------------------------------
-
-
-def test_trainers_copy_of_the_logits_is_found() -> None:
-    """accelerate converts a model's outputs to float32: 4 × 768 × 32,000 elements that the plain loop has not."""
-    found = compared("lora-trainer")
-    rows = {row.operator: row for row in found.steps}
-    copy = rows["accelerate/utils/operations.py:_convert_to_fp32"]
-    assert (copy.kind, copy.count, copy.bytes) == (differences.ONLY_MEASURED, 1, 4 * 768 * 32_000 * 4)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import typer.main
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from peft_gauge import cli
 from tests.support.paths import ROOT

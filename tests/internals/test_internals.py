@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,14 @@ import torch
 from torch import nn
 
 from peft_gauge import _internals
+from peft_gauge._internals import accelerate as from_accelerate
 from peft_gauge._internals import bitsandbytes as from_bitsandbytes
 from peft_gauge._internals import peft as from_peft
 from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
 from peft_gauge._internals import torch as from_torch
 from peft_gauge._internals import transformers as from_transformers
+from peft_gauge._internals import trl as from_trl
 from peft_gauge.bundle.target import Target
 from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.training import methods, models
@@ -37,7 +40,7 @@ from tests.support.paths import ROOT
 from tests.support.stepping_child import make_wheel
 
 TOY = models.resolve("toy-llama")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "pytest", "pip")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "pytest", "pip")
 
 
 @pytest.fixture(autouse=True)
@@ -341,6 +344,77 @@ def test_torch_scalers_keep_two_tensors_and_step_without_a_look_at_values() -> N
     from_torch.without_overflow(scaler)
     scaler.step(optimizer)
     assert weight.tolist() == [float("-inf"), 0.0]
+
+
+def test_torch_modules_move_fakes_by_their_data() -> None:
+    with from_torch.FakeTensorMode(), from_torch.moves_fakes():
+        layer = nn.Linear(2, 3)
+        weight = layer.weight
+        assert layer.to(torch.bfloat16).weight is weight
+    assert weight.dtype is torch.bfloat16
+
+
+def test_torch_optimizers_take_lists_of_fakes_as_on_cuda() -> None:
+    with from_torch.FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(3))
+        for foreach in (False, True):
+            with from_torch.foreach_on_fakes() if foreach else nullcontext():
+                parameter.grad = torch.empty(3)
+                with patch.object(torch, "_foreach_lerp_", side_effect=torch._foreach_lerp_) as by_lists:
+                    torch.optim.AdamW([parameter]).step()
+                assert by_lists.called == foreach
+
+
+def test_transformers_masks_of_ones_are_dropped_where_it_is_replaced() -> None:
+    from transformers import masking_utils
+
+    assert from_transformers.has_mask_skipped()
+    mask = torch.zeros(1, 8, dtype=torch.bool)  # nothing but padding
+    for inside in (False, True):
+        with from_transformers.without_padding() if inside else nullcontext():
+            assert masking_utils._ignore_causal_mask_sdpa(mask, 8, 8, 0, 0) == inside
+
+
+def test_transformers_models_can_be_marked_as_loaded_in_4_bit() -> None:
+    model = SimpleNamespace()
+    from_transformers.mark_loaded(model, "nf4", double_quant=True)
+    assert model.is_loaded_in_4bit
+    assert model.hf_quantizer.is_trainable
+
+
+def test_accelerate_scales_losses_on_a_cpu_if_told_to() -> None:
+    from peft_gauge.training.trainers import alone
+
+    with alone():
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+        assert not accelerator.native_amp
+        from_accelerate.scale_losses(accelerator, torch.amp.GradScaler("cpu"))
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = accelerator.prepare_optimizer(torch.optim.SGD([weight], lr=1.0))
+        with accelerator.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float16
+        accelerator.backward(weight.sum())
+        assert weight.grad is not None
+        assert weight.grad[0] == 2.0**16
+        optimizer.step()
+        assert weight[0] == 0  # scaled back
+
+
+def test_trl_fused_head_has_the_names_that_are_replaced() -> None:
+    pytest.importorskip("trl", reason="trl comes with the extra trl")
+    assert from_trl.has_fused_head()
+    from trl.kernels import chunked_logprob
+
+    head = chunked_logprob.ChunkedLogProbFunction
+    for dtype in (torch.float32, torch.bfloat16):
+        with from_torch.FakeTensorMode(), from_trl.fused_head_on_fakes():
+            hidden = torch.empty(6, 4, dtype=dtype, requires_grad=True)
+            weight = torch.empty(32, 4, dtype=dtype, requires_grad=True)
+            found = head.apply(hidden, weight, None, torch.zeros(6, dtype=torch.long), 1.0, 16)[0]
+            found.sum().backward()
+            assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)  # type: ignore[union-attr]
 
 
 def test_transformers_asks_whether_sequences_are_packed_where_it_is_replaced() -> None:

@@ -28,8 +28,7 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
     Raises `GaugeError` if bitsandbytes is missing or older than 0.46.1, or, for a CUDA ``device``, if it has no kernels
     for torch's CUDA version.
     """
-    for name in NOTICES:
-        logging.getLogger(name).addFilter(_is_no_notice)
+    hide_notices()
     try:
         installed = version("bitsandbytes")
         # bitsandbytes makes lookup tables on import; under a fake mode they would stay fake for the whole process.
@@ -44,6 +43,12 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
         _check_cuda_kernels(installed)
     module: ModuleType = bitsandbytes
     return module
+
+
+def hide_notices() -> None:
+    """Suppress the messages of `NOTICES`: before an import that may import bitsandbytes."""
+    for name in NOTICES:
+        logging.getLogger(name).addFilter(_is_no_notice)
 
 
 def _check_cuda_kernels(installed: str) -> None:

@@ -81,6 +81,18 @@ def test_options_reach_the_request(run: Run, in_process: list[PlanRequest]) -> N
     assert in_process == [expected]
 
 
+def test_a_trainers_defaults_are_its_own_unless_given(run: Run, in_process: list[PlanRequest]) -> None:
+    run("--method", "lora", "--loop", "sft", "--batch", "2", "--set", "packing=true", "--set", "optim=sgd")
+    run("--method", "lora", "--loop", "trainer", "--no-grad-checkpointing", "--clip-grad-norm", "0")
+    sft, trainer = in_process
+    assert sft.settings == StepSettings(
+        2, 32, learning_rate=2e-5, optimizer="sgd", grad_checkpointing=True, clip_grad_norm=1.0, mixed_precision="bf16"
+    )
+    assert (sft.dtype, sft.trainer_arguments, sft.packed) == ("float32", (("packing", True),), True)
+    assert trainer.settings == StepSettings(4, 32, learning_rate=5e-5, optimizer="adamw-fused", clip_grad_norm=None)
+    assert (trainer.dtype, trainer.trainer_arguments, trainer.packed) == ("bfloat16", (), False)
+
+
 def test_a_newly_quantized_base_is_prepared_unless_told_otherwise() -> None:
     assert adjusted(methods.LORA, "nf4", None, None, None).prepare_kbit
     assert not adjusted(methods.LORA, "nf4", None, None, False).prepare_kbit
@@ -133,7 +145,17 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
         (("--loss", "none"), "unknown loss"),
         (("--batch", "0"), "batch must be at least 1"),
         (("--seq", "1"), "--seq must be at least 2"),
-        (("--clip-grad-norm", "0"), "--clip-grad-norm must be positive"),
+        (("--loop", "trl"), "unknown loop"),
+        (("--set", "packing=true"), "packing is an argument of a trainer"),
+        (("--loop", "sft", "--set", "packing"), "is not KEY=VALUE"),
+        (("--loop", "sft", "--set", "pocking=true"), "SFTConfig has no argument 'pocking'"),
+        (("--loop", "trainer", "--set", "optim=adamx"), "adamx is not a valid OptimizerNames"),
+        (("--loop", "trainer", "--optimizer", "adamx"), "unknown optimizer 'adamx'"),
+        (("--loop", "trainer", "--mixed-precision", "fp8"), "unknown mixed precision"),
+        (("--loop", "trainer", "--use-cache", "--method", "lora"), "--use-cache is for --loop plain"),
+        (("--loop", "sft", "--loss", "chunked", "--method", "lora"), "--loss chunked is for --loop plain"),
+        (("--loop", "trainer", "--optimizer", "lomo", "--method", "lora"), "lomo_optim"),
+        (("--clip-grad-norm", "-1"), "--clip-grad-norm must be positive"),
         (("--adapter", "nowhere.json"), "no adapter config"),
         (("--batch", "99999999999", "--seq", "99999999999", "--method", "lora"), "overflows"),
     ],

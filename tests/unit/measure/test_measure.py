@@ -56,7 +56,7 @@ class Product(nn.Module):
 
 
 def product_job(optimizer: str = "sgd") -> TrainingJob:
-    settings = StepSettings(BATCH, SEQ, optimizer=optimizer)  # type: ignore[arg-type]
+    settings = StepSettings(BATCH, SEQ, optimizer=optimizer)
     job = TrainingJob(Product(), cut(STREAM, batch=BATCH, seq=SEQ), settings)
     job.warm_up()
     return job

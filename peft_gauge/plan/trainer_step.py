@@ -1,0 +1,275 @@
+"""Trace a step of `transformers.Trainer`, storage by storage: its ``train()`` runs unmodified on the planned model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peft_gauge._internals import moved
+from peft_gauge._internals.accelerate import scale_losses
+from peft_gauge._internals.torch import (
+    is_fake,
+    moves_fakes,
+    scaler_tensors,
+    unset_fake_temporarily,
+    without_modes,
+    without_overflow,
+)
+from peft_gauge._internals.transformers import MASK_SKIPPED, has_mask_skipped, mark_loaded
+from peft_gauge._internals.trl import fused_head_on_fakes, lacks_fused_head
+from peft_gauge.fingerprint.module_attribution import ModuleAttribution
+from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_STATE
+from peft_gauge.memory.tracker import no_collector
+from peft_gauge.plan import policies
+from peft_gauge.plan.traced_step import (
+    TRACED_MICRO_BATCHES,
+    Trace,
+    adopt_model,
+    adopt_state,
+    name_residents,
+    new_tracker,
+    note_uncounted,
+)
+from peft_gauge.training import trainers
+from peft_gauge.training.step import check_scalable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from transformers import Trainer
+
+    from peft_gauge.counting import ParameterCount
+    from peft_gauge.memory.ledger import Snapshot
+    from peft_gauge.memory.tracker import StorageTracker
+    from peft_gauge.plan.record import PlanRequest
+
+STEPS = 2
+"""The first step creates the optimizer's state; the second is the traced one."""
+
+_EXPECTED = frozenset(
+    {
+        "accelerate.data_loader.__iter__",  # a seed
+        "transformers.trainer._run_epoch",  # is the loss a number?
+        "transformers.trainer._inner_training_loop",  # the same before transformers 5
+        "transformers.trainer._finalize_training",
+        "trl.trainer.sft_trainer.compute_loss",  # metrics: entropy, accuracy, number of tokens
+        "trl.trainer.utils._fused_forward",  # the tokens with a label, which here are all
+    }
+)
+"""Callers that read values on which no allocation depends."""
+
+
+def unexpected(warnings: Iterable[str]) -> Iterator[str]:
+    """The warnings on values that a trainer reads, less those without an effect."""
+    return (each for each in warnings if each.partition(" reads ")[0] not in _EXPECTED)
+
+
+def follow_trainer(
+    request: PlanRequest,
+    model: nn.Module,
+    base: Sequence[Tensor],
+    counted: ParameterCount,
+    notes: list[str],
+    *,
+    located: bool = False,
+) -> Trace:
+    """Trace a steady step of ``model`` by the request's loop; as `peft_gauge.plan.traced_step.follow` else."""
+    places = ModuleAttribution(model, fold=False) if located else None
+    tracker = new_tracker(request, places)
+    adopt_model(tracker, model, base)
+    listener = _Steps(tracker, functools.partial(_sort, request, model, base, notes, places))
+    fake = any(map(is_fake, model.parameters()))
+    with ExitStack() as stack:
+        folder = stack.enter_context(trainers.alone())
+        if fake:
+            stack.enter_context(moves_fakes())
+        _mark_quantized(request, model)
+        with unset_fake_temporarily():
+            settings = trainers.arguments(request.loop, _arguments(request), folder)
+            trainer = trainers.build(request.loop, model, settings, steps=STEPS, seq=request.settings.seq)
+            listener.scaler = _scaler(request, trainer)
+            trainer.create_optimizer()  # now, since 8-bit ones compute code books from values
+        notes += _unreplaced(request)
+        if request.loop == "sft":
+            stack.enter_context(fused_head_on_fakes() if fake else contextlib.nullcontext())
+        trainer.data_collator = _Batches(request, model, tracker, trainer.data_collator)
+        stack.enter_context(no_collector())
+        stack.enter_context(places or contextlib.nullcontext())
+        stack.enter_context(tracker)
+        with contextlib.suppress(_Traced):
+            trainers.run(trainer, listener)
+    tracker.close()
+    assert listener.found is not None, "the trainer ended before its second step"
+    note_uncounted(tracker, notes)
+    done = listener.found
+    traced = traced_micro_batches(request)
+    return Trace(
+        tracker=tracker,
+        made_after_update=frozenset(),
+        counted=counted,
+        peak=done.peak,
+        resident=done.resident,
+        live_outputs_bytes=done.updated.bytes,
+        saved_activation_bytes=done.saved_activation_bytes,
+        flops=tracker.flops // traced * request.settings.grad_accumulation,
+    )
+
+
+def _unreplaced(request: PlanRequest) -> Iterator[str]:
+    """A note on each part of a library that the step on fakes needs replaced, and that this release has moved."""
+    if not request.padded and not has_mask_skipped():
+        yield moved("transformers", f"masking_utils.{MASK_SKIPPED}")
+    if request.loop == "sft" and lacks_fused_head():
+        yield moved("trl", "kernel of its fused output projection")
+
+
+class _Traced(Exception):
+    """The traced step is over; it ends the trainer's run."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    peak: Snapshot
+    updated: Snapshot
+    resident: Snapshot
+    saved_activation_bytes: int
+
+
+class _Steps:
+    """Follows a trainer (`trainers.Listener`): phases of the log, and snapshots of the last step."""
+
+    def __init__(self, tracker: StorageTracker, prepare: Callable[[StorageTracker, Optimizer], None]) -> None:
+        self.found: _Found | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+        self._tracker = tracker
+        self._prepare = prepare
+        self._step = ExitStack()
+        self._updated: Snapshot | None = None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self._tracker.phase(name)
+
+    def step_begins(self, number: int, optimizer: Optimizer) -> None:
+        if number == STEPS:
+            self._prepare(self._tracker, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+            if self.scaler is not None:
+                self._tracker.adopt(scaler_tensors(self.scaler), OPTIMIZER_STATE)
+            self._tracker.start_over()
+        # Clipping, the update, and the rest of the trainer's work outside forward and backward.
+        self._step.enter_context(self._tracker.phase(OPTIMIZER))
+
+    def updated(self, number: int) -> None:
+        self._updated = self._tracker.live(blocks=True)
+
+    def step_ended(self, number: int) -> None:
+        self._step.close()
+        if number < STEPS:
+            return
+        assert self._updated is not None
+        tracker = self._tracker
+        resident = tracker.live(blocks=True)
+        self.found = _Found(tracker.peak(blocks=True), self._updated, resident, tracker.kept_bytes(FORWARD))
+        tracker.close()
+        raise _Traced
+
+
+def _sort(
+    request: PlanRequest,
+    model: nn.Module,
+    base: Sequence[Tensor],
+    notes: list[str],
+    places: ModuleAttribution | None,
+    tracker: StorageTracker,
+    optimizer: Optimizer,
+) -> None:
+    """Sort the tensors that exist before the traced step into categories, and by module."""
+    adopt_model(tracker, model, base)
+    adopt_state(optimizer, tracker, request.settings, notes)
+    if places is not None:
+        name_residents(tracker, model, optimizer)
+
+
+class _Batches:
+    """A collator around the trainer's own: its batch on the model's device, as after the copy from the host."""
+
+    def __init__(self, request: PlanRequest, model: nn.Module, tracker: StorageTracker, collator: Any) -> None:
+        self._request = request
+        self._model = model
+        self._tracker = tracker
+        self._collator = collator
+        self._fake = any(map(is_fake, model.parameters()))
+        self._untraced: list[dict[str, Any]] = []
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self._copied(rows)
+        if not self._untraced:
+            # A trainer fetches all micro-batches of a step before the first; some of them are not traced.
+            more = self._request.settings.grad_accumulation - traced_micro_batches(self._request)
+            self._untraced = [self._copied(rows) for _ in range(more)]
+        return batch
+
+    def _copied(self, rows: list[Any]) -> dict[str, Any]:
+        with without_modes():
+            collated = self._collator(rows)
+        if self._request.padded and "attention_mask" not in collated:
+            collated["attention_mask"] = collated["input_ids"]
+        batch = {
+            name: self._on_device(value) if isinstance(value, torch.Tensor) else value
+            for name, value in collated.items()
+        }
+        batch |= policies.extra_inputs(self._model, self._request.settings.batch, self._request.settings.seq)
+        self._tracker.adopt((each for each in batch.values() if isinstance(each, torch.Tensor)), INPUTS)
+        return batch
+
+    def _on_device(self, collated: Tensor) -> Tensor:
+        return torch.empty_like(collated) if self._fake else collated.clone()
+
+
+def traced_micro_batches(request: PlanRequest) -> int:
+    return min(request.settings.grad_accumulation, TRACED_MICRO_BATCHES)
+
+
+def _arguments(request: PlanRequest) -> dict[str, Any]:
+    """The trainer's arguments for the request's settings, and the request's further ones."""
+    settings = request.settings
+    kwargs = dict(request.trainer_arguments).get("gradient_checkpointing_kwargs") or {}
+    if request.checkpoint_reentrant is not None:
+        kwargs = {**kwargs, "use_reentrant": request.checkpoint_reentrant}
+    return {
+        **dict(request.trainer_arguments),
+        "per_device_train_batch_size": settings.batch,
+        "gradient_accumulation_steps": traced_micro_batches(request),
+        "gradient_checkpointing": settings.grad_checkpointing,
+        "gradient_checkpointing_kwargs": kwargs or None,
+        "bf16": settings.mixed_precision == "bf16",
+        "fp16": settings.mixed_precision == "fp16",
+        "optim": trainers.OPTIM.get(settings.optimizer, settings.optimizer),
+        "max_grad_norm": settings.clip_grad_norm or 0.0,
+        "learning_rate": settings.learning_rate,
+    }
+
+
+def _scaler(request: PlanRequest, trainer: Trainer) -> torch.amp.GradScaler | None:
+    if request.settings.mixed_precision != "fp16":
+        return None
+    check_scalable(request.settings, trainer.model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    without_overflow(scaler)
+    scale_losses(trainer.accelerator, scaler)
+    return scaler
+
+
+def _mark_quantized(request: PlanRequest, model: nn.Module) -> None:
+    """Trainers ask a 4-bit model how it was loaded."""
+    quantization = request.method.quantization
+    if quantization is None:
+        return
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    mark_loaded(base, quantization.quant_format, double_quant=quantization.double_quant)
