@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
+from fixtures.sweeps import FULL, LORA_RATE, SEEDS, TEXT_LENGTHS
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import non_inferiority, sweep
 from peft_gauge.quality.sweep import Lengths, Setting
@@ -32,7 +32,7 @@ from peft_gauge.training import methods
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fixtures.sweeps import Swept, TextSweep
+    from fixtures.sweeps import TextSweep
     from fixtures.verdicts import Decide
     from peft_gauge.quality.sweep import Trained
     from peft_gauge.quality.synthetic import PreparedSynthetic
@@ -141,15 +141,6 @@ def synthetic_quality(task: PreparedSynthetic, method: Method) -> float | None:
     job = task.job(method)
     curve = train(job, Schedule(VERDICT_STEPS, PLANTED_RATE))
     return None if curve.divergence else task.scores(job)["quality"]
-
-
-@pytest.mark.plans(steps=steps_of_short_sweep)
-def test_two_methods_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
-    """LoRA and IA³ for a few steps."""
-    swept = short_text_sweep(["r16", "ia3"])
-
-    lora, ia3 = (result.trainable_params for result in swept.results)
-    assert ia3 < lora
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS, steps_of_short_sweep
+from fixtures.sweeps import LORA_RATE, SEEDS, TEXT_LENGTHS
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
@@ -29,7 +29,7 @@ from peft_gauge.training.cases import count_on_meta
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fixtures.sweeps import Swept, TextSweep
+    from fixtures.sweeps import TextSweep
     from fixtures.verdicts import Decide
     from peft_gauge.quality.sweep import Trained
     from peft_gauge.training.models import ModelRecord
@@ -106,15 +106,6 @@ def test_planted_scaling(record: Callable[..., None], decide: Decide) -> None:
     sizes = {scaling: each.scores["update_over_synthetic"] for scaling, each in at_its_own.items()}
     shared = {scaling: scores.get("update_over_synthetic") for scaling, scores in at_one_rate.items()}
     decide("alpha-scales", "any", findings.scaling_sets_size(sizes, shared, **bounds))
-
-
-@pytest.mark.plans(steps=steps_of_short_sweep)
-def test_two_target_sets_on_text(short_text_sweep: Callable[[Sequence[str]], Swept]) -> None:
-    """Queries and values, and all four projections, for a few steps."""
-    swept = short_text_sweep(["q,v r16", "r16"])
-
-    narrow, wide = (result.trainable_params for result in swept.results)
-    assert narrow < wide
 
 
 @pytest.mark.slow

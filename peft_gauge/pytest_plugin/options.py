@@ -86,6 +86,7 @@ def add_options(parser: pytest.Parser) -> None:
         help="kill the process of a measured case after SECONDS, with the outcome timed-out (default: 900)",
     )
     add("--results", default="results", metavar="DIR", help="save runs in DIR (default: results); write --results=DIR")
+    add("--no-plan-cache", action="store_true", help="plan every step, also those that an earlier run planned")
     add("--no-save", action="store_true", help="do not save this run")
     add(
         "--traces",

@@ -40,8 +40,8 @@ MEASURES, PLANS, CLAIM = "measures", "plans", "claim"
 PASSES = frozenset(get_args(Pass))
 
 # Rounds on a CPU take longer and stay noisy; a default run has to end in minutes.
-RULES = {"cpu": StoppingRule(min_rounds=5, max_rounds=25, budget_seconds=4.0), "cuda": StoppingRule()}
-WARM_UPS = {"cpu": WarmUp(window=1, most=8, tolerance=0.1, budget_seconds=4.0), "cuda": WarmUp()}
+RULES = {"cpu": StoppingRule(min_rounds=5, max_rounds=25, budget_seconds=3.0), "cuda": StoppingRule()}
+WARM_UPS = {"cpu": WarmUp(window=1, most=8, tolerance=0.1, budget_seconds=2.0), "cuda": WarmUp()}
 
 
 @dataclass(frozen=True)
