@@ -22,7 +22,17 @@ def one_line(text: object, limit: int = 400) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> GaugeError:
     """The error for a ``name`` that is not ``known``, with the nearest names (or all of a short list)."""
     choices = sorted(known)
-    by_lower = {choice.lower(): choice for choice in choices}
-    nearest = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    nearest = _nearest(name, choices, most=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known: {', '.join(choices)}"
     return GaugeError(f"unknown {kind} {name!r}; {hint}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean …?)`` with the nearest of ``known``; empty if none is near."""
+    nearest = _nearest(name, sorted(known), most=1, cutoff=0.7)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def _nearest(name: str, choices: Iterable[str], *, most: int, cutoff: float) -> list[str]:
+    by_lower = {choice.lower(): choice for choice in choices}
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=most, cutoff=cutoff)]

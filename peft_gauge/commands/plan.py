@@ -13,8 +13,9 @@ import typer
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from peft_gauge.plan.recipes import Recipe
     from peft_gauge.plan.record import PlanFailure, PlanOutcome
     from peft_gauge.training.methods import Method
 
@@ -22,7 +23,17 @@ FINDABLE = ("batch", "seq", "rank")
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Name of a model record, folder or file with a config, or Hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name of a model record, folder or file with a config, or Hub id (default: the recipe's)."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Config file of TRL, axolotl, LLaMA-Factory or TrainingArguments, or folder of a saved adapter: plan "
+            "the step that it describes."
+        ),
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
     adapter: Annotated[
         list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")
@@ -32,21 +43,23 @@ def plan(
         bool | None, typer.Option(help="Quantize the quantization constants of a 4-bit base too.")
     ] = None,
     loop: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="plain (this suite's step), trainer (transformers.Trainer) or sft (trl.SFTTrainer), with that "
-            "trainer's defaults."
+            "trainer's defaults (default: plain)."
         ),
-    ] = "plain",
+    ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE: an argument of TrainingArguments or SFTConfig; repeatable."),
+        typer.Option(
+            "--set", help="KEY=VALUE: an argument of TrainingArguments or SFTConfig, or a key of --recipe; repeatable."
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16; sft: float32).")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 4,
-    seq: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 768,
+    batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 4).")] = None,
+    seq: Annotated[int | None, typer.Option(help="Sequence length in tokens (default: 768).")] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +73,9 @@ def plan(
     checkpoint_reentrant: Annotated[
         bool | None, typer.Option(help="Use reentrant gradient checkpointing (default: no, or the trainer's).")
     ] = None,
-    grad_accumulation: Annotated[int, typer.Option(help="Micro-batches per optimizer step.")] = 1,
+    grad_accumulation: Annotated[
+        int | None, typer.Option(help="Micro-batches per optimizer step (default: 1).")
+    ] = None,
     clip_grad_norm: Annotated[
         float | None, typer.Option(help="Maximum gradient norm, 0 for none (default: none, or the trainer's).")
     ] = None,
@@ -78,7 +93,7 @@ def plan(
     prepare_kbit: Annotated[
         bool | None, typer.Option(help="Cast unquantized parameters to float32, as prepare_model_for_kbit_training.")
     ] = None,
-    loss: Annotated[str, typer.Option(help="full, or chunked along the sequence.")] = "full",
+    loss: Annotated[str | None, typer.Option(help="full, or chunked along the sequence (default: full).")] = None,
     attention: Annotated[
         str | None,
         typer.Option(help="sdpa, eager or flash_attention_2 (default: sdpa if the model supports it, else eager)."),
@@ -103,58 +118,135 @@ def plan(
 
     Exit code 1: a step does not fit a --gpu; 2: a case cannot be planned.
     """
+    from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
     from peft_gauge.training import methods, models
-    from peft_gauge.training.loops import check_loop, step_settings
 
     gpus = _checked_gpus(gpu or [], find)
-    check_loop(loop)
-    dtype = dtype or ("float32" if loop == "sft" else "bfloat16")
-    models.check_dtype(dtype)
+    if seq is not None:
+        _checked_seq(seq)
     if attention is not None and attention not in models.ATTENTIONS:
         raise unknown("attention", attention, models.ATTENTIONS)
-    seq, clip_grad_norm = _checked_seq(seq), _checked_norm(clip_grad_norm)
     options = {
+        "loop": loop,
         "batch": batch,
         "seq": seq,
         "optimizer": optimizer,
         "grad_checkpointing": grad_checkpointing,
+        "checkpoint_reentrant": checkpoint_reentrant,
         "grad_accumulation": grad_accumulation,
-        "clip_grad_norm": clip_grad_norm,
+        "clip_grad_norm": _checked_norm(clip_grad_norm),
         "mixed_precision": mixed_precision,
         "float32_outputs": float32_outputs or None,
+        "dtype": dtype,
+        "attention": attention,
+        "loss": loss,
+        "method": method or None,
+        "adapter": adapter or None,
+        "quantize": quantize,
+        "double_quant": double_quant,
+        "autocast_adapter_dtype": autocast_adapter_dtype,
+        "prepare_kbit": prepare_kbit,
     }
-    fields = {name: value for name, value in options.items() if value is not None}
-    settings, arguments = step_settings(loop, fields, _key_values(changes or []))
-    record = models.resolve(model)
+    given = {name: value for name, value in options.items() if value is not None}
+    found = None if recipe is None else read(recipe, _key_values(changes or []))
+    step = _step(given, found, {} if recipe is not None else _key_values(changes or []))
+    record = models.resolve(_base(model, found))
 
     def request(each: Method) -> PlanRequest:
         return PlanRequest(
             model=record,
             method=adjusted(each, quantize, double_quant, autocast_adapter_dtype, prepare_kbit),
-            settings=settings,
-            dtype=dtype,
-            loss=loss,  # type: ignore[arg-type]
-            attention=attention,
             padded=padded,
             use_cache=use_cache,
             hold_outputs=hold_outputs,
-            checkpoint_reentrant=checkpoint_reentrant,
-            loop=loop,  # type: ignore[arg-type]
-            trainer_arguments=arguments,
             gpus=gpus,
             calibration_folder=None if calibration is None else str(calibration),
+            **step,
         )
 
     adapters, unusable = _adapters(adapter or [], record.name)
     chosen: Sequence[Method] = [*map(methods.get, method or []), *adapters]
+    if found is not None and found.method is not None:
+        chosen = [found.method]
     requests = [request(each) for each in (chosen if chosen or unusable else methods.DEFAULT_METHODS)]
     if find is not None:
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
-    _show([*outcomes, *unusable], as_json)
+    _show([*outcomes, *unusable], as_json, found)
+
+
+OF_METHOD = ("method", "adapter", "quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
+OF_TRAINER = ("batch", "grad_accumulation", "optimizer", "grad_checkpointing", "clip_grad_norm", "mixed_precision")
+
+
+def _step(given: Mapping[str, Any], recipe: Recipe | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `PlanRequest` that describe the step: from options, a recipe, and the defaults.
+
+    Raises `GaugeError` for an option that the recipe decides.
+    """
+    from peft_gauge.training import models
+    from peft_gauge.training.loops import step_settings
+
+    loop, fields = given.get("loop", "plain"), {**FIELDS}
+    values = {name: given.get(name) for name in ("dtype", "attention", "checkpoint_reentrant", "loss")}
+    if recipe is not None:
+        _check_undecided(given, recipe)
+        loop, arguments = recipe.loop, recipe.arguments
+        if loop != "plain":
+            del fields["batch"]  # the trainer's own default
+        decided = {"dtype": recipe.dtype, "attention": recipe.attention, "checkpoint_reentrant": recipe.reentrant}
+        values |= {name: value for name, value in decided.items() if value is not None}
+        values["loss"] = values["loss"] or recipe.loss
+    fields |= {name: given[name] for name in STEP_OPTIONS if name in given}
+    fields |= {} if recipe is None else recipe.fields
+    dtype = str(values["dtype"] or ("float32" if loop == "sft" else "bfloat16"))
+    models.check_dtype(dtype)
+    values |= {"dtype": dtype, "loss": values["loss"] or "full"}
+    settings, further = step_settings(loop, fields, arguments)
+    return {**values, "loop": loop, "settings": settings, "trainer_arguments": further}
+
+
+FIELDS = {"batch": 4, "seq": 768}
+STEP_OPTIONS = (
+    "batch",
+    "seq",
+    "optimizer",
+    "grad_checkpointing",
+    "grad_accumulation",
+    "clip_grad_norm",
+    "mixed_precision",
+    "float32_outputs",
+)
+
+
+def _check_undecided(given: Mapping[str, Any], recipe: Recipe) -> None:
+    decided = {"loop", *recipe.fields, *(OF_TRAINER if recipe.loop != "plain" else ())}
+    decided |= {*(OF_METHOD if recipe.method is not None else ())}
+    decided |= {name for name in ("dtype", "attention") if getattr(recipe, name) is not None}
+    if recipe.loss != "full":
+        decided.add("loss")
+    for name in given:
+        if name in decided:
+            option = name.replace("_", "-")
+            raise GaugeError(f"--{option} is decided by the {recipe.tool} recipe; change its key with --set KEY=VALUE")
+
+
+def _base(model: str | None, recipe: Recipe | None) -> str:
+    """The base to plan: the option, or the recipe's; a Hub id of a model that this suite has a record of is that."""
+    if model is not None:
+        return model
+    if recipe is None:
+        raise GaugeError("give the base with --model, or a config file with --recipe")
+    if recipe.model is None:
+        raise GaugeError(f"the {recipe.tool} recipe names no base model; add --model")
+    from peft_gauge.training.models import record_names
+
+    name = recipe.model.rpartition("/")[2].lower().removesuffix("-hf")
+    is_hub_id = recipe.model.count("/") == 1 and not Path(recipe.model).expanduser().exists()
+    return name if is_hub_id and name in record_names() else recipe.model
 
 
 def _key_values(changes: Sequence[str]) -> dict[str, Any]:
@@ -244,20 +336,27 @@ def _checked_norm(norm: float | None) -> float | None:
     return norm
 
 
-def _show(outcomes: Sequence[PlanOutcome], as_json: bool) -> None:
+def _show(outcomes: Sequence[PlanOutcome], as_json: bool, recipe: Recipe | None = None) -> None:
     from peft_gauge.plan.record import PlanFailure
 
     failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]
     objects = [outcome.as_json() for outcome in outcomes]
+    if recipe is not None:
+        objects = [{**each, "recipe": recipe.as_json()} for each in objects]
     if as_json:
         print(json.dumps(objects, indent=2))
     else:
-        from peft_gauge.report.terminal.plan_table import show
+        from peft_gauge.report.terminal.plan_table import show, show_recipe
 
         show([each for each in objects if "error" not in each])
+        if recipe is not None:
+            show_recipe(recipe.as_json())
+    unread = [] if recipe is None else [f"unknown key {each} in the {recipe.tool} recipe" for each in recipe.unknown]
+    for sentence in unread:
+        print(f"peft-gauge: {sentence}; planned without it", file=sys.stderr)
     for failure in failures:
         print(f"peft-gauge: {failure.error}", file=sys.stderr)
-    if failures:
+    if failures or unread:
         raise typer.Exit(2)
     if not all(_fits(each) for each in objects):
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest.mock import patch
@@ -103,6 +104,14 @@ def arguments(loop: Loop, given: Mapping[str, Any], folder: Path | None = None) 
     except (ValueError, TypeError, ImportError) as error:
         raise GaugeError(f"{kind.__name__} refuses these arguments: {one_line(error)}") from error
     return found
+
+
+def config_fields(loop: Loop) -> dict[str, Any]:
+    """The names of the loop's arguments, each with its default."""
+    return {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(_config_class(loop))
+    }
 
 
 def arguments_of(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,3 +203,27 @@ def _warnings(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
         for warning in plan["warnings"]:
             concerned.setdefault(warning, []).append(plan["method"])
     return [Text(f"note ({', '.join(names)}): {warning}") for warning, names in concerned.items()]
+
+
+def show_recipe(recipe: Mapping[str, Any], *, width: int | None = None) -> None:
+    """Print how a recipe's file was read: each of its keys, and the defaults of the tool."""
+    console = Console(width=width, highlight=False)
+    lines = {
+        f"understood of the {recipe['tool']} recipe": _pairs(recipe["understood"]),
+        f"defaults of {recipe['tool']}": _pairs(recipe["defaults"]),
+        "without an effect on memory": ", ".join(recipe["without_effect"]),
+        "not modelled": "; ".join(f"{name}: {reason}" for name, reason in recipe["not_modelled"].items()),
+    }
+    for title, content in lines.items():
+        if content:
+            console.print(Text(f"{title}: {content}"))
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,130 @@
+"""Files of LLaMA-Factory. Defaults and casts as of its release 0.9.5 (`llamafactory/hparams`, `llamafactory/model`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.plan.recipes.lora import lora
+from peft_gauge.plan.recipes.recipe import Keys, Recipe, known_keys
+from peft_gauge.training import trainers
+
+LESS = "is not planned; a step needs less with it"
+NOT_MODELLED = {
+    "deepspeed": "several GPUs and offloading are not planned",
+    "fsdp": "several GPUs are not planned",
+    "fsdp_config": "several GPUs are not planned",
+    "use_unsloth": f"Unsloth {LESS}",
+    "use_unsloth_gc": "checkpointing is planned, offloading to the host is not",
+    "enable_liger_kernel": f"Liger's fused kernels {LESS}",
+    "use_galore": "GaLore is not planned",
+    "use_apollo": "APOLLO is not planned",
+    "use_badam": "BAdam is not planned",
+    "use_muon": "Muon is not planned",
+    "use_adam_mini": "Adam-mini is not planned",
+    "use_llama_pro": "block expansion is not planned",
+    "shift_attn": "shifted attention is not planned",
+    "mixture_of_depths": "mixture of depths is not planned",
+    "upcast_layernorm": "norms are planned in the base's data type",
+    "upcast_lmhead_output": "logits are planned in the base's data type",
+    "neat_packing": "the mask between the texts of a row is not planned",
+    "torch_compile": "compiled steps are not planned",
+    "fp8": "FP8 compute is not planned",
+    "use_kt": "KTransformers is not planned",
+}
+ATTENTIONS = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
+FORMATS = {4: "nf4", 8: "int8"}
+
+
+def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of ``llamafactory-cli train``."""
+    config = trainers.config_fields("trainer")
+    keys = Keys("LLaMA-Factory", values, {*known_keys("llama-factory"), *config})
+    stage = keys.get("stage", "sft")
+    if stage not in ("sft", "pt"):
+        raise GaugeError(f"LLaMA-Factory's stage {stage!r} cannot be planned; sft and pt can")
+    model = keys.get("model_name_or_path")
+    pure = keys.flag("pure_bf16")
+    autocast = "no" if pure else "bf16" if keys.get("bf16") else "fp16" if keys.get("fp16") else "no"
+    kind = keys.get("finetuning_type", "lora")
+    # The weights are loaded in the data type of the checkpoint's config, for published models in 16 bit.
+    dtype = "float16" if autocast == "fp16" else "bfloat16"
+    if kind == "full" and not pure:
+        dtype = "float32"  # trainable parameters are cast to it
+    method = _method(keys, str(kind), pure=pure)
+    checkpointing = not keys.flag("disable_gradient_checkpointing")
+    keys.get("flash_attn", "auto")
+    for name, reason in NOT_MODELLED.items():
+        keys.refuse(name, reason)
+    fields = {
+        "batch": keys.whole("per_device_train_batch_size", 8),
+        "seq": keys.whole("cutoff_len", 2048),
+        "grad_accumulation": keys.whole("gradient_accumulation_steps", 1),
+        "optimizer": str(keys.get("optim", "adamw_torch_fused")),
+        "grad_checkpointing": checkpointing,
+        "clip_grad_norm": float(keys.get("max_grad_norm", 1.0)),
+        "mixed_precision": autocast,
+    }
+    keys.get("packing")
+    attention = ATTENTIONS.get(str(keys.get("flash_attn", "auto")))
+    reentrant = keys.flag("use_reentrant_gc", True) if checkpointing else None
+    without_effect, unknown = keys.rest()
+    return Recipe(
+        tool="LLaMA-Factory",
+        model=None if model is None else str(model),
+        method=method,
+        dtype=dtype,
+        loop="trainer",
+        fields=fields,
+        reentrant=reentrant,
+        attention=attention,
+        understood=keys.understood,
+        defaults=keys.defaults,
+        without_effect=without_effect,
+        not_modelled=keys.not_modelled,
+        unknown=unknown,
+    )
+
+
+def _method(keys: Keys, kind: str, *, pure: bool) -> Any:
+    from peft_gauge.training import methods
+
+    bits = keys.get("quantization_bit")
+    if kind == "full":
+        if bits is not None:
+            raise GaugeError("the LLaMA-Factory recipe quantizes the base and trains it; use finetuning_type: lora")
+        return methods.FULL
+    if kind != "lora":
+        raise GaugeError(f"LLaMA-Factory's finetuning_type {kind!r} cannot be planned; lora and full can")
+    by = str(keys.get("quantization_method", "bnb")).lower() if bits is not None else "bnb"
+    if by not in ("bnb", "bitsandbytes"):
+        raise GaugeError(f"LLaMA-Factory's quantization_method {by!r} cannot be planned; bnb can")
+    rank = keys.whole("lora_rank", 8)
+    return lora(
+        {
+            "r": rank,
+            "lora_alpha": keys.get("lora_alpha", 2 * rank),
+            "lora_dropout": keys.get("lora_dropout", 0.0),
+            "target_modules": _targets(keys.get("lora_target", "all")),
+            "modules_to_save": _names(keys.get("additional_target")),
+            "use_dora": keys.get("use_dora"),
+            "use_rslora": keys.get("use_rslora"),
+        },
+        bits=None if bits is None else int(bits),
+        quant_format=str(keys.get("quantization_type", "nf4")) if bits == 4 else "nf4",
+        double_quant=bits == 4 and keys.flag("double_quantization", True),
+        prepared=False,
+        adapters_in_float32=not pure,
+    )
+
+
+def _targets(value: Any) -> Any:
+    names = _names(value)
+    return "all-linear" if names == ["all"] else names
+
+
+def _names(value: Any) -> list[str] | None:
+    if value is None or isinstance(value, list):
+        return value
+    return [name.strip() for name in str(value).split(",") if name.strip()]

@@ -1,0 +1,154 @@
+"""Files of ``trl sft --config``, and of ``TrainingArguments`` or ``SFTConfig`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.plan.recipes.lora import lora
+from peft_gauge.plan.recipes.recipe import Keys, Recipe
+from peft_gauge.training import trainers
+
+SCRIPT = frozenset(
+    {
+        "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming",
+        "ignore_bias_buffers", "datasets", "streaming", "test_split_size", "model_revision", "lora_task_type",
+        "trust_remote_code", "gradient_accumulation_plugin", "bnb_4bit_quant_storage", "config", "env",
+    }
+)  # fmt: skip
+
+NOT_MODELLED = {
+    "deepspeed": "several GPUs and offloading are not planned",
+    "fsdp": "several GPUs are not planned",
+    "fsdp_config": "several GPUs are not planned",
+    "parallelism_config": "several GPUs are not planned",
+    "torch_compile": "compiled steps are not planned; they usually need less",
+    "torch_compile_backend": "compiled steps are not planned",
+    "torch_compile_mode": "compiled steps are not planned",
+    "use_liger_kernel": "Liger's fused kernels are not planned; they need less",
+    "liger_kernel_config": "Liger's fused kernels are not planned",
+    "auto_find_batch_size": "the batch is planned as given",
+    "lora_target_parameters": "adapters on parameters are planned from an adapter config only (--adapter)",
+    "activation_offloading": "activations are planned on the GPU; offloaded, a step needs less",
+}
+
+# Arguments on which the memory of a step depends and that no other name stands for.
+ARGUMENTS = (
+    "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "loss_type", "neftune_noise_alpha",
+    "label_smoothing_factor", "optim_args", "optim_target_modules", "gradient_checkpointing_kwargs",
+    "torch_empty_cache_steps", "average_tokens_across_devices", "full_determinism",
+)  # fmt: skip
+SETTINGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "fp16", "optim",
+    "max_grad_norm",
+)  # fmt: skip
+
+
+def arguments_of(keys: Keys, loop: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trainer's arguments that ``keys`` give, and the defaults of those that they leave out."""
+    given = {name: keys.get(name) for name in (*SETTINGS, *ARGUMENTS) if name in keys and name in known}
+    found = trainers.arguments(loop, given)  # type: ignore[arg-type]
+    for name in SETTINGS:
+        if name not in given:
+            value = getattr(found, name)
+            keys.defaults[name] = getattr(value, "value", value)
+    return given, {name: getattr(found, name) for name in SETTINGS}
+
+
+def read_trl(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of ``trl sft --config``: fields of TRL's `ModelConfig`, `ScriptArguments` and `SFTConfig`."""
+    config = trainers.config_fields("sft")
+    model_fields = _model_defaults()
+    keys = Keys("TRL", values, {*config, *model_fields, *SCRIPT})
+    given, _ = arguments_of(keys, "sft", config)
+    default = model_fields.get
+    model = keys.get("model_name_or_path")
+    dtype = str(keys.get("dtype", keys.get("torch_dtype") or default("dtype")))
+    bits = 4 if keys.get("load_in_4bit") else 8 if keys.get("load_in_8bit") else None
+    method = None
+    if keys.get("use_peft"):
+        method = lora(
+            {
+                "r": keys.whole("lora_r", default("lora_r")),
+                "lora_alpha": keys.get("lora_alpha", default("lora_alpha")),
+                "lora_dropout": keys.get("lora_dropout", default("lora_dropout")),
+                "target_modules": _targets(keys.get("lora_target_modules")),
+                "modules_to_save": keys.get("lora_modules_to_save"),
+                "use_rslora": keys.get("use_rslora"),
+                "use_dora": keys.get("use_dora"),
+            },
+            bits=bits,
+            quant_format=str(keys.get("bnb_4bit_quant_type", default("bnb_4bit_quant_type")) if bits else "nf4"),
+            double_quant=bool(keys.get("use_bnb_nested_quant")),
+        )
+    elif bits is not None:
+        raise GaugeError("the TRL recipe quantizes the base and trains all of it; add use_peft: true")
+    for name, reason in NOT_MODELLED.items():
+        keys.refuse(name, reason)
+    seq = keys.whole("max_length", config["max_length"])
+    attention = keys.get("attn_implementation")
+    without_effect, unknown = keys.rest()
+    return Recipe(
+        tool="TRL",
+        model=None if model is None else str(model),
+        method=method or _full(),
+        dtype=None if dtype == "auto" else dtype,
+        loop="sft",
+        fields={"seq": seq},
+        arguments=given,
+        attention=None if attention is None else str(attention),
+        understood=keys.understood,
+        defaults=keys.defaults,
+        without_effect=without_effect,
+        not_modelled=keys.not_modelled,
+        unknown=unknown,
+    )
+
+
+def read_arguments(values: Mapping[str, Any]) -> Recipe:
+    """A file of ``TrainingArguments``, or of ``SFTConfig`` if it has a key of that."""
+    plain = trainers.config_fields("trainer")
+    loop = "trainer" if values.keys() <= plain.keys() else "sft"
+    config = plain if loop == "trainer" else trainers.config_fields("sft")
+    tool = "TrainingArguments" if loop == "trainer" else "SFTConfig"
+    keys = Keys(tool, values, config)
+    given, _ = arguments_of(keys, loop, config)
+    for name, reason in NOT_MODELLED.items():
+        keys.refuse(name, reason)
+    length = {"seq": keys.whole("max_length", config["max_length"])} if loop == "sft" else {}
+    without_effect, unknown = keys.rest()
+    return Recipe(
+        tool=tool,
+        model=None,
+        method=None,
+        dtype="float32" if loop == "sft" else None,
+        loop=loop,
+        fields=length,
+        arguments=given,
+        understood=keys.understood,
+        defaults=keys.defaults,
+        without_effect=without_effect,
+        not_modelled=keys.not_modelled,
+        unknown=unknown,
+    )
+
+
+def _model_defaults() -> dict[str, Any]:
+    from trl import ModelConfig
+
+    return {each.name: each.default for each in fields(ModelConfig)}
+
+
+def _full() -> Any:
+    from peft_gauge.training import methods
+
+    return methods.FULL
+
+
+def _targets(value: Any) -> Any:
+    """TRL's ``lora_target_modules``: names, in a list or separated by spaces, or ``all-linear``."""
+    if isinstance(value, str) and value != "all-linear":
+        value = value.replace(",", " ").split()
+    return "all-linear" if value == ["all-linear"] else value
