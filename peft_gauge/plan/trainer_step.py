@@ -25,9 +25,8 @@ from peft_gauge._internals.trl import fused_head_on_fakes, lacks_fused_head
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
 from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_STATE
 from peft_gauge.memory.tracker import no_collector
-from peft_gauge.plan import policies
+from peft_gauge.plan import fakes, policies
 from peft_gauge.plan.traced_step import (
-    TRACED_MICRO_BATCHES,
     Trace,
     adopt_model,
     adopt_state,
@@ -50,8 +49,8 @@ if TYPE_CHECKING:
     from peft_gauge.memory.tracker import StorageTracker
     from peft_gauge.plan.record import PlanRequest
 
-STEPS = 2
-"""The first step creates the optimizer's state; the second is the traced one."""
+TRACED_MICRO_BATCHES = 2
+"""Accumulated micro-batches after the second are equal to it: the first creates the gradients, the second adds."""
 
 _EXPECTED = frozenset(
     {
@@ -93,7 +92,7 @@ def follow_trainer(
         _mark_quantized(request, model)
         with unset_fake_temporarily():
             settings = trainers.arguments(request.loop, _arguments(request), folder)
-            trainer = trainers.build(request.loop, model, settings, steps=STEPS, seq=request.settings.seq)
+            trainer = trainers.build(request.loop, model, settings, steps=1, seq=request.settings.seq)
             listener.scaler = _scaler(request, trainer)
             trainer.create_optimizer()  # now, since 8-bit ones compute code books from values
         notes += _unreplaced(request)
@@ -106,7 +105,7 @@ def follow_trainer(
         with contextlib.suppress(_Traced):
             trainers.run(trainer, listener)
     tracker.close()
-    assert listener.found is not None, "the trainer ended before its second step"
+    assert listener.found is not None, "the trainer ended before its step did"
     note_uncounted(tracker, notes)
     done = listener.found
     traced = traced_micro_batches(request)
@@ -143,7 +142,7 @@ class _Found:
 
 
 class _Steps:
-    """Follows a trainer (`trainers.Listener`): phases of the log, and snapshots of the last step."""
+    """Follows a trainer (`trainers.Listener`): phases of the log, and snapshots of its step."""
 
     def __init__(self, tracker: StorageTracker, prepare: Callable[[StorageTracker, Optimizer], None]) -> None:
         self.found: _Found | None = None
@@ -157,11 +156,13 @@ class _Steps:
         return self._tracker.phase(name)
 
     def step_begins(self, number: int, optimizer: Optimizer) -> None:
-        if number == STEPS:
-            self._prepare(self._tracker, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
-            if self.scaler is not None:
-                self._tracker.adopt(scaler_tensors(self.scaler), OPTIMIZER_STATE)
-            self._tracker.start_over()
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        fakes.prime(optimizer)
+        self._prepare(self._tracker, optimizer)
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros(()))  # creates the scale
+            self._tracker.adopt(scaler_tensors(self.scaler), OPTIMIZER_STATE)
+        self._tracker.start_over()
         # Clipping, the update, and the rest of the trainer's work outside forward and backward.
         self._step.enter_context(self._tracker.phase(OPTIMIZER))
 
@@ -170,8 +171,6 @@ class _Steps:
 
     def step_ended(self, number: int) -> None:
         self._step.close()
-        if number < STEPS:
-            return
         assert self._updated is not None
         tracker = self._tracker
         resident = tracker.live(blocks=True)

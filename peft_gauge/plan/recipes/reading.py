@@ -24,7 +24,7 @@ OTHERS = {
     "DeepSpeed": ("zero_optimization",),
     "accelerate": ("compute_environment",),
 }
-"""Tools whose files are not read, each with keys that tell it."""
+"""Tools whose files are not read, each with keys of its own."""
 
 
 def read(path: Path, changes: Mapping[str, Any]) -> Recipe:
@@ -47,7 +47,7 @@ def read(path: Path, changes: Mapping[str, Any]) -> Recipe:
             raise GaugeError(f"{path} is a file of {tool}, which is not read; TRL's, axolotl's and LLaMA-Factory's are")
     known = trainers.config_fields("trainer").keys()
     if not values.keys() & known:
-        raise GaugeError(f"{path} is no recipe: it has no key of TRL, axolotl, LLaMA-Factory or TrainingArguments")
+        raise GaugeError(f"{path} is not a recipe: it has no key of TRL, axolotl, LLaMA-Factory or TrainingArguments")
     return read_arguments(values)
 
 
@@ -61,7 +61,7 @@ def _content(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise GaugeError(f"{path} is not readable YAML or JSON: {one_line(error, 160)}") from error
     if not isinstance(content, dict):
-        raise GaugeError(f"{path} is no recipe: it is not a mapping of keys to values")
+        raise GaugeError(f"{path} is not a recipe: it is not a mapping of keys to values")
     return {str(name): value for name, value in content.items()}
 
 

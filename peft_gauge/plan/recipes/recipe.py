@@ -22,8 +22,8 @@ class Recipe:
     Fields:
         tool: whose file it is.
         model: the base as the file names it; ``None`` if it names none.
-        method: the fine-tuning method; ``None`` if the file does not say.
-        dtype: of the base's weights; ``None`` if the file does not say.
+        method: the fine-tuning method; ``None`` if the file does not name one.
+        dtype: of the base's weights; ``None`` if the file does not name one.
         loop: by which the step is taken. ``fields``: the given fields of `StepSettings`, and the tool's own defaults.
         arguments: further arguments of the trainer.
         reentrant, attention, loss: as in `PlanRequest`.
@@ -50,7 +50,7 @@ class Recipe:
     unknown: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """The part of the record that says how the file was read."""
+        """The part of the record on how the file was read."""
         return {
             "tool": self.tool,
             "understood": dict(self.understood),
@@ -62,7 +62,7 @@ class Recipe:
 
 
 class Keys:
-    """The keys of a file, each of which is understood, without effect, not modelled, or unknown."""
+    """The keys of a file. Each is understood, without effect, not modelled, or unknown."""
 
     def __init__(self, tool: str, values: Mapping[str, Any], known: Iterable[str]) -> None:
         self.tool = tool

@@ -1,0 +1,264 @@
+"""Recipes: each tool's own defaults and casts, and every key in one of three groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peft_gauge.commands.plan import _base, _step
+from peft_gauge.errors import GaugeError
+from peft_gauge.plan.recipes import Recipe, read
+from peft_gauge.plan.record import PlanRequest
+from peft_gauge.training import methods, models
+from peft_gauge.training.step import StepSettings
+
+# Imports trainers: seconds, which are too long for the unit tests.
+pytestmark = pytest.mark.integration
+
+TRL = {"model_name_or_path": "meta-llama/Llama-3.2-3B", "dataset_name": "trl-lib/Capybara", "use_peft": True}
+AXOLOTL = {
+    "base_model": "NousResearch/Llama-2-7b-hf", "adapter": "qlora", "load_in_4bit": True, "lora_r": 32,
+    "lora_alpha": 16, "lora_target_linear": True, "datasets": [{"path": "mine", "type": "alpaca"}],
+}  # fmt: skip
+LLAMA_FACTORY = {
+    "model_name_or_path": "meta-llama/Llama-2-7b-hf", "stage": "sft", "finetuning_type": "lora", "template": "llama2",
+    "quantization_bit": 4, "bf16": True, "dataset": "identity",
+}  # fmt: skip
+
+
+def recipe(tmp_path: Path, content: dict[str, Any], **changes: Any) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return read(path, changes)
+
+
+def step_of(found: Recipe) -> dict[str, Any]:
+    return _step({}, found, {})
+
+
+# The tools' defaults --------------------------------------------------------------------------------------------------
+
+
+def test_trl_by_its_defaults(tmp_path: Path) -> None:
+    """TRL 1.16: float32 weights, bf16 autocast, checkpointing, fused AdamW, clipping to 1, 8 rows of 1024 tokens."""
+    found = recipe(tmp_path, TRL)
+    step = step_of(found)
+    assert (found.tool, step["loop"], step["dtype"]) == ("TRL", "sft", "float32")
+    assert step["settings"] == StepSettings(
+        8, 1024, learning_rate=2e-5, optimizer="adamw-fused", grad_checkpointing=True, clip_grad_norm=1.0,
+        mixed_precision="bf16",
+    )  # fmt: skip
+    assert found.method is not None
+    config = found.method.peft_config
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (16, 32, 0.05)
+    assert "target_modules" not in config  # PEFT's own
+    assert found.method.quantization is None
+    assert found.without_effect == ("dataset_name",)
+    assert not found.unknown
+
+
+def test_trl_quantizes_without_preparation_and_without_nested_constants(tmp_path: Path) -> None:
+    found = recipe(tmp_path, {**TRL, "load_in_4bit": True, "packing": True, "lora_target_modules": "q_proj v_proj"})
+    assert found.method is not None
+    assert found.method.quantization == methods.Quantization("nf4", double_quant=False)
+    assert not found.method.prepare_kbit
+    assert found.method.peft_config["target_modules"] == ["q_proj", "v_proj"]
+    assert found.arguments == {"packing": True}
+
+
+def test_axolotl_by_its_defaults(tmp_path: Path) -> None:
+    """axolotl 0.19: one row of 512 tokens, bf16 autocast, fused AdamW, no clipping, no checkpointing, dropout 0."""
+    found = recipe(tmp_path, AXOLOTL)
+    step = step_of(found)
+    assert (found.tool, step["loop"], step["dtype"], step["loss"]) == ("axolotl", "trainer", "bfloat16", "full")
+    settings = step["settings"]
+    assert (settings.batch, settings.seq, settings.grad_accumulation) == (1, 512, 1)
+    assert (settings.optimizer, settings.clip_grad_norm) == ("adamw-fused", None)
+    assert (settings.mixed_precision, settings.grad_checkpointing) == ("bf16", False)
+    assert found.method is not None
+    config = found.method.peft_config
+    assert (config["r"], config["lora_dropout"], config["target_modules"]) == (32, 0.0, "all-linear")
+    # It prepares for k-bit training, and casts norms and embeddings back.
+    assert (found.method.quantization, found.method.prepare_kbit) == (methods.Quantization("nf4", True), False)
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "dtype"),
+    [
+        ({"bf16": "auto"}, "bf16", "bfloat16"),
+        ({"bf16": True}, "bf16", "bfloat16"),
+        ({"bf16": "full"}, "no", "bfloat16"),
+        ({"fp16": True}, "fp16", "float16"),
+        ({"bf16": False, "fp16": False}, "no", "float32"),
+        ({"bf16": False, "bfloat16": True}, "no", "bfloat16"),
+    ],
+)
+def test_axolotls_weights_follow_its_precision(
+    tmp_path: Path, given: dict[str, Any], precision: str, dtype: str
+) -> None:
+    step = step_of(recipe(tmp_path, {"base_model": "x/y", **given}))
+    assert (step["settings"].mixed_precision, step["dtype"]) == (precision, dtype)
+
+
+def test_axolotls_checkpointing_is_reentrant_unless_told_otherwise(tmp_path: Path) -> None:
+    asked = {**AXOLOTL, "gradient_checkpointing": True}
+    assert recipe(tmp_path, asked).reentrant is True
+    assert recipe(tmp_path, {**asked, "gradient_checkpointing_kwargs": {"use_reentrant": False}}).reentrant is False
+    assert recipe(tmp_path, AXOLOTL).reentrant is None
+
+
+def test_llama_factory_by_its_defaults(tmp_path: Path) -> None:
+    """LLaMA-Factory 0.9: 8 rows of 2048 tokens, reentrant checkpointing, r 8 on all linear layers, nested constants."""
+    found = recipe(tmp_path, LLAMA_FACTORY)
+    step = step_of(found)
+    assert (found.tool, step["loop"], step["dtype"]) == ("LLaMA-Factory", "trainer", "bfloat16")
+    settings = step["settings"]
+    assert (settings.batch, settings.seq, settings.optimizer) == (8, 2048, "adamw-fused")
+    assert (settings.clip_grad_norm, settings.mixed_precision) == (1.0, "bf16")
+    assert (settings.grad_checkpointing, step["checkpoint_reentrant"]) == (True, True)
+    assert found.method is not None
+    config = found.method.peft_config
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.0)
+    assert config["target_modules"] == "all-linear"
+    assert (found.method.quantization, found.method.prepare_kbit) == (methods.Quantization("nf4", True), False)
+    assert found.method.autocast_adapter_dtype
+
+
+def test_llama_factory_without_mixed_precision(tmp_path: Path) -> None:
+    plain = {**LLAMA_FACTORY, "bf16": False}
+    assert step_of(recipe(tmp_path, plain))["settings"].mixed_precision == "no"
+    pure = recipe(tmp_path, {**plain, "pure_bf16": True})
+    assert (step_of(pure)["settings"].mixed_precision, pure.dtype) == ("no", "bfloat16")
+    assert pure.method is not None
+    assert not pure.method.autocast_adapter_dtype
+    # Full fine-tuning casts what it trains to float32, unless it is pure.
+    full = {key: value for key, value in LLAMA_FACTORY.items() if key != "quantization_bit"} | {
+        "finetuning_type": "full"
+    }
+    assert recipe(tmp_path, full).dtype == "float32"
+    assert recipe(tmp_path, {**full, "pure_bf16": True}).dtype == "bfloat16"
+
+
+def test_training_arguments_alone_leave_base_and_method_to_the_options(tmp_path: Path) -> None:
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps({"per_device_train_batch_size": 2, "bf16": True, "optim": "lion_8bit", "seed": 3}))
+    found = read(path, {})
+    step = _step({"seq": 64, "method": ["lora"]}, found, {})
+    assert (found.tool, found.model, found.method) == ("TrainingArguments", None, None)
+    assert (step["settings"].batch, step["settings"].seq, step["settings"].optimizer) == (2, 64, "lion_8bit")
+    assert found.without_effect == ("seed",)
+    path.write_text(json.dumps({"per_device_train_batch_size": 2, "packing": True}))
+    assert read(path, {}).loop == "sft"
+
+
+def test_a_saved_adapter_is_a_recipe(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "tinyllama"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = read(tmp_path, {})
+    assert (found.tool, found.model, found.loop) == ("PEFT", "tinyllama", "plain")
+    assert _step({"batch": 2}, found, {})["settings"] == StepSettings(2, 768)
+
+
+# Keys -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [TRL, AXOLOTL, LLAMA_FACTORY], ids=["trl", "axolotl", "llama-factory"])
+def test_every_key_is_in_one_group(tmp_path: Path, content: dict[str, Any]) -> None:
+    asked = {**content, "learning_rate": 1e-4, "deepspeed": "zero2.json", "wieght_decay": 0.1}
+    found = recipe(tmp_path, asked)
+    groups = [set(found.understood), set(found.without_effect), set(found.not_modelled)]
+    assert set().union(*groups) == asked.keys() - {"wieght_decay"}
+    assert sum(map(len, groups)) == len(asked) - 1
+    assert found.unknown == ("'wieght_decay' (did you mean weight_decay?)",)
+    assert "deepspeed" in found.not_modelled
+    assert "learning_rate" in found.without_effect
+
+
+def test_a_switched_off_key_needs_no_model(tmp_path: Path) -> None:
+    found = recipe(tmp_path, {**AXOLOTL, "deepspeed": None, "torch_compile": False})
+    assert not found.not_modelled
+    assert "torch_compile" in found.without_effect
+
+
+def test_a_fused_loss_is_planned_in_chunks(tmp_path: Path) -> None:
+    found = recipe(tmp_path, {**AXOLOTL, "cut_cross_entropy": True})
+    assert step_of(found)["loss"] == "chunked"
+    assert "cut_cross_entropy" in found.not_modelled
+
+
+def test_set_changes_one_key(tmp_path: Path) -> None:
+    found = recipe(tmp_path, AXOLOTL, micro_batch_size=3, lora_r=8)
+    assert step_of(found)["settings"].batch == 3
+    assert found.method is not None
+    assert found.method.peft_config["r"] == 8
+
+
+def test_a_hub_id_of_a_known_architecture_needs_no_network(tmp_path: Path) -> None:
+    assert _base(None, recipe(tmp_path, AXOLOTL)) == "llama-2-7b"
+    assert _base("tinyllama", recipe(tmp_path, AXOLOTL)) == "tinyllama"
+    assert _base(None, recipe(tmp_path, {**AXOLOTL, "base_model": "someone/else"})) == "someone/else"
+
+
+def test_a_recipes_step_is_a_plan_request(tmp_path: Path) -> None:
+    found = recipe(tmp_path, LLAMA_FACTORY)
+    assert found.method is not None
+    asked = PlanRequest(models.resolve("toy-llama"), found.method, **step_of(found))
+    assert (asked.loop, asked.checkpoint_reentrant, asked.packed) == ("trainer", True, False)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"base_model": "x/y", "adapter": "qlora", "load_in_4bit": True}, "has no lora_r, which has no default"),
+        ({**AXOLOTL, "micro_batch_size": "many"}, "micro_batch_size in the axolotl recipe must be a whole number"),
+        ({**AXOLOTL, "load_in_4bit": False}, "needs load_in_4bit"),
+        ({**AXOLOTL, "adapter": "llama-adapter"}, "'llama-adapter' cannot be planned"),
+        ({"base_model": "x/y", "load_in_4bit": True}, "has no adapter"),
+        ({**LLAMA_FACTORY, "stage": "dpo"}, "stage 'dpo' cannot be planned"),
+        ({**LLAMA_FACTORY, "finetuning_type": "freeze"}, "finetuning_type 'freeze' cannot be planned"),
+        ({**LLAMA_FACTORY, "finetuning_type": "full"}, "quantizes the base and trains it"),
+        ({**LLAMA_FACTORY, "pure_bf16": "yes"}, "pure_bf16 in the LLaMA-Factory recipe must be true or false"),
+        ({**LLAMA_FACTORY, "quantization_method": "hqq"}, "'hqq' cannot be planned"),
+        ({**LLAMA_FACTORY, "quantization_bit": 2}, "2 bit cannot be planned"),
+        ({"model_name_or_path": "x/y", "load_in_4bit": True}, "add use_peft"),
+        ({**TRL, "optim": "adamx"}, "adamx is not a valid OptimizerNames"),
+        ({"zero_optimization": {"stage": 3}}, "is a file of DeepSpeed"),
+        ({"a": 1}, "is not a recipe"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(GaugeError, match=message) as caught:
+        recipe(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b", "{", "a: [", "\x00"])
+def test_a_file_that_is_no_mapping_is_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(GaugeError) as caught:
+        read(path, {})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(GaugeError, match="no recipe at"):
+        read(tmp_path / "nowhere.yaml", {})
+
+
+def test_an_option_that_the_recipe_decides_is_refused(tmp_path: Path) -> None:
+    found = recipe(tmp_path, AXOLOTL)
+    for given in ({"batch": 2}, {"optimizer": "sgd"}, {"method": ["lora"]}, {"dtype": "float32"}, {"loop": "sft"}):
+        with pytest.raises(GaugeError, match="is decided by the axolotl recipe; change its key with --set"):
+            _step(given, found, {})
+
+
+def test_a_recipe_without_a_base_needs_one(tmp_path: Path) -> None:
+    with pytest.raises(GaugeError, match="names no base model; add --model"):
+        _base(None, recipe(tmp_path, {**LLAMA_FACTORY, "model_name_or_path": None}))
+    with pytest.raises(GaugeError, match="--model, or a config file with --recipe"):
+        _base(None, None)
