@@ -24,6 +24,8 @@ Results with torch 2.13, transformers 5.24 and PEFT 0.21:
   the rounding to blocks of 512, which a plan counts and a request does not, is up to 0.17 %.
 - Nine further steps there are those of `transformers.Trainer` and of `trl.SFTTrainer`, which are planned by the
   installed trainer: within 0.013 %, reserved bytes within 3 %.
+- Seven steps that others measured with LLaMA-Factory, axolotl and torchtune are planned from their recipes
+  (`fixtures/published_recipes.toml`): see each case's distance.
 - Two metrics are context: torchao's NF4 layer has constants in its own layout (13,312 bytes in addition to packed
   weights and adapters, against 6,656 here), and the QLoRA paper does not break down its 5,048 MB of base weights.
 """
@@ -31,17 +33,21 @@ Results with torch 2.13, transformers 5.24 and PEFT 0.21:
 from __future__ import annotations
 
 import json
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fixtures.h200 import read_steps
 from peft_gauge import paths
+from peft_gauge.commands.plan import base_of, described_step
 from peft_gauge.counting import logical_numel, nbytes, quantization_constants
 from peft_gauge.memory.ledger import rounded
+from peft_gauge.plan import recipes
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
@@ -58,7 +64,7 @@ if TYPE_CHECKING:
     from fixtures.plans import Plans
 
 PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-UNITS = {"": 1, "bytes": 1, "bits": 1, "million": 10**6, "MB": 10**6, "GB": 10**9}
+UNITS = {"": 1, "bytes": 1, "bits": 1, "million": 10**6, "MB": 10**6, "GB": 10**9, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,9 @@ PUBLISHED = tomllib.loads(paths.fixture("published.toml").read_text(encoding="ut
 METRICS = tuple(read_values(PUBLISHED))
 
 
+RECIPES = tomllib.loads(paths.fixture("published_recipes.toml").read_text(encoding="utf-8"))
+MEMORY = {"device": "device_bytes_estimate", "reserved": "reserved_bytes_estimate", "peak": "peak_bytes"}
+
 # A step of 7B or 13B takes seconds to plan; metrics that are only counted are part of every run.
 PLANNED = ("peak of a step", "saved by double quantization")
 CASES = [
@@ -151,6 +160,47 @@ def test_step_on_an_h200(step: MeasuredStep, plans: Plans, record: Callable[...,
     assert found.trainable_params == step.trainable_params
     # A plan counts in blocks of 512, more than 0.1 % of a toy's step.
     assert found.peak_bytes == pytest.approx(step.peak_bytes, rel=0.001, abs=64 * 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.plans(steps=lambda told: [recipe_step(told)])
+@pytest.mark.parametrize("told", RECIPES["recipe"], ids=lambda told: told["id"])
+def test_recipe(told: Mapping[str, Any], plans: Plans, record: Callable[..., None]) -> None:
+    """The memory that others measured with the tools that people train with, planned from the recipe."""
+    (found,) = plans([recipe_step(told)])
+    planned = getattr(found, MEMORY[told["of"]])
+    distance = 100 * (planned / (told["published"] * UNITS[told["unit"]]) - 1)
+    record(
+        metric=told["id"],
+        quantity=f"{told['of']} memory of a step",
+        published=told["published"],
+        planned=planned / UNITS[told["unit"]],
+        unit=told["unit"],
+        distance_percent=distance,
+        asserted=f"within {told['within_percent']} %",
+        **{key: told[key] for key in ("source", "unstated") if key in told},
+    )
+    assert abs(distance) <= told["within_percent"]
+
+
+def recipe_step(told: Mapping[str, Any]) -> PlanRequest:
+    """The step of an entry of ``fixtures/published_recipes.toml``."""
+    if "plain" in told:
+        step = StepSettings(**told["plain"])
+        return PlanRequest(recipe_model(told["model"]), methods.FULL, step, loss=told.get("loss", "full"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(told["content"])
+        found = recipes.read(path, {})
+    assert found.method is not None
+    assert not found.unknown
+    return PlanRequest(recipe_model(base_of(None, found)), found.method, **described_step({}, found, {}))
+
+
+def recipe_model(name: str) -> models.ModelRecord:
+    if name not in RECIPES["model"]:
+        return models.resolve(name, weights="random")
+    return models.ModelRecord(name, "folder", json.dumps(RECIPES["model"][name]["config"]), "random")
 
 
 @pytest.mark.parametrize("metric", CASES)

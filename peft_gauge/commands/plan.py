@@ -151,8 +151,8 @@ def plan(
     }
     given = {name: value for name, value in options.items() if value is not None}
     found = None if recipe is None else read(recipe, _key_values(changes or []))
-    step = _step(given, found, {} if recipe is not None else _key_values(changes or []))
-    record = models.resolve(_base(model, found))
+    step = described_step(given, found, {} if recipe is not None else _key_values(changes or []))
+    record = models.resolve(base_of(model, found))
 
     def request(each: Method) -> PlanRequest:
         return PlanRequest(
@@ -182,7 +182,7 @@ OF_METHOD = ("method", "adapter", "quantize", "double_quant", "autocast_adapter_
 OF_TRAINER = ("batch", "grad_accumulation", "optimizer", "grad_checkpointing", "clip_grad_norm", "mixed_precision")
 
 
-def _step(given: Mapping[str, Any], recipe: Recipe | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def described_step(given: Mapping[str, Any], recipe: Recipe | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `PlanRequest` that describe the step: from options, a recipe, and the defaults.
 
     Raises `GaugeError` for an option that the recipe decides.
@@ -234,7 +234,7 @@ def _check_undecided(given: Mapping[str, Any], recipe: Recipe) -> None:
             raise GaugeError(f"--{option} is decided by the {recipe.tool} recipe; change its key with --set KEY=VALUE")
 
 
-def _base(model: str | None, recipe: Recipe | None) -> str:
+def base_of(model: str | None, recipe: Recipe | None) -> str:
     """The base to plan: the option, or the recipe's; a Hub id of a model that this suite has a record of is that."""
     if model is not None:
         return model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from peft_gauge.commands.plan import _base, _step
+from peft_gauge.commands.plan import base_of, described_step
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes import Recipe, read
 from peft_gauge.plan.record import PlanRequest
@@ -37,7 +37,7 @@ def recipe(tmp_path: Path, content: dict[str, Any], **changes: Any) -> Recipe:
 
 
 def step_of(found: Recipe) -> dict[str, Any]:
-    return _step({}, found, {})
+    return described_step({}, found, {})
 
 
 # The tools' defaults --------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_training_arguments_alone_leave_base_and_method_to_the_options(tmp_path:
     path = tmp_path / "arguments.json"
     path.write_text(json.dumps({"per_device_train_batch_size": 2, "bf16": True, "optim": "lion_8bit", "seed": 3}))
     found = read(path, {})
-    step = _step({"seq": 64, "method": ["lora"]}, found, {})
+    step = described_step({"seq": 64, "method": ["lora"]}, found, {})
     assert (found.tool, found.model, found.method) == ("TrainingArguments", None, None)
     assert (step["settings"].batch, step["settings"].seq, step["settings"].optimizer) == (2, 64, "lion_8bit")
     assert found.without_effect == ("seed",)
@@ -160,7 +160,7 @@ def test_a_saved_adapter_is_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     found = read(tmp_path, {})
     assert (found.tool, found.model, found.loop) == ("PEFT", "tinyllama", "plain")
-    assert _step({"batch": 2}, found, {})["settings"] == StepSettings(2, 768)
+    assert described_step({"batch": 2}, found, {})["settings"] == StepSettings(2, 768)
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
@@ -198,9 +198,9 @@ def test_set_changes_one_key(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_of_a_known_architecture_needs_no_network(tmp_path: Path) -> None:
-    assert _base(None, recipe(tmp_path, AXOLOTL)) == "llama-2-7b"
-    assert _base("tinyllama", recipe(tmp_path, AXOLOTL)) == "tinyllama"
-    assert _base(None, recipe(tmp_path, {**AXOLOTL, "base_model": "someone/else"})) == "someone/else"
+    assert base_of(None, recipe(tmp_path, AXOLOTL)) == "llama-2-7b"
+    assert base_of("tinyllama", recipe(tmp_path, AXOLOTL)) == "tinyllama"
+    assert base_of(None, recipe(tmp_path, {**AXOLOTL, "base_model": "someone/else"})) == "someone/else"
 
 
 def test_a_recipes_step_is_a_plan_request(tmp_path: Path) -> None:
@@ -254,11 +254,11 @@ def test_an_option_that_the_recipe_decides_is_refused(tmp_path: Path) -> None:
     found = recipe(tmp_path, AXOLOTL)
     for given in ({"batch": 2}, {"optimizer": "sgd"}, {"method": ["lora"]}, {"dtype": "float32"}, {"loop": "sft"}):
         with pytest.raises(GaugeError, match="is decided by the axolotl recipe; change its key with --set"):
-            _step(given, found, {})
+            described_step(given, found, {})
 
 
 def test_a_recipe_without_a_base_needs_one(tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="names no base model; add --model"):
-        _base(None, recipe(tmp_path, {**LLAMA_FACTORY, "model_name_or_path": None}))
+        base_of(None, recipe(tmp_path, {**LLAMA_FACTORY, "model_name_or_path": None}))
     with pytest.raises(GaugeError, match="--model, or a config file with --recipe"):
-        _base(None, None)
+        base_of(None, None)
