@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from peft_gauge.plan.recipes import Recipe
-    from peft_gauge.plan.record import PlanFailure, PlanOutcome
+    from peft_gauge.plan.record import PlanFailure, PlanOutcome, PlanRequest
     from peft_gauge.training.methods import Method
 
 FINDABLE = ("batch", "seq", "rank")
@@ -112,6 +112,12 @@ def plan(
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of calibrations (default: the user's, see peft-gauge calibrate).")
     ] = None,
+    advise: Annotated[
+        bool,
+        typer.Option(
+            "--advise", help="Plan changes that need less memory, cheapest first, and mark the first that fits."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per case.")] = False,
 ) -> None:
     """Predict the memory of a training step: peak, resident and device bytes by category.
@@ -175,7 +181,25 @@ def plan(
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
-    _show([*outcomes, *unusable], as_json, found)
+    advice = {}
+    if advise:
+        if find is not None:
+            raise GaugeError("--advise and --find answer different questions; drop one of them")
+        advice = _advice(requests, outcomes)
+    _show([*outcomes, *unusable], as_json, found, advice)
+
+
+def _advice(requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome]) -> dict[int, list[dict[str, Any]]]:
+    """The advice for each planned step, by its place."""
+    from peft_gauge.plan import advice
+    from peft_gauge.plan.record import Plan
+    from peft_gauge.plan.worker import plan_in_parallel
+
+    return {
+        place: [each.as_json() for each in advice.advise(request, outcome, plan_in_parallel)]
+        for place, (request, outcome) in enumerate(zip(requests, outcomes, strict=True))
+        if isinstance(outcome, Plan)
+    }
 
 
 OF_METHOD = ("method", "adapter", "quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
@@ -336,19 +360,30 @@ def _checked_norm(norm: float | None) -> float | None:
     return norm
 
 
-def _show(outcomes: Sequence[PlanOutcome], as_json: bool, recipe: Recipe | None = None) -> None:
+def _show(
+    outcomes: Sequence[PlanOutcome],
+    as_json: bool,
+    recipe: Recipe | None = None,
+    advice: Mapping[int, list[dict[str, Any]]] | None = None,
+) -> None:
     from peft_gauge.plan.record import PlanFailure
 
     failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]
     objects = [outcome.as_json() for outcome in outcomes]
+    for place, found in (advice or {}).items():
+        objects[place]["advice"] = found
     if recipe is not None:
         objects = [{**each, "recipe": recipe.as_json()} for each in objects]
     if as_json:
         print(json.dumps(objects, indent=2))
     else:
+        from peft_gauge.report.terminal.advice_table import show_advice
         from peft_gauge.report.terminal.plan_table import show, show_recipe
 
         show([each for each in objects if "error" not in each])
+        for each in objects:
+            if "advice" in each:
+                show_advice(each)
         if recipe is not None:
             show_recipe(recipe.as_json())
     unread = [] if recipe is None else [f"unknown key {each} in the {recipe.tool} recipe" for each in recipe.unknown]
