@@ -117,7 +117,10 @@ def _base(request: PlanRequest) -> str:
     if request.model.stored is not None:
         return request.model.stored.description
     quantization = request.method.quantization
-    return request.dtype if quantization is None else f"{quantization.quant_format.upper()}, quantized by the method"
+    if quantization is None:
+        return request.dtype
+    prepared = "prepared" if request.method.prepare_kbit else "not prepared"
+    return f"{quantization.quant_format.upper()}, quantized by the method, {prepared} for k-bit training"
 
 
 def _check_sizes(request: PlanRequest) -> Iterator[str]:

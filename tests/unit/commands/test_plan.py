@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from packaging.version import Version
 from rich.console import Console
 
 from peft_gauge.commands.plan import adjusted
@@ -85,11 +87,12 @@ def test_a_trainers_defaults_are_its_own_unless_given(run: Run, in_process: list
     run("--method", "lora", "--loop", "sft", "--batch", "2", "--set", "packing=true", "--set", "optim=sgd")
     run("--method", "lora", "--loop", "trainer", "--no-grad-checkpointing", "--clip-grad-norm", "0")
     sft, trainer = in_process
+    default = "adamw-fused" if Version(torch.__version__) >= Version("2.8") else "adamw"
     assert sft.settings == StepSettings(
         2, 32, learning_rate=2e-5, optimizer="sgd", grad_checkpointing=True, clip_grad_norm=1.0, mixed_precision="bf16"
     )
     assert (sft.dtype, sft.trainer_arguments, sft.packed) == ("float32", (("packing", True),), True)
-    assert trainer.settings == StepSettings(4, 32, learning_rate=5e-5, optimizer="adamw-fused", clip_grad_norm=None)
+    assert trainer.settings == StepSettings(4, 32, learning_rate=5e-5, optimizer=default, clip_grad_norm=None)
     assert (trainer.dtype, trainer.trainer_arguments, trainer.packed) == ("bfloat16", (), False)
 
 

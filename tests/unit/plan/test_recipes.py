@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from packaging.version import Version
 
 from peft_gauge.commands.plan import base_of, described_step
 from peft_gauge.errors import GaugeError
@@ -30,6 +32,10 @@ LLAMA_FACTORY = {
 }  # fmt: skip
 
 
+DEFAULT_OPTIMIZER = "adamw-fused" if Version(torch.__version__) >= Version("2.8") else "adamw"
+"""Trainer's, by its version of torch."""
+
+
 def recipe(tmp_path: Path, content: dict[str, Any], **changes: Any) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -49,7 +55,7 @@ def test_trl_by_its_defaults(tmp_path: Path) -> None:
     step = step_of(found)
     assert (found.tool, step["loop"], step["dtype"]) == ("TRL", "sft", "float32")
     assert step["settings"] == StepSettings(
-        8, 1024, learning_rate=2e-5, optimizer="adamw-fused", grad_checkpointing=True, clip_grad_norm=1.0,
+        8, 1024, learning_rate=2e-5, optimizer=DEFAULT_OPTIMIZER, grad_checkpointing=True, clip_grad_norm=1.0,
         mixed_precision="bf16",
     )  # fmt: skip
     assert found.method is not None

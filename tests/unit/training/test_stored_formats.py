@@ -119,7 +119,10 @@ def test_bitsandbytes_is_planned_as_quantizing_it_here_is(tmp_path: Path) -> Non
     settings = {**BNB_4BIT, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
     stored = plan_of(toy(settings, tmp_path), "qlora")
     quantized = plan_of(toy(None, tmp_path), "qlora")
-    assert (stored.base, quantized.base) == ("NF4, from its config", "NF4, quantized by the method")
+    assert (stored.base, quantized.base) == (
+        "NF4, from its config",
+        "NF4, quantized by the method, prepared for k-bit training",
+    )
     assert stored.peak_by_category == quantized.peak_by_category
     assert stored.resident_by_category == quantized.resident_by_category
     assert stored.settings == quantized.settings
