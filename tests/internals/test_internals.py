@@ -12,9 +12,8 @@ import os
 import pickle
 import re
 import sys
-from contextlib import nullcontext
-from importlib.metadata import version
-from importlib.util import find_spec
+from contextlib import nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,12 +47,13 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl
 def named(request: pytest.FixtureRequest) -> Any:
     """A failure's first line: which release of which library lacks the piece."""
     library, _, piece = request.node.originalname.removeprefix("test_").partition("_")
-    if library in LIBRARIES and find_spec(library) is not None:  # trl is optional
-        request.node.add_report_section(
-            "call",
-            "piece",
-            f"{library} {version(library)}: {piece.replace('_', ' ')} (peft_gauge/_internals/{library}.py)",
-        )
+    if library in LIBRARIES:
+        with suppress(PackageNotFoundError):  # trl is optional
+            request.node.add_report_section(
+                "call",
+                "piece",
+                f"{library} {version(library)}: {piece.replace('_', ' ')} (peft_gauge/_internals/{library}.py)",
+            )
 
 
 # --- torch --------------------------------------------------------------------------------------------------
