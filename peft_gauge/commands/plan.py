@@ -94,6 +94,9 @@ def plan(
         bool | None, typer.Option(help="Cast unquantized parameters to float32, as prepare_model_for_kbit_training.")
     ] = None,
     loss: Annotated[str | None, typer.Option(help="full, or chunked along the sequence (default: full).")] = None,
+    loss_chunk: Annotated[
+        int | None, typer.Option(help="Tokens in a chunk of --loss chunked (default: 8 chunks along the sequence).")
+    ] = None,
     attention: Annotated[
         str | None,
         typer.Option(help="sdpa, eager or flash_attention_2 (default: sdpa if the model supports it, else eager)."),
@@ -164,6 +167,7 @@ def plan(
         return PlanRequest(
             model=record,
             method=adjusted(each, quantize, double_quant, autocast_adapter_dtype, prepare_kbit),
+            loss_chunk=loss_chunk,
             padded=padded,
             use_cache=use_cache,
             hold_outputs=hold_outputs,
@@ -244,6 +248,7 @@ STEP_OPTIONS = (
     "mixed_precision",
     "float32_outputs",
 )
+"""Options that are fields of `StepSettings`."""
 
 
 def _check_undecided(given: Mapping[str, Any], recipe: Recipe) -> None:

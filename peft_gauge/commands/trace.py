@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_gauge.commands.plan import adjusted
+from peft_gauge.commands.plan import STEP_OPTIONS, adjusted
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -25,18 +25,6 @@ OTHER_NAMES = {
     "mixed": "mixed_precision",
     "convert": "float32_outputs",
 }
-
-STEP_FIELDS = (
-    "batch",
-    "seq",
-    "optimizer",
-    "grad_checkpointing",
-    "grad_accumulation",
-    "clip_grad_norm",
-    "mixed_precision",
-    "float32_outputs",
-)
-"""Settings in a header that are fields of `StepSettings`."""
 
 TRAINER_ARGUMENTS = ("packing",)
 """Settings in a header that are arguments of a trainer."""
@@ -194,7 +182,7 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
         if not isinstance(settings[name], int):
             raise GaugeError(f"{name} must be a whole number, got {settings[name]!r}")
     loop = str(settings.get("loop") or "plain")
-    fields = {name: settings[name] for name in STEP_FIELDS if settings.get(name) is not None}
+    fields = {name: settings[name] for name in STEP_OPTIONS if settings.get(name) is not None}
     arguments = {name: settings[name] for name in TRAINER_ARGUMENTS if settings.get(name)}
     try:
         step, further = step_settings(loop, fields, arguments)

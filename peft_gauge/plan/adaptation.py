@@ -63,7 +63,7 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         attached.train()
     if request.loss == "chunked":
-        chunk_loss(base)
+        chunk_loss(base, request.loss_chunk)
     return Adapted(attached, ids, () if method.kind == "full" else targets.adapted(attached, places))
 
 

@@ -76,11 +76,12 @@ class _HiddenStates(nn.Module):
         return hidden
 
 
-def chunk_loss(base: nn.Module) -> None:
+def chunk_loss(base: nn.Module, tokens: int | None = None) -> None:
     """Make ``base``, a causal LM of transformers, compute its loss in chunks along the sequence, in place.
 
     This models chunked and fused losses (torchtune, Liger Kernel): logits exist for one chunk at a time, in
     forward and, recomputed, in backward. The loss's value is the same; kernels that fuse more may need less.
+    ``tokens``: at most so many of the batch in a chunk, at least one of each row (default: `LOSS_CHUNKS` chunks).
     Raises `GaugeError` if the model has no output projection of its own or no replaceable loss.
     """
     head = base.get_output_embeddings()  # type: ignore[operator]
@@ -96,7 +97,9 @@ def chunk_loss(base: nn.Module) -> None:
     def loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
         targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for hidden, target in zip(logits.chunk(LOSS_CHUNKS, dim=1), targets.chunk(LOSS_CHUNKS, dim=1), strict=True):
+        rows, seq = targets.shape
+        length = -(-seq // LOSS_CHUNKS) if tokens is None else max(tokens // rows, 1)
+        for hidden, target in zip(logits.split(length, dim=1), targets.split(length, dim=1), strict=True):
             total = total + checkpoint(of_chunk, hidden, target, use_reentrant=False)
         return total / (targets != IGNORED_LABEL).sum()
 

@@ -208,6 +208,7 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "rank": method.peft_config.get("r"),
         "loop": request.loop,
         "loss": request.loss,
+        "loss_chunk": request.loss_chunk,
         "padded": request.padded,
         "use_cache": request.use_cache,
         "hold_outputs": request.hold_outputs,

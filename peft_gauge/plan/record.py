@@ -30,7 +30,8 @@ class PlanRequest:
         settings: batch × seq tokens, optimizer, checkpointing, accumulation, clipping.
         dtype: data type of the base weights, and of a quantized base's compute.
         loss: ``"full"`` as the model computes it, or ``"chunked"``: a model of the chunked losses of training
-            libraries (see `peft_gauge.plan.call`).
+            libraries (see `peft_gauge.plan.call`). ``loss_chunk``: tokens in a chunk; ``None`` is the default number of
+            chunks.
         padded: whether the batch comes with an attention mask.
         use_cache: whether the model returns its key-value cache, which then lives as long as the outputs.
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
@@ -52,6 +53,7 @@ class PlanRequest:
     settings: StepSettings
     dtype: str = "bfloat16"
     loss: Loss = "full"
+    loss_chunk: int | None = None
     padded: bool = False
     use_cache: bool = False
     hold_outputs: bool = False
@@ -65,6 +67,8 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
+        if self.loss_chunk is not None and (self.loss != "chunked" or self.loss_chunk < 1):
+            raise GaugeError("--loss-chunk needs --loss chunked, and at least 1 token")
         check_loop(self.loop)
         if self.loop != "plain":
             self._check_trainer()

@@ -73,10 +73,8 @@ def read_axolotl(values: Mapping[str, Any]) -> Recipe:
         "mixed_precision": precision,
     }
     attention = _attention(keys)
-    without_effect, unknown = keys.rest()
-    return Recipe(
-        tool="axolotl",
-        model=None if model is None else str(model),
+    return keys.recipe(
+        model=model,
         method=method,
         dtype=dtype,
         loop="trainer",
@@ -84,11 +82,6 @@ def read_axolotl(values: Mapping[str, Any]) -> Recipe:
         reentrant=bool(checkpointing_kwargs.get("use_reentrant", True)) if checkpointing else None,
         attention=attention,
         loss=loss,
-        understood=keys.understood,
-        defaults=keys.defaults,
-        without_effect=without_effect,
-        not_modelled=keys.not_modelled,
-        unknown=unknown,
     )
 
 

@@ -69,21 +69,14 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
     keys.get("packing")
     attention = ATTENTIONS.get(str(keys.get("flash_attn", "auto")))
     reentrant = keys.flag("use_reentrant_gc", True) if checkpointing else None
-    without_effect, unknown = keys.rest()
-    return Recipe(
-        tool="LLaMA-Factory",
-        model=None if model is None else str(model),
+    return keys.recipe(
+        model=model,
         method=method,
         dtype=dtype,
         loop="trainer",
         fields=fields,
         reentrant=reentrant,
         attention=attention,
-        understood=keys.understood,
-        defaults=keys.defaults,
-        without_effect=without_effect,
-        not_modelled=keys.not_modelled,
-        unknown=unknown,
     )
 
 

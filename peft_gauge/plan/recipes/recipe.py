@@ -105,7 +105,22 @@ class Keys:
         if name in self._values and self._values[name] not in list(harmless):
             self.not_modelled[name] = reason
 
-    def rest(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def recipe(self, model: Any, attention: Any = None, **fields: Any) -> Recipe:
+        """The recipe with ``fields``, and with every key in its group."""
+        without_effect, unknown = self._rest()
+        return Recipe(
+            tool=self.tool,
+            model=None if model is None else str(model),
+            attention=None if attention is None else str(attention),
+            understood=self.understood,
+            defaults=self.defaults,
+            without_effect=without_effect,
+            not_modelled=self.not_modelled,
+            unknown=unknown,
+            **fields,
+        )
+
+    def _rest(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The keys without an effect on memory, and the unknown ones with a suggestion."""
         left = [name for name in self._values if name not in self.understood and name not in self.not_modelled]
         unknown = [name for name in left if name not in self._known]

@@ -89,21 +89,14 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
         keys.refuse(name, reason)
     seq = keys.whole("max_length", config["max_length"])
     attention = keys.get("attn_implementation")
-    without_effect, unknown = keys.rest()
-    return Recipe(
-        tool="TRL",
-        model=None if model is None else str(model),
+    return keys.recipe(
+        model=model,
         method=method or _full(),
         dtype=None if dtype == "auto" else dtype,
         loop="sft",
         fields={"seq": seq},
         arguments=given,
-        attention=None if attention is None else str(attention),
-        understood=keys.understood,
-        defaults=keys.defaults,
-        without_effect=without_effect,
-        not_modelled=keys.not_modelled,
-        unknown=unknown,
+        attention=attention,
     )
 
 
@@ -118,20 +111,13 @@ def read_arguments(values: Mapping[str, Any]) -> Recipe:
     for name, reason in NOT_MODELLED.items():
         keys.refuse(name, reason)
     length = {"seq": keys.whole("max_length", config["max_length"])} if loop == "sft" else {}
-    without_effect, unknown = keys.rest()
-    return Recipe(
-        tool=tool,
+    return keys.recipe(
         model=None,
         method=None,
         dtype="float32" if loop == "sft" else None,
         loop=loop,
         fields=length,
         arguments=given,
-        understood=keys.understood,
-        defaults=keys.defaults,
-        without_effect=without_effect,
-        not_modelled=keys.not_modelled,
-        unknown=unknown,
     )
 
 

@@ -148,6 +148,8 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
         (("--loss", "none"), "unknown loss"),
         (("--batch", "0"), "batch must be at least 1"),
         (("--seq", "1"), "--seq must be at least 2"),
+        (("--loss-chunk", "512", "--method", "lora"), "--loss-chunk needs --loss chunked"),
+        (("--loss", "chunked", "--loss-chunk", "0", "--method", "lora"), "at least 1 token"),
         (("--loop", "trl"), "unknown loop"),
         (("--set", "packing=true"), "packing is an argument of a trainer"),
         (("--loop", "sft", "--set", "packing"), "is not KEY=VALUE"),

@@ -21,6 +21,7 @@ from peft_gauge.memory.categories import (
     BACKWARD,
     BASE_WEIGHTS,
     FORWARD,
+    LOGITS_AND_LOSS,
     OPTIMIZER,
     OPTIMIZER_STATE,
     OUTSIDE,
@@ -343,7 +344,8 @@ def test_adaloras_importance_is_counted() -> None:
     assert added == 2 * 3 * (2 * blocks(12 * 64 * 4) + blocks(12 * 4))
 
 
-def test_the_chunked_loss_is_the_loss() -> None:
+@pytest.mark.parametrize("chunk", [None, 1, 7, 1000])
+def test_the_chunked_loss_is_the_loss(chunk: int | None) -> None:
     model = models.build(TOY)
     tokens = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
     labels = tokens.masked_fill(tokens < 30, -100)
@@ -353,11 +355,20 @@ def test_the_chunked_loss_is_the_loss() -> None:
         return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 
     loss, gradients = loss_and_gradients()
-    chunk_loss(model)
+    chunk_loss(model, chunk)
     chunked_loss, chunked_gradients = loss_and_gradients()
 
     torch.testing.assert_close(chunked_loss, loss)
     torch.testing.assert_close(chunked_gradients, gradients)
+
+
+def test_logits_exist_for_a_chunk_of_the_given_tokens() -> None:
+    """The largest tensor of logits is a chunk's, in float32."""
+    asked = request("full", settings=StepSettings(2, 512, optimizer="sgd"))
+    for chunk in (16, 64, 256, 1024):
+        log, _ = planner.step_log(replace(asked, loss="chunked", loss_chunk=chunk))
+        largest = max(each.nbytes for each in log.allocations if each.category == LOGITS_AND_LOSS)
+        assert largest == chunk * VOCABULARY * 4
 
 
 # --- the allocator's share
