@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +134,8 @@ def plan(
     from peft_gauge.training import methods, models
 
     gpus = _checked_gpus(gpu or [], find)
+    if advise and find is not None:
+        raise GaugeError("--advise and --find exclude each other; drop one of them")
     if seq is not None:
         _checked_seq(seq)
     if attention is not None and attention not in models.ATTENTIONS:
@@ -187,8 +190,6 @@ def plan(
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
     advice = {}
     if advise:
-        if find is not None:
-            raise GaugeError("--advise and --find answer different questions; drop one of them")
         advice = _advice(requests, outcomes)
     _show([*outcomes, *unusable], as_json, found, advice)
 
@@ -288,9 +289,13 @@ def _key_values(changes: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise GaugeError(f"--set {change!r} is not KEY=VALUE")
         try:
-            found[key.strip()] = yaml.safe_load(value)
+            read = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise GaugeError(f"--set {change!r}: the value is not valid YAML") from error
+        if isinstance(read, str):
+            with suppress(ValueError):  # YAML reads 1e-4, which has no dot, as a text
+                read = float(read)
+        found[key.strip()] = read
     return found
 
 

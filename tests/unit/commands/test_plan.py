@@ -84,12 +84,25 @@ def test_options_reach_the_request(run: Run, in_process: list[PlanRequest]) -> N
 
 
 def test_a_trainers_defaults_are_its_own_unless_given(run: Run, in_process: list[PlanRequest]) -> None:
-    run("--method", "lora", "--loop", "sft", "--batch", "2", "--set", "packing=true", "--set", "optim=sgd")
+    run(
+        "--method",
+        "lora",
+        "--loop",
+        "sft",
+        "--batch",
+        "2",
+        "--set",
+        "packing=true",
+        "--set",
+        "optim=sgd",
+        "--set",
+        "learning_rate=1e-4",
+    )
     run("--method", "lora", "--loop", "trainer", "--no-grad-checkpointing", "--clip-grad-norm", "0")
     sft, trainer = in_process
     default = "adamw-fused" if Version(torch.__version__) >= Version("2.8") else "adamw"
     assert sft.settings == StepSettings(
-        2, 32, learning_rate=2e-5, optimizer="sgd", grad_checkpointing=True, clip_grad_norm=1.0, mixed_precision="bf16"
+        2, 32, learning_rate=1e-4, optimizer="sgd", grad_checkpointing=True, clip_grad_norm=1.0, mixed_precision="bf16"
     )
     assert (sft.dtype, sft.trainer_arguments, sft.packed) == ("float32", (("packing", True),), True)
     assert trainer.settings == StepSettings(4, 32, learning_rate=5e-5, optimizer=default, clip_grad_norm=None)
@@ -150,6 +163,7 @@ def test_find_reports_the_plan_at_what_it_found(run: Run, in_process: list[PlanR
         (("--seq", "1"), "--seq must be at least 2"),
         (("--loss-chunk", "512", "--method", "lora"), "--loss-chunk needs --loss chunked"),
         (("--loss", "chunked", "--loss-chunk", "0", "--method", "lora"), "at least 1 token"),
+        (("--advise", "--find", "seq", "--gpu", "24GB"), "--advise and --find exclude each other"),
         (("--loop", "trl"), "unknown loop"),
         (("--set", "packing=true"), "packing is an argument of a trainer"),
         (("--loop", "sft", "--set", "packing"), "is not KEY=VALUE"),
