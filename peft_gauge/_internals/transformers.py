@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -18,19 +18,13 @@ PACKING = "find_packed_sequence_indices"
 
 def has_packing() -> bool:
     """Whether the function that `without_packing` replaces exists; a plan warns if it does not."""
-    from transformers import masking_utils
-
-    return hasattr(masking_utils, PACKING)
+    return _in_masking_utils(PACKING) is not None
 
 
 @contextmanager
 def without_packing() -> Iterator[None]:
     """While active, no row of a batch is treated as several sequences. Guarded by `has_packing`."""
-    from transformers import masking_utils
-
-    with ExitStack() as stack:
-        if has_packing():
-            stack.enter_context(patch.object(masking_utils, PACKING, lambda position_ids: None))
+    with _replaced(PACKING, lambda original: lambda position_ids: None):
         yield
 
 
@@ -40,21 +34,33 @@ MASK_SKIPPED = "_ignore_causal_mask_sdpa"
 
 def has_mask_skipped() -> bool:
     """Whether the function that `without_padding` replaces exists; a plan warns if it does not."""
-    from transformers import masking_utils
-
-    return hasattr(masking_utils, MASK_SKIPPED)
+    return _in_masking_utils(MASK_SKIPPED) is not None
 
 
 @contextmanager
 def without_padding() -> Iterator[None]:
     """While active, a padding mask masks no token, whatever its values. Guarded by `has_mask_skipped`."""
+
+    def unmasked(original: Any) -> Any:
+        return lambda padding_mask, *args, **kwargs: original(None, *args, **kwargs)
+
+    with _replaced(MASK_SKIPPED, unmasked):
+        yield
+
+
+def _in_masking_utils(name: str) -> Any:
     from transformers import masking_utils
 
-    with ExitStack() as stack:
-        if has_mask_skipped():
-            original = getattr(masking_utils, MASK_SKIPPED)
-            unmasked = lambda padding_mask, *args, **kwargs: original(None, *args, **kwargs)  # noqa: E731
-            stack.enter_context(patch.object(masking_utils, MASK_SKIPPED, unmasked))
+    return getattr(masking_utils, name, None)
+
+
+@contextmanager
+def _replaced(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """While active, a function of masking_utils is its ``replacement``; nothing if this release has it not."""
+    from transformers import masking_utils
+
+    original = _in_masking_utils(name)
+    with nullcontext() if original is None else patch.object(masking_utils, name, replacement(original)):
         yield
 
 

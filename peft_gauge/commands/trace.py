@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,14 +223,7 @@ def _shown_peak(about: Mapping[str, Any], peak_bytes: int) -> list[str]:
 
 
 def _title(request: PlanRequest) -> str:
-    from peft_gauge.report.format import LOOP_TITLES
+    from peft_gauge.report.format import step_parts
 
-    settings = request.settings
-    parts = [f"{settings.batch}×{settings.seq} tokens", request.dtype, settings.optimizer]
-    if request.loop != "plain":
-        parts.insert(0, f"by {LOOP_TITLES[request.loop]}")
-    if settings.grad_checkpointing:
-        parts.append("gradient checkpointing")
-    if settings.mixed_precision != "no":
-        parts.append(f"{settings.mixed_precision} autocast")
-    return f"{request.name}, {', '.join(parts)}"
+    settings = {**asdict(request.settings), "dtype": request.dtype, "loop": request.loop}
+    return f"{request.name}, {', '.join(step_parts(settings))}"

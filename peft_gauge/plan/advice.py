@@ -52,11 +52,6 @@ class Advice:
     flops_ratio: float
     fits: dict[str, bool]
 
-    @property
-    def fits_all(self) -> bool:
-        """Whether the step fits every requested GPU."""
-        return all(self.fits.values())
-
     def as_json(self) -> dict[str, Any]:
         """The record for JSON."""
         return asdict(self)

@@ -82,8 +82,7 @@ def follow_trainer(
     """Trace a steady step of ``model`` by the request's loop; as `peft_gauge.plan.traced_step.follow` else."""
     places = ModuleAttribution(model, fold=False) if located else None
     tracker = new_tracker(request, places)
-    adopt_model(tracker, model, base)
-    listener = _Steps(tracker, functools.partial(_sort, request, model, base, notes, places))
+    listener = _Steps(tracker, functools.partial(_sort, request, model, notes, places))
     fake = any(map(is_fake, model.parameters()))
     with ExitStack() as stack:
         folder = stack.enter_context(trainers.alone())
@@ -95,10 +94,11 @@ def follow_trainer(
             trainer = trainers.build(request.loop, model, settings, steps=1, seq=request.settings.seq)
             listener.scaler = _scaler(request, trainer)
             trainer.create_optimizer()  # now, since 8-bit ones compute code books from values
+        adopt_model(tracker, model, base)  # a trainer may have cast adapters
         notes += _unreplaced(request)
         if request.loop == "sft":
             stack.enter_context(fused_head_on_fakes() if fake else contextlib.nullcontext())
-        trainer.data_collator = _Batches(request, model, tracker, trainer.data_collator)
+        trainer.data_collator = _Batches(request, model, tracker, trainer.data_collator, fake=fake)
         stack.enter_context(no_collector())
         stack.enter_context(places or contextlib.nullcontext())
         stack.enter_context(tracker)
@@ -182,14 +182,12 @@ class _Steps:
 def _sort(
     request: PlanRequest,
     model: nn.Module,
-    base: Sequence[Tensor],
     notes: list[str],
     places: ModuleAttribution | None,
     tracker: StorageTracker,
     optimizer: Optimizer,
 ) -> None:
-    """Sort the tensors that exist before the traced step into categories, and by module."""
-    adopt_model(tracker, model, base)
+    """Sort the optimizer's state by category, and what exists before the traced step by module."""
     adopt_state(optimizer, tracker, request.settings, notes)
     if places is not None:
         name_residents(tracker, model, optimizer)
@@ -198,12 +196,14 @@ def _sort(
 class _Batches:
     """A collator around the trainer's own: its batch on the model's device, as after the copy from the host."""
 
-    def __init__(self, request: PlanRequest, model: nn.Module, tracker: StorageTracker, collator: Any) -> None:
+    def __init__(
+        self, request: PlanRequest, model: nn.Module, tracker: StorageTracker, collator: Any, *, fake: bool
+    ) -> None:
         self._request = request
         self._model = model
         self._tracker = tracker
         self._collator = collator
-        self._fake = any(map(is_fake, model.parameters()))
+        self._fake = fake
         self._untraced: list[dict[str, Any]] = []
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:

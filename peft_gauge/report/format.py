@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 ABSENT = "–"
 """Shown for an unavailable metric; never 0."""
 
@@ -33,3 +36,17 @@ def shown_seconds(value: float | None) -> str:
 
 LOOP_TITLES = {"trainer": "transformers.Trainer", "sft": "trl.SFTTrainer"}
 """Training loops of other libraries, by the names that plans give them."""
+
+
+def step_parts(settings: Mapping[str, Any], *, tokens: bool = True) -> list[str]:
+    """A planned step's settings for a title, with or without its shape in ``tokens``."""
+    loop, mixed = settings.get("loop", "plain"), settings.get("mixed_precision", "no")
+    parts = {
+        f"by {LOOP_TITLES.get(loop)}": loop != "plain",
+        f"{settings['batch']}×{settings['seq']} tokens": tokens,
+        settings["dtype"]: True,
+        settings["optimizer"]: True,
+        "gradient checkpointing": settings["grad_checkpointing"],
+        f"{mixed} autocast": mixed != "no",
+    }
+    return [part for part, shown in parts.items() if shown]

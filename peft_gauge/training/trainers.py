@@ -54,20 +54,18 @@ _QUIET = {
 }
 _OURS = frozenset({*_QUIET, "output_dir", "max_steps"})
 
-# Arguments that a step's settings hold, or `PlanRequest` itself.
-_IN_SETTINGS = frozenset(
-    {
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "bf16",
-        "fp16",
-        "optim",
-        "max_grad_norm",
-        "learning_rate",
-        "max_length",
-    }
+SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+    "optim",
+    "max_grad_norm",
 )
+"""Arguments that set fields of `StepSettings` on which memory depends."""
+
+_IN_SETTINGS = frozenset({*SETTINGS, "learning_rate", "max_length"})
 
 
 class Listener(Protocol):

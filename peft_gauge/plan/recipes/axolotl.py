@@ -7,10 +7,8 @@ from typing import Any
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, SEVERAL_GPUS, Keys, Recipe, known_keys
 
-SEVERAL_GPUS = "several GPUs are not planned"
-LESS = "is not planned; a step needs less with it"
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
     "fsdp": SEVERAL_GPUS,
@@ -57,8 +55,7 @@ def read_axolotl(values: Mapping[str, Any]) -> Recipe:
     if isinstance(checkpointing, str):
         keys.not_modelled["gradient_checkpointing"] = "checkpointing is planned, offloading to the host is not"
     checkpointing_kwargs = keys.get("gradient_checkpointing_kwargs") or {}
-    for name, reason in NOT_MODELLED.items():
-        keys.refuse(name, reason)
+    keys.refuse(NOT_MODELLED)
     loss = _loss(keys)
     if keys.get("sample_packing"):
         keys.get("pad_to_sequence_len")
@@ -126,8 +123,6 @@ def _method(keys: Keys) -> Any:
         },
         bits=bits,
         double_quant=bits == 4,
-        # It prepares for k-bit training, and then casts norms and embeddings back to 16 bit.
-        prepared=False,
         adapters_in_float32=bool(keys.get("peft_autocast_adapter_dtype", True)),
     )
 
@@ -147,8 +142,8 @@ def _attention(keys: Keys) -> str | None:
     for key, name in names.items():
         if keys.get(key):
             given = given or name
-    for other in ("xformers_attention", "flex_attention", "s2_attention", "sage_attention"):
-        keys.refuse(other, "another attention is planned as sdpa")
+    others = ("xformers_attention", "flex_attention", "s2_attention", "sage_attention")
+    keys.refuse(dict.fromkeys(others, "another attention is planned as sdpa"))
     if given in (None, "sdpa", "eager", "flash_attention_2"):
         return None if given is None else str(given)
     keys.not_modelled["attn_implementation"] = f"{given} is planned as sdpa"

@@ -7,14 +7,13 @@ from typing import Any
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, SEVERAL_GPUS, Keys, Recipe, known_keys
 from peft_gauge.training import trainers
 
-LESS = "is not planned; a step needs less with it"
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
-    "fsdp": "several GPUs are not planned",
-    "fsdp_config": "several GPUs are not planned",
+    "fsdp": SEVERAL_GPUS,
+    "fsdp_config": SEVERAL_GPUS,
     "use_unsloth": f"Unsloth {LESS}",
     "use_unsloth_gc": "checkpointing is planned, offloading to the host is not",
     "enable_liger_kernel": f"Liger's fused kernels {LESS}",
@@ -34,7 +33,6 @@ NOT_MODELLED = {
     "use_kt": "KTransformers is not planned",
 }
 ATTENTIONS = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
-FORMATS = {4: "nf4", 8: "int8"}
 
 
 def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
@@ -54,9 +52,7 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
         dtype = "float32"  # trainable parameters are cast to it
     method = _method(keys, str(kind), pure=pure)
     checkpointing = not keys.flag("disable_gradient_checkpointing")
-    keys.get("flash_attn", "auto")
-    for name, reason in NOT_MODELLED.items():
-        keys.refuse(name, reason)
+    keys.refuse(NOT_MODELLED)
     fields = {
         "batch": keys.whole("per_device_train_batch_size", 8),
         "seq": keys.whole("cutoff_len", 2048),
@@ -107,7 +103,6 @@ def _method(keys: Keys, kind: str, *, pure: bool) -> Any:
         bits=None if bits is None else int(bits),
         quant_format=str(keys.get("quantization_type", "nf4")) if bits == 4 else "nf4",
         double_quant=bits == 4 and keys.flag("double_quantization", True),
-        prepared=False,
         adapters_in_float32=not pure,
     )
 

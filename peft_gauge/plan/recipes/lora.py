@@ -16,10 +16,13 @@ def lora(
     bits: int | None = None,
     quant_format: str = "nf4",
     double_quant: bool = False,
-    prepared: bool = False,
     adapters_in_float32: bool = True,
 ) -> Method:
-    """LoRA with PEFT's ``settings``, over a base in ``bits`` (4, 8 or ``None``)."""
+    """LoRA with PEFT's ``settings``, over a base in ``bits`` (4, 8 or ``None``).
+
+    The base is not prepared for k-bit training: TRL and LLaMA-Factory leave that out, and axolotl casts norms and
+    embeddings back to 16 bit after it.
+    """
     from peft_gauge.training import methods
 
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **{k: v for k, v in settings.items() if v is not None}}
@@ -35,7 +38,6 @@ def lora(
         "peft",
         peft_config=config,
         quantization=quantization,
-        prepare_kbit=prepared,
         autocast_adapter_dtype=adapters_in_float32,
         merges=True,
     )

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
 
+SEVERAL_GPUS = "several GPUs are not planned"
+LESS = "is not planned; a step needs less with it"
+"""Reasons that several tools share."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The step of a config file.
@@ -100,10 +105,10 @@ class Keys:
             raise GaugeError(f"{name} in the {self.tool} recipe must be true or false, not {value!r}")
         return value
 
-    def refuse(self, name: str, reason: str, harmless: Iterable[Any] = (False, 0, "", [])) -> None:
-        """Note that the plan does not follow ``name``, unless its value is one of ``harmless``."""
-        if name in self._values and self._values[name] not in list(harmless):
-            self.not_modelled[name] = reason
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Note, with the reason, each key of ``reasons`` that is not switched off: the plan does not follow it."""
+        on = {name for name, value in self._values.items() if value not in (False, 0, "", [])}
+        self.not_modelled |= {name: reason for name, reason in reasons.items() if name in on}
 
     def recipe(self, model: Any, attention: Any = None, **fields: Any) -> Recipe:
         """The recipe with ``fields``, and with every key in its group."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import Keys, Recipe
+from peft_gauge.plan.recipes.recipe import SEVERAL_GPUS, Keys, Recipe
 from peft_gauge.training import trainers
 
 SCRIPT = frozenset(
@@ -21,9 +21,9 @@ SCRIPT = frozenset(
 
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
-    "fsdp": "several GPUs are not planned",
-    "fsdp_config": "several GPUs are not planned",
-    "parallelism_config": "several GPUs are not planned",
+    "fsdp": SEVERAL_GPUS,
+    "fsdp_config": SEVERAL_GPUS,
+    "parallelism_config": SEVERAL_GPUS,
     "torch_compile": "compiled steps are not planned; they usually need less",
     "torch_compile_backend": "compiled steps are not planned",
     "torch_compile_mode": "compiled steps are not planned",
@@ -40,34 +40,32 @@ ARGUMENTS = (
     "label_smoothing_factor", "optim_args", "optim_target_modules", "gradient_checkpointing_kwargs",
     "torch_empty_cache_steps", "average_tokens_across_devices", "full_determinism",
 )  # fmt: skip
-SETTINGS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "fp16", "optim",
-    "max_grad_norm",
-)  # fmt: skip
 
 
-def arguments_of(keys: Keys, loop: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The trainer's arguments that ``keys`` give, and the defaults of those that they leave out."""
-    given = {name: keys.get(name) for name in (*SETTINGS, *ARGUMENTS) if name in keys and name in known}
+def arguments_of(keys: Keys, loop: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's arguments that ``keys`` give; the defaults of settings that they leave out are noted."""
+    given = {name: keys.get(name) for name in (*trainers.SETTINGS, *ARGUMENTS) if name in keys and name in known}
     found = trainers.arguments(loop, given)  # type: ignore[arg-type]
-    for name in SETTINGS:
+    for name in trainers.SETTINGS:
         if name not in given:
             value = getattr(found, name)
             keys.defaults[name] = getattr(value, "value", value)
-    return given, {name: getattr(found, name) for name in SETTINGS}
+    return given
 
 
 def read_trl(values: Mapping[str, Any]) -> Recipe:
     """The recipe of ``trl sft --config``: fields of TRL's `ModelConfig`, `ScriptArguments` and `SFTConfig`."""
+    from peft_gauge.training import methods
+
     config = trainers.config_fields("sft")
     model_fields = _model_defaults()
     keys = Keys("TRL", values, {*config, *model_fields, *SCRIPT})
-    given, _ = arguments_of(keys, "sft", config)
+    given = arguments_of(keys, "sft", config)
     default = model_fields.get
     model = keys.get("model_name_or_path")
     dtype = str(keys.get("dtype", keys.get("torch_dtype") or default("dtype")))
     bits = 4 if keys.get("load_in_4bit") else 8 if keys.get("load_in_8bit") else None
-    method = None
+    method = methods.FULL
     if keys.get("use_peft"):
         method = lora(
             {
@@ -85,13 +83,12 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
         )
     elif bits is not None:
         raise GaugeError("the TRL recipe quantizes the base and trains all of it; add use_peft: true")
-    for name, reason in NOT_MODELLED.items():
-        keys.refuse(name, reason)
+    keys.refuse(NOT_MODELLED)
     seq = keys.whole("max_length", config["max_length"])
     attention = keys.get("attn_implementation")
     return keys.recipe(
         model=model,
-        method=method or _full(),
+        method=method,
         dtype=None if dtype == "auto" else dtype,
         loop="sft",
         fields={"seq": seq},
@@ -107,9 +104,8 @@ def read_arguments(values: Mapping[str, Any]) -> Recipe:
     config = plain if loop == "trainer" else trainers.config_fields("sft")
     tool = "TrainingArguments" if loop == "trainer" else "SFTConfig"
     keys = Keys(tool, values, config)
-    given, _ = arguments_of(keys, loop, config)
-    for name, reason in NOT_MODELLED.items():
-        keys.refuse(name, reason)
+    given = arguments_of(keys, loop, config)
+    keys.refuse(NOT_MODELLED)
     length = {"seq": keys.whole("max_length", config["max_length"])} if loop == "sft" else {}
     return keys.recipe(
         model=None,
@@ -125,12 +121,6 @@ def _model_defaults() -> dict[str, Any]:
     from trl import ModelConfig
 
     return {each.name: each.default for each in fields(ModelConfig)}
-
-
-def _full() -> Any:
-    from peft_gauge.training import methods
-
-    return methods.FULL
 
 
 def _targets(value: Any) -> Any:

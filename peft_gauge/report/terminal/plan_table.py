@@ -9,7 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from peft_gauge.report.format import ABSENT, LOOP_TITLES, shown, shown_bytes
+from peft_gauge.report.format import ABSENT, shown, shown_bytes, step_parts
 from peft_gauge.report.terminal.summary import as_text
 
 if TYPE_CHECKING:
@@ -119,14 +119,7 @@ def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
 
 def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     settings = plans[0]["settings"]
-    parts = [f"{settings['batch']}×{settings['seq']} tokens"] if "find" not in plans[0] else []
-    parts += [settings["dtype"], settings["optimizer"]]
-    if settings.get("loop", "plain") != "plain":
-        parts.insert(0, f"by {LOOP_TITLES[settings['loop']]}")
-    if settings["grad_checkpointing"]:
-        parts.append("gradient checkpointing")
-    if settings.get("mixed_precision", "no") != "no":
-        parts.append(f"{settings['mixed_precision']} autocast")
+    parts = step_parts(settings, tokens="find" not in plans[0])
     if settings.get("attention") not in (None, "none"):
         parts.append(f"{settings['attention']} attention")
     title = f"{plans[0]['model']} planned, {', '.join(parts)}"
