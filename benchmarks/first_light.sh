@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The first hour, or the first eight minutes, on a GPU: everything that is worth knowing of it, the most valuable first.
 #
-#   benchmarks/first_light.sh [--seconds 480] [--out first_light] [--model tinyllama] [--large llama-2-7b] [--device cuda]
+#   benchmarks/first_light.sh [--seconds 480] [--out first_light] [--model tinyllama] [--large llama-2-7b]
+#                             [--weights random-gpu] [--device cuda]
 #
 # Parts, each with a time limit of its own; one that fails is told of, and the others go on:
 #   doctor      what this machine can run
@@ -14,17 +15,18 @@
 #   answers     the newest answers as Markdown
 #   report      one page with all of it, where the extra for pages is installed
 # Everything is under the output folder: NN_part.txt, summary.txt (a line a part), calibrations/, results/, report.html.
+# Random weights are drawn on the GPU, since a CPU takes 20 s for 1B; --weights real or random chooses others.
 # Called again with the same folder and options, the suite goes on where it stopped. Its own dry run needs no GPU:
 # --device cpu --model toy-llama.
 set -u
 
-seconds=480 out=first_light model=tinyllama large=llama-2-7b device=cuda python=${PYTHON:-python}
+seconds=480 out=first_light model=tinyllama large=llama-2-7b weights='' device=cuda python=${PYTHON:-python}
 usage() { sed -n '2,/^set -u/s/^# \{0,1\}//p' "$0"; }
 die() { echo "first_light: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit 0 ;;
-        --seconds | --out | --model | --large | --device)
+        --seconds | --out | --model | --large | --weights | --device)
             [ $# -ge 2 ] || die "$1 needs a value"
             declare "${1#--}=$2"
             shift 2
@@ -48,20 +50,22 @@ summary=$out/summary.txt
 
 left() { echo $((seconds - (SECONDS - began))); }
 
-# part NAME SHARE COMMAND…: run it for at most SHARE percent of all the time, or what is left.
+# part NAME SHARE LEAST COMMAND…: run it for at most SHARE percent of all the time, or what is left if that is at least
+# LEAST seconds: less would be wasted.
 part() {
-    local name=$1 share=$2 limit rest file code start=$SECONDS
-    shift 2
+    local name=$1 share=$2 least=$3 limit rest file code start=$SECONDS
+    shift 3
     number=$((number + 1))
     file=$(printf '%s/%02d_%s.txt' "$out" "$number" "$name")
     limit=$((seconds * share / 100)) rest=$(($(left) - reserve))
     [ "$rest" -lt "$limit" ] && limit=$rest
-    if [ "$limit" -lt 5 ]; then
-        printf '%-10s not begun: %s s of %s left\n' "$name" "$rest" "$seconds" | tee -a "$summary"
+    if [ "$limit" -lt "$least" ]; then
+        [ "$limit" -ge 0 ] || limit=0
+        printf '%-10s not begun: it needs %s s, and %s s are left\n' "$name" "$least" "$limit" | tee -a "$summary"
         return
     fi
     # An interrupt first, at which pytest saves what is done.
-    timeout --signal=INT --kill-after=5 "$limit" "$@" > "$file" 2>&1
+    timeout --signal=INT --kill-after=15 "$limit" "$@" > "$file" 2>&1
     code=$?
     case $code in
         0) ended=done ;;
@@ -79,40 +83,41 @@ resume=()
 [ -n "$machine" ] && compgen -G "$out/results/$machine/*.json" > /dev/null && resume=(--resume)
 markers=(-m gpu)
 [ "$device" = cpu ] && markers=(--device=cpu -k "$(basename "$model")-cpu")  # as -m gpu: tests of a case only
+[ -n "$weights" ] || [ "$device" = cpu ] || weights=random-gpu
 suite_seconds=$((seconds * 45 / 100))
 
-part doctor 10 "${gauge[@]}" doctor --results "$out/results"
+part doctor 10 5 "${gauge[@]}" doctor --results "$out/results"
 if [ "$device" = cuda ]; then
-    part calibrate 15 "${gauge[@]}" calibrate
+    part calibrate 15 10 "${gauge[@]}" calibrate
 else
     skipped calibrate "a CPU has no CUDA context"
 fi
-part tests 30 "$python" -m pytest tests/gpu -m gpu -q -s
+part tests 30 10 "$python" -m pytest tests/gpu -m gpu -q -s
 rest=$(($(left) - reserve))
 [ $((rest * 3 / 4)) -lt "$suite_seconds" ] && suite_seconds=$((rest * 3 / 4))
-part suite 50 "$python" -m pytest benchmarks "${markers[@]}" --model="$model" --results="$out/results" \
-    --budget="$suite_seconds" ${resume[@]+"${resume[@]}"}
+part suite 50 15 "$python" -m pytest benchmarks "${markers[@]}" --model="$model" --results="$out/results" \
+    --budget="$suite_seconds" ${weights:+--weights="$weights"} ${resume[@]+"${resume[@]}"}
 if [ "$device" = cuda ]; then
-    part large 25 "$python" -m pytest benchmarks/test_memory.py "${markers[@]}" -k test_peak --model="$large" \
+    part large 25 25 "$python" -m pytest benchmarks/test_memory.py "${markers[@]}" -k test_peak --model="$large" \
         --weights=random-gpu --method=lora,qlora --batch=1 --seq=512 --results="$out/results"
 else
     skipped large "a step of $large on a CPU takes too long"
 fi
 if compgen -G "$out/results/$machine/traces/*.json.gz" > /dev/null; then
-    part traces 20 bash -c 'at=$1; shift; for file in "$at"/*.json.gz; do echo "== ${file##*/}"; "$@" "$file"; done' _ \
+    part traces 20 5 bash -c 'at=$1; shift; for file in "$at"/*.json.gz; do echo "== ${file##*/}"; "$@" "$file"; done' _ \
         "$out/results/$machine/traces" "${gauge[@]}" trace --top 5
 else
     skipped traces "no allocator's log was recorded"
 fi
 reserve=0
 if [ -n "$machine" ] && [ -d "results/$machine" ]; then
-    part compare 10 "${gauge[@]}" compare "results/$machine" "$out/results/$machine"
+    part compare 10 3 "${gauge[@]}" compare "results/$machine" "$out/results/$machine"
 else
     skipped compare "results/ has no earlier run of ${machine:-this machine}"
 fi
-part answers 10 "${gauge[@]}" report --markdown "$out/results"
+part answers 10 3 "${gauge[@]}" report --markdown "$out/results"
 if "$python" -c 'import altair, vl_convert' 2> /dev/null; then
-    part report 20 "${gauge[@]}" report "$out/results" -o "$out/report.html"
+    part report 20 5 "${gauge[@]}" report "$out/results" -o "$out/report.html"
 else
     skipped report "altair is not installed; copy $out/results and run peft-gauge report elsewhere"
 fi

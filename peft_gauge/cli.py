@@ -21,7 +21,7 @@ from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.plan import plan
 from peft_gauge.commands.report import report
 from peft_gauge.commands.trace import trace
-from peft_gauge.errors import GaugeError
+from peft_gauge.errors import GaugeError, file_errors
 
 app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",
@@ -98,7 +98,8 @@ def fetch(
 def main() -> None:
     """The entry point: bad input is one line on standard error and exit code 2."""
     try:
-        app()
+        with file_errors():
+            app()
     except GaugeError as error:
         print(f"peft-gauge: {error}", file=sys.stderr)
         sys.exit(2)

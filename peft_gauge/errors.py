@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GaugeError(Exception):
@@ -17,6 +18,18 @@ def one_line(text: object, limit: int = 400) -> str:
     """``text`` folded to a single line of at most ``limit`` characters (library errors can be pages long)."""
     folded = " ".join(str(text).split())
     return folded if len(folded) <= limit else folded[: limit - 1] + "…"
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Raises `GaugeError` for an error of the operating system with a file that no code has handled: a name too long
+    for any file, a folder without permission, a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise GaugeError(f"{one_line(error.filename, 120)}: {error.strerror}") from error
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> GaugeError:

@@ -29,6 +29,13 @@ def write_whole(target: Path, content: str | bytes, *, durable: bool = True) -> 
         raise
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `OSError` unless a file can be written in ``folder``, which need not exist yet; creates nothing."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
+
+
 def slug(text: str) -> str:
     """``text`` as a file name for any system: lower-case ASCII letters and digits, with hyphens between words."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

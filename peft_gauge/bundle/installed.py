@@ -67,8 +67,11 @@ def parse_having(entries: Sequence[str]) -> Having:
 def _file(entry: str) -> Path | None:
     if entry.startswith("@"):
         return Path(entry[1:])
-    path = Path(entry)
-    return path if re.search(r"[./]", entry) and path.is_file() else None  # a file called like a package is ignored
+    try:
+        is_file = re.search(r"[./]", entry) is not None and Path(entry).is_file()
+    except OSError:  # a list longer than any file name
+        is_file = False
+    return Path(entry) if is_file else None  # a file called like a package is ignored
 
 
 def _named(entry: str) -> Iterator[tuple[str, Version | None]]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from peft_gauge import machine, paths
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.files import check_folder
 from peft_gauge.training import models
 
 # The oldest supported releases; a test holds them against pyproject.toml.
@@ -146,9 +147,12 @@ def _weights() -> Line:
 
 
 def _disk(results: Path) -> Line:
+    try:
+        check_folder(results)
+    except OSError as error:
+        words = f"{one_line(results, 120)} cannot be written ({error.strerror}); use --results or fix its permissions"
+        return Line("results", "missing", words)
     folder = next(parent for parent in (results.resolve(), *results.resolve().parents) if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Line("results", "missing", f"{folder} is not writable; use --results or fix its permissions")
     free = shutil.disk_usage(folder).free
     if free < 1e9:
         return Line("results", "missing", f"only {free / 1e6:.0f} MB free at {folder}; free space or use --results")

@@ -95,12 +95,13 @@ def _why_unsafe() -> str | None:
 
 def _why_threads() -> str | None:
     try:
-        number = len(list(_THREADS.iterdir()))
+        names = {int(thread.name): (thread / "comm").read_text().strip() for thread in _THREADS.iterdir()}
     except OSError as error:
         return f"cannot count threads: {error}"
-    if number == 1:
+    if len(names) == 1:
         return None
-    return f"{number} threads run after importing the modules, but a forked process keeps only one"
+    others = ", ".join(sorted({name for number, name in names.items() if number != os.getpid()}))
+    return f"{len(names)} threads run after importing the modules ({others}), but a forked process keeps only one"
 
 
 def _pages_of_files() -> list[tuple[int, int]]:

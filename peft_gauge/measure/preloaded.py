@@ -36,6 +36,9 @@ WHILE_IMPORTING = {
     ASK_NVML: "1",
     # Up to torch 2.8, inductor starts a thread and compile workers as it is imported, and threads forbid a fork.
     "TORCH_WARM_POOL": "0",
+    # pyarrow's allocator starts threads of its own as it is loaded. transformers imports it by way of scikit-learn and
+    # pandas, where these are installed.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 
 

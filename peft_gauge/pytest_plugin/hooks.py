@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from peft_gauge import machine
-from peft_gauge.errors import GaugeError
+from peft_gauge.errors import GaugeError, file_errors, one_line
+from peft_gauge.files import check_folder
 from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.resumption import Resumption, resumable
 from peft_gauge.history.writer import commit_info
@@ -63,14 +64,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Check the options before pytest prints or collects anything, so that an error in them is one line."""
     config = session.config
     try:
-        config.stash[CASES] = selected_cases(config)
-        config.stash[VARIED_CASES] = selected_variations(config)
-        config.stash[DEVICE] = selected_device(config)
-        check_runs_on(config, config.stash[DEVICE])
-        check_workers(config, config.stash[DEVICE])
-        budget = budget_of(config)
-        config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
-        config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
+        with file_errors():
+            config.stash[CASES] = selected_cases(config)
+            config.stash[VARIED_CASES] = selected_variations(config)
+            config.stash[DEVICE] = selected_device(config)
+            check_runs_on(config, config.stash[DEVICE])
+            check_workers(config, config.stash[DEVICE])
+            budget = budget_of(config)
+            config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
+            config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
     except GaugeError as error:
         raise pytest.UsageError(str(error)) from error
     if budget is not None:
@@ -174,7 +176,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtestloop(session: pytest.Session) -> None:
     workload = session.config.stash.get(WORKLOAD, None)  # missing if pytest-xdist's workers collect
     if workload is not None and not session.config.option.collectonly:
+        _check_results(session.config, workload)
         start_imports(session.config, workload)
+
+
+def _check_results(config: pytest.Config, workload: Workload) -> None:
+    """Refuse a folder in which the measured cases could not be saved, before they take their minutes."""
+    if not workload.processes or config.getoption("--no-save") or is_worker():
+        return
+    folder = config.getoption("--results")
+    try:
+        check_folder(Path(folder))
+    except OSError as error:
+        reason = f"runs cannot be saved in {one_line(folder, 120)}: {error.strerror}"
+        raise pytest.UsageError(f"{reason}; choose another folder with --results, or add --no-save") from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
+from peft_gauge.machine import machine_info
 from peft_gauge.training.fetch import FETCHABLE, fetch
 from tests.support.paths import ROOT
 from tests.support.suite import sessions
@@ -124,6 +126,7 @@ class Ran:
     out: Path
 
 
+LONG = "a" * 300
 MISFITS: dict[str, tuple[dict[str, object], str]] = {
     "no-module": ({"target_modules": ["nowhere"]}, "nowhere"),
     "rank-0": ({"r": 0}, "rank 0 is not a whole number of at least 1"),
@@ -142,10 +145,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     (folder / "good").mkdir()
     good = str(Path(adapter(folder / "good")).parent)
     (folder / "blocked").write_text("a file where the folder should be")
+    (folder / "blocked late").mkdir()
+    (folder / "blocked late" / machine_info()["name"]).write_text("a file where the machine's folder should be")
     options = {
         "saved": TOY,
         "not saved": [*TOY, "--no-save"],
         "blocked": TOY,
+        "blocked late": TOY,
         "gpu": [*TOY, "-m", "gpu"],
         "misfits": ["--model", "toy-llama", "--rounds", "1", *adapters],
         "one missing": ["--model", "toy-llama", "--rounds", "1", "--adapter", good, "--adapter", "nowhere.json"],
@@ -176,11 +182,20 @@ def test_an_adapter_that_cannot_be_used_does_not_lose_the_others(ran: dict[str, 
     assert "good-toy-llama-cpu" in saved.read_text()
 
 
-def test_a_folder_that_cannot_be_written_says_so_and_fails(ran: dict[str, Ran]) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(ran: dict[str, Ran]) -> None:
     done, out = ran["blocked"].done, ran["blocked"].out
-    assert done.returncode not in (0, pytest.ExitCode.TESTS_FAILED), done.stdout
-    assert "NOT SAVED: cannot save the run under" in done.stdout
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: runs cannot be saved in {out}: Not a directory; choose another folder" in done.stdout + done.stderr
+    assert "memory of a step" not in done.stdout
+    assert " passed" not in done.stdout
     assert out.read_text() == "a file where the folder should be"
+
+
+def test_a_run_that_cannot_be_saved_at_its_end_fails(ran: dict[str, Ran]) -> None:
+    done = ran["blocked late"].done
+    assert done.returncode == pytest.ExitCode.INTERNAL_ERROR
+    assert " passed" in done.stdout
+    assert "NOT SAVED: cannot save the run under" in done.stdout
 
 
 def test_gpu_cases_without_a_gpu_are_skips_with_a_reason(ran: dict[str, Ran]) -> None:
@@ -303,6 +318,23 @@ def test_the_doctor_says_what_is_missing_and_how_to_get_it(cache: Path, run_comm
     assert [line for line in lines if line.startswith("note") and "run: peft-gauge fetch smollm2" in line]
     assert [line for line in lines if line.startswith("ok") and "NF4 training" in line]
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "--model", LONG),
+        ("plan", "--recipe", LONG),
+        ("plan", "--model", "tinyllama", "--adapter", LONG),
+        ("compare", LONG),
+        ("report", LONG),
+        ("bundle", "--python", "3.12", "--have", "torch==2.11.0", "--out", f"/tmp/{LONG}"),
+    ],
+)
+def test_a_name_too_long_for_any_file_is_one_line(arguments: tuple[str, ...], run_command: Run) -> None:
+    code, out, err = run_command(*arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"peft-gauge: (/tmp/)?a{114,119}…: File name too long\n", err)
 
 
 def test_the_doctor_fails_where_results_cannot_be_written(tmp_path: Path, run_command: Run) -> None:

@@ -222,6 +222,11 @@ def test_names_come_with_or_without_versions() -> None:
     assert having.known() == {"torch": Version("2.11.0+cu130")}
 
 
+def test_a_list_may_be_longer_than_a_file_name() -> None:
+    names = [f"package{number:03}" for number in range(100)]
+    assert parse_having([",".join(["torch==2.11.0", *names])]).versions.keys() == {"torch", *names}
+
+
 def test_a_file_is_what_pip_prints(tmp_path: Path) -> None:
     file = tmp_path / "node.txt"
     file.write_text(

@@ -124,15 +124,19 @@ def import_beside_a_card() -> dict[str, list[str]]:
 
 
 def _variables_of_imports() -> list[str]:
-    """That torch is told to ask NVML while it imports, and not any longer."""
+    """The modules that are imported without the variables that go with an import, and variables that are left."""
     from peft_gauge.measure import preloaded
 
-    seen = []
-    record: Any = SimpleNamespace(import_module=lambda name: seen.append(os.environ.get(preloaded.ASK_NVML)))
-    vars(preloaded)["importlib"] = record
+    needed = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    wrong: list[str] = []
+
+    def import_module(name: str) -> None:
+        if not needed.items() <= os.environ.items():
+            wrong.append(name)
+
+    vars(preloaded)["importlib"] = SimpleNamespace(import_module=import_module)
     preloaded.import_ahead()
-    wrong = [name for name, value in zip(preloaded.ON_THE_WAY, seen, strict=True) if value != "1"]
-    return [*wrong, *([preloaded.ASK_NVML] if preloaded.ASK_NVML in os.environ else [])]
+    return [*wrong, *(needed.keys() & os.environ.keys())]
 
 
 def tell_what_a_fork_would_not_survive() -> dict[str, bool]:
