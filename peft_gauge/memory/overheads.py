@@ -39,7 +39,7 @@ With lazy module loading (CUDA 11.7 and later), PyTorch's maintainers report abo
 (pytorch#109888) after the first operation. The kernels of a training step add to that."""
 
 CONTEXT_HOPPER_BYTES = 794_820_608
-"""The same, measured on an H200 with torch 2.11 for CUDA 13.0 (driver 580.159, 2026-11-27).
+"""The same, measured on an H200 and on an H100 with torch 2.11 for CUDA 13.0 (driver 580.159, November 2026).
 
 The value is NVML's memory of the process minus the allocator's segments, after training steps with cuDNN's attention;
 without that attention it is 778,043,392."""
@@ -98,7 +98,7 @@ def default_overheads(compute_capability: tuple[int, int] | None) -> DeviceOverh
         * (CUBLAS_WORKSPACE_HOPPER_BYTES if hopper else CUBLAS_WORKSPACE_BYTES),
         cublaslt_workspace_bytes=CUBLASLT_WORKSPACE_BYTES,
         origins={
-            "context_bytes": "measured on an H200, torch 2.11, CUDA 13.0"
+            "context_bytes": "measured on an H100 and an H200, torch 2.11, CUDA 13.0"
             if hopper
             else "unmeasured estimate (pytorch#107667, pytorch#109888)",
             "cublas_workspace_bytes": "PyTorch's CublasHandlePool.cpp",

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from fixtures.h200 import read_steps
+from fixtures.measured_steps import read_steps
 from fixtures.traces import measured_step, planned_step, trace_request
 from peft_gauge.memory.categories import ACTIVATIONS, BACKWARD, FORWARD, GRADIENTS
 from peft_gauge.plan.planner import plan

@@ -1,4 +1,5 @@
-"""Plans of whole training steps against what they took on an NVIDIA H200 (fixtures/h200_steps.json).
+"""Plans of whole training steps against what they took on an NVIDIA H200 and an H100 (`fixtures/h200_steps.json`,
+`fixtures/h100_steps.json`).
 
 Here are the steps that are planned in seconds; `benchmarks/test_published.py` has the others.
 """
@@ -7,17 +8,20 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.h200 import MeasuredStep, read_steps
+from fixtures.measured_steps import MeasuredStep, read_steps
 from peft_gauge.memory.overheads import CONTEXT_HOPPER_BYTES
 from peft_gauge.plan.planner import plan
 
-STEPS = read_steps()
+H100 = read_steps("h100")
+STEPS = [*read_steps(), *H100]
 ROUNDING_BYTES = 512 * 1024
 """Plans count in blocks of 512, the allocator's count of requests does not."""
 
 
 def is_quick(step: MeasuredStep) -> bool:
     settings = step.settings
+    if step.gpu == "h100":  # all methods under Trainer
+        return settings["method"] not in ("full", "lora") and "arguments" not in settings
     small = settings["model"] in ("toy-llama", "smollm2-135m")
     # TinyLlama: float32 attention with shared heads, recomputed; an update without storages of its own.
     recomputed = settings["method"] == "qlora" and settings.get("ckpt", False)
@@ -35,7 +39,10 @@ QUICK = [step for step in STEPS if is_quick(step)]
 def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
     found = plan(step.request())
     assert found.trainable_params == step.trainable_params
-    assert found.peak_bytes == pytest.approx(step.peak_bytes, abs=ROUNDING_BYTES)
+    # cuDNN, which an H100 takes attention from, needs less than flash for a prefix's mask, and the sums that make the
+    # gradients of a bottleneck's biases more than a plan has: 1.7 and 0.9 MB here.
+    apart = step.gpu == "h100" and step.settings["method"] in ("prefix", "bottleneck")
+    assert found.peak_bytes == pytest.approx(step.peak_bytes, abs=4 * ROUNDING_BYTES if apart else ROUNDING_BYTES)
     # What it hands out, and its segments, depend on the order of frees, too, which autograd's own thread shares.
     assert found.allocated_bytes_estimate == pytest.approx(step.first_steps["allocated_peak"], rel=0.02)
     assert found.reserved_bytes_estimate == pytest.approx(step.first_steps["reserved_peak"], rel=0.09)
@@ -43,10 +50,12 @@ def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
 
 
 def test_no_quick_step_is_left_out_by_mistake() -> None:
-    assert len(QUICK) == 16
+    assert len(QUICK) == 21
 
 
 def test_the_context_is_what_the_driver_shows_beside_the_segments() -> None:
-    outside = {step.process_bytes - step.reserved_bytes for step in STEPS}
+    offloading = "activation_offloading"  # pinned host memory and a stream of its own take 70 MiB more
+    steps = [step for step in STEPS if offloading not in step.settings.get("arguments", {})]
+    outside = {step.process_bytes - step.reserved_bytes for step in steps}
     assert max(outside) == CONTEXT_HOPPER_BYTES
     assert min(outside) > 0.95 * CONTEXT_HOPPER_BYTES
