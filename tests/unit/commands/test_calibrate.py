@@ -93,8 +93,8 @@ def test_what_differs_is_told_with_both_figures(run_command: Run, monkeypatch: p
     assert code == 0
     words = " ".join(out.split())
     assert (
-        f"CUDA context: plans assume {CONTEXT_HOPPER_BYTES:,} bytes (measured on an H100 and an H200, torch 2.11, CUDA 13.0); "
-        "this GPU uses 500,000,000"
+        f"CUDA context: plans assume {CONTEXT_HOPPER_BYTES:,} bytes "
+        "(measured on an H100 and an H200, torch 2.11, CUDA 13.0); this GPU uses 500,000,000"
     ) in words
     assert "cuBLASLt workspace: plans assume 1,048,576 bytes" in words
     assert "allocator: large segment: plans assume 20,971,520 bytes" in words

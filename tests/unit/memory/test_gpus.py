@@ -203,7 +203,7 @@ def test_workspace_defaults_are_those_of_pytorch() -> None:
 def test_defaults_follow_the_card_and_say_that_the_context_is_an_estimate(tmp_path: Path) -> None:
     overheads = overheads_for("H100", tmp_path)
     assert overheads == default_overheads((9, 0))
-    assert overheads.origins["context_bytes"].startswith("measured on an H200")
+    assert overheads.origins["context_bytes"].startswith("measured on an H100 and an H200")
     assert overheads_for("A100 80GB", tmp_path).origins["context_bytes"].startswith("unmeasured estimate")
     assert overheads_for("24GB") == default_overheads(None)
 
