@@ -143,12 +143,18 @@ class _Faker:
     def _view(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         with self.mode, torch.no_grad():
-            base = self._storages.get(storage_key(storage))
-            if base is None:
-                base = torch.empty(storage.nbytes(), dtype=torch.uint8)
-                self._storages[storage_key(storage)] = base
+            whole = self._storages.get(storage_key(storage))
+            if whole is None:
                 self._originals.append(storage)
+                if tensor.nbytes == storage.nbytes() and tensor.is_contiguous():
+                    # One operator instead of five, for nearly all tensors.
+                    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    self._storages[storage_key(storage)] = whole
+                    return whole
+                whole = torch.empty(storage.nbytes(), dtype=torch.uint8)
+                self._storages[storage_key(storage)] = whole
             # Not `set_`: a fake that was set to a storage keeps it forever, also after `parameter.data = other`.
+            base = whole.view(-1).view(torch.uint8)
             typed = base[: base.numel() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
             return typed.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
     """
     hide_notices()
     try:
-        installed = version("bitsandbytes")
+        installed = _installed()
         # bitsandbytes makes lookup tables on import; under a fake mode they would stay fake for the whole process.
         with unset_fake_temporarily():
             import bitsandbytes
@@ -43,6 +44,11 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
         _check_cuda_kernels(installed)
     module: ModuleType = bitsandbytes
     return module
+
+
+@cache  # reading it takes half a millisecond, and a model has hundreds of layers
+def _installed() -> str:
+    return version("bitsandbytes")
 
 
 def hide_notices() -> None:

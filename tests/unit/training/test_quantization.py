@@ -678,10 +678,10 @@ def test_bad_input_is_one_clear_line(call: Any, message: str) -> None:
 
 
 def test_an_old_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "version", lambda name: "0.45.5")
+    monkeypatch.setattr(library, "_installed", lambda: "0.45.5")
     with pytest.raises(GaugeError, match=r"0\.45\.5 is too old"):
         quantization.load_bitsandbytes()
-    monkeypatch.setattr(library, "version", lambda name: "0.47.0.dev0")
+    monkeypatch.setattr(library, "_installed", lambda: "0.47.0.dev0")
     quantization.load_bitsandbytes()
 
 
