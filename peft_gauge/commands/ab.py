@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_gauge.commands.options import AnyModel, Batch, Device, Dtype, MixedPrecision, Seq, Threads
+from peft_gauge.commands.options import AnyModel, Batch, Changes, Device, Dtype, Loop, MixedPrecision, Seq, Threads
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def ab(
     seq: Seq = None,
     device: Device = None,
     dtype: Dtype = None,
-    mixed_precision: MixedPrecision = "no",
+    mixed_precision: MixedPrecision = None,
+    loop: Loop = "plain",
+    changes: Changes = None,
     budget: Annotated[
         float, typer.Option(help="Give up as inconclusive after this many seconds of steps per method.")
     ] = 60.0,
@@ -80,7 +82,9 @@ def ab(
 
     a, b = _asked_sides(a, b, self_check=self_check, pairs=pairs)
     sides = parse_side(a), parse_side(b)
-    cases = ab_options.cases_of(method or ["lora"], model, batch, seq, device, dtype, mixed_precision)
+    cases = ab_options.cases_of(
+        method or ["lora"], model, batch, seq, device, dtype, mixed_precision, loop, changes or ()
+    )
     rule = PairRule(budget, minimum_effect, error=PairRule.error / len(cases))
     judged_by = read_rules(rules)
     setting = ab_options.setting_of(threads, cases[0].device)

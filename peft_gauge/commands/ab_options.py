@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from peft_gauge import machine
@@ -11,10 +12,12 @@ from peft_gauge.environments.measurement import Setting
 from peft_gauge.environments.worker import CaseSpec, quietest_cores
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.training import methods, models
+from peft_gauge.training.loops import check_loop, key_values
 from peft_gauge.training.precision import check_mixed_precision
 
 if TYPE_CHECKING:
     from peft_gauge.environments.state import Kept
+    from peft_gauge.training.loops import Loop
     from peft_gauge.training.precision import MixedPrecision
 
 # (batch, seq) of a step; the benchmarks use the same defaults.
@@ -29,7 +32,9 @@ def cases_of(
     seq: int | None,
     device: str | None,
     dtype: str | None = None,
-    mixed_precision: str = "no",
+    mixed_precision: str | None = None,
+    loop: str = "plain",
+    changes: Sequence[str] = (),
 ) -> list[CaseSpec]:
     """One case per method in ``names`` (each entry may list several, comma-separated).
 
@@ -48,11 +53,29 @@ def cases_of(
         if value < least:
             raise GaugeError(f"{option} must be at least {least}, got {value}")
     record.check_sequence(tokens)
-    dtype = models.default_dtype(device) if dtype is None else dtype
+    if dtype is None:
+        dtype = "float32" if loop == "sft" else models.default_dtype(device)
     models.check_dtype(dtype)
-    check_mixed_precision(mixed_precision)
-    precision = cast("MixedPrecision", mixed_precision)
-    return [CaseSpec(model, name, rows, tokens, device, dtype, mixed_precision=precision) for name in chosen]
+    check_loop(loop)
+    arguments = key_values(changes)
+    if arguments and loop == "plain":
+        raise GaugeError(f"--set {changes[0]} is an argument of a trainer: add --loop trainer or --loop sft")
+    if mixed_precision is None and loop == "plain":
+        mixed_precision = "no"
+    if mixed_precision is not None:
+        check_mixed_precision(mixed_precision)
+    spec = CaseSpec(
+        model,
+        chosen[0],
+        rows,
+        tokens,
+        device,
+        dtype,
+        mixed_precision=cast("MixedPrecision | None", mixed_precision),
+        loop=cast("Loop", loop),
+        trainer_arguments=arguments,
+    )
+    return [replace(spec, method=name) for name in chosen]
 
 
 def _checked_device(device: str | None) -> str:

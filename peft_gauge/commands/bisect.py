@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_gauge.commands.options import AnyModel, Batch, Device, Dtype, MixedPrecision, Seq, Threads
+from peft_gauge.commands.options import AnyModel, Batch, Changes, Device, Dtype, Loop, MixedPrecision, Seq, Threads
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def bisect(
     seq: Seq = None,
     device: Device = None,
     dtype: Dtype = None,
-    mixed_precision: MixedPrecision = "no",
+    mixed_precision: MixedPrecision = None,
+    loop: Loop = "plain",
+    changes: Changes = None,
     budget: Annotated[
         float,
         typer.Option(help="Seconds of steps per release; an inconclusive release is retried with three times that."),
@@ -58,7 +60,9 @@ def bisect(
     from peft_gauge.environments.requirements import parse_library, parse_side
 
     asked, name, side = probe.parse_metric(metric), parse_library(library), parse_side(beside)
-    case = ab_options.cases_of([asked.method], model, batch, seq, device, dtype, mixed_precision)[0]
+    case = ab_options.cases_of([asked.method], model, batch, seq, device, dtype, mixed_precision, loop, changes or ())[
+        0
+    ]
     setting = ab_options.setting_of(threads, case.device)
     rule = PairRule(budget, minimum_effect)
     found = _releases(name, releases)

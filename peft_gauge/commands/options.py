@@ -15,6 +15,16 @@ Dtype = Annotated[
     typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
 ]
 MixedPrecision = Annotated[
-    str, typer.Option(help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16.")
+    str | None,
+    typer.Option(
+        help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16 (default: no, or the trainer's)."
+    ),
+]
+Loop = Annotated[
+    str, typer.Option(help="plain: this suite's step; trainer: transformers.Trainer; sft: trl.SFTTrainer.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An argument of the trainer; repeatable; needs --loop."),
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads per side.")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,6 +131,7 @@ def plan(
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
     from peft_gauge.training import methods, models
+    from peft_gauge.training.loops import key_values
 
     gpus = _checked_gpus(gpu or [], find)
     if advise and find is not None:
@@ -162,8 +162,8 @@ def plan(
         "prepare_kbit": prepare_kbit,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    found = None if recipe is None else read(recipe, _key_values(changes or []))
-    step = described_step(given, found, {} if recipe is not None else _key_values(changes or []))
+    found = None if recipe is None else read(recipe, key_values(changes or []))
+    step = described_step(given, found, {} if recipe is not None else key_values(changes or []))
     record = models.resolve(base_of(model, found))
 
     def request(each: Method) -> PlanRequest:
@@ -277,26 +277,6 @@ def base_of(model: str | None, recipe: Recipe | None) -> str:
     name = recipe.model.rpartition("/")[2].lower().removesuffix("-hf")
     is_hub_id = recipe.model.count("/") == 1 and not Path(recipe.model).expanduser().exists()
     return name if is_hub_id and name in record_names() else recipe.model
-
-
-def _key_values(changes: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` -> value as YAML reads it."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    for change in changes:
-        key, separator, value = change.partition("=")
-        if not separator or not key:
-            raise GaugeError(f"--set {change!r} is not KEY=VALUE")
-        try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise GaugeError(f"--set {change!r}: the value is not valid YAML") from error
-        if isinstance(read, str):
-            with suppress(ValueError):  # YAML reads 1e-4, which has no dot, as a text
-                read = float(read)
-        found[key.strip()] = read
-    return found
 
 
 def _adapters(paths: Sequence[Path], model: str) -> tuple[list[Method], list[PlanFailure]]:

@@ -185,6 +185,7 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
     loop = str(settings.get("loop") or "plain")
     fields = {name: settings[name] for name in STEP_OPTIONS if settings.get(name) is not None}
     arguments = {name: settings[name] for name in TRAINER_ARGUMENTS if settings.get(name)}
+    arguments |= settings.get("trainer_arguments") or {}
     try:
         step, further = step_settings(loop, fields, arguments)
     except TypeError as error:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,7 @@ from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.isolation.signals import kill_group, signal_name
 
 if TYPE_CHECKING:
+    from peft_gauge.training.loops import Loop
     from peft_gauge.training.precision import MixedPrecision
     from peft_gauge.training.step import TrainingJob
 
@@ -46,7 +47,10 @@ Failure = Literal["failed", "crashed", "timed-out"]
 
 @dataclass(frozen=True)
 class CaseSpec:
-    """A case by names, as each side builds it; see `peft_gauge.training.cases.Case` for the fields."""
+    """A case by names, as each side builds it; see `peft_gauge.training.cases.Case` for the fields.
+
+    What is not given here, each side's trainer decides: an upgrade can change a default, too.
+    """
 
     model: str
     method: str
@@ -55,7 +59,9 @@ class CaseSpec:
     device: str
     dtype: str
     seed: int = 0
-    mixed_precision: MixedPrecision = "no"
+    mixed_precision: MixedPrecision | None = None
+    loop: Loop = "plain"
+    trainer_arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def id(self) -> str:
@@ -218,6 +224,7 @@ class _Child:
         self._packages: Mapping[str, str] = {}
         self._cores: Collection[int] | None = None
         self._take_step: Callable[[], float] | None = None
+        self._job: TrainingJob | None = None
 
     def start(
         self,
@@ -261,9 +268,11 @@ class _Child:
         from peft_gauge.training.cases import build_job
 
         case = _case(CaseSpec(**names))
-        self._take_step = None  # with the job before
+        if self._job is not None:
+            self._job.close()
+        self._take_step = self._job = None
         gc.collect()
-        job = build_job(case)
+        job = self._job = build_job(case)
         check_imports(self._packages)
         return case, job
 
@@ -281,11 +290,14 @@ def keep_to(cores: Collection[int]) -> None:
 def _case(spec: CaseSpec) -> Any:
     from peft_gauge.training import methods, models
     from peft_gauge.training.cases import Case
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.loops import step_settings
 
     record = models.resolve(spec.model, seed=spec.seed)
-    settings = StepSettings(spec.batch, spec.seq, mixed_precision=spec.mixed_precision)
-    return Case(record, methods.get(spec.method), settings, spec.device, spec.dtype, spec.seed)
+    precision = {"mixed_precision": spec.mixed_precision} if spec.mixed_precision else {}
+    fields = {"batch": spec.batch, "seq": spec.seq, **precision}
+    settings, further = step_settings(spec.loop, fields, spec.trainer_arguments)
+    method = methods.get(spec.method)
+    return Case(record, method, settings, spec.device, spec.dtype, spec.seed, loop=spec.loop, trainer_arguments=further)
 
 
 def _timed_step(job: TrainingJob, stopwatch: Any) -> Callable[[], float]:

@@ -100,6 +100,7 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
         isolation.note(phase="timing")
         found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))
     found["learned"] = job.learned()
+    job.close()
     if "fingerprint" in setup.passes:
         isolation.note(phase="fingerprint")
         del base, job
@@ -172,7 +173,9 @@ def _fingerprint(setup: CaseSetup, adapter_bytes: int) -> dict[str, Any]:
     """`peft_gauge.fingerprint` of a new job of the case."""
     memory.empty_cache()
     job = cases.build_job(setup.case, base=_prepared_base(setup), prepared=True, stream=setup.stream)
-    return fingerprint(job, adapter_bytes=adapter_bytes, micro_batches=setup.case.settings.grad_accumulation)
+    found = fingerprint(job, adapter_bytes=adapter_bytes, micro_batches=setup.case.settings.grad_accumulation)
+    job.close()
+    return found
 
 
 def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def settings_of(case: Case, job: TrainingJob) -> dict[str, Any]:
         "mixed_precision": settings.mixed_precision,
         "float32_outputs": settings.float32_outputs,
         "attention": attention if attention in models.ATTENTIONS else None,
+        "loop": case.loop,
+        "trainer_arguments": dict(case.trainer_arguments),
     }
 
 

@@ -20,7 +20,7 @@ from peft_gauge._internals.torch import (
     without_modes,
     without_overflow,
 )
-from peft_gauge._internals.transformers import MASK_SKIPPED, has_mask_skipped, mark_loaded
+from peft_gauge._internals.transformers import MASK_SKIPPED, has_mask_skipped
 from peft_gauge._internals.trl import fused_head_on_fakes, lacks_fused_head
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
 from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_STATE
@@ -88,7 +88,7 @@ def follow_trainer(
         folder = stack.enter_context(trainers.alone())
         if fake:
             stack.enter_context(moves_fakes())
-        _mark_quantized(request, model)
+        trainers.mark_quantized(model, request.method)
         with unset_fake_temporarily():
             settings = trainers.arguments(request.loop, _arguments(request), folder)
             trainer = trainers.build(request.loop, model, settings, steps=1, seq=request.settings.seq)
@@ -154,6 +154,9 @@ class _Steps:
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return self._tracker.phase(name)
+
+    def loss_computed(self, loss: Tensor) -> None:
+        pass
 
     def step_begins(self, number: int, optimizer: Optimizer) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
@@ -263,12 +266,3 @@ def _scaler(request: PlanRequest, trainer: Trainer) -> torch.amp.GradScaler | No
     without_overflow(scaler)
     scale_losses(trainer.accelerator, scaler)
     return scaler
-
-
-def _mark_quantized(request: PlanRequest, model: nn.Module) -> None:
-    """Trainers ask a 4-bit model how it was loaded."""
-    quantization = request.method.quantization
-    if quantization is None:
-        return
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    mark_loaded(base, quantization.quant_format, double_quant=quantization.double_quant)

@@ -41,6 +41,7 @@ from peft_gauge.pytest_plugin.workload import (
     passes_of,
     start_imports,
 )
+from peft_gauge.training import methods
 from peft_gauge.training.cases import Case
 
 # Their fixtures: `record` and `workload`.
@@ -166,10 +167,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
+    for item in items:
+        case = case_of(item)
+        if case is not None and case.settings.grad_checkpointing:
+            _skip_unless_checkpointed(item, case)
     workload = config.stash[WORKLOAD] = Workload.of(items, split=is_split(config))
     budget = config.stash.get(BUDGET, None)
     if budget is not None:
         put_in_order(config, budget, items, workload)
+
+
+def _skip_unless_checkpointed(item: pytest.Item, case: Case) -> None:
+    """Skip a method that cannot be trained with checkpointing, which a trainer may do by default."""
+    try:
+        methods.check_checkpointing(case.method)
+    except GaugeError as error:
+        item.add_marker(pytest.mark.skip(reason=f"{error} (--set gradient_checkpointing=false)"))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -36,11 +36,25 @@ def add_options(parser: pytest.Parser) -> None:
         help="add the method of an adapter_config.json or its folder; write --adapter=FILE",
     )
     add("--device", help=f"{' or '.join(DEVICES)} (default: cuda if available)")
-    add("--dtype", help=f"data type of the base weights: {', '.join(models.DTYPES)} (default: by device)")
+    add(
+        "--dtype",
+        help=f"data type of the base weights: {', '.join(models.DTYPES)} (default: by device; float32 for --loop sft)",
+    )
+    add(
+        "--loop",
+        default="plain",
+        help="plain: this suite's step; trainer: transformers.Trainer; sft: trl.SFTTrainer (default: plain)",
+    )
+    add(
+        "--set",
+        action="append",
+        dest="changes",
+        metavar="KEY=VALUE",
+        help="an argument of the trainer, such as gradient_checkpointing=true; repeatable; needs --loop",
+    )
     add(
         "--mixed-precision",
-        default="no",
-        help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16 (default: no)",
+        help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16 (default: no, or the trainer's)",
     )
     add(
         "--attention",
@@ -126,7 +140,10 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
         "processes",
         "dataset",
     )
-    return {name: config.getoption(name) for name in names}
+    found = {name: config.getoption(name) for name in names}
+    if config.getoption("loop") == "plain":  # as earlier runs, which knew no other, recorded it
+        return {**found, "mixed_precision": found["mixed_precision"] or "no"}
+    return {**found, "loop": config.getoption("loop"), "set": config.getoption("changes") or []}
 
 
 def selection(config: pytest.Config, deselected: Iterable[str] | None) -> Selection:

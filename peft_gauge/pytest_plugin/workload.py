@@ -74,7 +74,16 @@ class Asked:
         cards = machine.accelerators() if case.device == "cuda" else ()
         names = (gpu_name(cards[0]),) if cards else ()
         return [
-            PlanRequest(case.model, case.method, each, dtype=case.dtype, attention=case.attention, gpus=names)
+            PlanRequest(
+                case.model,
+                case.method,
+                each,
+                dtype=case.dtype,
+                attention=case.attention,
+                gpus=names,
+                loop=case.loop,
+                trainer_arguments=case.trainer_arguments,
+            )
             for each in settings
         ]
 

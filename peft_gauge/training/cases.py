@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peft_gauge.counting import ParameterCount
+    from peft_gauge.training.loops import Loop
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
 
@@ -29,6 +30,8 @@ class Case:
         dtype: data type of the base weights and of a quantized base's compute.
         seed: for random weights, adapters and, if the model has no tokenizer, token ids.
         attention: as in `models.build`.
+        loop: one of `peft_gauge.training.loops.LOOPS`; the settings are those of its step.
+        trainer_arguments: of the trainer, as pairs, beyond the settings.
     """
 
     model: ModelRecord
@@ -38,6 +41,8 @@ class Case:
     dtype: str
     seed: int = 0
     attention: str | None = None
+    loop: Loop = "plain"
+    trainer_arguments: tuple[tuple[str, Any], ...] = ()
 
     @property
     def id(self) -> str:
@@ -67,8 +72,15 @@ def build_job(
     if prepared:
         method = replace(method, quantization=None, prepare_kbit=False)
     vocab_size = base.get_input_embeddings().num_embeddings
+    plain = case.loop == "plain"
+    if settings.grad_checkpointing:
+        methods.check_checkpointing(method)
     model = methods.attach(
-        base, method, grad_checkpointing=settings.grad_checkpointing, seed=case.seed, device=case.device
+        base,
+        method,
+        grad_checkpointing=settings.grad_checkpointing and plain,  # a trainer turns it on itself
+        seed=case.seed,
+        device=case.device,
     )
     model.to(case.device)  # PEFT chooses the device of a new adapter
     if stream is None:
@@ -77,7 +89,13 @@ def build_job(
     data = cut(stream, batch=settings.batch, seq=settings.seq, device=case.device)
     # Dropout uses the global generator: with the same seed, every run of a case gets the same masks.
     torch.manual_seed(case.seed)
-    return TrainingJob(model, data, settings)
+    if plain:
+        return TrainingJob(model, data, settings)
+    from peft_gauge.training import trainers
+    from peft_gauge.training.trainer_job import TrainerJob
+
+    trainers.mark_quantized(model, case.method)
+    return TrainerJob(model, data, settings, loop=case.loop, arguments=dict(case.trainer_arguments))
 
 
 def described(case: Case, job: TrainingJob) -> dict[str, Any]:

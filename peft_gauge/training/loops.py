@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,4 +52,45 @@ def step_settings(
 
     chosen = {**trainers.arguments_of(fields), **arguments}
     found, further = trainers.step_settings(loop, chosen, fields["seq"])  # type: ignore[arg-type]
-    return replace(found, float32_outputs=fields.get("float32_outputs", False)), tuple(sorted(further.items()))
+    pairs = tuple(sorted((name, _fixed(value)) for name, value in further.items()))
+    return replace(found, float32_outputs=fields.get("float32_outputs", False)), pairs
+
+
+class _FixedDict(dict[str, Any]):
+    """A dictionary that nothing changes, so that a case with it can be a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True, default=str))
+
+
+class _FixedList(list[Any]):
+    """A list that nothing changes."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, default=str))
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _FixedDict(value)
+    return _FixedList(value) if isinstance(value, list) else value
+
+
+def key_values(changes: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` of the option ``--set`` -> value as YAML reads it. Raises `GaugeError` for anything else."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for change in changes:
+        key, separator, value = change.partition("=")
+        if not separator or not key:
+            raise GaugeError(f"--set {change!r} is not KEY=VALUE")
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise GaugeError(f"--set {change!r}: the value is not valid YAML") from error
+        if isinstance(read, str):
+            with suppress(ValueError):  # YAML reads 1e-4, which has no dot, as a text
+                read = float(read)
+        found[key.strip()] = read
+    return found

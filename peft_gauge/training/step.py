@@ -124,16 +124,24 @@ class TrainingJob:
     Args:
         batches: dictionaries of tensors on the model's device, with at least ``input_ids`` and ``labels`` of shape
             (batch, seq). They are used in turn, in the same order for every method.
+        optimizer: over the trainable parameters (default: built from ``settings``).
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        settings: StepSettings,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         if not batches:
             raise GaugeError("there is no batch to train on")
         self.model = model
         self.batches = batches
         self.settings = settings
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = build_optimizer(self.trainable, settings, model)
+        self.optimizer = optimizer or build_optimizer(self.trainable, settings, model)
         self.losses: list[float] = []
         self.loss: Tensor | None = None
         self._micro_batches = 0
@@ -200,6 +208,9 @@ class TrainingJob:
             self.forward()
             self.backward()
         self.optimizer_step()
+
+    def close(self) -> None:
+        """End what the job has begun in this process beyond its tensors: nothing here."""
 
     def warm_up(self, steps: int = 2) -> None:
         """Take ``steps`` steps, after which the optimizer's state exists; the starting weights are kept for `learned`.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest.mock import patch
 
+from peft_gauge._internals.transformers import mark_loaded
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.memory.categories import BACKWARD, FORWARD
 from peft_gauge.training.precision import check_mixed_precision
@@ -22,7 +23,7 @@ from peft_gauge.training.quantization.library import hide_notices
 from peft_gauge.training.step import StepSettings, check_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from peft_gauge.training.loops import Loop
+    from peft_gauge.training.methods import Method
 
 OPTIM = {
     "adamw": "adamw_torch",
@@ -50,9 +52,8 @@ _QUIET = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
     "dataloader_num_workers": 0,
-    "use_cpu": True,
 }
-_OURS = frozenset({*_QUIET, "output_dir", "max_steps"})
+_OURS = frozenset({*_QUIET, "use_cpu", "output_dir", "max_steps"})
 
 SETTINGS = (
     "per_device_train_batch_size",
@@ -73,6 +74,9 @@ class Listener(Protocol):
 
     def phase(self, name: str) -> AbstractContextManager[None]: ...
 
+    def loss_computed(self, loss: Tensor) -> None:
+        """The loss of a micro-batch, at the end of its forward."""
+
     def step_begins(self, number: int, optimizer: Optimizer) -> None:
         """Before step ``number``, counted from 1."""
 
@@ -83,10 +87,13 @@ class Listener(Protocol):
         """After the gradients were dropped."""
 
 
-def arguments(loop: Loop, given: Mapping[str, Any], folder: Path | None = None) -> TrainingArguments:
+def arguments(
+    loop: Loop, given: Mapping[str, Any], folder: Path | None = None, device: str = "cpu"
+) -> TrainingArguments:
     """The loop's ``TrainingArguments`` (``SFTConfig`` for ``sft``) with ``given`` values, and its own defaults else.
 
-    ``folder``: for files of the trainer, which writes none of its own accord.
+    ``folder``: for files of the trainer, which writes none of its own accord. ``device``: on which it trains; steps are
+    planned on the CPU.
 
     Raises `GaugeError` for an unknown name, an invalid value, or a missing library.
     """
@@ -94,7 +101,8 @@ def arguments(loop: Loop, given: Mapping[str, Any], folder: Path | None = None) 
     for name in given:
         if name not in kind.__dataclass_fields__:
             raise GaugeError(f"{kind.__name__} has no argument {name!r}")
-    values = {**{name: value for name, value in given.items() if name not in _OURS}, **_QUIET}
+    values = {name: value for name, value in given.items() if name not in _OURS}
+    values |= {**_QUIET, "use_cpu": device == "cpu"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that a later release will drop
@@ -187,38 +195,56 @@ def alone() -> Iterator[Path]:
                 sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
 
 
-def build(loop: Loop, model: nn.Module, settings: TrainingArguments, *, steps: int, seq: int) -> Trainer:
+def build(
+    loop: Loop,
+    model: nn.Module,
+    settings: TrainingArguments,
+    *,
+    steps: int,
+    seq: int,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Trainer:
     """The trainer of ``model`` for ``steps`` steps over rows of ``seq`` tokens.
 
     Args:
         model: with its adapters, on the trainer's device.
         settings: from `arguments`.
+        rows: token ids to train on, in turn (default: the same few ids in every row).
 
     For ``sft`` the rows go through TRL's own preparation: packing, the labels, its collator. A trainer has its
     collator in ``data_collator``. Raises `GaugeError` if the trainer refuses the model or the settings.
     """
     settings.max_steps = steps
-    rows = steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    number = min(steps, EPOCH_STEPS) * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    rows = rows or [list(_TOKENS) * (seq // len(_TOKENS)) + [2] * (seq % 2)] * min(number, 64)
     try:
-        return _trainer(model, settings, rows, seq) if loop == "trainer" else _sft_trainer(model, settings, rows, seq)
+        if loop == "trainer":
+            return _trainer(model, settings, rows, number)
+        return _sft_trainer(model, settings, rows, number, seq)
     except (ValueError, TypeError, RuntimeError) as error:
         raise GaugeError(f"the trainer refuses this: {one_line(error)}") from error
 
 
-def _trainer(model: nn.Module, settings: TrainingArguments, rows: int, seq: int) -> Trainer:
+EPOCH_STEPS = 4096
+"""Most steps in an epoch: a trainer draws the order of all its rows."""
+
+
+def _trainer(model: nn.Module, settings: TrainingArguments, rows: Sequence[Sequence[int]], number: int) -> Trainer:
     from transformers import Trainer
 
-    return Trainer(model=model, args=settings, train_dataset=_Rows(rows, seq))
+    prepared = [{"input_ids": list(row), "labels": list(row)} for row in rows]
+    return Trainer(model=model, args=settings, train_dataset=Repeated(prepared, number))
 
 
-def _sft_trainer(model: nn.Module, settings: Any, rows: int, seq: int) -> Trainer:
+def _sft_trainer(model: nn.Module, settings: Any, rows: Sequence[Sequence[int]], number: int, seq: int) -> Trainer:
     from datasets import Dataset, disable_progress_bars
     from trl import SFTTrainer
 
     disable_progress_bars()
     settings.max_length = seq
-    data = Dataset.from_dict({"input_ids": [list(_TOKENS) * (seq // len(_TOKENS)) + [2] * (seq % 2)] * rows})
+    data = Dataset.from_dict({"input_ids": [list(row) for row in rows]})
     found: Trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=_tokenizer())
+    found.train_dataset = Repeated(list(found.train_dataset), number)
     return found
 
 
@@ -237,6 +263,15 @@ def _tokenizer() -> Any:
     )
 
 
+def mark_quantized(model: nn.Module, method: Method) -> None:
+    """Mark the base of ``model``, if ``method`` quantizes it, as transformers does: trainers ask how it was loaded."""
+    quantization = method.quantization
+    if quantization is None:
+        return
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    mark_loaded(base, quantization.quant_format, double_quant=quantization.double_quant)
+
+
 def run(trainer: Trainer, listener: Listener) -> None:
     """Call ``trainer.train()``, followed by ``listener``. What the listener raises ends the run."""
     from transformers import TrainerCallback
@@ -252,7 +287,14 @@ def run(trainer: Trainer, listener: Listener) -> None:
             listener.step_ended(state.global_step)
 
     trainer.add_callback(Steps())
-    trainer.compute_loss = _within(listener, FORWARD, trainer.compute_loss)
+    compute_loss = trainer.compute_loss
+
+    def told_loss(*args: Any, **kwargs: Any) -> Any:
+        found = compute_loss(*args, **kwargs)
+        listener.loss_computed(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    trainer.compute_loss = _within(listener, FORWARD, told_loss)
     accelerator: Any = trainer.accelerator
     accelerator.backward = _within(listener, BACKWARD, accelerator.backward)
     trainer.train()
@@ -266,18 +308,15 @@ def _within(listener: Listener, phase: str, function: Callable[..., Any]) -> Cal
     return call
 
 
-class _Rows:
-    """A dataset of rows of ``seq`` tokens for the default collator."""
+class Repeated:
+    """A dataset of ``number`` rows that repeats ``rows``, which a trainer's collator accepts."""
 
-    def __init__(self, rows: int, seq: int) -> None:
-        self._rows = rows
-        self._seq = seq
+    def __init__(self, rows: Sequence[Mapping[str, Any]], number: int) -> None:
+        self.rows = rows
+        self._number = number
 
     def __len__(self) -> int:
-        return self._rows
+        return self._number
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        import torch
-
-        tokens = torch.full((self._seq,), _TOKENS[0])
-        return {"input_ids": tokens, "labels": tokens}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index % len(self.rows)])

@@ -387,6 +387,30 @@ def test_a_library_that_cannot_work_here_is_a_skip_and_a_case_that_does_not_fit_
     assert cases["test_peak lora"]["reason"] == "the adapter does not fit the model"
 
 
+def test_a_trainers_step_is_measured_and_planned(tmp_path: Path) -> None:
+    suite = Suite(tmp_path)
+    done = suite.run(
+        MEMORY,
+        "-k=peak",
+        "--method=ia3,prefix",
+        "--loop=sft",
+        "--set=per_device_train_batch_size=2",
+        "--set=gradient_checkpointing_kwargs={use_reentrant: true}",
+        planted={},
+    )
+    assert done.returncode == 0, done.stdout
+    cases = by_benchmark(suite.saved())
+    metrics = cases["test_peak ia3-checkpointing"]["metrics"]
+    settings = metrics["settings"]
+    assert (settings["loop"], settings["batch"], settings["grad_checkpointing"]) == ("sft", 2, True)
+    assert settings["trainer_arguments"] == {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert metrics["tensor_peak_bytes"] == pytest.approx(metrics["planned_peak_bytes"], rel=0.25)  # a CPU's kernels
+    assert suite.saved()["peft_gauge"]["options"]["loop"] == "sft"
+    skipped = cases["test_peak prefix-checkpointing"]
+    assert skipped["outcome"] == "skipped"
+    assert "gradient_checkpointing=false" in skipped["reason"]
+
+
 def test_the_attention_that_is_asked_for_is_measured_and_planned(tmp_path: Path) -> None:
     suite = Suite(tmp_path)
     done = suite.run(MEMORY, "-k=peak", "--method=ia3", "--attention=eager", "--dtype=bfloat16", planted={})

@@ -9,7 +9,7 @@ import random
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -758,3 +758,17 @@ def test_both_sides_run_the_precision_that_is_asked_for() -> None:
     assert worker._case(spec).settings == StepSettings(1, 8, mixed_precision="bf16")
     with pytest.raises(GaugeError, match="unknown mixed precision 'bf8'"):
         ab_options.cases_of(["lora"], "toy-llama", 1, 8, "cpu", mixed_precision="bf8")
+
+
+def test_a_trainers_step_reaches_the_case_and_its_defaults_are_each_sides_own() -> None:
+    changes = ["max_grad_norm=0.5", "lr_scheduler_type=constant"]
+    (spec,) = ab_options.cases_of(["lora"], "toy-llama", 1, 8, "cpu", loop="trainer", changes=changes)
+    assert spec.mixed_precision is None, "left to the trainer"
+    assert CaseSpec(**json.loads(json.dumps(asdict(spec)))) == spec, "as it goes to a side"
+    case = worker._case(spec)
+    assert (case.loop, case.trainer_arguments) == ("trainer", (("lr_scheduler_type", "constant"),))
+    assert (case.settings.clip_grad_norm, case.settings.optimizer) == (0.5, "adamw-fused")
+    with pytest.raises(GaugeError, match="unknown loop 'trl'"):
+        ab_options.cases_of(["lora"], "toy-llama", 1, 8, "cpu", loop="trl")
+    with pytest.raises(GaugeError, match="is an argument of a trainer"):
+        ab_options.cases_of(["lora"], "toy-llama", 1, 8, "cpu", changes=changes)
