@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from peft_gauge.plan.recipes import Recipe
     from peft_gauge.plan.record import PlanFailure, PlanOutcome, PlanRequest
+    from peft_gauge.traces.timeline import Timeline
     from peft_gauge.training.methods import Method
 
 FINDABLE = ("batch", "seq", "rank")
@@ -121,12 +122,19 @@ def plan(
             "--advise", help="Plan changes that need less memory, cheapest first, and mark the first that fits."
         ),
     ] = False,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Draw memory over the step by category, and name the peak's modules.")
+    ] = False,
+    timeline_file: Annotated[
+        Path | None, typer.Option(help="Save that drawing as .svg or .png, and its data next to it as .csv.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per case.")] = False,
 ) -> None:
     """Predict the memory of a training step: peak, resident and device bytes by category.
 
     Exit code 1: a step does not fit a --gpu; 2: a case cannot be planned.
     """
+    from peft_gauge.commands.timelines import check_plot, timelines
     from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
@@ -134,8 +142,11 @@ def plan(
     from peft_gauge.training.loops import key_values
 
     gpus = _checked_gpus(gpu or [], find)
-    if advise and find is not None:
-        raise GaugeError("--advise and --find exclude each other; drop one of them")
+    if find is not None and (advise or timeline or timeline_file is not None):
+        other = "--advise" if advise else "--timeline"
+        raise GaugeError(f"{other} and --find exclude each other; drop one of them")
+    if timeline_file is not None:
+        check_plot(timeline_file)
     if seq is not None:
         _checked_seq(seq)
     if attention is not None and attention not in models.ATTENTIONS:
@@ -184,6 +195,8 @@ def plan(
     if found is not None and found.method is not None:
         chosen = [found.method]
     requests = [request(each) for each in (chosen if chosen or unusable else methods.DEFAULT_METHODS)]
+    if timeline_file is not None and len(requests) != 1:
+        raise GaugeError("--timeline-file draws one step; choose it with --method or --adapter")
     if find is not None:
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
@@ -191,7 +204,8 @@ def plan(
     advice = {}
     if advise:
         advice = _advice(requests, outcomes)
-    _show([*outcomes, *unusable], as_json, found, advice)
+    drawn = timelines(requests, outcomes, timeline_file) if timeline or timeline_file is not None else {}
+    _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {})
 
 
 def _advice(requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome]) -> dict[int, list[dict[str, Any]]]:
@@ -353,15 +367,19 @@ def _checked_norm(norm: float | None) -> float | None:
 def _show(
     outcomes: Sequence[PlanOutcome],
     as_json: bool,
-    recipe: Recipe | None = None,
-    advice: Mapping[int, list[dict[str, Any]]] | None = None,
+    recipe: Recipe | None,
+    advice: Mapping[int, list[dict[str, Any]]],
+    drawn: Mapping[int, tuple[str, Timeline]],
 ) -> None:
     from peft_gauge.plan.record import PlanFailure
 
     failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]
     objects = [outcome.as_json() for outcome in outcomes]
-    for place, found in (advice or {}).items():
+    for place, found in advice.items():
         objects[place]["advice"] = found
+    if as_json:
+        for place, (_, timeline) in drawn.items():
+            objects[place]["timeline"] = timeline.as_json()
     if recipe is not None:
         objects = [{**each, "recipe": recipe.as_json()} for each in objects]
     if as_json:
@@ -369,11 +387,14 @@ def _show(
     else:
         from peft_gauge.report.terminal.advice_table import show_advice
         from peft_gauge.report.terminal.plan_table import show, show_recipe
+        from peft_gauge.report.terminal.timeline_picture import show_timeline
 
         show([each for each in objects if "error" not in each])
         for each in objects:
             if "advice" in each:
                 show_advice(each)
+        for title, timeline in drawn.values():
+            show_timeline(title, timeline)
         if recipe is not None:
             show_recipe(recipe.as_json())
     unread = [] if recipe is None else [f"unknown key {each} in the {recipe.tool} recipe" for each in recipe.unknown]
