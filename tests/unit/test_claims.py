@@ -23,7 +23,8 @@ def test_there_are_26_claims() -> None:
 
 def test_every_claim_is_asked_of_something_that_exists() -> None:
     known = {*models.record_names(), "any", "int4", "int4-minmax", "fp4"}
-    assert all(set(claim.models) <= known for claim in claims.ledger().values())
+    for claim in claims.ledger().values():
+        assert {model.removesuffix("-bf16-autocast") for model in claim.models} <= known
 
 
 def entry(**changes: object) -> str:

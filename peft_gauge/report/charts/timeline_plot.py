@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from peft_gauge.traces.timeline import Timeline
 
-COLUMNS = 400
+COLUMNS = 240
 WIDTH, HEIGHT = 760, 380
 
 __all__ = ["COLUMNS", "check_destination", "save"]
