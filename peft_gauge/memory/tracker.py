@@ -77,6 +77,7 @@ class StorageTracker(DispatchMode):
     ) -> None:
         super().__init__()
         lone_holders()  # measure now, since it cannot be measured inside an operator
+        self.restarts = 0
         self.flops = 0
         self.flops_by_phase: Counter[str] = Counter()
         self.operators_without_flops: Counter[str] = Counter()
@@ -109,6 +110,16 @@ class StorageTracker(DispatchMode):
         alive = self._ledger.alive
         keys = (storage_key(tensor.untyped_storage()) for tensor in tensors)
         return frozenset(alive[key].record for key in keys if key in alive)
+
+    def number_of(self, storage: torch.UntypedStorage) -> int | None:
+        """The number of ``storage`` in the present log; ``None`` if it is not tracked."""
+        watch = self._ledger.alive.get(storage_key(storage))
+        return None if watch is None else watch.record
+
+    def log_since(self, position: int) -> list[tuple[int, int, int]]:
+        """The entries of the present log from ``position`` on: sign (0 for the start of a phase), number, bytes."""
+        records = self._ledger.records
+        return [(sign, i, records[i].nbytes if sign else 0) for sign, i, _ in self._ledger.log[position:]]
 
     def label(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
         """Sets the category of storages, tracked already or not, in past events too."""
@@ -144,6 +155,7 @@ class StorageTracker(DispatchMode):
         ledger.records[:] = records
         ledger.log[:] = [(1, record, ledger.phase) for record in range(len(records))]
         self._kept.clear()
+        self.restarts += 1
         self.flops = 0
         self.flops_by_phase.clear()
         self.operators_without_flops.clear()

@@ -21,11 +21,13 @@ from peft_gauge._internals.torch import (
     without_overflow,
 )
 from peft_gauge._internals.transformers import MASK_SKIPPED, has_mask_skipped
-from peft_gauge._internals.trl import fused_head_on_fakes, lacks_fused_head
+from peft_gauge._internals.trl import fused_head_on_fakes, has_offloading, lacks_fused_head, offloading_on_fakes
+from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
 from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_STATE
 from peft_gauge.memory.tracker import no_collector
 from peft_gauge.plan import fakes, policies
+from peft_gauge.plan.addresses import Addresses
 from peft_gauge.plan.traced_step import (
     Trace,
     adopt_model,
@@ -51,6 +53,10 @@ if TYPE_CHECKING:
 
 TRACED_MICRO_BATCHES = 2
 """Accumulated micro-batches after the second are equal to it: the first creates the gradients, the second adds."""
+
+OFFLOADING_BYTES = 73_400_320
+"""Of the device's memory for pinned host memory and a second stream, measured on an H100 (`fixtures/h100_steps.json`):
+the driver's count for the process less the allocator's segments, against the same without offloading."""
 
 _EXPECTED = frozenset(
     {
@@ -89,8 +95,11 @@ def follow_trainer(
         if fake:
             stack.enter_context(moves_fakes())
         trainers.mark_quantized(model, request.method)
+        offloaded = (
+            stack.enter_context(offloading_on_fakes(Addresses(tracker).of)) if fake and _offloads(request) else None
+        )
         with unset_fake_temporarily():
-            settings = trainers.arguments(request.loop, _arguments(request), folder)
+            settings = trainers.arguments(request.loop, _arguments(request, notes), folder)
             trainer = trainers.build(request.loop, model, settings, steps=1, seq=request.settings.seq)
             listener.scaler = _scaler(request, trainer)
             trainer.create_optimizer()  # now, since 8-bit ones compute code books from values
@@ -106,6 +115,11 @@ def follow_trainer(
             trainers.run(trainer, listener)
     tracker.close()
     assert listener.found is not None, "the trainer ended before its step did"
+    if offloaded is not None:
+        notes.append(
+            f"activation offloading: at most {offloaded.peak_bytes / 1e9:.2f} GB of activations in pinned host memory; "
+            f"the device also holds {OFFLOADING_BYTES / 1e6:.0f} MB for it (on an H100), which are not included"
+        )
     note_uncounted(tracker, notes)
     done = listener.found
     traced = traced_micro_batches(request)
@@ -119,6 +133,15 @@ def follow_trainer(
         saved_activation_bytes=done.saved_activation_bytes,
         flops=tracker.flops // traced * request.settings.grad_accumulation,
     )
+
+
+def _offloads(request: PlanRequest) -> bool:
+    """Whether the request's trainer keeps activations in host memory. Raises `GaugeError` if this cannot be planned."""
+    if request.loop != "sft" or not dict(request.trainer_arguments).get("activation_offloading"):
+        return False
+    if not has_offloading():
+        raise GaugeError("activation offloading of this TRL cannot be planned; install trl 1.16")
+    return True
 
 
 def _unreplaced(request: PlanRequest) -> Iterator[str]:
@@ -238,14 +261,19 @@ def traced_micro_batches(request: PlanRequest) -> int:
     return min(request.settings.grad_accumulation, TRACED_MICRO_BATCHES)
 
 
-def _arguments(request: PlanRequest) -> dict[str, Any]:
-    """The trainer's arguments for the request's settings, and the request's further ones."""
+def _arguments(request: PlanRequest, notes: list[str]) -> dict[str, Any]:
+    """The trainer's arguments for the request's settings, and the request's further ones; adds a note for each that is
+    not planned."""
     settings = request.settings
-    kwargs = dict(request.trainer_arguments).get("gradient_checkpointing_kwargs") or {}
+    further = dict(request.trainer_arguments)
+    for name, why in trainers.NOT_PLANNED.items():
+        if further.pop(name, None):
+            notes.append(f"{name} is left out of this plan: {why}")
+    kwargs = further.get("gradient_checkpointing_kwargs") or {}
     if request.checkpoint_reentrant is not None:
         kwargs = {**kwargs, "use_reentrant": request.checkpoint_reentrant}
     return {
-        **dict(request.trainer_arguments),
+        **further,
         "per_device_train_batch_size": settings.batch,
         "gradient_accumulation_steps": traced_micro_batches(request),
         "gradient_checkpointing": settings.grad_checkpointing,

@@ -55,6 +55,20 @@ _QUIET = {
 }
 _OURS = frozenset({*_QUIET, "use_cpu", "output_dir", "max_steps"})
 
+_SEVERAL_GPUS = "the step of one GPU is planned"
+NOT_PLANNED = {
+    "deepspeed": "several GPUs and offloading are not planned",
+    "fsdp": _SEVERAL_GPUS,
+    "fsdp_config": _SEVERAL_GPUS,
+    "parallelism_config": _SEVERAL_GPUS,
+    "torch_compile": "compiled steps are not planned; they usually need less",
+    "torch_compile_backend": "compiled steps are not planned",
+    "torch_compile_mode": "compiled steps are not planned",
+    "use_liger_kernel": "Liger's fused kernels are not planned; they need less",
+    "liger_kernel_config": "Liger's fused kernels are not planned",
+}
+"""Arguments that a plan leaves out, and why."""
+
 SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -21,7 +21,8 @@ ROUNDING_BYTES = 512 * 1024
 def is_quick(step: MeasuredStep) -> bool:
     settings = step.settings
     if step.gpu == "h100":  # all methods under Trainer
-        return settings["method"] not in ("full", "lora") and "arguments" not in settings
+        others = settings["method"] not in ("full", "lora") and "arguments" not in settings
+        return others or "activation_offloading" in settings.get("arguments", {})
     small = settings["model"] in ("toy-llama", "smollm2-135m")
     # TinyLlama: float32 attention with shared heads, recomputed; an update without storages of its own.
     recomputed = settings["method"] == "qlora" and settings.get("ckpt", False)
@@ -42,7 +43,11 @@ def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
     # cuDNN, which an H100 takes attention from, needs less than flash for a prefix's mask, and the sums that make the
     # gradients of a bottleneck's biases more than a plan has: 1.7 and 0.9 MB here.
     apart = step.gpu == "h100" and step.settings["method"] in ("prefix", "bottleneck")
-    assert found.peak_bytes == pytest.approx(step.peak_bytes, abs=4 * ROUNDING_BYTES if apart else ROUNDING_BYTES)
+    # TRL takes an address that the allocator hands out again for a tensor that is offloaded already, and leaves that
+    # one on the GPU. Which, depends on the segments of the steps before.
+    offloads = "activation_offloading" in step.settings.get("arguments", {})
+    tolerance = 0.002 * step.peak_bytes if offloads else (4 if apart else 1) * ROUNDING_BYTES
+    assert found.peak_bytes == pytest.approx(step.peak_bytes, abs=tolerance)
     # What it hands out, and its segments, depend on the order of frees, too, which autograd's own thread shares.
     assert found.allocated_bytes_estimate == pytest.approx(step.first_steps["allocated_peak"], rel=0.02)
     assert found.reserved_bytes_estimate == pytest.approx(step.first_steps["reserved_peak"], rel=0.09)
@@ -50,7 +55,7 @@ def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
 
 
 def test_no_quick_step_is_left_out_by_mistake() -> None:
-    assert len(QUICK) == 21
+    assert len(QUICK) == 23
 
 
 def test_the_context_is_what_the_driver_shows_beside_the_segments() -> None:

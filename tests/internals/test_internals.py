@@ -33,6 +33,7 @@ from peft_gauge._internals import torch as from_torch
 from peft_gauge._internals import transformers as from_transformers
 from peft_gauge._internals import trl as from_trl
 from peft_gauge.bundle.target import Target
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, flash_attention, policies
 from peft_gauge.training import methods, models
 from peft_gauge.training.quantization import load_bitsandbytes, quantize_
@@ -416,6 +417,31 @@ def test_trl_fused_head_has_the_names_that_are_replaced() -> None:
             found = head.apply(hidden, weight, None, torch.zeros(6, dtype=torch.long), 1.0, 16)[0]
             found.sum().backward()
             assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)  # type: ignore[union-attr]
+
+
+def test_trl_offloads_fakes_to_the_host_and_fetches_them() -> None:
+    pytest.importorskip("trl", reason="trl comes with the extra trl")
+    assert from_trl.has_offloading()
+    from trl.models import activation_offloading
+
+    tracker = StorageTracker()
+    with from_torch.FakeTensorMode(), from_trl.offloading_on_fakes(lambda storage: storage._cdata) as offloaded:
+        layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(12)))
+        context = activation_offloading.get_act_offloading_ctx_manager(layers, warn_if_no_head=False)
+        hidden = torch.empty(1024, 512)
+        with tracker, context:
+            for layer in layers:
+                hidden = layer(hidden).sin()
+            loss = hidden.sum()
+            kept = tracker.live().bytes
+            loss.backward()
+    each = 1024 * 512 * 4
+    # The input of every layer and of every sine. A tensor that two operators save stays on the GPU.
+    assert offloaded.peak_bytes == 24 * each
+    assert offloaded.nbytes == 0, "all were fetched"
+    weights = 12 * 512 * 512 * 4
+    assert weights < kept <= weights + 7 * each, "the last few are still on their way"
+    assert layers[0].weight.grad is not None
 
 
 def test_transformers_asks_whether_sequences_are_packed_where_it_is_replaced() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import SEVERAL_GPUS, Keys, Recipe
+from peft_gauge.plan.recipes.recipe import Keys, Recipe
 from peft_gauge.training import trainers
 
 SCRIPT = frozenset(
@@ -20,25 +20,16 @@ SCRIPT = frozenset(
 )  # fmt: skip
 
 NOT_MODELLED = {
-    "deepspeed": "several GPUs and offloading are not planned",
-    "fsdp": SEVERAL_GPUS,
-    "fsdp_config": SEVERAL_GPUS,
-    "parallelism_config": SEVERAL_GPUS,
-    "torch_compile": "compiled steps are not planned; they usually need less",
-    "torch_compile_backend": "compiled steps are not planned",
-    "torch_compile_mode": "compiled steps are not planned",
-    "use_liger_kernel": "Liger's fused kernels are not planned; they need less",
-    "liger_kernel_config": "Liger's fused kernels are not planned",
+    **trainers.NOT_PLANNED,
     "auto_find_batch_size": "the batch is planned as given",
     "lora_target_parameters": "adapters on parameters are planned from an adapter config only (--adapter)",
-    "activation_offloading": "activations are planned on the GPU; offloaded, a step needs less",
 }
 
 # Arguments on which the memory of a step depends and that no other name stands for.
 ARGUMENTS = (
     "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "loss_type", "neftune_noise_alpha",
     "label_smoothing_factor", "optim_args", "optim_target_modules", "gradient_checkpointing_kwargs",
-    "torch_empty_cache_steps", "average_tokens_across_devices", "full_determinism",
+    "torch_empty_cache_steps", "average_tokens_across_devices", "full_determinism", "activation_offloading",
 )  # fmt: skip
 
 
