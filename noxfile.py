@@ -1,4 +1,4 @@
-"""Checks that need environments of their own: `nox -s reference`, `nox -s matrix`, `nox -s torch`."""
+"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`."""
 
 from __future__ import annotations
 
@@ -69,6 +69,14 @@ PLANNING = [
     "tests/unit/memory/test_tracker.py",
     *(f"tests/unit/plan/test_{name}.py" for name in ("fakes", "planner")),
 ]
+
+
+@nox.session
+def liger(session: nox.Session) -> None:
+    """Plan steps with Liger's kernels, which need Triton, against an H100's."""
+    session.install(TORCH)
+    session.install("-e", ".[test,trl]", "liger-kernel", "triton")
+    session.run("python", "-m", "pytest", "-q", "tests/integration/test_plan_measured.py", "-k", "liger")
 
 
 @nox.session

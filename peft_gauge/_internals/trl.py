@@ -171,7 +171,7 @@ def offloading_on_fakes(address: Callable[[torch.UntypedStorage], int]) -> Itera
     """While active, TRL's own activation offloading runs on fake tensors on the CPU as if these were on a GPU: what it
     offloads is released, and what it fetches is allocated. Guarded by `has_offloading`.
 
-    ``address``: of a storage, by which TRL tells whether it has offloaded it already.
+    ``address``: of a storage, by which TRL knows a tensor that it has offloaded already.
     """
     import torch
     from trl.models import activation_offloading

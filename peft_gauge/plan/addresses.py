@@ -1,6 +1,6 @@
 """Addresses of storages on the planned device, for code that compares them.
 
-A fake has no address. Where a library tells storages apart by their address, its behaviour depends on when the caching
+A fake has no address. Where a library compares addresses of storages, its behaviour depends on when the caching
 allocator hands out an address again, so the addresses are those of the allocator's model.
 """
 
@@ -22,7 +22,7 @@ _OUTSIDE = 1 << 60  # above all addresses of the allocator's model
 class Addresses:
     """The addresses in a step that ``tracker`` follows.
 
-    A storage that is asked for before it is tracked has an address of its own, and keeps it.
+    A storage whose address is needed before it is tracked has one of its own, and keeps it.
     """
 
     def __init__(self, tracker: StorageTracker) -> None:

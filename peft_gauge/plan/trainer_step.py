@@ -12,6 +12,7 @@ import torch
 
 from peft_gauge._internals import moved
 from peft_gauge._internals.accelerate import scale_losses
+from peft_gauge._internals.liger import has_liger, liger_on_fakes
 from peft_gauge._internals.torch import (
     is_fake,
     moves_fakes,
@@ -65,6 +66,11 @@ _EXPECTED = frozenset(
         "transformers.trainer._inner_training_loop",  # the same before transformers 5
         "transformers.trainer._finalize_training",
         "trl.trainer.sft_trainer.compute_loss",  # metrics: entropy, accuracy, number of tokens
+        # The number of tokens with a label, and whether the loss's own gradient is 1.
+        "liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward",
+        "liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_backward",
+        "liger_kernel.ops.cross_entropy.cross_entropy_forward",
+        "liger_kernel.ops.cross_entropy.cross_entropy_backward",
         "trl.trainer.utils._fused_forward",  # the tokens with a label, which here are all
     }
 )
@@ -94,6 +100,8 @@ def follow_trainer(
         folder = stack.enter_context(trainers.alone())
         if fake:
             stack.enter_context(moves_fakes())
+            if _uses_liger(request):
+                stack.enter_context(liger_on_fakes())
         trainers.mark_quantized(model, request.method)
         offloaded = (
             stack.enter_context(offloading_on_fakes(Addresses(tracker).of)) if fake and _offloads(request) else None
@@ -133,6 +141,11 @@ def follow_trainer(
         saved_activation_bytes=done.saved_activation_bytes,
         flops=tracker.flops // traced * request.settings.grad_accumulation,
     )
+
+
+def _uses_liger(request: PlanRequest) -> bool:
+    """Whether the request's trainer replaces parts of the model by Liger's, and they can be planned here."""
+    return bool(dict(request.trainer_arguments).get("use_liger_kernel")) and has_liger()
 
 
 def _offloads(request: PlanRequest) -> bool:
@@ -267,6 +280,8 @@ def _arguments(request: PlanRequest, notes: list[str]) -> dict[str, Any]:
     settings = request.settings
     further = dict(request.trainer_arguments)
     for name, why in trainers.NOT_PLANNED.items():
+        if name in trainers.OF_LIGER and _uses_liger(request):
+            continue
         if further.pop(name, None):
             notes.append(f"{name} is left out of this plan: {why}")
     kwargs = further.get("gradient_checkpointing_kwargs") or {}

@@ -64,10 +64,11 @@ NOT_PLANNED = {
     "torch_compile": "compiled steps are not planned; they usually need less",
     "torch_compile_backend": "compiled steps are not planned",
     "torch_compile_mode": "compiled steps are not planned",
-    "use_liger_kernel": "Liger's fused kernels are not planned; they need less",
-    "liger_kernel_config": "Liger's fused kernels are not planned",
+    "use_liger_kernel": "Liger's fused kernels, which need less, are planned where liger-kernel is installed",
+    "liger_kernel_config": "Liger's fused kernels are planned where liger-kernel is installed",
 }
-"""Arguments that a plan leaves out, and why."""
+"""Arguments that a plan leaves out, and why; of Liger's, only if it is missing."""
+OF_LIGER = ("use_liger_kernel", "liger_kernel_config")
 
 SETTINGS = (
     "per_device_train_batch_size",

@@ -36,6 +36,22 @@ def is_quick(step: MeasuredStep) -> bool:
 QUICK = [step for step in STEPS if is_quick(step)]
 
 
+LIGER = [step for step in H100 if "use_liger_kernel" in step.settings.get("arguments", {})]
+
+
+@pytest.mark.parametrize("step", LIGER, ids=lambda step: step.id)
+def test_with_ligers_kernels_too(step: MeasuredStep) -> None:
+    """They change functions of transformers for the whole process; a plan leaves them as they were."""
+    pytest.importorskip("liger_kernel", reason="run: nox -s liger")
+    plain = next(each for each in H100 if each.settings["method"] == "ia3").request()
+    before = plan(plain)
+    found = plan(step.request())
+    assert found.peak_bytes == pytest.approx(step.peak_bytes, abs=ROUNDING_BYTES)
+    assert found.phase_of_peak == "forward"
+    assert not found.warnings
+    assert plan(plain).peak_by_category == before.peak_by_category
+
+
 @pytest.mark.parametrize("step", QUICK, ids=lambda step: step.id)
 def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
     found = plan(step.request())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import LESS, SEVERAL_GPUS, Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, SEVERAL_GPUS, Keys, Recipe, known_keys
 
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
@@ -30,10 +31,6 @@ NOT_MODELLED = {
     "lora_mlp_kernel": f"a fused LoRA kernel {LESS}",
     "lora_qkv_kernel": f"a fused LoRA kernel {LESS}",
     "lora_o_kernel": f"a fused LoRA kernel {LESS}",
-    "liger_rms_norm": f"Liger's norm {LESS}",
-    "liger_glu_activation": f"Liger's activation {LESS}",
-    "liger_layer_norm": f"Liger's norm {LESS}",
-    "liger_rope": f"Liger's rotary embedding {LESS}",
     "activation_offloading": f"activation offloading {LESS}",
     "layer_offloading": f"layer offloading {LESS}",
     "gptq": "GPTQ is planned from the checkpoint's own config",
@@ -42,6 +39,15 @@ NOT_MODELLED = {
     "fp8": "FP8 compute is not planned",
 }
 FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+# axolotl's keys -> Liger's own options.
+LIGER = {
+    "liger_rope": ("rope",),
+    "liger_rms_norm": ("rms_norm",),
+    "liger_layer_norm": ("layer_norm",),
+    "liger_glu_activation": ("swiglu", "geglu"),
+    "liger_cross_entropy": ("cross_entropy",),
+    "liger_fused_linear_cross_entropy": ("fused_linear_cross_entropy",),
+}
 PACKED = "rows of sequence_len tokens, planned without the mask between the texts of a row, as with flash attention"
 
 
@@ -56,6 +62,7 @@ def read_axolotl(values: Mapping[str, Any]) -> Recipe:
         keys.not_modelled["gradient_checkpointing"] = "checkpointing is planned, offloading to the host is not"
     checkpointing_kwargs = keys.get("gradient_checkpointing_kwargs") or {}
     keys.refuse(NOT_MODELLED)
+    arguments = _liger(keys)
     loss = _loss(keys)
     if keys.get("sample_packing"):
         keys.get("pad_to_sequence_len")
@@ -76,6 +83,7 @@ def read_axolotl(values: Mapping[str, Any]) -> Recipe:
         dtype=dtype,
         loop="trainer",
         fields=fields,
+        arguments=arguments,
         reentrant=bool(checkpointing_kwargs.get("use_reentrant", True)) if checkpointing else None,
         attention=attention,
         loss=loss,
@@ -127,9 +135,21 @@ def _method(keys: Keys) -> Any:
     )
 
 
+def _liger(keys: Keys) -> dict[str, Any]:
+    """The trainer's arguments for the parts of the model that Liger replaces."""
+    chosen = {key: bool(keys.get(key)) for key in LIGER}
+    if not any(chosen.values()):
+        return {}
+    if not has_liger():
+        keys.not_modelled |= dict.fromkeys((key for key, on in chosen.items() if on), NO_LIGER)
+        return {}
+    options = {option: on for key, on in chosen.items() for option in LIGER[key]}
+    return {"use_liger_kernel": True, "liger_kernel_config": options}
+
+
 def _loss(keys: Keys) -> str:
     for name in FUSED_LOSSES:
-        if keys.get(name):
+        if keys.get(name) and not (name in LIGER and has_liger()):
             keys.not_modelled[name] = "planned as a loss in 8 chunks along the sequence, which needs somewhat more"
             return "chunked"
     keys.get("plugins")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import LESS, SEVERAL_GPUS, Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, SEVERAL_GPUS, Keys, Recipe, known_keys
 from peft_gauge.training import trainers
 
 NOT_MODELLED = {
@@ -16,7 +17,6 @@ NOT_MODELLED = {
     "fsdp_config": SEVERAL_GPUS,
     "use_unsloth": f"Unsloth {LESS}",
     "use_unsloth_gc": "checkpointing is planned, offloading to the host is not",
-    "enable_liger_kernel": f"Liger's fused kernels {LESS}",
     "use_galore": "GaLore is not planned",
     "use_apollo": "APOLLO is not planned",
     "use_badam": "BAdam is not planned",
@@ -63,6 +63,12 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
         "mixed_precision": autocast,
     }
     keys.get("packing")
+    arguments: dict[str, Any] = {}
+    if keys.flag("enable_liger_kernel"):
+        if has_liger():
+            arguments["use_liger_kernel"] = True
+        else:
+            keys.not_modelled["enable_liger_kernel"] = NO_LIGER
     attention = ATTENTIONS.get(str(keys.get("flash_attn", "auto")))
     reentrant = keys.flag("use_reentrant_gc", True) if checkpointing else None
     return keys.recipe(
@@ -71,6 +77,7 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
         dtype=dtype,
         loop="trainer",
         fields=fields,
+        arguments=arguments,
         reentrant=reentrant,
         attention=attention,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
 
+NO_LIGER = "Liger's fused kernels, which need less, are planned where liger-kernel is installed"
 SEVERAL_GPUS = "several GPUs are not planned"
 LESS = "is not planned; a step needs less with it"
 """Reasons that several tools share."""

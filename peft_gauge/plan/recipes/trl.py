@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
 from peft_gauge.plan.recipes.recipe import Keys, Recipe
@@ -33,9 +34,15 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+def not_modelled() -> dict[str, str]:
+    """Keys that a plan does not follow, and why."""
+    return {name: why for name, why in NOT_MODELLED.items() if not (name in trainers.OF_LIGER and has_liger())}
+
+
 def arguments_of(keys: Keys, loop: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """The trainer's arguments that ``keys`` give; the defaults of settings that they leave out are noted."""
-    given = {name: keys.get(name) for name in (*trainers.SETTINGS, *ARGUMENTS) if name in keys and name in known}
+    names = (*trainers.SETTINGS, *ARGUMENTS, *(trainers.OF_LIGER if has_liger() else ()))
+    given = {name: keys.get(name) for name in names if name in keys and name in known}
     found = trainers.arguments(loop, given)  # type: ignore[arg-type]
     for name in trainers.SETTINGS:
         if name not in given:
@@ -74,7 +81,7 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
         )
     elif bits is not None:
         raise GaugeError("the TRL recipe quantizes the base and trains all of it; add use_peft: true")
-    keys.refuse(NOT_MODELLED)
+    keys.refuse(not_modelled())
     seq = keys.whole("max_length", config["max_length"])
     attention = keys.get("attn_implementation")
     return keys.recipe(
@@ -96,7 +103,7 @@ def read_arguments(values: Mapping[str, Any]) -> Recipe:
     tool = "TrainingArguments" if loop == "trainer" else "SFTConfig"
     keys = Keys(tool, values, config)
     given = arguments_of(keys, loop, config)
-    keys.refuse(NOT_MODELLED)
+    keys.refuse(not_modelled())
     length = {"seq": keys.whole("max_length", config["max_length"])} if loop == "sft" else {}
     return keys.recipe(
         model=None,

@@ -268,3 +268,38 @@ def test_a_recipe_without_a_base_needs_one(tmp_path: Path) -> None:
         base_of(None, recipe(tmp_path, {**LLAMA_FACTORY, "model_name_or_path": None}))
     with pytest.raises(GaugeError, match="--model, or a config file with --recipe"):
         base_of(None, None)
+
+
+LIGER_KEYS = [
+    (
+        "axolotl",
+        "base_model: m\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\nliger_rope: true\n"
+        "liger_fused_linear_cross_entropy: true\n",
+        {"rope": True, "rms_norm": False, "swiglu": False, "fused_linear_cross_entropy": True},
+    ),
+    ("LLaMA-Factory", "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\nenable_liger_kernel: true\n", {}),
+    ("TRL", "model_name_or_path: m\ndataset_name: d\nuse_peft: true\nuse_liger_kernel: true\n", {}),
+]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(("tool", "text", "options"), LIGER_KEYS, ids=[tool for tool, _, _ in LIGER_KEYS])
+def test_liger_is_planned_where_it_is_installed(
+    tool: str, text: str, options: dict[str, bool], installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("trl", "axolotl", "llama_factory"):
+        monkeypatch.setattr(f"peft_gauge.plan.recipes.{name}.has_liger", lambda: installed)
+    file = tmp_path / "recipe.yml"
+    file.write_text(text)
+    found = read(file, {})
+    assert found.tool == tool
+    keys = {line.partition(":")[0] for line in text.splitlines() if "liger" in line}
+    if installed:
+        assert found.arguments["use_liger_kernel"] is True
+        assert options.items() <= found.arguments.get("liger_kernel_config", {}).items()
+        assert keys <= set(found.understood)
+        assert not keys & set(found.not_modelled)
+        assert found.loss == "full"
+    else:
+        assert "use_liger_kernel" not in found.arguments
+        assert keys <= set(found.not_modelled)
