@@ -7,10 +7,16 @@ Dequantization, paging and smaller products also take time, which is not in this
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge import paths
+from peft_gauge._internals.liger import has_liger
+from peft_gauge._internals.trl import has_offloading
+from peft_gauge.memory import gpus
+from peft_gauge.memory.overheads import read_calibration
 from peft_gauge.plan.record import Plan, PlanFailure
 
 if TYPE_CHECKING:
@@ -41,7 +47,8 @@ class Advice:
 
     ``changes``: names of the changes; ``same_data``: whether it trains on the same tokens. ``device_bytes``: as a
     plan's ``device_bytes_estimate``; ``saved_bytes``: less than the step without changes. ``flops_ratio``: operations
-    per token over those of the step without changes. ``fits``: by GPU.
+    per token over those of the step without changes. ``fits``: by GPU. ``tokens_per_second``: by GPU, an upper bound,
+    the GPU's measured speed of a matrix product over the operations per token; only for calibrated GPUs.
     """
 
     changes: tuple[str, ...]
@@ -51,6 +58,7 @@ class Advice:
     saved_bytes: int
     flops_ratio: float
     fits: dict[str, bool]
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The record for JSON."""
@@ -111,15 +119,29 @@ def _advice(request: PlanRequest, base: Plan, changes: Sequence[Change], plan: P
         settings = each.settings
         return each.flops_per_step / float(settings["batch"] * settings["seq"] * settings["grad_accumulation"])
 
+    needed = flops_per_token(plan)
     return Advice(
         changes=tuple(change.name for change in changes),
         same_data=all(change.same_data for change in changes),
         peak_bytes=plan.peak_bytes,
         device_bytes=plan.device_bytes_estimate,
         saved_bytes=base.device_bytes_estimate - plan.device_bytes_estimate,
-        flops_ratio=flops_per_token(plan) / flops_per_token(base),
+        flops_ratio=needed / flops_per_token(base),
         fits={fit.gpu: fit.fits for fit in plan.gpus},
+        tokens_per_second={gpu: speed / needed for gpu, speed in speeds(request).items()},
     )
+
+
+def speeds(request: PlanRequest) -> dict[str, float]:
+    """FLOP/s of a large matrix product on each GPU of the request that `peft-gauge calibrate` has measured, by the name
+    that plans give it."""
+    folder = Path(request.calibration_folder) if request.calibration_folder else paths.calibrations()
+    found = {}
+    for gpu in request.gpus:
+        speed = (read_calibration(folder, gpu) or {}).get("speed", {}).get("product_flops_per_second")
+        if speed:
+            found[gpus.lookup(gpu).name] = float(speed)
+    return found
 
 
 # --- the changes --------------------------------------------------------------------------------------------
@@ -178,6 +200,26 @@ def _batch_of_one(request: PlanRequest) -> PlanRequest | None:
     return replace(request, settings=one)
 
 
+def _offloaded(request: PlanRequest) -> PlanRequest | None:
+    if request.loop != "sft" or not has_offloading():
+        return None
+    return _with_argument(request, "activation_offloading")
+
+
+def _with_liger(request: PlanRequest) -> PlanRequest | None:
+    if request.loop == "plain" or not has_liger():
+        return None
+    return _with_argument(request, "use_liger_kernel")
+
+
+def _with_argument(request: PlanRequest, name: str) -> PlanRequest | None:
+    """With the trainer's argument ``name``, which is off by default."""
+    given = dict(request.trainer_arguments)
+    if given.get(name):
+        return None
+    return replace(request, trainer_arguments=tuple(sorted({**given, name: True}.items())))
+
+
 def _half_sequence(request: PlanRequest) -> PlanRequest | None:
     settings = request.settings
     return replace(request, settings=replace(settings, seq=settings.seq // 2)) if settings.seq >= 4 else None
@@ -192,7 +234,9 @@ CHANGES = (
     Change("weights in bfloat16", _in_16_bit),
     Change("no k-bit preparation", _unprepared),
     Change("base in NF4, unprepared", _in_nf4),
+    Change("Liger's kernels", _with_liger),
     Change("gradient checkpointing", _checkpointed),
+    Change("activation offloading", _offloaded),
     Change("half the sequence", _half_sequence, same_data=False),
 )
 """All changes that are tried."""

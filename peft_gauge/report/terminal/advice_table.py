@@ -28,6 +28,9 @@ def show_advice(plan: Mapping[str, Any], *, width: int | None = None) -> None:
     table.add_column("change")
     for name in ("device", "saves", "FLOPs per token"):
         table.add_column(name, justify="right")
+    calibrated = next(iter(advice[0]["tokens_per_second"]), None)
+    if calibrated is not None:
+        table.add_column("tokens/s, at most", justify="right")
     if plan["fits"]:
         table.add_column("fits")
     rows = list(enumerate(advice))
@@ -39,6 +42,8 @@ def show_advice(plan: Mapping[str, Any], *, width: int | None = None) -> None:
             shown_bytes(each["saved_bytes"]),
             f"{each['flops_ratio']:.2f}×",
         ]
+        if calibrated is not None:
+            cells.append(f"{each['tokens_per_second'][calibrated]:,.0f}")
         if plan["fits"]:
             fits = all(each["fits"].values())
             cells.append(("yes ←" if place == first else "yes") if fits else "no")
@@ -53,6 +58,9 @@ def _title(plan: Mapping[str, Any]) -> str:
 def _caption(plan: Mapping[str, Any], first: int | None) -> str:
     left_out = max(len(plan["advice"]) - MOST_ROWS, 0)
     lines = ["same tokens first, then by FLOPs, which leave out the time of dequantization and paging"]
+    for gpu in plan["advice"][0]["tokens_per_second"]:
+        lines.append(f"tokens/s: the speed of a matrix product calibrated on {gpu} over the FLOPs, an upper bound")
+        break
     if left_out:
         lines.append(f"{left_out} more in --json")
     if plan["fits"]:

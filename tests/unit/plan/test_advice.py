@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from peft_gauge.memory import overheads
 from peft_gauge.plan import advice
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import Plan, PlanFailure, PlanOutcome, PlanRequest
 from peft_gauge.report.terminal.advice_table import show_advice
 from peft_gauge.training import methods, models
+from peft_gauge.training.loops import step_settings
 from peft_gauge.training.step import StepSettings
 
 pytestmark = pytest.mark.integration
@@ -104,3 +107,39 @@ def test_nothing_to_advise_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> 
     assert isinstance(plan(FULL), Plan)
     show_advice({**plan(FULL).as_json(), "advice": []})
     assert capsys.readouterr().out == "full: none of the changes that were tried needs less memory\n"
+
+
+def test_a_trainer_has_changes_of_its_own() -> None:
+    settings, further = step_settings("sft", {"batch": 4, "seq": 128}, {"gradient_checkpointing": False})
+    sft = PlanRequest(TOY, methods.LORA, settings, dtype="float32", loop="sft", trainer_arguments=further)
+    offloaded = BY_NAME["activation offloading"].apply(sft)
+    assert offloaded is not None
+    assert dict(offloaded.trainer_arguments) == {"activation_offloading": True}
+    assert BY_NAME["activation offloading"].apply(offloaded) is None
+    assert BY_NAME["activation offloading"].apply(FULL) is None
+    assert BY_NAME["Liger's kernels"].apply(FULL) is None
+    assert plan(offloaded).peak_bytes < plan(sft).peak_bytes
+
+
+def test_a_calibrated_gpu_bounds_the_tokens_per_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], found: list[advice.Advice]
+) -> None:
+    assert not any(each.tokens_per_second for each in found), "600MB is no calibrated GPU"
+    overheads.write_calibration(
+        tmp_path,
+        "H100 80GB",
+        torch_version="2.11.0",
+        measured_on="2026-11-28",
+        context_bytes=778043392,
+        cublas_workspace_bytes=67108864,
+        cublaslt_workspace_bytes=1048576,
+        speed={"product_flops_per_second": 8e14},
+    )
+    asked = replace(FULL, gpus=("H100",), calibration_folder=str(tmp_path))
+    base = plan(asked)
+    each = next(each for each in advice.advise(asked, base, plan_all) if each.changes == ("gradient checkpointing",))
+    tokens = SETTINGS.batch * SETTINGS.seq
+    expected = 8e14 / (base.flops_per_step / tokens * each.flops_ratio)
+    assert each.tokens_per_second == {"H100 80GB": pytest.approx(expected)}
+    show_advice({**base.as_json(), "advice": [each.as_json()]}, width=120)
+    assert f"{expected:,.0f}" in capsys.readouterr().out
