@@ -8,7 +8,7 @@ from typing import Any
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, SEVERAL_GPUS, Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, SEVERAL_GPUS, Keys, Recipe, attention_name, known_keys
 
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
@@ -35,6 +35,15 @@ NOT_MODELLED = {
     "layer_offloading": f"layer offloading {LESS}",
     "gptq": "GPTQ is planned from the checkpoint's own config",
     "lora_target_parameters": "adapters on parameters are planned from an adapter config only (--adapter)",
+    "expert_parallel_size": SEVERAL_GPUS,
+    "use_scattermoe": f"a fused kernel for experts {LESS}",
+    "use_sonicmoe": f"a fused kernel for experts {LESS}",
+    "dense_mixer": "dense mixing of experts is not planned",
+    "nonexpert_quantization": "another quantization of the layers outside the experts is not planned",
+    "kd_trainer": "the step is planned as supervised fine-tuning, without the teacher's logits",
+    "diffusion": "the step is planned as supervised fine-tuning",
+    "use_mora": "MoRA is planned as LoRA",
+    "spectrum_top_fraction": "parts of the base are not planned; all of it is",
     "qat": "quantization-aware training is not planned",
     "fp8": "FP8 compute is not planned",
 }
@@ -164,6 +173,7 @@ def _attention(keys: Keys) -> str | None:
             given = given or name
     others = ("xformers_attention", "flex_attention", "s2_attention", "sage_attention")
     keys.refuse(dict.fromkeys(others, "another attention is planned as sdpa"))
+    given = attention_name(given)
     if given in (None, "sdpa", "eager", "flash_attention_2"):
         return None if given is None else str(given)
     keys.not_modelled["attn_implementation"] = f"{given} is planned as sdpa"

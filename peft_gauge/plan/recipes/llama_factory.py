@@ -8,7 +8,7 @@ from typing import Any
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, SEVERAL_GPUS, Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, OLDER, SEVERAL_GPUS, Keys, Recipe, known_keys
 from peft_gauge.training import trainers
 
 NOT_MODELLED = {
@@ -38,7 +38,7 @@ ATTENTIONS = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_a
 def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
     """The recipe of ``llamafactory-cli train``."""
     config = trainers.config_fields("trainer")
-    keys = Keys("LLaMA-Factory", values, {*known_keys("llama-factory"), *config})
+    keys = Keys("LLaMA-Factory", values, {*known_keys("llama-factory"), *known_keys(OLDER), *config})
     stage = keys.get("stage", "sft")
     if stage not in ("sft", "pt"):
         raise GaugeError(f"LLaMA-Factory's stage {stage!r} cannot be planned; sft and pt can")

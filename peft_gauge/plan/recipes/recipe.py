@@ -136,8 +136,21 @@ class Keys:
         )
 
 
+OLDER = "older TrainingArguments"
+"""Names of earlier releases of transformers, none with an effect on the memory of a step."""
+
+FLASH = "flash_attention_2"
+
+
+def attention_name(given: Any) -> Any:
+    """``given``, an attention implementation, by the name that it is planned under: every flash attention needs the
+    same memory, also a later one, or one from the Hub (``kernels-community/vllm-flash-attn3``)."""
+    text = str(given).lower().replace("-", "_")
+    return FLASH if "flash_attn" in text or text.startswith("flash_attention") else given
+
+
 @cache
 def known_keys(tool: str) -> frozenset[str]:
-    """The names of the keys that axolotl or LLaMA-Factory reads (``fixtures/recipe_keys.json``)."""
+    """The names of the keys that axolotl or LLaMA-Factory reads, or `OLDER` ones (``fixtures/recipe_keys.json``)."""
     content = json.loads(paths.fixture("recipe_keys.json").read_text(encoding="utf-8"))
     return frozenset(content[tool]["keys"])

@@ -9,7 +9,7 @@ from typing import Any
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import Keys, Recipe
+from peft_gauge.plan.recipes.recipe import OLDER, Keys, Recipe, attention_name, known_keys
 from peft_gauge.training import trainers
 
 SCRIPT = frozenset(
@@ -57,7 +57,7 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
 
     config = trainers.config_fields("sft")
     model_fields = _model_defaults()
-    keys = Keys("TRL", values, {*config, *model_fields, *SCRIPT})
+    keys = Keys("TRL", values, {*config, *model_fields, *SCRIPT, *known_keys(OLDER)})
     given = arguments_of(keys, "sft", config)
     default = model_fields.get
     model = keys.get("model_name_or_path")
@@ -83,7 +83,7 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
         raise GaugeError("the TRL recipe quantizes the base and trains all of it; add use_peft: true")
     keys.refuse(not_modelled())
     seq = keys.whole("max_length", config["max_length"])
-    attention = keys.get("attn_implementation")
+    attention = attention_name(keys.get("attn_implementation"))
     return keys.recipe(
         model=model,
         method=method,
@@ -98,10 +98,11 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
 def read_arguments(values: Mapping[str, Any]) -> Recipe:
     """A file of ``TrainingArguments``, or of ``SFTConfig`` if it has a key of that."""
     plain = trainers.config_fields("trainer")
-    loop = "trainer" if values.keys() <= plain.keys() else "sft"
-    config = plain if loop == "trainer" else trainers.config_fields("sft")
+    of_sft = trainers.config_fields("sft")
+    loop = "sft" if values.keys() & (of_sft.keys() - plain.keys()) else "trainer"
+    config = of_sft if loop == "sft" else plain
     tool = "TrainingArguments" if loop == "trainer" else "SFTConfig"
-    keys = Keys(tool, values, config)
+    keys = Keys(tool, values, {*config, *known_keys(OLDER)})
     given = arguments_of(keys, loop, config)
     keys.refuse(not_modelled())
     length = {"seq": keys.whole("max_length", config["max_length"])} if loop == "sft" else {}

@@ -303,3 +303,29 @@ def test_liger_is_planned_where_it_is_installed(
     else:
         assert "use_liger_kernel" not in found.arguments
         assert keys <= set(found.not_modelled)
+
+
+def test_names_of_plugins_and_of_earlier_releases_are_known(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yml"
+    file.write_text(
+        "base_model: m\nmodel_type: LlamaForCausalLM\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+        "use_swanlab: true\nuse_scattermoe: true\nbse_model_config: x\n"
+        "attn_implementation: kernels-community/vllm-flash-attn3\n"
+    )
+    found = read(file, {})
+    assert {"model_type", "use_swanlab"} <= set(found.without_effect)
+    assert "use_scattermoe" in found.not_modelled
+    assert [name.partition(" ")[0] for name in found.unknown] == ["'bse_model_config'"]
+    assert found.attention == "flash_attention_2"
+
+
+def test_a_misspelt_argument_does_not_change_the_trainer(tmp_path: Path) -> None:
+    file = tmp_path / "arguments.json"
+    values = {"per_device_train_batch_size": 2, "warmup_ratio": 0.1, "gradient_acumulation_steps": 2}
+    file.write_text(json.dumps(values))
+    found = read(file, {})
+    assert (found.tool, found.loop) == ("TrainingArguments", "trainer")
+    assert "warmup_ratio" in found.without_effect
+    assert len(found.unknown) == 1
+    file.write_text(json.dumps({**values, "max_length": 512}))
+    assert read(file, {}).loop == "sft"
