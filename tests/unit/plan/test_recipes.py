@@ -308,8 +308,8 @@ def test_liger_is_planned_where_it_is_installed(
 def test_names_of_plugins_and_of_earlier_releases_are_known(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yml"
     file.write_text(
-        "base_model: m\nmodel_type: LlamaForCausalLM\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
-        "use_swanlab: true\nuse_scattermoe: true\nbse_model_config: x\n"
+        "base_model: m\nmodel_type: LlamaForCausalLM\nadapter: lora\nlora_r: 8\nlora_alpha: 16\n"
+        "lora_target_linear: true\nuse_swanlab: true\nuse_scattermoe: true\nbse_model_config: x\n"
         "attn_implementation: kernels-community/vllm-flash-attn3\n"
     )
     found = read(file, {})
