@@ -57,6 +57,11 @@ def add_options(parser: pytest.Parser) -> None:
         help="no, bf16 or fp16: run forward under autocast, with loss scaling for fp16 (default: no, or the trainer's)",
     )
     add(
+        "--float32-outputs",
+        action="store_true",
+        help="copy 16-bit outputs of forward to float32, as accelerate does (a trainer does so itself)",
+    )
+    add(
         "--attention",
         help=f"{', '.join(models.ATTENTIONS)} (default: sdpa if the architecture supports it, else eager)",
     )
@@ -141,6 +146,8 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
         "dataset",
     )
     found = {name: config.getoption(name) for name in names}
+    if config.getoption("float32_outputs"):  # runs without it do not record it, as earlier ones
+        found["float32_outputs"] = True
     if config.getoption("loop") == "plain":  # as earlier runs, which knew no other, recorded it
         return {**found, "mixed_precision": found["mixed_precision"] or "no"}
     return {**found, "loop": config.getoption("loop"), "set": config.getoption("changes") or []}

@@ -50,3 +50,10 @@ def step_parts(settings: Mapping[str, Any], *, tokens: bool = True) -> list[str]
         f"{mixed} autocast": mixed != "no",
     }
     return [part for part, shown in parts.items() if shown]
+
+
+def step_conditions(settings: Mapping[str, Any]) -> str:
+    """A measured or planned step's loop, shape, data type and autocast."""
+    loop, mixed = LOOP_TITLES.get(settings.get("loop", "plain")), settings.get("mixed_precision", "no")
+    by, autocast = f"by {loop}, " if loop else "", f" with {mixed} autocast" if mixed != "no" else ""
+    return f"{by}{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}{autocast}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.errors import one_line
 from peft_gauge.history.metrics import environment_changes, machine_changes
 from peft_gauge.report.comparison import in_markdown
-from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds
+from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds, step_conditions
 from peft_gauge.report.html import page_data
 from peft_gauge.report.html.page_history import machine_of
 from peft_gauge.report.rows import PHASES, label
@@ -124,7 +124,7 @@ def _method(row: dict[str, Any]) -> list[str]:
     return [
         label(row),
         _where(row),
-        page_data.conditions(row.get("settings") or {}),
+        step_conditions(row.get("settings") or {}),
         shown(row.get("trainable_params"), "{:,}"),
         shown(row.get("percent_of_base"), "{:.4f}"),
         shown_bytes(row.get("adapter_disk_bytes")),
@@ -178,7 +178,7 @@ def _plan(plan: Mapping[str, Any]) -> list[str]:
     return [
         plan["method"],
         plan["model"],
-        page_data.conditions(plan["settings"]),
+        step_conditions(plan["settings"]),
         *(shown_bytes(plan.get(name)) for name in sizes),
         plan.get("phase_of_peak") or ABSENT,
     ]

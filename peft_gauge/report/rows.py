@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge.report.format import step_conditions
+
 if TYPE_CHECKING:
     from peft_gauge.history.schema import CaseRecord
 
@@ -41,11 +43,6 @@ def by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str,
 
 
 def conditions(rows: list[dict[str, Any]]) -> str:
-    """Shape, dtype and weights of ``rows``, which belong to one model on one device."""
+    """The step and the weights of ``rows``, which belong to one model on one device."""
     settings = rows[0].get("settings", {})
-    mixed = settings.get("mixed_precision", "no")
-    autocast = "" if mixed == "no" else f" with {mixed} autocast"
-    return (
-        f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}{autocast}, "
-        f"{settings.get('weights')} weights"
-    )
+    return f"{step_conditions(settings)}, {settings.get('weights')} weights"

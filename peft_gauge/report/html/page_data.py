@@ -21,6 +21,7 @@ from peft_gauge.history.metrics import RecordedCase, cases_of, is_number, machin
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
 from peft_gauge.medians import median_interval
+from peft_gauge.report.format import step_conditions
 from peft_gauge.report.html.page_history import History, RememberedRules, machine_of
 from peft_gauge.report.rows import PHASES, label, method_rows
 from peft_gauge.report.terminal.memory_table import ON_CPU, ON_CUDA, planned_bytes
@@ -198,11 +199,6 @@ def _of_method(run: Run, metrics: Mapping[str, Any]) -> Row:
     return {"machine": machine_of(run), "model": metrics.get("model"), "method": metrics.get("method")}
 
 
-def conditions(settings: Mapping[str, Any]) -> str:
-    """Shape and dtype as a short text."""
-    return f"{settings.get('batch')}×{settings.get('seq')} tokens, {settings.get('dtype')}"
-
-
 def plans_of(run: Run) -> Iterator[Mapping[str, Any]]:
     """All planned steps among the cases of ``run``."""
     for case in run.cases:
@@ -247,10 +243,10 @@ def measured_steps(run: Run) -> list[Row]:
 def memory_rows(run: Run) -> Iterator[Row]:
     """Bytes by category at the peak, for measured and for planned steps."""
     for row in measured_steps(run):
-        panel = f"{row['model']} on {row['device']}, measured, {conditions(row.get('settings', {}))}"
+        panel = f"{row['model']} on {row['device']}, measured, {step_conditions(row.get('settings', {}))}"
         yield from _categories(run, row, row.get("peak_by_category") or {}, panel, label(row), "measured")
     for plan in plans_of(run):
-        panel = f"{plan['model']}, planned, {conditions(plan['settings'])}"
+        panel = f"{plan['model']}, planned, {step_conditions(plan['settings'])}"
         yield from _categories(run, plan, plan.get("peak_by_category") or {}, panel, _planned(plan), "planned")
 
 
@@ -271,7 +267,7 @@ def _planned(plan: Mapping[str, Any]) -> str:
 def planned_rows(run: Run) -> Iterator[Row]:
     """By method and meter: measured peak, planned peak, ceiling (``None`` on a CPU), and relative error."""
     for row in measured_steps(run):
-        where = f"{row['model']} on {row['device']}, {conditions(row.get('settings', {}))}, {machine_of(run)}"
+        where = f"{row['model']} on {row['device']}, {step_conditions(row.get('settings', {}))}, {machine_of(run)}"
         for meter, (measured, planned) in (ON_CUDA if row["device"] == "cuda" else ON_CPU).items():
             planned_metric = planned_bytes(row, planned)
             if row.get(measured) is None or planned_metric is None:
@@ -367,7 +363,7 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
     interval = median_interval(list(chain.from_iterable(processes)))
     about = _of_method(run, metrics)
     is_method = about["method"] is not None
-    where = f"{about['model']} on {metrics.get('device')}, {conditions(metrics.get('settings') or {})}, "
+    where = f"{about['model']} on {metrics.get('device')}, {step_conditions(metrics.get('settings') or {})}, "
     return {
         **about,
         "panel": f"{metric.removesuffix('_seconds')}, {where if is_method else ''}{about['machine']}",

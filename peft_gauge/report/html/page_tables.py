@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 from peft_gauge.report import comparison as words
 from peft_gauge.report.charts import plots
-from peft_gauge.report.format import ABSENT
+from peft_gauge.report.format import ABSENT, step_conditions
 from peft_gauge.report.html import page_data
 from peft_gauge.report.html.page_cells import any_value, number, plain, seconds, size, table, text, verdict
 from peft_gauge.report.html.page_history import subject_of
@@ -139,7 +139,7 @@ def methods(report: Report) -> str:
             cells = [
                 text(label(row)),
                 text(f"{row['model']} on {row['device']}"),
-                text(page_data.conditions(row.get("settings") or {})),
+                text(step_conditions(row.get("settings") or {})),
                 plain(row.get("trainable_params"), "{:,}"),
                 plain(row.get("percent_of_base"), "{:.4f}"),
                 size(row.get("adapter_disk_bytes")),
