@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from peft_gauge.plan.recipes import Recipe
     from peft_gauge.plan.record import PlanFailure, PlanOutcome, PlanRequest
-    from peft_gauge.traces.timeline import Timeline
     from peft_gauge.training.methods import Method
 
 FINDABLE = ("batch", "seq", "rank")
@@ -369,7 +368,7 @@ def _show(
     as_json: bool,
     recipe: Recipe | None,
     advice: Mapping[int, list[dict[str, Any]]],
-    drawn: Mapping[int, tuple[str, Timeline]],
+    drawn: Mapping[int, tuple[str, Mapping[str, Any]]],
 ) -> None:
     from peft_gauge.plan.record import PlanFailure
 
@@ -379,7 +378,7 @@ def _show(
         objects[place]["advice"] = found
     if as_json:
         for place, (_, timeline) in drawn.items():
-            objects[place]["timeline"] = timeline.as_json()
+            objects[place]["timeline"] = timeline
     if recipe is not None:
         objects = [{**each, "recipe": recipe.as_json()} for each in objects]
     if as_json:

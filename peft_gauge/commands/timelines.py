@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from peft_gauge.plan.record import PlanOutcome, PlanRequest
-    from peft_gauge.traces.timeline import Timeline
 
 
 def check_plot(file: Path) -> None:
@@ -25,8 +24,8 @@ def check_plot(file: Path) -> None:
 
 def timelines(
     requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome], file: Path | None
-) -> dict[int, tuple[str, Timeline]]:
-    """The title and the timeline of each step that was planned, by its place; saved to ``file``, if given.
+) -> dict[int, tuple[str, dict[str, Any]]]:
+    """The title of each step that was planned and its timeline as JSON, by its place; saved to ``file``, if given.
 
     Raises `GaugeError` if the traced peak is not the planned one.
     """
@@ -38,7 +37,7 @@ def timelines(
     from peft_gauge.traces.timeline import timeline
 
     quiet()
-    found: dict[int, tuple[str, Timeline]] = {}
+    found: dict[int, tuple[str, dict[str, Any]]] = {}
     columns = columns_for(shutil.get_terminal_size().columns)
     for place, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
         if not isinstance(outcome, Plan):
@@ -54,7 +53,7 @@ def timelines(
         if file is not None:
             from peft_gauge.report.charts import timeline_plot
 
-            data = timeline_plot.save(title, timeline(log, timeline_plot.COLUMNS), file)
+            data = timeline_plot.save(title, timeline(log, timeline_plot.COLUMNS).as_json(), file)
             print(f"wrote {file} and its data, {data}", file=sys.stderr)
-        found[place] = title, drawn
+        found[place] = title, drawn.as_json()
     return found

@@ -11,12 +11,12 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.report.charts.memory_picture import GB, GREY, check_destination
 from peft_gauge.report.charts.plots import CATEGORIES, altair
 from peft_gauge.report.terminal.plan_table import LOOKS
-from peft_gauge.report.terminal.timeline_picture import peak_sentence
+from peft_gauge.report.terminal.timeline_picture import peak_sentence, total
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peft_gauge.traces.timeline import Timeline
+    from peft_gauge.report.terminal.timeline_picture import Timeline
 
 COLUMNS = 240
 WIDTH, HEIGHT = 760, 380
@@ -38,38 +38,38 @@ def save(title: str, found: Timeline, out: Path) -> Path:
 def as_csv(found: Timeline) -> str:
     """One row per column of the plot: the event's position, its phase, the total, and bytes by category."""
     text = io.StringIO()
-    names = [name for name in CATEGORIES if any(name in moment.by_category for moment in found.moments)]
+    names = [name for name in CATEGORIES if any(name in moment["by_category"] for moment in found["moments"])]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["event", "phase", "live_bytes", *names])
-    for moment in found.moments:
-        row = [moment.position, moment.phase, moment.nbytes]
-        writer.writerow([*row, *(moment.by_category.get(name, 0) for name in names)])
+    for moment in found["moments"]:
+        row = [moment["position"], moment["phase"], total(moment)]
+        writer.writerow([*row, *(moment["by_category"].get(name, 0) for name in names)])
     return text.getvalue()
 
 
 def draw(title: str, found: Timeline) -> Any:
     """The plot as an Altair chart."""
     alt = altair()
-    present = [name for name in CATEGORIES if any(name in moment.by_category for moment in found.moments)]
+    present = [name for name in CATEGORIES if any(name in moment["by_category"] for moment in found["moments"])]
     headings = [LOOKS[name][0] for name in present]
     rows = [
         {
-            "event": moment.position,
+            "event": moment["position"],
             "category": LOOKS[name][0],
             "order": order,
-            "gb": moment.by_category.get(name, 0) / GB,
+            "gb": moment["by_category"].get(name, 0) / GB,
         }
-        for moment in found.moments
+        for moment in found["moments"]
         for order, name in enumerate(present)
     ]
-    last = found.moments[-1].position
+    last = found["moments"][-1]["position"]
     x = alt.X(
         "event:Q",
         title="allocations and releases, in order",
         scale=alt.Scale(domain=[0, last], nice=False),
         axis=alt.Axis(grid=False, tickCount=6),
     )
-    top = found.peak.nbytes / GB * 1.12
+    top = total(found["peak"]) / GB * 1.12
     y = alt.Y("gb:Q", stack="zero", title="live memory, GB", scale=alt.Scale(domain=[0, top], nice=False))
     colours = alt.Scale(domain=headings, range=[CATEGORIES[name][1] for name in present])
     area = (
@@ -89,7 +89,7 @@ def draw(title: str, found: Timeline) -> Any:
         .mark_text(align="left", dx=4, baseline="top", fontSize=12, color="#333333")
         .encode(x="event:Q", y=alt.value(2), text="phase:N")
     )
-    point = {"event": max(found.peak.position, 0), "gb": found.peak.nbytes / GB}
+    point = {"event": max(found["peak"]["position"], 0), "gb": total(found["peak"]) / GB}
     peak = (
         alt.Chart(alt.Data(values=[point]))
         .mark_point(shape="triangle-down", filled=True, size=90, color="#000000", yOffset=-7)
@@ -110,9 +110,9 @@ def draw(title: str, found: Timeline) -> Any:
 
 def _starts(found: Timeline) -> list[dict[str, Any]]:
     """Where each phase begins; short ones keep their line but not their name."""
-    starts, last = [], found.moments[-1].position
-    for phase, run in groupby(found.moments, key=lambda moment: moment.phase):
+    starts, last = [], found["moments"][-1]["position"]
+    for phase, run in groupby(found["moments"], key=lambda moment: moment["phase"]):
         own = list(run)
-        wide = (own[-1].position - own[0].position) / max(last, 1) > 0.06
-        starts.append({"event": own[0].position, "phase": phase if wide else ""})
+        wide = (own[-1]["position"] - own[0]["position"]) / max(last, 1) > 0.06
+        starts.append({"event": own[0]["position"], "phase": phase if wide else ""})
     return starts

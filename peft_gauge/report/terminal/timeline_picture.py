@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +14,11 @@ from peft_gauge.report.format import shown_bytes
 from peft_gauge.report.terminal.plan_table import LOOKS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from peft_gauge.traces.timeline import Moment, Timeline
+Moment = Mapping[str, Any]
+"""A moment of a step's timeline (`peft_gauge.traces.timeline.Moment`) as JSON; `Timeline` likewise."""
+Timeline = Mapping[str, Any]
 
 HEIGHT = 14
 AXIS = 11  # columns of the scale to the left
@@ -31,21 +34,26 @@ def show_timeline(title: str, found: Timeline, *, width: int | None = None) -> N
     console = Console(width=width, highlight=False)
     console.print(Text(f"memory over a step: {title}"))
     console.print(*_rows(found), sep="\n")
-    console.print(_phases(found.moments))
-    console.print(_legend(found.moments))
+    console.print(_phases(found["moments"]))
+    console.print(_legend(found["moments"]))
     console.print(Text(peak_sentence(found)))
-    if found.held:
+    if found["held"]:
         console.print(_table(found))
 
 
 def peak_sentence(found: Timeline) -> str:
     """The peak, its phase, and the operator and module whose allocation reached it."""
-    peak = found.peak
-    words = f"peak {shown_bytes(peak.nbytes)} in {peak.phase}"
-    if not peak.operator:
+    peak = found["peak"]
+    words = f"peak {shown_bytes(total(peak))} in {peak['phase']}"
+    if not peak["operator"]:
         return words
-    module = shown_module(peak.module)
-    return f"{words}, reached by {peak.operator}" + (f" in {module}" if module else "")
+    module = shown_module(peak["module"])
+    return f"{words}, reached by {peak['operator']}" + (f" in {module}" if module else "")
+
+
+def total(moment: Moment) -> int:
+    """The live bytes of ``moment``."""
+    return sum(moment["by_category"].values())
 
 
 def shown_module(path: str) -> str:
@@ -57,9 +65,9 @@ def shown_module(path: str) -> str:
 
 
 def _rows(found: Timeline) -> list[Text]:
-    full = found.peak.nbytes
-    at_peak = next((place for place, each in enumerate(found.moments) if each is found.peak), None)
-    stacks = [_stack(each.by_category, full) for each in found.moments]
+    full, position = total(found["peak"]), found["peak"]["position"]
+    at_peak = next((place for place, each in enumerate(found["moments"]) if each["position"] == position), None)
+    stacks = [_stack(each["by_category"], full) for each in found["moments"]]
     rows = []
     marker = Text(" " * AXIS)
     if at_peak is not None:
@@ -89,7 +97,7 @@ def _stack(by_category: Mapping[str, int], full: int) -> list[str]:
 def _phases(moments: Sequence[Moment]) -> Text:
     """The name of each phase below its columns, with a bar where it begins."""
     line = Text(" " * (AXIS - 1) + "└")
-    for phase, run in groupby(moments, key=lambda moment: moment.phase):
+    for phase, run in groupby(moments, key=lambda moment: moment["phase"]):
         cells = len(list(run))
         line.append(f"│{phase}"[:cells].ljust(cells, "─") if cells > 1 else "│")
     return line
@@ -98,7 +106,7 @@ def _phases(moments: Sequence[Moment]) -> Text:
 def _legend(moments: Sequence[Moment]) -> Text:
     line = Text()
     for category, (heading, glyph, colour) in LOOKS.items():
-        if any(category in moment.by_category for moment in moments):
+        if any(category in moment["by_category"] for moment in moments):
             line.append(glyph, style=colour).append(f" {heading}  ")
     return line
 
@@ -109,7 +117,7 @@ def _table(found: Timeline) -> Table:
         table.add_column(name, overflow="fold")
     table.add_column("×", justify="right")
     table.add_column("bytes", justify="right", no_wrap=True)
-    for each in found.held:
-        heading = LOOKS[each.category][0]
-        table.add_row(heading, shown_module(each.module), each.operator, str(each.count), shown_bytes(each.nbytes))
+    for each in found["held"]:
+        heading, module = LOOKS[each["category"]][0], shown_module(each["module"])
+        table.add_row(heading, module, each["operator"], str(each["count"]), shown_bytes(each["nbytes"]))
     return table

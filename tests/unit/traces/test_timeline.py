@@ -63,7 +63,7 @@ def test_a_step_that_only_frees_peaks_at_its_start() -> None:
 
 
 def test_the_picture_fits_80_columns_and_its_heights_are_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
-    show_timeline("a step", timeline(log(), 69), width=80)
+    show_timeline("a step", timeline(log(), 69).as_json(), width=80)
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
     rows = [line.partition("│")[2] for line in lines[2 : 2 + HEIGHT]]
@@ -89,7 +89,7 @@ def test_wrappers_are_not_shown(path: str, shown: str) -> None:
 
 def test_the_plots_data_is_the_timeline(tmp_path: Path) -> None:
     found = timeline(log(), 100)
-    data = timeline_plot.save("a step", found, tmp_path / "step.svg")
+    data = timeline_plot.save("a step", found.as_json(), tmp_path / "step.svg")
     rows = list(csv.DictReader(data.read_text().splitlines()))
     assert [int(row["live_bytes"]) for row in rows] == [moment.nbytes for moment in found.moments]
     assert [int(row[ACTIVATIONS]) for row in rows] == [30, 60, 30, 30, 40, 30, 0, 0]
