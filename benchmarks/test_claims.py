@@ -64,8 +64,12 @@ AUTOCAST = "-bf16-autocast"
 """The end of a model's name: its step is planned under autocast, as trainers take it. Textbooks leave autocast out,
 and then a QLoRA step is larger."""
 
-# Six or one more plans of 7B, which take up to five seconds each.
-SLOW = {("memory-order", f"llama-2-7b{AUTOCAST}"), ("qlora-4gb", f"llama-2-7b{AUTOCAST}")}
+# Their plans would take a bare run 15 s more. The verdicts are those of the plain step.
+SLOW = {
+    *(("memory-order", f"{model}{AUTOCAST}") for model in ("tinyllama", "llama-2-7b")),
+    ("qlora-4gb", f"llama-2-7b{AUTOCAST}"),
+    ("method-comparison", f"tinyllama{AUTOCAST}"),
+}
 QUESTIONS = [
     pytest.param(claim, model, id=f"{claim.id}-{model}", marks=pytest.mark.slow if (claim.id, model) in SLOW else ())
     for claim in ledger().values()
