@@ -67,10 +67,13 @@ part() {
     # An interrupt first, at which pytest saves what is done.
     timeout --signal=INT --kill-after=15 "$limit" "$@" > "$file" 2>&1
     code=$?
-    case $code in
-        0) ended=done ;;
-        124 | 137) ended="stopped after its $limit s" failed=1 ;;
-        *) ended="exit code $code: $(grep -v '^[[:space:]]*$' "$file" | tail -n 1 | cut -c1-160)" failed=1 ;;
+    local last
+    last=$(grep -v '^[[:space:]]*$' "$file" | tail -n 1 | cut -c1-160)
+    case $name:$code in
+        *:0) ended=done ;;
+        compare:2) ended="nothing to compare: $last" ;;
+        *:124 | *:137) ended="stopped after its $limit s" failed=1 ;;
+        *) ended="exit code $code: $last" failed=1 ;;
     esac
     printf '%-10s %4d s  %s\n' "$name" $((SECONDS - start)) "$ended" | tee -a "$summary"
 }

@@ -43,6 +43,7 @@ def test_every_part_has_its_line(lit: tuple[subprocess.CompletedProcess[str], Pa
     assert [*parts(out)] == ["doctor", "calibrate", "tests", "suite", "large", "traces", "compare", "answers", "report"]
     assert parts(out)["calibrate"].startswith("skipped: a CPU has no CUDA context")
     assert parts(out)["large"].startswith("skipped: ")
+    assert done.returncode == 0, done.stdout
     for name in ("doctor", "tests", "suite", "answers"):
         assert parts(out)[name].endswith("  done"), (out / "summary.txt").read_text() + done.stdout
 
