@@ -29,11 +29,14 @@ def write_whole(target: Path, content: str | bytes, *, durable: bool = True) -> 
         raise
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `OSError` unless a file can be written in ``folder``, which need not exist yet; creates nothing."""
+def check_folder(folder: Path) -> Path:
+    """Raise `OSError` unless a file can be written in ``folder``, which need not exist yet; creates nothing.
+
+    Returns the nearest folder that exists.
+    """
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     with tempfile.TemporaryFile(dir=there):
-        pass
+        return there
 
 
 def slug(text: str) -> str:

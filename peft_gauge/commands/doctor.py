@@ -148,11 +148,10 @@ def _weights() -> Line:
 
 def _disk(results: Path) -> Line:
     try:
-        check_folder(results)
+        folder = check_folder(results.resolve())
     except OSError as error:
         words = f"{one_line(results, 120)} cannot be written ({error.strerror}); use --results or fix its permissions"
         return Line("results", "missing", words)
-    folder = next(parent for parent in (results.resolve(), *results.resolve().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < 1e9:
         return Line("results", "missing", f"only {free / 1e6:.0f} MB free at {folder}; free space or use --results")

@@ -133,7 +133,7 @@ def plan(
 
     Exit code 1: a step does not fit a --gpu; 2: a case cannot be planned.
     """
-    from peft_gauge.commands.timelines import check_plot, timelines
+    from peft_gauge.commands.timelines import timelines
     from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
@@ -145,7 +145,9 @@ def plan(
         other = "--advise" if advise else "--timeline"
         raise GaugeError(f"{other} and --find exclude each other; drop one of them")
     if timeline_file is not None:
-        check_plot(timeline_file)
+        from peft_gauge.report.charts.memory_picture import check_destination
+
+        check_destination(timeline_file)
     if seq is not None:
         _checked_seq(seq)
     if attention is not None and attention not in models.ATTENTIONS:
@@ -200,9 +202,7 @@ def plan(
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
-    advice = {}
-    if advise:
-        advice = _advice(requests, outcomes)
+    advice = _advice(requests, outcomes) if advise else {}
     drawn = timelines(requests, outcomes, timeline_file) if timeline or timeline_file is not None else {}
     _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {})
 

@@ -15,13 +15,6 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanOutcome, PlanRequest
 
 
-def check_plot(file: Path) -> None:
-    """Raise `GaugeError` if ``file`` cannot be drawn, before the planning."""
-    from peft_gauge.report.charts.timeline_plot import check_destination
-
-    check_destination(file)
-
-
 def timelines(
     requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome], file: Path | None
 ) -> dict[int, tuple[str, dict[str, Any]]]:

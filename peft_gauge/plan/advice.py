@@ -6,7 +6,7 @@ Dequantization, paging and smaller products also take time, which is not in this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -81,13 +81,14 @@ def advise(
         for change, outcome in found.items()
         if isinstance(outcome, Plan) and outcome.device_bytes_estimate < base.device_bytes_estimate
     }
-    advice = [_advice(request, base, (change,), outcome) for change, outcome in saving.items()]
+    rates = speeds(request)
+    advice = [_advice(rates, base, (change,), outcome) for change, outcome in saving.items()]
     order = sorted(saving, key=lambda each: (not each.same_data, saving[each].device_bytes_estimate))
     together = list(_combinations(request, order))
     for (changes, _), outcome in zip(together, plan_all([changed for _, changed in together]), strict=True):
         if not isinstance(outcome, PlanFailure):
             assert isinstance(outcome, Plan)
-            advice.append(_advice(request, base, changes, outcome))
+            advice.append(_advice(rates, base, changes, outcome))
     return sorted(advice, key=_cost)
 
 
@@ -114,7 +115,7 @@ def _combinations(request: PlanRequest, changes: Sequence[Change]) -> Iterator[t
                     break
 
 
-def _advice(request: PlanRequest, base: Plan, changes: Sequence[Change], plan: Plan) -> Advice:
+def _advice(rates: Mapping[str, float], base: Plan, changes: Sequence[Change], plan: Plan) -> Advice:
     def flops_per_token(each: Plan) -> float:
         settings = each.settings
         return each.flops_per_step / float(settings["batch"] * settings["seq"] * settings["grad_accumulation"])
@@ -128,7 +129,7 @@ def _advice(request: PlanRequest, base: Plan, changes: Sequence[Change], plan: P
         saved_bytes=base.device_bytes_estimate - plan.device_bytes_estimate,
         flops_ratio=needed / flops_per_token(base),
         fits={fit.gpu: fit.fits for fit in plan.gpus},
-        tokens_per_second={gpu: speed / needed for gpu, speed in speeds(request).items()},
+        tokens_per_second={gpu: speed / needed for gpu, speed in rates.items()},
     )
 
 

@@ -27,6 +27,12 @@ def check_loop(name: str) -> None:
         raise unknown("loop", name, LOOPS)
 
 
+def check_device(loop: str, mixed_precision: str, device: str) -> None:
+    """Raise `GaugeError` if ``loop`` would train in another precision on ``device`` than ``mixed_precision``."""
+    if loop != "plain" and mixed_precision == "fp16" and device == "cpu":
+        raise GaugeError("a trainer silently leaves fp16 out on a CPU; use bf16, or plan the step with peft-gauge plan")
+
+
 def step_settings(
     loop: str, fields: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[StepSettings, tuple[tuple[str, Any], ...]]:

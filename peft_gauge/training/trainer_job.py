@@ -16,6 +16,7 @@ from greenlet import GreenletExit, greenlet
 from peft_gauge.errors import GaugeError
 from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER
 from peft_gauge.training import trainers
+from peft_gauge.training.loops import check_device
 from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ class TrainerJob(TrainingJob):
         if not batches:
             raise GaugeError("there is no batch to train on")
         device = batches[0]["input_ids"].device.type
-        if settings.mixed_precision == "fp16" and device == "cpu":
-            raise GaugeError("a trainer silently leaves fp16 out on a CPU; use bf16, or plan the step")
+        check_device(loop, settings.mixed_precision, device)
         self._loop, self._arguments = loop, dict(arguments)
         self._stack = ExitStack()
         folder = self._stack.enter_context(trainers.alone())

@@ -55,12 +55,12 @@ _QUIET = {
 }
 _OURS = frozenset({*_QUIET, "use_cpu", "output_dir", "max_steps"})
 
-_SEVERAL_GPUS = "the step of one GPU is planned"
+SEVERAL_GPUS = "several GPUs are not planned"
 NOT_PLANNED = {
     "deepspeed": "several GPUs and offloading are not planned",
-    "fsdp": _SEVERAL_GPUS,
-    "fsdp_config": _SEVERAL_GPUS,
-    "parallelism_config": _SEVERAL_GPUS,
+    "fsdp": SEVERAL_GPUS,
+    "fsdp_config": SEVERAL_GPUS,
+    "parallelism_config": SEVERAL_GPUS,
     "torch_compile": "compiled steps are not planned; they usually need less",
     "torch_compile_backend": "compiled steps are not planned",
     "torch_compile_mode": "compiled steps are not planned",

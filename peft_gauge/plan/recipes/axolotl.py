@@ -8,7 +8,8 @@ from typing import Any
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, SEVERAL_GPUS, Keys, Recipe, attention_name, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, Keys, Recipe, attention_name, known_keys
+from peft_gauge.training.trainers import SEVERAL_GPUS
 
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",

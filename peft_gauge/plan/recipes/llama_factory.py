@@ -8,13 +8,13 @@ from typing import Any
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, OLDER, SEVERAL_GPUS, Keys, Recipe, known_keys
+from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, OLDER, Keys, Recipe, known_keys
 from peft_gauge.training import trainers
 
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
-    "fsdp": SEVERAL_GPUS,
-    "fsdp_config": SEVERAL_GPUS,
+    "fsdp": trainers.SEVERAL_GPUS,
+    "fsdp_config": trainers.SEVERAL_GPUS,
     "use_unsloth": f"Unsloth {LESS}",
     "use_unsloth_gc": "checkpointing is planned, offloading to the host is not",
     "use_galore": "GaLore is not planned",

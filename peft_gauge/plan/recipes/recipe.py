@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, did_you_mean
+from peft_gauge.training.trainers import NOT_PLANNED
 
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
 
-NO_LIGER = "Liger's fused kernels, which need less, are planned where liger-kernel is installed"
-SEVERAL_GPUS = "several GPUs are not planned"
+NO_LIGER = NOT_PLANNED["use_liger_kernel"]
 LESS = "is not planned; a step needs less with it"
 """Reasons that several tools share."""
 

@@ -70,14 +70,18 @@ def check_destination(out: Path) -> None:
 
 def save(points: Sequence[Point], cards: Sequence[Card], out: Path) -> Path:
     """Draw ``points`` to ``out`` and save their data next to it; returns the path of the data, a CSV file."""
-    chart = draw(points, cards)
-    metrics = out.with_suffix(".csv")
+    return save_plot(draw(points, cards), as_csv(points), out)
+
+
+def save_plot(chart: Any, data: str, out: Path) -> Path:
+    """Save ``chart`` to ``out`` and ``data``, its CSV, next to it; returns the path of the data."""
+    file = out.with_suffix(".csv")
     try:
         chart.save(str(out), **({"scale_factor": 2} if out.suffix.lower() == ".png" else {}))
-        metrics.write_text(as_csv(points), encoding="utf-8")
+        file.write_text(data, encoding="utf-8")
     except OSError as error:
         raise GaugeError(f"cannot save {out}: {error.strerror or error}") from error
-    return metrics
+    return file
 
 
 def as_csv(points: Sequence[Point]) -> str:

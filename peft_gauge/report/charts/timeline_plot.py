@@ -7,8 +7,7 @@ import io
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from peft_gauge.errors import GaugeError
-from peft_gauge.report.charts.memory_picture import GB, GREY, check_destination
+from peft_gauge.report.charts.memory_picture import GB, GREY, save_plot
 from peft_gauge.report.charts.plots import CATEGORIES, altair
 from peft_gauge.report.terminal.plan_table import LOOKS
 from peft_gauge.report.terminal.timeline_picture import peak_sentence, total
@@ -21,24 +20,16 @@ if TYPE_CHECKING:
 COLUMNS = 240
 WIDTH, HEIGHT = 760, 380
 
-__all__ = ["COLUMNS", "check_destination", "save"]
-
 
 def save(title: str, found: Timeline, out: Path) -> Path:
     """Draw ``found`` to ``out`` (.svg or .png) and save its data next to it as CSV; returns the path of the data."""
-    data = out.with_suffix(".csv")
-    try:
-        draw(title, found).save(str(out), **({"scale_factor": 2} if out.suffix.lower() == ".png" else {}))
-        data.write_text(as_csv(found), encoding="utf-8")
-    except OSError as error:
-        raise GaugeError(f"cannot save {out}: {error.strerror or error}") from error
-    return data
+    return save_plot(draw(title, found), as_csv(found), out)
 
 
 def as_csv(found: Timeline) -> str:
     """One row per column of the plot: the event's position, its phase, the total, and bytes by category."""
     text = io.StringIO()
-    names = [name for name in CATEGORIES if any(name in moment["by_category"] for moment in found["moments"])]
+    names = _present(found)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["event", "phase", "live_bytes", *names])
     for moment in found["moments"]:
@@ -50,7 +41,7 @@ def as_csv(found: Timeline) -> str:
 def draw(title: str, found: Timeline) -> Any:
     """The plot as an Altair chart."""
     alt = altair()
-    present = [name for name in CATEGORIES if any(name in moment["by_category"] for moment in found["moments"])]
+    present = _present(found)
     headings = [LOOKS[name][0] for name in present]
     rows = [
         {
@@ -106,6 +97,11 @@ def draw(title: str, found: Timeline) -> Any:
         .configure_axis(gridColor="#eeeeee", labelFontSize=11, titleFontSize=12)
         .configure_legend(orient="bottom", columns=4, labelLimit=260)
     )
+
+
+def _present(found: Timeline) -> list[str]:
+    """The categories with memory at some moment, from below."""
+    return [name for name in CATEGORIES if any(name in moment["by_category"] for moment in found["moments"])]
 
 
 def _starts(found: Timeline) -> list[dict[str, Any]]:
