@@ -70,8 +70,16 @@ SLOW = {
     ("qlora-4gb", f"llama-2-7b{AUTOCAST}"),
     ("method-comparison", f"tinyllama{AUTOCAST}"),
 }
+TIMED = {"many-adapters"}
+
+
+def marks_of(claim: str, model: str) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if (claim, model) in SLOW else []
+    return slow if claim in TIMED else [*slow, pytest.mark.untimed]
+
+
 QUESTIONS = [
-    pytest.param(claim, model, id=f"{claim.id}-{model}", marks=pytest.mark.slow if (claim.id, model) in SLOW else ())
+    pytest.param(claim, model, id=f"{claim.id}-{model}", marks=marks_of(claim.id, model))
     for claim in ledger().values()
     for model in claim.models
 ]

@@ -29,7 +29,7 @@ from peft_gauge.identity import Bounded, IdentityCheck, LoraCase
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.untimed]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -74,6 +74,7 @@ def test_an_update_of_every_rank(seed: int, record: Callable[..., None]) -> None
     assert scores[f"quality_at_rank_{PLANTED_RANK}"] < 0.9 * scores["quality"]
 
 
+@pytest.mark.untimed
 def test_the_verdict_on_planted_updates(record: Callable[..., None]) -> None:
     """Test the rule that decides the claim on updates that were planted, not learned, so that the right verdict is
     certain."""

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 BATCH, SEQ = 1, 512
 
-# A plan of 13B or 70B takes two to ten times as long as one of 7B; the claims plan the steps they need.
+# One model in a bare run. A plan of 13B or 70B takes two to ten times as long as one of 7B; the claims plan the steps
+# they need.
 MODELS = [
-    "tinyllama",
+    pytest.param("tinyllama", marks=pytest.mark.slow),
     "llama-2-7b",
     pytest.param("llama-2-13b", marks=pytest.mark.slow),
     pytest.param("llama-2-70b", marks=pytest.mark.slow),
@@ -47,6 +48,7 @@ def step(model: str, method: methods.Method, seq: int) -> PlanRequest:
     return PlanRequest(models.resolve(model, weights="random"), method, StepSettings(batch=BATCH, seq=seq))
 
 
+@pytest.mark.untimed
 @pytest.mark.plans(steps=planned_step)
 @pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("model", MODELS)
@@ -59,8 +61,9 @@ def test_planned_memory(model: str, method: methods.Method, plans: Plans, record
     assert plan.resident_bytes < plan.peak_bytes <= plan.reserved_bytes_estimate < plan.device_bytes_estimate
 
 
+@pytest.mark.untimed
 @pytest.mark.plans(steps=crossing)
-@pytest.mark.parametrize("model", ["tinyllama", pytest.param("llama-2-7b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", [pytest.param("tinyllama", marks=pytest.mark.slow), "llama-2-7b"])
 def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
     """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
     found = plans(crossing(model))

@@ -205,6 +205,7 @@ def recipe_model(name: str) -> models.ModelRecord:
     return models.ModelRecord(name, "folder", json.dumps(RECIPES["model"][name]["config"]), "random")
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize("metric", CASES)
 def test_published(metric: PublishedValue, peaks: Callable[[PlanRequest], int], record: Callable[..., None]) -> None:
     planned = Decimal(PROCEDURES[metric.quantity](metric, peaks)) / UNITS[metric.unit]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     Record = Callable[..., None]
 
+pytestmark = pytest.mark.untimed
+
 VARIANTS = [
     pytest.param(quant_format, double_quant, id=quant_format + ("-double" if double_quant else ""))
     for quant_format in formats.FOUR_BIT_FORMATS

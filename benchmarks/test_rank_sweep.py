@@ -36,6 +36,7 @@ REACHED = 0.9
 (`tests/unit/quality/test_synthetic.py` has the metrics)."""
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize(
     "seeds", [pytest.param(SEEDS[:1], id="1-seed"), pytest.param(SEEDS, id="3-seeds", marks=pytest.mark.slow)]
 )

@@ -83,6 +83,7 @@ FORMULAS: dict[str, Callable[[Llama], int]] = {
 }
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_base_params(architecture: str, record: Callable[..., None]) -> None:
     model = models.resolve(architecture, weights="random")
@@ -93,6 +94,7 @@ def test_base_params(architecture: str, record: Callable[..., None]) -> None:
     assert counted == PUBLISHED_PARAMS[architecture] == Llama(model.config).params()
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 def test_trainable_params(method: methods.Method, architecture: str, record: Callable[..., None]) -> None:

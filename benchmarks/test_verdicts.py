@@ -101,6 +101,7 @@ def at_most(share: float, count: int) -> int:
 # Saved runs
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize("processes", [pytest.param(1, id="1-process"), pytest.param(5, id="5-processes")])
 @times(4, 1000)
 def test_saved_runs_of_the_same_code(processes: int, comparisons: int, record: Record) -> None:
@@ -116,6 +117,7 @@ def test_saved_runs_of_the_same_code(processes: int, comparisons: int, record: R
     assert found["comparisons_with_worse"] <= at_most(FALSE_ALARMS, comparisons)
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize("field", ["mean", "median"])
 @times(100, 1000)
 def test_fixed_threshold_of_5_percent(field: str, comparisons: int, record: Record) -> None:
@@ -155,6 +157,7 @@ def rounds_of(run: Times) -> list[tuple[str, list[float]]]:
 # Steps in turn
 
 
+@pytest.mark.untimed
 @times(20, 1000)
 def test_pairs_of_processes_of_the_same_code(comparisons: int, record: Record) -> None:
     """A suite of seven cases, each by several pairs of processes, whose steps alternate."""
@@ -165,6 +168,7 @@ def test_pairs_of_processes_of_the_same_code(comparisons: int, record: Record) -
     assert alarms <= at_most(FALSE_ALARMS, comparisons)
 
 
+@pytest.mark.untimed
 @pytest.mark.parametrize(("slower", "effect", "found"), [(*planted, found) for planted, found in FOUND.items()])
 @times(200, 1000)
 def test_pairs_of_processes_of_slower_code(
@@ -176,6 +180,7 @@ def test_pairs_of_processes_of_slower_code(
     assert comparisons - verdicts.count("worse") <= at_most(1 - found, comparisons)
 
 
+@pytest.mark.untimed
 @times(200, 1000)
 def test_pairs_of_processes_of_code_that_is_slower_by_the_minimum_effect(comparisons: int, record: Record) -> None:
     """At the limit the result is open, or *worse* if the estimate exceeds it; it is not *same*."""

@@ -14,7 +14,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -79,24 +79,59 @@ def _plan_all(
 def plan_in_parallel(
     requests: Sequence[PlanRequest], *, workers: int | None = None, preloaded: Preloaded | None = None
 ) -> list[PlanOutcome]:
-    """The outcomes of ``requests``, in their order, planned by several processes (by default one per core).
+    """The outcomes of ``requests``, in their order, planned by several processes (`Planning`)."""
+    planning = Planning(requests, workers=workers, preloaded=preloaded)
+    try:
+        return [planning.outcome(index) for index in range(len(requests))]
+    finally:  # Ctrl-C reaches only this thread
+        planning.end()
+
+
+class Planning:
+    """Requests that several processes (by default one per core) plan while the caller goes on.
 
     Tracing a step is Python on one core. Each worker imports the libraries once, unless it can be forked from
-    ``preloaded``.
+    ``preloaded``. `end` must be called, or the processes outlive their use.
     """
-    if not requests:
-        return []
-    number = max(1, min(workers or os.cpu_count() or 1, len(requests)))
-    crew = _Crew()
-    with ThreadPoolExecutor(number) as pool:
-        try:
-            shares = list(
-                pool.map(lambda start: list(_plan_all(requests[start::number], None, preloaded, crew)), range(number))
+
+    def __init__(
+        self, requests: Sequence[PlanRequest], *, workers: int | None = None, preloaded: Preloaded | None = None
+    ) -> None:
+        self._outcomes: list[Future[PlanOutcome]] = [Future() for _ in requests]
+        self._crew = _Crew()
+        number = max(1, min(workers or os.cpu_count() or 1, len(requests)))
+        self._threads = [
+            threading.Thread(
+                target=self._plan, args=(requests[start::number], self._outcomes[start::number], preloaded)
             )
-        except BaseException:  # Ctrl-C reaches only this thread, which waits for the others
-            crew.dismiss()
-            raise
-    return [shares[index % number][index // number] for index in range(len(requests))]
+            for start in range(number if requests else 0)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _plan(
+        self, requests: Sequence[PlanRequest], outcomes: Sequence[Future[PlanOutcome]], preloaded: Preloaded | None
+    ) -> None:
+        try:
+            # Not strict: a dismissed crew leaves the rest out.
+            for outcome, future in zip(_plan_all(requests, None, preloaded, self._crew), outcomes, strict=False):
+                future.set_result(outcome)
+        except BaseException as error:
+            for future in outcomes:
+                if not future.done():
+                    future.set_exception(error)
+        for future in outcomes:
+            future.cancel()  # without effect on those that are done
+
+    def outcome(self, index: int) -> PlanOutcome:
+        """Wait for the outcome of the request with this index."""
+        return self._outcomes[index].result()
+
+    def end(self) -> None:
+        """Kill the processes that still plan, and wait for them."""
+        self._crew.dismiss()
+        for thread in self._threads:
+            thread.join()
 
 
 class _Worker:

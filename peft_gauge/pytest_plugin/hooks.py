@@ -7,6 +7,7 @@ tests, collection deselects slow cases and cases of another device and builds th
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from peft_gauge.pytest_plugin.workload import (
     Workload,
     check_markers,
     is_split,
+    is_untimed,
     passes_of,
+    rank_beside_plans,
     start_imports,
 )
 from peft_gauge.training import methods
@@ -171,6 +174,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case = case_of(item)
         if case is not None and case.settings.grad_checkpointing:
             _skip_unless_checkpointed(item, case)
+    items.sort(key=rank_beside_plans)
     workload = config.stash[WORKLOAD] = Workload.of(items, split=is_split(config))
     budget = config.stash.get(BUDGET, None)
     if budget is not None:
@@ -221,3 +225,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = None if budget is None or item.get_closest_marker("skip") is not None else budget.why_not(item)
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Run untimed tests on one thread: threads that wait for each other's turn on busy cores take many times as long.
+    They do so even if nothing is planned, since the order of sums depends on the number of threads."""
+    if not is_untimed(item):
+        return (yield)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(threads)

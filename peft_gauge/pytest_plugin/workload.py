@@ -6,9 +6,11 @@ Tests declare their needs with markers, independent of the names of tests and fi
   none if the test only reads how the case was built. ``shapes``: measure the case's peak at further shapes too.
   Several markers, for example on a module and a function, add up. Every test that uses the fixture `measured` has one.
 - ``plans(steps=function)``: the function returns the training steps (`PlanRequest`) whose plans the test will use. Its
-  parameters are parameters of the test, by name, and ``config`` for pytest's own. These steps are planned together with
-  the session's first plan, on all cores; a step that no marker names is planned when the test needs it.
+  parameters are parameters of the test, by name, and ``config`` for pytest's own. These steps are planned together, on
+  all cores, as the session begins; a step that no marker names is planned when the test needs it.
 - ``claim(id)``: the claim that a test decides.
+- ``untimed``: the test computes in pytest's own process, and no result of it depends on the machine's speed or memory.
+  Such tests come first and use one thread, while the session's steps are planned on the other cores.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from peft_gauge.pytest_plugin.selection import case_of
 from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.training.cases import BATCHES, Case
 
-MEASURES, PLANS, CLAIM = "measures", "plans", "claim"
+MEASURES, PLANS, CLAIM, UNTIMED = "measures", "plans", "claim", "untimed"
 """The names of the markers."""
 
 PASSES = frozenset(get_args(Pass))
@@ -183,6 +185,18 @@ def start_imports(config: pytest.Config, found: Workload) -> None:
 # One test
 
 
+def is_untimed(item: pytest.Item) -> bool:
+    """Whether ``item`` may run while steps are planned on other cores."""
+    return any(item.iter_markers(UNTIMED))
+
+
+def rank_beside_plans(item: pytest.Item) -> int:
+    """The place of ``item`` in a session: untimed tests first, those without plans before those that wait for one."""
+    if not is_untimed(item):
+        return 2
+    return 1 if _needs_plans(item) else 0
+
+
 def job_of(item: pytest.Item, *, split: bool) -> Job | None:
     """The process that ``item`` needs; ``None`` if it needs none, or has no case of the session, such as calibration
     tests."""
@@ -209,6 +223,8 @@ def check_markers(item: pytest.Item) -> None:
             f"{item.nodeid} uses measured without naming its passes: "
             f"mark it pytest.mark.{MEASURES}(…) with those it needs of {', '.join(sorted(PASSES))}"
         )
+    if is_untimed(item) and _uses_measured(item):
+        raise pytest.UsageError(f"{item.nodeid} measures a case: it cannot be marked {UNTIMED}")
     for marker in item.iter_markers(PLANS):
         if marker.args or marker.kwargs.keys() != {"steps"} or not callable(marker.kwargs["steps"]):
             raise pytest.UsageError(
@@ -230,6 +246,15 @@ def _uses_measured(item: pytest.Item) -> bool:
 
 def _needs_shapes(item: pytest.Item) -> bool:
     return any(marker.kwargs.get("shapes", False) for marker in item.iter_markers(MEASURES))
+
+
+def _needs_plans(item: pytest.Item) -> bool:
+    """Whether any of the item's markers names a step to plan."""
+    for marker in item.iter_markers(PLANS):
+        with suppress(GaugeError):  # the test itself reports it
+            if [*_with_parameters(marker.kwargs["steps"], item)()]:
+                return True
+    return False
 
 
 def _is_skipped(item: pytest.Item) -> bool:

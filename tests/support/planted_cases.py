@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import fork_server, note
-from peft_gauge.plan.record import DeviceEstimate, Plan, PlanRequest
+from peft_gauge.plan.record import DeviceEstimate, Plan, PlanOutcome, PlanRequest
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
@@ -153,8 +153,28 @@ def _card_speed(device: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def plan_in_parallel(peaks: dict[str, int], requests: Sequence[PlanRequest], **options: Any) -> list[Plan]:
-    return [plan_of(each, peaks.get(each.method.name, PLANNED_PEAK_BYTES)) for each in requests]
+class PlantedPlanning:
+    """Like `peft_gauge.plan.worker.Planning`, but ``outcome_of`` answers at once. ``begun``: receives the requests."""
+
+    def __init__(
+        self,
+        outcome_of: Callable[[PlanRequest], PlanOutcome],
+        requests: Sequence[PlanRequest],
+        begun: Callable[[list[PlanRequest]], object] = lambda requests: None,
+        **options: Any,
+    ) -> None:
+        begun(list(requests))
+        self._outcomes = [outcome_of(request) for request in requests]
+
+    def outcome(self, index: int) -> PlanOutcome:
+        return self._outcomes[index]
+
+    def end(self) -> None:
+        pass
+
+
+def _planted_plan(peaks: dict[str, int], request: PlanRequest) -> Plan:
+    return plan_of(request, peaks.get(request.method.name, PLANNED_PEAK_BYTES))
 
 
 def pytest_configure() -> None:
@@ -163,6 +183,7 @@ def pytest_configure() -> None:
     isolation.run = run
     if PLANS in os.environ:
         fork_server.prepare = lambda preload, environment: None
-        plans.plan_in_parallel = partial(plan_in_parallel, json.loads(os.environ[PLANS]))  # type: ignore[assignment]
+        planted = partial(_planted_plan, json.loads(os.environ[PLANS]))
+        plans.Planning = partial(PlantedPlanning, planted)  # type: ignore[assignment, misc]
         models.stored = lambda record, dtype, folder: record
         models.tokenizer = lambda record: None  # type: ignore[assignment]

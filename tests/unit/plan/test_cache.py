@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from peft_gauge.plan.cache import KEPT_VERSIONS, PlanCache, code_of
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
-from tests.support.planted_cases import plan_of
+from tests.support.planted_cases import PlantedPlanning, plan_of
 
 REQUEST = PlanRequest(models.resolve("toy-llama"), methods.LORA, StepSettings(1, 8))
 
@@ -98,11 +99,10 @@ def test_plans_of_old_code_are_removed(tmp_path: Path) -> None:
 def test_a_session_plans_what_no_earlier_one_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def plan_in_parallel(requests: list[PlanRequest], **options: object) -> list[object]:
+    def begun(requests: list[PlanRequest]) -> None:
         asked.extend(each.method.name for each in requests)
-        return list(map(plan_of, requests))
 
-    monkeypatch.setattr(plans, "plan_in_parallel", plan_in_parallel)
+    monkeypatch.setattr(plans, "Planning", partial(PlantedPlanning, plan_of, begun=begun))
     qlora = replace(REQUEST, method=methods.QLORA)
     first = plans.Plans(kept=PlanCache(tmp_path, "a"))([REQUEST])
     second = plans.Plans(kept=PlanCache(tmp_path, "a"))([qlora, REQUEST])
