@@ -53,8 +53,9 @@ from peft_gauge.plan import recipes
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
-from peft_gauge.training.methods import Method
+from peft_gauge.training.methods import Method, Quantization
 from peft_gauge.training.quantization import quantize_
+from peft_gauge.training.sharding import Sharding
 from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
@@ -203,6 +204,61 @@ def recipe_model(name: str) -> models.ModelRecord:
     if name not in RECIPES["model"]:
         return models.resolve(name, weights="random")
     return models.ModelRecord(name, "folder", json.dumps(RECIPES["model"][name]["config"]), "random")
+
+
+SHARDED = [{**PUBLISHED["source"][entry["source"]], **entry} for entry in PUBLISHED["sharded"]]
+MEASURES = {
+    "allocated": "allocated_bytes_estimate",
+    "reserved": "reserved_bytes_estimate",
+    "device": "device_bytes_estimate",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.plans(steps=lambda stated: [sharded_step(stated)])
+@pytest.mark.parametrize("stated", SHARDED, ids=lambda stated: stated["id"])
+def test_sharded_step(stated: Mapping[str, Any], plans: Plans, record: Callable[..., None]) -> None:
+    """One GPU of several that share a step by FSDP."""
+    (plan,) = plans([sharded_step(stated)])
+    published = float(stated["published"])
+    planned = getattr(plan, MEASURES[stated["measure"]]) / UNITS[stated["unit"]]
+    distance = 100 * (planned / published - 1)
+
+    record(
+        metric=stated["id"],
+        quantity=f"{stated['measure']} bytes of one of {stated['gpus']} GPUs",
+        published=published,
+        planned=planned,
+        unit=stated["unit"],
+        distance_percent=distance,
+        url=stated["url"],
+        plan=plan.as_json(),
+    )
+    assert abs(distance) <= stated["within_percent"]
+
+
+def sharded_step(stated: Mapping[str, Any]) -> PlanRequest:
+    """LoRA on all linear layers of the blocks, all in bfloat16 or over a base in 4 bit, by FSDP2 with checkpointing."""
+    base = stated["base"]
+    method = Method(
+        name="lora-as-published",
+        title="LoRA as published",
+        kind="peft",
+        peft_config={
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "target_modules": "all-linear",
+            "r": stated["rank"],
+        },
+        quantization=None if base == "bfloat16" else Quantization("nf4", double_quant=base == "nf4-dq"),
+        autocast_adapter_dtype=False,
+    )
+    return PlanRequest(
+        models.resolve(stated["model"], weights="random"),
+        method,
+        StepSettings(stated["batch"], stated["seq"], grad_checkpointing=stated["checkpointing"]),
+        sharding=Sharding(stated["gpus"]),
+    )
 
 
 @pytest.mark.untimed

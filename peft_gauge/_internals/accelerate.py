@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 # --- mixed precision ----------------------------------------------------------------------------------------
@@ -12,3 +13,39 @@ def scale_losses(accelerator: Any, scaler: Any) -> None:
     leaves out autocast and the scaler. Guarded by a contract test."""
     accelerator.native_amp = True
     accelerator.scaler = scaler
+
+
+# --- sharding -----------------------------------------------------------------------------------------------
+
+
+def prepare_fsdp2(model: Any, mesh: Any, *, mixed_precision: str, packed: bool, reshard_after_forward: bool) -> Any:
+    """accelerate's own preparation of a model for FSDP2, with its transformer-based wrapping, over ``mesh`` (one
+    dimension).
+
+    An `Accelerator` on a CPU silently ignores its FSDP plugin and takes DDP, so its function is called with the
+    attributes that it reads. ``packed``: whether the model has packed 4-bit weights, with which accelerate casts no
+    trained parameter to float32; it looks for the name of their class, which fakes do not have. Guarded by a contract
+    test.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=reshard_after_forward,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)
+    (name,) = mesh.mesh_dim_names
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh=mesh,
+        parallelism_config=SimpleNamespace(fsdp_dim_names=[name]),
+        device=next(model.parameters()).device,
+        mixed_precision="no" if packed else mixed_precision,  # read for casts only
+        is_main_process=False,  # no remarks
+    )
+    return fsdp2_prepare_model(accelerator, model)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from peft_gauge.plan.recipes import Recipe
     from peft_gauge.plan.record import PlanFailure, PlanOutcome, PlanRequest
     from peft_gauge.training.methods import Method
+    from peft_gauge.training.sharding import Sharding
 
-FINDABLE = ("batch", "seq", "rank")
+FINDABLE = ("batch", "seq", "rank", "gpus")
 
 
 def plan(
@@ -111,7 +112,20 @@ def plan(
             "24GiB, 25300MB and plain bytes are exact."
         ),
     ] = None,
-    find: Annotated[str | None, typer.Option(help="Find the largest batch, seq or rank that fits --gpu.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="GPUs (on each node) that share the step; --batch is that of each.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes with --gpus each; all ranks are one group.")] = 1,
+    strategy: Annotated[
+        str | None, typer.Option(help="fsdp2 or ddp: how --gpus share the step (default: fsdp2).")
+    ] = None,
+    reshard_after_forward: Annotated[
+        bool, typer.Option(help="FSDP2: release a block's gathered weights after its forward.")
+    ] = True,
+    find: Annotated[
+        str | None,
+        typer.Option(help="Find the largest batch, seq or rank that fits --gpu, or the fewest gpus for the step."),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of calibrations (default: the user's, see peft-gauge calibrate).")
     ] = None,
@@ -140,7 +154,8 @@ def plan(
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import key_values
 
-    gpus = _checked_gpus(gpu or [], find)
+    cards = _checked_gpus(gpu or [], find)
+    sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, find)
     if find is not None and (advise or timeline or timeline_file is not None):
         other = "--advise" if advise else "--timeline"
         raise GaugeError(f"{other} and --find exclude each other; drop one of them")
@@ -186,7 +201,8 @@ def plan(
             padded=padded,
             use_cache=use_cache,
             hold_outputs=hold_outputs,
-            gpus=gpus,
+            sharding=sharding,
+            gpus=cards,
             calibration_folder=None if calibration is None else str(calibration),
             **step,
         )
@@ -349,6 +365,27 @@ def _checked_gpus(names: Sequence[str], find: str | None) -> tuple[str, ...]:
     for name in names:
         gpus.lookup(name)
     return tuple(names)
+
+
+def _sharding(
+    gpus: int | None, nodes: int, strategy: str | None, reshard_after_forward: bool, find: str | None
+) -> Sharding | None:
+    """The GPUs that share the step; ``None`` for one."""
+    from peft_gauge.training.sharding import Sharding
+
+    if find == "gpus":
+        if gpus is not None:
+            raise GaugeError("--find gpus searches their number; drop --gpus")
+        return Sharding(2, strategy or "fsdp2", nodes, reshard_after_forward)  # type: ignore[arg-type]
+    if gpus is None:
+        given = {"--nodes": nodes != 1, "--strategy": strategy is not None}
+        given["--no-reshard-after-forward"] = not reshard_after_forward
+        for option, is_given in given.items():
+            if is_given:
+                raise GaugeError(f"{option} needs --gpus: how many GPUs share the step")
+        return None
+    found = Sharding(gpus, strategy or "fsdp2", nodes, reshard_after_forward)  # type: ignore[arg-type]
+    return found if found.ranks > 1 else None
 
 
 def _checked_seq(seq: int) -> int:

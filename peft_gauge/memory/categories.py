@@ -15,6 +15,9 @@ LOGITS_AND_LOSS = "logits_and_loss"
 DEQUANTIZED_TEMPORARIES = "dequantized_temporaries"
 OPTIMIZER_TEMPORARIES = "optimizer_temporaries"
 INPUTS = "inputs"
+GATHERED_WEIGHTS = "gathered_weights"  # FSDP: the whole weights of the blocks in use
+UNREDUCED_GRADIENTS = "unreduced_gradients"  # FSDP: of whole weights, before they are reduced to this rank's shard
+COMMUNICATION_BUFFERS = "communication_buffers"
 OTHER = "other"
 HOST = "host"  # in host memory in the modeled run: logged, but not counted
 
@@ -29,6 +32,9 @@ CATEGORIES = (
     LOGITS_AND_LOSS,
     DEQUANTIZED_TEMPORARIES,
     OPTIMIZER_TEMPORARIES,
+    GATHERED_WEIGHTS,
+    UNREDUCED_GRADIENTS,
+    COMMUNICATION_BUFFERS,
     INPUTS,
     OTHER,
 )

@@ -15,7 +15,7 @@ Workspace = Callable[[Sequence[Any], Any], Sequence[int]]
 
 _COPIES = {"aten::_to_copy", "aten::clone"}
 _GRADIENT_STEPS = {"aten::detach", "aten::add_", "aten::copy_", "aten::clone", "aten::new_empty_strided"}
-_FLOP_FREE_NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "inductor"}
+_FLOP_FREE_NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp", "inductor"}
 
 
 class OperatorPlan:

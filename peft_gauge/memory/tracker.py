@@ -292,7 +292,8 @@ class StorageTracker(DispatchMode):
         if plan.reaches_gradient and self._ledger.phase == BACKWARD:
             node = current_node()
             if node is not None and node.name() == ACCUMULATE_GRAD:
-                self.label((t for t in (*args[:2], out) if isinstance(t, torch.Tensor)), GRADIENTS)
+                held = (t for t in (*args[:2], out) if isinstance(t, torch.Tensor))
+                self.label(held, self._gradient_category())
         if plan.workspace is not None:
             scratch = [
                 self._ledger.note(n, PHASE_CATEGORY.get(self._ledger.phase, OTHER), plan.name)
@@ -306,6 +307,10 @@ class StorageTracker(DispatchMode):
             self.flops_by_phase[self._ledger.phase] += flops
         elif plan.foreign:
             self.operators_without_flops[plan.name] += 1
+
+    def _gradient_category(self) -> str:
+        """The category of the tensors in which autograd accumulates."""
+        return GRADIENTS
 
     def _name_optimizer_state(self) -> None:
         if self._optimizer is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,14 @@ from peft_gauge.plan.adaptation import adapt, attention, attention_package, doub
 from peft_gauge.plan.autocast import as_on_cuda
 from peft_gauge.plan.record import Plan
 from peft_gauge.plan.reserve import Steps, device_estimate, fit
+from peft_gauge.plan.sharded_step import follow_sharded
 from peft_gauge.plan.traced_step import Trace, follow
 from peft_gauge.plan.trainer_step import follow_trainer, unexpected
 from peft_gauge.traces.log import planned
 from peft_gauge.training import models, stored_layers, targets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -96,7 +97,7 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(kernels.cuda_int8_products())
         yield
-    notes += said if request.loop == "plain" else unexpected(said)
+    notes += said if request.loop == "plain" and request.sharding is None else unexpected(said)
 
 
 def _trace(
@@ -108,7 +109,9 @@ def _trace(
     made = fakes.to_fake(adapted.model, mode)
     base = [made[key] for key in adapted.base_parameters if key in made]
     with mode, kernels.cuda_kernels(), stepping(request, adapted.model, notes):
-        trace = follow if request.loop == "plain" else follow_trainer
+        trace: Callable[..., Trace] = follow if request.sharding is None else follow_sharded
+        if request.loop != "plain":
+            trace = follow_trainer
         return trace(request, adapted.model, base, counted, notes, located=located), adapted.modules
 
 
@@ -167,6 +170,7 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
         saved_activation_bytes_per_token=trace.saved_activation_bytes / (request.settings.batch * request.settings.seq),
         flops_per_step=trace.flops,
         gpus=gpus,
+        communication=trace.communication,
         warnings=tuple(notes),
         seconds=time.perf_counter() - started,
     )
@@ -214,4 +218,5 @@ def _settings(request: PlanRequest) -> dict[str, Any]:
         "hold_outputs": request.hold_outputs,
         "attention": attention(request.model, request.dtype, request.attention),
         **({"trainer_arguments": dict(request.trainer_arguments)} if request.trainer_arguments else {}),
+        **({} if request.sharding is None else {"sharding": asdict(request.sharding)}),
     }

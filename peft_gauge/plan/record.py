@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peft_gauge.training.loops import Loop
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
+    from peft_gauge.training.sharding import Sharding
     from peft_gauge.training.step import StepSettings
     from peft_gauge.training.targets import Adapted
 
@@ -44,6 +45,7 @@ class PlanRequest:
         loop: by which loop the step is taken (`peft_gauge.training.loops`). A trainer keeps no outputs, returns no
             cache and computes float32 outputs itself.
         trainer_arguments: further arguments of the trainer, as pairs; they go before ``settings``.
+        sharding: the GPUs over which the step is split, each with a micro-batch of its own; ``None`` is one GPU.
         gpus: names or sizes, as for `peft_gauge.memory.gpus.lookup`.
         calibration_folder: measured overheads by GPU (`peft_gauge.memory.overheads`), if any.
     """
@@ -61,6 +63,7 @@ class PlanRequest:
     attention: str | None = None
     loop: Loop = "plain"
     trainer_arguments: tuple[tuple[str, Any], ...] = ()
+    sharding: Sharding | None = None
     gpus: tuple[str, ...] = ()
     calibration_folder: str | None = None
 
@@ -74,6 +77,8 @@ class PlanRequest:
             self._check_trainer()
         if self.method.kind == "full" and self.method.quantization is not None:
             raise GaugeError(f"{self.method.name} trains the base weights, which cannot be quantized; drop --quantize")
+        if self.sharding is not None and self.loop != "plain":
+            raise GaugeError(f"--gpus is planned for --loop plain, not for --loop {self.loop} yet: drop one of them")
 
     def _check_trainer(self) -> None:
         """Raise `GaugeError` for a setting that only this suite's own step has."""
@@ -101,13 +106,19 @@ class PlanRequest:
         return f"{self.method.name} on {self.model.name}"
 
     def with_value(self, quantity: str, value: int) -> PlanRequest:
-        """The same request with another batch, sequence or rank; raises `GaugeError` if the method has no rank."""
+        """The same request with another batch, sequence, rank or number of GPUs (on each node); raises `GaugeError` if
+        the method has no rank."""
         if quantity == "batch":
             return replace(self, settings=replace(self.settings, batch=value))
         if quantity == "seq":
             return replace(self, settings=replace(self.settings, seq=value))
+        if quantity == "gpus":
+            from peft_gauge.training.sharding import Sharding
+
+            sharding = replace(self.sharding or Sharding(value), gpus=value)
+            return replace(self, sharding=sharding if sharding.ranks > 1 else None)
         if quantity != "rank":
-            raise unknown("quantity", quantity, ("batch", "seq", "rank"))
+            raise unknown("quantity", quantity, ("batch", "seq", "rank", "gpus"))
         config = self.method.peft_config
         # AdaLoRA's r is unused (its ranks are init_r and target_r), OFT's is a number of blocks, which must divide the
         # width.
@@ -115,6 +126,14 @@ class PlanRequest:
             raise GaugeError(f"{self.method.name} has no rank to search for; use --find batch or --find seq")
         changed = {**config, "r": value}
         return replace(self, method=replace(self.method, peft_config=changed))
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The calls of one collective in a step, and the bytes that each rank sends for them by the ring algorithm."""
+
+    calls: int
+    sent_bytes: int
 
 
 @dataclass(frozen=True)
@@ -186,6 +205,8 @@ class Plan:
         adapted_modules: the modules of the base with trainable parameters, each with how many of how many
             decoder blocks have it; empty for full fine-tuning and for virtual tokens.
         base: storage format of the base's weights, and its origin: ``"bfloat16"``, ``"FP8, from its config"``.
+        communication: for a sharded step, whose bytes above are one rank's: its collectives by name (``all_gather``,
+            ``reduce_scatter``, ``all_reduce``).
     """
 
     model: str
@@ -210,6 +231,7 @@ class Plan:
     seconds: float = 0.0
     adapted_modules: tuple[Adapted, ...] = ()
     base: str = ""
+    communication: Mapping[str, Collective] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -239,11 +261,11 @@ class PlanFailure:
 
 @dataclass(frozen=True)
 class Found:
-    """The largest batch, sequence or rank that fits a GPU.
+    """The largest batch, sequence or rank that fits a GPU, or the fewest such GPUs that hold a step.
 
-    ``value`` is ``None`` if even 1 (a sequence: 2) does not fit; then ``plan`` is the plan of that smallest step.
-    ``at_limit``: whether the search ended at ``value`` because no larger value exists (positions, matrix rank), not
-    because of memory. ``tried``: value -> whether it fits.
+    ``value`` is ``None`` if even 1 (a sequence: 2) does not fit, or no number of GPUs; then ``plan`` is the plan of
+    that smallest step, or of the most GPUs. ``at_limit``: whether the search ended at ``value`` because no larger value
+    exists (positions, matrix rank), not because of memory. ``tried``: value -> whether it fits.
     """
 
     quantity: str

@@ -1,4 +1,4 @@
-"""The largest batch, sequence or rank that fits a GPU, by bisection."""
+"""The largest batch, sequence or rank that fits a GPU, or the fewest GPUs that hold a step, by bisection."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanRequest
 
 SMALLEST = {"batch": 1, "seq": 2, "rank": 1}  # the loss predicts the next token, so a sequence has two
+MOST_GPUS = 1024
 LARGEST = 2**24  # too large for any device; ends a search without another limit
 
 
@@ -27,6 +28,8 @@ def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], P
     """
     if len(request.gpus) != 1:
         raise GaugeError(f"searching for the largest {quantity} needs exactly one GPU; add --gpu")
+    if quantity == "gpus":
+        return _fewest_gpus(request, planner)
     plans: dict[int, Plan] = {}
 
     def fits(value: int) -> bool:
@@ -43,6 +46,41 @@ def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], P
         plan=plans[smallest if value is None else value],
         tried={tried: plan.fits for tried, plan in plans.items()},
     )
+
+
+def _fewest_gpus(request: PlanRequest, planner: Callable[[PlanRequest], Plan]) -> Found:
+    """The fewest GPUs (on each node) whose ranks hold ``request``'s step.
+
+    Assumes that more GPUs hold what fewer do. One rank's share of the memory between steps bounds the search from
+    below; what a rank holds alone (activations, gathered blocks) can exceed a GPU however many there are.
+    """
+    plans: dict[int, Plan] = {}
+
+    def fits(number: int) -> bool:
+        plans[number] = planner(request.with_value("gpus", number))
+        return plans[number].fits
+
+    def found(value: int | None) -> Found:
+        tried = {number: plan.fits for number, plan in plans.items()}
+        return Found("gpus", request.gpus[0], value, False, plans[value or max(plans)], tried)
+
+    if fits(1):
+        return found(1)
+    usable = plans[1].gpus[0].usable_bytes
+    low, high = 1, max(2, -(-plans[1].resident_bytes // usable)) if _shards(request) else 2
+    while not fits(high):
+        if high >= MOST_GPUS or not _shards(request):
+            return found(None)
+        low, high = high, min(2 * high, MOST_GPUS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return found(high)
+
+
+def _shards(request: PlanRequest) -> bool:
+    """Whether more GPUs leave less on each: not under DDP."""
+    return request.sharding is None or request.sharding.strategy != "ddp"
 
 
 def find_each(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], Plan]) -> list[Found]:

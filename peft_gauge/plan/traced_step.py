@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,11 +38,11 @@ from peft_gauge.training import stored_layers
 from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
-    from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.plan.record import Collective, PlanRequest
 
 TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second are all equal: the first creates the gradients, the second adds to them,
@@ -74,6 +74,7 @@ class Trace:
     live_outputs_bytes: int
     saved_activation_bytes: int
     flops: int
+    communication: Mapping[str, Collective] = field(default_factory=dict)
 
 
 def follow(
@@ -93,13 +94,13 @@ def follow(
     places = ModuleAttribution(model, fold=False) if located else None
     tracker = new_tracker(request, places)
     adopt_model(tracker, model, base)
-    job, call = _job(request, model, tracker)
-    _prime(job, tracker, request.settings, notes)
+    job, call = job_of(request, model, tracker)
+    prime(job, tracker, request.settings, notes)
     importance = _prime_importance(job, model, tracker, notes)
     if places is not None:
         name_residents(tracker, model, job.optimizer)
     with no_collector(), places or contextlib.nullcontext():
-        trace = _step(job, call, tracker, request, counted, importance)
+        trace = trace_step(job, call, tracker, request, counted, importance)
     tracker.close()
     note_uncounted(tracker, notes)
     return trace
@@ -107,12 +108,17 @@ def follow(
 
 def new_tracker(request: PlanRequest, places: ModuleAttribution | None = None) -> StorageTracker:
     """A tracker for ``request``'s step, which also records where each storage was created if there are ``places``."""
-    return StorageTracker(
-        vocabulary=request.model.vocab_size,
-        operator_categories={**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTIZED_TEMPORARIES},
-        workspaces=kernels.CUDA_WORKSPACES,
-        where=None if places is None else functools.partial(_where, places),
-    )
+    options: dict[str, Any] = {
+        "vocabulary": request.model.vocab_size,
+        "operator_categories": {**OPERATOR_CATEGORY, stored_layers.DEQUANTIZE: DEQUANTIZED_TEMPORARIES},
+        "workspaces": kernels.CUDA_WORKSPACES,
+        "where": None if places is None else functools.partial(_where, places),
+    }
+    if request.sharding is None:
+        return StorageTracker(**options)
+    from peft_gauge.memory.sharded_tracker import ShardedTracker
+
+    return ShardedTracker(ranks=request.sharding.ranks, reduces=request.sharding.strategy == "fsdp2", **options)
 
 
 def note_uncounted(tracker: StorageTracker, notes: list[str]) -> None:
@@ -146,7 +152,7 @@ def adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor
         tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
 
 
-def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tuple[TrainingJob, ModelCall]:
+def job_of(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tuple[TrainingJob, ModelCall]:
     settings = request.settings
     tokens = torch.zeros(settings.batch, settings.seq, dtype=torch.long)
     batch = {"input_ids": tokens, "labels": tokens}
@@ -160,7 +166,7 @@ def _job(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tup
     return job, call
 
 
-def _prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:
+def prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:
     """Create the optimizer's state, as after the first step of a run, and mark the part that the device holds."""
     fakes.prime(job.optimizer)
     if job.scaler is not None:
@@ -207,7 +213,7 @@ def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracke
     return made
 
 
-def _step(
+def trace_step(
     job: TrainingJob,
     call: ModelCall,
     tracker: StorageTracker,

@@ -48,8 +48,19 @@ def step_parts(settings: Mapping[str, Any], *, tokens: bool = True) -> list[str]
         settings["optimizer"]: True,
         "gradient checkpointing": settings["grad_checkpointing"],
         f"{mixed} autocast": mixed != "no",
+        sharded(settings): bool(settings.get("sharding")),
     }
     return [part for part, shown in parts.items() if shown]
+
+
+def sharded(settings: Mapping[str, Any]) -> str:
+    """The GPUs that share a planned step, and how; empty for one."""
+    found = settings.get("sharding")
+    if not found:
+        return ""
+    nodes = f" on {found['nodes']} nodes" if found["nodes"] > 1 else ""
+    kept = "" if found["reshard_after_forward"] else " without resharding after forward"
+    return f"{found['gpus'] * found['nodes']} GPUs{nodes} by {found['strategy'].upper()}{kept}"
 
 
 def step_conditions(settings: Mapping[str, Any]) -> str:

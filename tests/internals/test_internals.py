@@ -26,6 +26,7 @@ from torch import nn
 from peft_gauge import _internals
 from peft_gauge._internals import accelerate as from_accelerate
 from peft_gauge._internals import bitsandbytes as from_bitsandbytes
+from peft_gauge._internals import distributed as from_distributed
 from peft_gauge._internals import peft as from_peft
 from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
@@ -404,6 +405,75 @@ def test_accelerate_scales_losses_on_a_cpu_if_told_to() -> None:
         assert weight[0] == 0  # scaled back
 
 
+# --- torch.distributed ----------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """A model as accelerate shards it: it names the class of its blocks."""
+
+    _no_split_modules = ("Linear",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.layers(hidden)
+        return found
+
+
+def test_torch_distributed_has_a_group_of_one_process_whose_collectives_return() -> None:
+    with from_distributed.group_of_one_rank(4) as mesh:
+        group = mesh.get_group()
+        assert (torch.distributed.get_rank(), torch.distributed.get_world_size(group)) == (0, 4)
+        whole = torch.zeros(8)
+        torch.distributed.all_gather_into_tensor(whole, torch.ones(2), group=group)
+    assert not torch.distributed.is_initialized()
+
+
+def test_torch_distributed_shards_as_accelerate_does_it() -> None:
+    """By rank, one part of four; gathered weights are buffers that are resized to nothing in between."""
+    with from_distributed.group_of_one_rank(4) as mesh:
+        model = from_accelerate.prepare_fsdp2(
+            Blocks(), mesh, mixed_precision="no", packed=False, reshard_after_forward=True
+        )
+        assert [from_distributed.is_distributed(type(each)) for each in model.parameters()] == [True] * 3
+        assert [tuple(from_distributed.local_of(each).shape) for each in model.parameters()] == [(16, 64)] * 3
+        resized: list[int] = []
+        with from_distributed.resizes_seen(lambda storage: resized.append(storage.nbytes())):
+            model(torch.ones(2, 64)).sum().backward()
+        whole = 64 * 64 * 4
+        assert resized.count(whole) == 3, "gathered again for backward; forward's buffers were new"
+        assert resized.count(0) == 6
+        buffers = [*from_distributed.gathered(model)]
+        assert [(each.numel(), each.untyped_storage().nbytes()) for each in buffers] == [(64 * 64, 0)] * 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_accelerate_keeps_trained_weights_in_float32_unless_packed(packed: bool) -> None:
+    with from_distributed.group_of_one_rank(2) as mesh:
+        model = from_accelerate.prepare_fsdp2(
+            Blocks().bfloat16(), mesh, mixed_precision="bf16", packed=packed, reshard_after_forward=True
+        )
+        assert {each.dtype for each in model.parameters()} == {torch.bfloat16 if packed else torch.float32}
+
+
+def test_torch_distributed_reduces_fakes_in_the_buckets_of_a_second_step() -> None:
+    """The first bucket has 1 MiB or more, the others 25, in the order of gradients."""
+    reduced: list[int] = []
+    with (
+        from_distributed.group_of_one_rank(2),
+        from_distributed.ddp_on_fakes(lambda bucket: reduced.append(bucket.nbytes)),
+        from_torch.FakeTensorMode(),
+    ):
+        layers = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(5)))  # 16 MiB each
+        model = nn.parallel.DistributedDataParallel(layers)
+        for _ in range(2):
+            model(torch.empty(2, 2048)).sum().backward()
+    mebibytes = 2**20
+    assert [nbytes // mebibytes for nbytes in reduced] == [16, 32, 32] * 2
+
+
 def test_trl_fused_head_has_the_names_that_are_replaced() -> None:
     pytest.importorskip("trl", reason="trl comes with the extra trl")
     assert from_trl.has_fused_head()
@@ -575,6 +645,18 @@ def test_bitsandbytes_prints_the_notices_that_are_left_out() -> None:
 def test_bitsandbytes_names_what_its_library_was_built_for() -> None:
     load_bitsandbytes()
     assert from_bitsandbytes.native_library().compiled_with_cuda in (True, False)
+
+
+def test_bitsandbytes_restores_the_state_of_a_weight_by_the_function_that_is_replaced() -> None:
+    load_bitsandbytes()
+    layer = nn.Linear(64, 64)
+    quantize_(holder := nn.Sequential(layer))
+    held: Any = holder[0]
+    state, held.weight = held.weight.quant_state, nn.Parameter(held.weight.data, requires_grad=False)
+    with from_bitsandbytes.quant_states_of_modules():
+        held(torch.ones(1, 64))
+    assert held.weight.quant_state is state
+    assert type(held.weight) is nn.Parameter
 
 
 def test_bitsandbytes_keeps_code_books_by_name() -> None:

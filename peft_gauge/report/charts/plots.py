@@ -28,11 +28,14 @@ CATEGORIES = {
     "activations": ("V", "#CC6677"),
     "logits_and_loss": ("L", "#882255"),
     "dequantized_temporaries": ("D", "#AA4499"),
+    "gathered_weights": ("H", "#6699CC"),
+    "unreduced_gradients": ("U", "#661100"),
+    "communication_buffers": ("C", "#AA4466"),
     "inputs": ("I", "#666666"),
     "buffers": ("B", "#999999"),
     "other": ("O", "#DDDDDD"),
 }
-LIGHT_TEXT = ("W", "G", "L", "D", "I")
+LIGHT_TEXT = ("W", "G", "L", "D", "I", "U", "C")
 """Letters on a dark colour."""
 LEAST_LETTERED = 0.03
 """The least share of the longest bar for which a letter fits into a segment."""

@@ -31,6 +31,9 @@ LOOKS = {
     "activations": ("activations", "░", "green"),
     "logits_and_loss": ("logits and loss", "╬", "red"),
     "dequantized_temporaries": ("dequantized temporaries", "▝", "bright_green"),
+    "gathered_weights": ("gathered weights", "▤", "bright_cyan"),
+    "unreduced_gradients": ("unreduced gradients", "▥", "bright_yellow"),
+    "communication_buffers": ("communication buffers", "▦", "bright_red"),
     "inputs": ("inputs", "▗", "bright_black"),
     "other": ("other", "·", "bright_black"),
 }
@@ -62,7 +65,20 @@ def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[R
     warnings."""
     if not plans:
         return []
-    return [_table(plans), *_adapted(plans), *_bars(plans, width), *_warnings(plans)]
+    return [_table(plans), *_adapted(plans), *_communication(plans), *_bars(plans, width), *_warnings(plans)]
+
+
+def _communication(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """The bytes that each rank of a sharded step sends, by method."""
+    lines = []
+    for plan in plans:
+        parts = [
+            f"{name.replace('_', '-')} {shown_bytes(each['sent_bytes'])} in {each['calls']} calls"
+            for name, each in plan.get("communication", {}).items()
+        ]
+        if parts:
+            lines.append(Text(f"sent by each GPU a step ({plan['method']}): {', '.join(parts)}"))
+    return lines
 
 
 def _adapted(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
@@ -99,6 +115,8 @@ def _joined(parent: str, names: Sequence[str]) -> str:
 def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=_title(plans), title_justify="left", caption_justify="left")
     table.caption = "peak, resident: by memory_allocated; device: estimate with CUDA context and workspaces"
+    if any(plan["settings"].get("sharding") for plan in plans):
+        table.caption += "; each for one of the GPUs"
     if plans[0]["gpus"]:
         table.caption += "; on a GPU: memory used, + left or − missing"
         if any(fit["retries"] for plan in plans for fit in plan["gpus"] if fit["fits"]):
@@ -107,7 +125,8 @@ def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("peak in", no_wrap=True)
     searched = "find" in plans[0]
     sizes = ["trainable", "peak", "resident", "activations\nper token", "device"]
-    for heading in [*(["largest"] if searched else []), *sizes]:
+    largest = "fewest" if searched and plans[0]["find"]["quantity"] == "gpus" else "largest"
+    for heading in [*([largest] if searched else []), *sizes]:
         table.add_column(heading, justify="right", no_wrap=True)
     for fit in plans[0]["gpus"]:
         table.add_column(f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})", justify="right", no_wrap=True)

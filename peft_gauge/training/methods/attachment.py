@@ -77,10 +77,12 @@ def prepare_base(
     *,
     compute_dtype: torch.dtype | None = None,
     device: str | None = None,
+    storage: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Quantize the base and prepare it for k-bit training, in place, if ``method`` does so; move it to ``device``.
 
-    A base that is quantized already keeps its format. Raises `GaugeError` if ``method`` does not fit it.
+    ``storage``: the dtype of packed 4-bit weights (default: bitsandbytes', uint8). A base that is quantized already
+    keeps its format. Raises `GaugeError` if ``method`` does not fit it.
     """
     stored = _check_stored(model, method)
     if method.quantization is not None and stored is None:
@@ -92,6 +94,7 @@ def prepare_base(
             double_quant=method.quantization.double_quant,
             compute_dtype=compute_dtype or model.dtype,
             device=device,
+            storage=storage,
         )
     if device is not None:
         model = model.to(device)

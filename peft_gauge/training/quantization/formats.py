@@ -18,11 +18,21 @@ FOUR_BIT_FORMATS = ("nf4", "fp4", "int4", "int4-minmax")
 
 
 def pack(
-    weight: Tensor, quant_format: str, *, double_quant: bool = False, block_size: int = BLOCK_SIZE
+    weight: Tensor,
+    quant_format: str,
+    *,
+    double_quant: bool = False,
+    block_size: int = BLOCK_SIZE,
+    storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, Any]:
-    """``weight`` as bitsandbytes stores it in ``"nf4"`` or ``"fp4"``: the packed bytes and their ``QuantState``."""
+    """``weight`` as bitsandbytes stores it in ``"nf4"`` or ``"fp4"``: the packed bytes, as numbers of the dtype
+    ``storage``, and their ``QuantState``."""
     packed, state = load_bitsandbytes().functional.quantize_4bit(
-        weight, blocksize=block_size, compress_statistics=double_quant, quant_type=quant_format
+        weight,
+        blocksize=block_size,
+        compress_statistics=double_quant,
+        quant_type=quant_format,
+        quant_storage=storage,
     )
     return packed, state
 

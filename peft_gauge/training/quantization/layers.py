@@ -34,6 +34,7 @@ def quantize_(
     compute_dtype: torch.dtype = torch.float32,
     skip: Sequence[str] | None = None,
     device: str | None = None,
+    storage: torch.dtype | None = None,
 ) -> None:
     """Replace ``model``'s linear layers in place by bitsandbytes' ``Linear4bit`` (``"int8"``: ``Linear8bitLt``).
 
@@ -48,7 +49,9 @@ def quantize_(
     Each weight is quantized in blocks of 64 on ``device`` (default: where it is), and its full-precision tensor is
     freed before the next one: a model that does not fit a GPU in 16 bit can be moved there in 4. If a row is not a
     multiple of a block, blocks run across rows, and the last block of a weight may be short. Biases do not change.
-    ``double_quant`` and ``compute_dtype`` apply to the 4-bit formats. The backward pass dequantizes to the weight's
+    ``double_quant``, ``compute_dtype`` and ``storage`` (the dtype of the packed weights, by default uint8; FSDP shards
+    floats only) apply
+    to the 4-bit formats. The backward pass dequantizes to the weight's
     former dtype. The model gets the attributes that transformers sets when it loads quantized weights, so that PEFT
     uses its layers for them.
 
@@ -83,7 +86,8 @@ def quantize_(
         linear = _as_linear(model.get_submodule(name))
         if device is not None:
             linear.to(device)
-        model.set_submodule(name, _quantized_layer(linear, quant_format, double_quant, compute_dtype))
+        layer = _quantized_layer(linear, quant_format, double_quant, compute_dtype, storage or torch.uint8)
+        model.set_submodule(name, layer)
     _mark(model, quant_format, double_quant, compute_dtype, skip)
 
 
@@ -216,21 +220,27 @@ def _check_mixers(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def _quantized_layer(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> nn.Module:
+def _quantized_layer(
+    linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype, storage: torch.dtype
+) -> nn.Module:
     eight_bit = quant_format == "int8"
     # The constructors allocate a weight; on meta, outside any fake mode, this takes no memory.
     with unset_fake_temporarily():
-        layer = _empty_8bit(linear) if eight_bit else _empty_4bit(linear, quant_format, double_quant, compute_dtype)
+        if eight_bit:
+            layer = _empty_8bit(linear)
+        else:
+            layer = _empty_4bit(linear, quant_format, double_quant, compute_dtype, storage)
     weight = linear.weight.detach()
     if weight.is_meta or is_fake(weight):
-        layer.weight = _fake_weight(weight, quant_format, double_quant)
+        layer.weight = _fake_weight(weight, quant_format, double_quant, storage)
+        layer.quant_state = getattr(layer.weight, "quant_state", None)  # which a sharded weight loses
     elif eight_bit:
         # bitsandbytes quantizes an 8-bit weight only when it is moved from the CPU.
         layer.weight = load_bitsandbytes().nn.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
     else:
         make: Any = load_bitsandbytes().nn.Params4bit
         settings = {"quant_type": quant_format, "compress_statistics": double_quant, "blocksize": BLOCK_SIZE}
-        layer.weight = make(weight, module=layer, **settings).to(weight.device)
+        layer.weight = make(weight, module=layer, quant_storage=storage, **settings).to(weight.device)
     layer.bias = linear.bias
     trained: nn.Module = layer.train(linear.training)
     return trained
@@ -247,7 +257,9 @@ def _empty_8bit(linear: nn.Linear) -> Any:
     )
 
 
-def _empty_4bit(linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype) -> Any:
+def _empty_4bit(
+    linear: nn.Linear, quant_format: str, double_quant: bool, compute_dtype: torch.dtype, storage: torch.dtype
+) -> Any:
     return load_bitsandbytes().nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -255,11 +267,17 @@ def _empty_4bit(linear: nn.Linear, quant_format: str, double_quant: bool, comput
         compute_dtype=compute_dtype,
         compress_statistics=double_quant,
         quant_type=quant_format,
+        quant_storage=storage,
         device="meta",
     )
 
 
-def _fake_weight(weight: Tensor, quant_format: str, double_quant: bool) -> nn.Parameter:
+class Params4bit(nn.Parameter):
+    """A packed weight without data. PEFT's preparation recognizes it by the name of its class, and casts no part of
+    it, even if it is stored as numbers of 16 bit."""
+
+
+def _fake_weight(weight: Tensor, quant_format: str, double_quant: bool, storage: torch.dtype) -> nn.Parameter:
     """A parameter without data, with the attributes of ``Params4bit`` / ``Int8Params`` that layers and PEFT read."""
     attributes: dict[str, Any]
     if quant_format == "int8":
@@ -267,10 +285,10 @@ def _fake_weight(weight: Tensor, quant_format: str, double_quant: bool) -> nn.Pa
         attributes = {"CB": data, "SCB": row_scales, "has_fp16_weights": False}
     else:
         with _fake_dynamic_code(weight.device):
-            data, state = pack(weight, quant_format, double_quant=double_quant)
+            data, state = pack(weight, quant_format, double_quant=double_quant, storage=storage)
         attributes = {"quant_state": state, "bnb_quantized": True, "quant_storage": data.dtype}
         attributes |= {"quant_type": quant_format, "compress_statistics": double_quant, "blocksize": BLOCK_SIZE}
-    parameter = nn.Parameter(data, requires_grad=False)
+    parameter = (nn.Parameter if quant_format == "int8" else Params4bit)(data, requires_grad=False)
     for name, value in attributes.items():
         setattr(parameter, name, value)
     return parameter

@@ -1,0 +1,109 @@
+"""The storages of one rank of a sharded step, and the bytes that its collectives move."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peft_gauge._internals.distributed import is_distributed, local_of, resizes_seen
+from peft_gauge._internals.torch import storage_key
+from peft_gauge.memory.categories import COMMUNICATION_BUFFERS, GRADIENTS, UNREDUCED_GRADIENTS
+from peft_gauge.memory.tracker import StorageTracker
+
+if TYPE_CHECKING:
+    from peft_gauge.memory.operators import OperatorPlan
+
+ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all_gather", "reduce_scatter", "all_reduce"
+
+COLLECTIVES = {
+    "c10d::_allgather_base_": ALL_GATHER,
+    "c10d::_reduce_scatter_base_": REDUCE_SCATTER,
+    "c10d::allreduce_": ALL_REDUCE,
+    "_c10d_functional::all_reduce": ALL_REDUCE,
+}
+"""Name of the operator -> collective."""
+
+ROUNDS = {ALL_GATHER: 1, REDUCE_SCATTER: 1, ALL_REDUCE: 2}
+"""Times that a rank sends (ranks - 1) / ranks of the whole buffer, by the ring algorithm (Patarasuk and Yuan 2009)."""
+
+
+class ShardedTracker(StorageTracker):
+    """A `StorageTracker` of one rank. A `DTensor` counts with this rank's part.
+
+    Attributes:
+        ranks: processes of the group.
+        calls, sent_bytes: by collective, since `start_over`: how often it was called, and the bytes that this rank
+            sends by the ring algorithm.
+        reduces: whether gradients of whole weights exist next to this rank's shard (FSDP2).
+    """
+
+    def __init__(self, *, ranks: int, reduces: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.ranks = ranks
+        self.reduces = reduces
+        self.calls: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
+
+    def adopt(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
+        """As `StorageTracker.adopt`."""
+        each = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+        super().adopt(map(local_of, each), category)
+
+    def storages(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        """As `StorageTracker.storages`."""
+        return super().storages(map(local_of, tensors))
+
+    def start_over(self) -> None:
+        """As `StorageTracker.start_over`."""
+        super().start_over()
+        self.calls.clear()
+        self.sent_bytes.clear()
+
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """Record resizes of storages in the block."""
+
+        def seen(storage: torch.UntypedStorage) -> None:
+            key = storage_key(storage)
+            if key in self._ledger.alive:
+                self._ledger.resized(storage, key)
+
+        with resizes_seen(seen):
+            yield
+
+    def note_collective(self, collective: str, whole: Sequence[torch.Tensor]) -> None:
+        """Count a call of ``collective`` over ``whole``, its unsharded side, whose storages are buffers for it."""
+        self.calls[collective] += 1
+        nbytes = sum(buffer.nbytes for buffer in whole)
+        self.sent_bytes[collective] += ROUNDS[collective] * nbytes * (self.ranks - 1) // self.ranks
+        self.label(whole, COMMUNICATION_BUFFERS)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(map(is_distributed, types)):
+            return NotImplemented  # its own operators follow, on this rank's parts
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _plan(self, func: Any) -> OperatorPlan:
+        plan = super()._plan(func)
+        if plan.name in COLLECTIVES:
+            plan.special = True
+        return plan
+
+    def _after(self, plan: OperatorPlan, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        collective = COLLECTIVES.get(plan.name)
+        if collective is None:
+            super()._after(plan, args, kwargs, out)
+            return
+        whole = args[1] if collective == REDUCE_SCATTER else args[0]
+        self.note_collective(collective, list(whole) if isinstance(whole, (list, tuple)) else [whole])
+        if collective == REDUCE_SCATTER:
+            self.label(args[0], GRADIENTS)
+
+    def _gradient_category(self) -> str:
+        return UNREDUCED_GRADIENTS if self.reduces else GRADIENTS

@@ -1,0 +1,93 @@
+"""How a training step is split over several processes, one per GPU: by FSDP2 or DDP, as accelerate prepares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from peft_gauge.errors import GaugeError, unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_gauge.training.step import StepSettings
+
+Strategy = Literal["fsdp2", "ddp"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+MOST_RANKS = 65_536
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The processes of a training step, and what each of them holds.
+
+    Fields:
+        gpus: processes on each node, one per GPU.
+        strategy: ``"fsdp2"`` (`torch.distributed.fsdp.fully_shard`: weights, gradients and optimizer state in shards,
+            one unit per decoder block, embedding and head, as accelerate's transformer-based wrapping has it) or
+            ``"ddp"`` (a whole copy each, with gradients averaged in buckets).
+        nodes: machines. All ranks share one group: no hybrid sharding.
+        reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
+            gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
+
+    Raises `GaugeError` for numbers that no launcher accepts.
+    """
+
+    gpus: int
+    strategy: Strategy = "fsdp2"
+    nodes: int = 1
+    reshard_after_forward: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise unknown("strategy", self.strategy, STRATEGIES)
+        if self.gpus < 1 or self.nodes < 1 or self.ranks > MOST_RANKS:
+            raise GaugeError(
+                f"--gpus and --nodes must be at least 1, and {MOST_RANKS:,} ranks at most; "
+                f"got {self.gpus} and {self.nodes}"
+            )
+        if self.strategy == "ddp" and not self.reshard_after_forward:
+            raise GaugeError("--no-reshard-after-forward is for --strategy fsdp2; DDP gathers no weights")
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.gpus * self.nodes
+
+
+def shard(model: nn.Module, sharding: Sharding, settings: StepSettings, mesh: Any) -> nn.Module:
+    """``model``, prepared for one rank of ``mesh`` (a `torch.distributed.DeviceMesh` of one dimension).
+
+    The process group must exist. FSDP2 changes the model in place; its parameters become `DTensor`, in float32 where
+    they are trained under mixed precision, as accelerate does it. Raises `GaugeError` if no block was wrapped, which
+    would gather the whole model at once.
+    """
+    if sharding.strategy == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        # accelerate's defaults (`DistributedDataParallelKwargs`), on the model's device.
+        return DistributedDataParallel(model, process_group=mesh.get_group())
+    from peft_gauge._internals.accelerate import prepare_fsdp2
+
+    prepared: nn.Module = prepare_fsdp2(
+        model,
+        mesh,
+        mixed_precision=settings.mixed_precision,
+        packed=any(getattr(parameter, "quant_state", None) is not None for parameter in model.parameters()),
+        reshard_after_forward=sharding.reshard_after_forward,
+    )
+    wrapped = units(prepared)
+    if len(wrapped) <= 1:
+        raise GaugeError(
+            f"{type(model).__name__} names no block to shard (_no_split_modules), so that FSDP2 would gather the whole "
+            "model at once; choose --strategy ddp"
+        )
+    return prepared
+
+
+def units(model: nn.Module) -> list[str]:
+    """The paths of the modules that FSDP2 gathers one at a time; ``""`` is the model itself."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
