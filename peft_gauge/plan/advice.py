@@ -18,6 +18,7 @@ from peft_gauge._internals.trl import has_offloading
 from peft_gauge.memory import gpus
 from peft_gauge.memory.overheads import read_calibration
 from peft_gauge.plan.record import Plan, PlanFailure
+from peft_gauge.training.sharding import Sharding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,11 +35,13 @@ MOST_COMBINATIONS = 10
 @dataclass(frozen=True)
 class Change:
     """One change of a step: its name, and the changed request, ``None`` where it is made already or impossible.
-    ``same_data``: the step still trains on the same tokens."""
+    ``same_data``: the step still trains on the same tokens. ``gpus``: how many it needs; with more than one, each
+    trains on as many tokens as the one did."""
 
     name: str
     apply: Callable[[PlanRequest], PlanRequest | None]
     same_data: bool = True
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Advice:
     ``changes``: names of the changes; ``same_data``: whether it trains on the same tokens. ``device_bytes``: as a
     plan's ``device_bytes_estimate``; ``saved_bytes``: less than the step without changes. ``flops_ratio``: operations
     per token over those of the step without changes. ``fits``: by GPU. ``tokens_per_second``: by GPU, an upper bound,
-    the GPU's measured speed of a matrix product over the operations per token; only for calibrated GPUs.
+    the GPU's measured speed of a matrix product over the operations per token; only for calibrated GPUs. ``gpus``: how
+    many the changed step needs; bytes and tokens per second are those of one.
     """
 
     changes: tuple[str, ...]
@@ -59,6 +63,7 @@ class Advice:
     flops_ratio: float
     fits: dict[str, bool]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
+    gpus: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """The record for JSON."""
@@ -69,8 +74,8 @@ def advise(
     request: PlanRequest, base: Plan, plan_all: Callable[[Sequence[PlanRequest]], Sequence[PlanOutcome]]
 ) -> list[Advice]:
     """The changes of ``request``, whose plan is ``base``, and their combinations: those that train on the same data
-    first, of these the cheapest, and of equal cost the fewest. Changes that save nothing, or that cannot be planned,
-    are left out.
+    with one GPU first, of these the cheapest, and of equal cost the fewest; then those with more GPUs. Changes that
+    save nothing, or that cannot be planned, are left out.
 
     ``plan_all`` plans several requests.
     """
@@ -84,7 +89,10 @@ def advise(
     rates = speeds(request)
     advice = [_advice(rates, base, (change,), outcome) for change, outcome in saving.items()]
     order = sorted(saving, key=lambda each: (not each.same_data, saving[each].device_bytes_estimate))
-    together = list(_combinations(request, order))
+    together = [
+        *_combinations(request, [change for change in order if change.gpus == 1]),
+        *_checkpointed_on_more(request, [change for change in order if change.gpus > 1]),
+    ]
     for (changes, _), outcome in zip(together, plan_all([changed for _, changed in together]), strict=True):
         if not isinstance(outcome, PlanFailure):
             assert isinstance(outcome, Plan)
@@ -92,8 +100,21 @@ def advise(
     return sorted(advice, key=_cost)
 
 
-def _cost(advice: Advice) -> tuple[bool, float, int, int]:
-    return not advice.same_data, round(advice.flops_ratio, 2), len(advice.changes), advice.device_bytes
+def _cost(advice: Advice) -> tuple[bool, int, float, int, int]:
+    ratio = round(advice.flops_ratio, 2)
+    return not advice.same_data, advice.gpus, ratio, len(advice.changes), advice.device_bytes
+
+
+def _checkpointed_on_more(
+    request: PlanRequest, changes: Sequence[Change]
+) -> Iterator[tuple[tuple[Change, ...], PlanRequest]]:
+    """Each number of GPUs together with gradient checkpointing, which is cheaper than more GPUs."""
+    checkpointing = next(change for change in CHANGES if change.apply is _checkpointed)
+    checkpointed = checkpointing.apply(request)
+    for change in changes:
+        changed = None if checkpointed is None else change.apply(checkpointed)
+        if changed is not None:
+            yield (checkpointing, change), changed
 
 
 def _combinations(request: PlanRequest, changes: Sequence[Change]) -> Iterator[tuple[tuple[Change, ...], PlanRequest]]:
@@ -130,6 +151,7 @@ def _advice(rates: Mapping[str, float], base: Plan, changes: Sequence[Change], p
         flops_ratio=needed / flops_per_token(base),
         fits={fit.gpu: fit.fits for fit in plan.gpus},
         tokens_per_second={gpu: speed / needed for gpu, speed in rates.items()},
+        gpus=max(change.gpus for change in changes),
     )
 
 
@@ -226,6 +248,15 @@ def _half_sequence(request: PlanRequest) -> PlanRequest | None:
     return replace(request, settings=replace(settings, seq=settings.seq // 2)) if settings.seq >= 4 else None
 
 
+def _shared_by(gpus: int) -> Callable[[PlanRequest], PlanRequest | None]:
+    def apply(request: PlanRequest) -> PlanRequest | None:
+        if request.loop != "plain" or request.sharding is not None:
+            return None
+        return replace(request, sharding=Sharding(gpus))
+
+    return apply
+
+
 CHANGES = (
     Change("half the batch, twice the accumulation", _half_batch),
     Change("batch 1, accumulated", _batch_of_one),
@@ -239,6 +270,7 @@ CHANGES = (
     Change("gradient checkpointing", _checkpointed),
     Change("activation offloading", _offloaded),
     Change("half the sequence", _half_sequence, same_data=False),
+    *(Change(f"{gpus} GPUs by FSDP2", _shared_by(gpus), gpus=gpus) for gpus in (2, 4, 8)),
 )
 """All changes that are tried."""
 

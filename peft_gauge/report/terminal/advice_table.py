@@ -57,7 +57,7 @@ def _title(plan: Mapping[str, Any]) -> str:
 
 def _caption(plan: Mapping[str, Any], first: int | None) -> str:
     left_out = max(len(plan["advice"]) - MOST_ROWS, 0)
-    lines = ["same tokens first, then by FLOPs, which leave out the time of dequantization and paging"]
+    lines = ["same tokens on one GPU first, then by FLOPs, which leave out the time of dequantization and paging"]
     for gpu in plan["advice"][0]["tokens_per_second"]:
         lines.append(f"tokens/s: the speed of a matrix product calibrated on {gpu} over the FLOPs, an upper bound")
         break

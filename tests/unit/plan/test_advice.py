@@ -15,6 +15,7 @@ from peft_gauge.plan.record import Plan, PlanFailure, PlanOutcome, PlanRequest
 from peft_gauge.report.terminal.advice_table import show_advice
 from peft_gauge.training import methods, models
 from peft_gauge.training.loops import step_settings
+from peft_gauge.training.sharding import Sharding
 from peft_gauge.training.step import StepSettings
 
 pytestmark = pytest.mark.integration
@@ -47,7 +48,7 @@ def test_each_is_the_plan_of_the_changed_step(found: list[advice.Advice]) -> Non
 
 
 def test_the_order_is_of_the_data_and_then_of_the_cost(found: list[advice.Advice]) -> None:
-    keys = [(not each.same_data, round(each.flops_ratio, 2), len(each.changes)) for each in found]
+    keys = [(not each.same_data, each.gpus, round(each.flops_ratio, 2), len(each.changes)) for each in found]
     assert keys == sorted(keys)
     by_changes = {each.changes: each for each in found}
     checkpointed = by_changes["gradient checkpointing",]
@@ -72,6 +73,7 @@ def test_a_change_that_is_made_already_is_not_proposed() -> None:
         settings=replace(SETTINGS, batch=1, grad_checkpointing=True, optimizer="paged-adamw8bit"),
         loss="chunked",
         dtype="bfloat16",
+        sharding=Sharding(2),
     )
     assert [change.name for change in advice.CHANGES if change.apply(made) is not None] == ["half the sequence"]
     qlora = replace(FULL, method=methods.QLORA)
@@ -79,6 +81,24 @@ def test_a_change_that_is_made_already_is_not_proposed() -> None:
     unprepared = BY_NAME["no k-bit preparation"].apply(qlora)
     assert unprepared is not None
     assert not unprepared.method.prepare_kbit
+
+
+def test_more_gpus_come_last_alone_and_with_checkpointing() -> None:
+    """On a model whose weights are most of its memory. Only two GPUs are planned."""
+    asked = replace(FULL, model=models.resolve("smollm2-135m", weights="random"), settings=StepSettings(1, 8))
+
+    def plan_shared(requests: Sequence[PlanRequest]) -> list[PlanOutcome]:
+        is_planned = [each.sharding is not None and each.sharding.ranks == 2 for each in requests]
+        return [
+            plan(each) if planned else PlanFailure("smollm2", "full", "no")
+            for each, planned in zip(requests, is_planned, strict=True)
+        ]
+
+    found = advice.advise(asked, plan(asked), plan_shared)
+    two = "2 GPUs by FSDP2"
+    assert [(each.gpus, each.changes) for each in found] == [(2, (two,)), (2, ("gradient checkpointing", two))]
+    # Half of weights and state; 3 × 4 bytes a parameter.
+    assert found[0].saved_bytes == pytest.approx(3 * 4 * 134_515_008 / 2, rel=0.15)
 
 
 def test_what_cannot_be_planned_or_saves_nothing_is_left_out() -> None:
