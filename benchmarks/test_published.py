@@ -231,6 +231,7 @@ def test_sharded_step(stated: Mapping[str, Any], plans: Plans, record: Callable[
         planned=planned,
         unit=stated["unit"],
         distance_percent=distance,
+        asserted="within",
         url=stated["url"],
         plan=plan.as_json(),
     )
