@@ -137,7 +137,7 @@ def memory_pass(
     }
     found |= _own_device_peak(phases, found)
     counts = _counts(phases)
-    tracked_seconds, tracked = _tracked_step(job, trains_base)
+    tracked_seconds, tracked = tracked_step(job, trains_base)
     found |= {"tensor_peak_bytes": tracked["peak_bytes"], "resident_bytes": tracked["resident_bytes"]}
     points = [{"batch": own[1].batch, "seq": own[1].seq, **_peak_names(found)}]
     for batch, seq in shapes:
@@ -199,10 +199,13 @@ def _counts(phases: Phases) -> dict[str, int]:
     return counts
 
 
-def _tracked_step(job: TrainingJob, trains_base: bool) -> tuple[float, dict[str, Any]]:
-    """The seconds and the metrics of one step in which every storage is tracked."""
+def tracked_step(
+    job: TrainingJob, trains_base: bool, tracker: StorageTracker | None = None
+) -> tuple[float, dict[str, Any]]:
+    """The seconds and the metrics of one step in which every storage is tracked, by ``tracker`` if there is one."""
     gc.collect()
-    tracker = StorageTracker(vocabulary=job.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    if tracker is None:
+        tracker = StorageTracker(vocabulary=job.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     _adopt(tracker, job, trains_base)
     meter = TensorMeter(tracker)
     driver = meters.Phases([meter])
@@ -267,7 +270,7 @@ def _at_shape(job: TrainingJob, stream: Tensor, batch: int, seq: int, trains_bas
             _metered_step(job, phases)
         whole = phases.peaks()[meters.WHOLE_STEP].get("cuda allocator", {})
         found |= {name: whole[name] for name in ("allocated_peak_bytes", "reserved_peak_bytes") if name in whole}
-    _, tracked = _tracked_step(job, trains_base)
+    _, tracked = tracked_step(job, trains_base)
     return {**found, "tensor_peak_bytes": tracked["peak_bytes"]}
 
 

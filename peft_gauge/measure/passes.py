@@ -69,7 +69,7 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
 
     Raises `GaugeError` for a case that cannot be built; torch's out-of-memory error is not caught.
     """
-    _quiet()
+    quiet()
     with memory.watched(setup.case.device) as phases:
         isolation.note(phase=IMPORTS)
         _import_libraries(setup.case)
@@ -92,7 +92,7 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
         if "memory" in setup.passes:
             found["memory"] = {
                 "naive_after_loading_bytes": naive_bytes,
-                **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=_trains_base(setup.case)),
+                **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=trains_base(setup.case)),
             }
             if setup.trace is not None:
                 found["memory"]["trace"] = trace.trace_step(setup.case, job, setup.trace, found["memory"])
@@ -139,7 +139,8 @@ def _prepared_base(setup: CaseSetup) -> PreTrainedModel:
     return methods.prepare_base(_base(setup), setup.case.method, device=setup.case.device)
 
 
-def _trains_base(case: Case) -> bool:
+def trains_base(case: Case) -> bool:
+    """Whether the trainable weights are the base's own."""
     return case.method.kind == "full"
 
 
@@ -197,7 +198,7 @@ def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence the libraries' advice on training: it would look like the last output of a process that dies."""
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "transformers", "peft"):

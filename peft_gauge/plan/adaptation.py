@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from peft_gauge.plan import flash_attention, policies
 from peft_gauge.plan.call import chunk_loss
 from peft_gauge.training import methods, models, stored_layers, targets
-from peft_gauge.training.step import AUTOCAST_DTYPES
+from peft_gauge.training.sharding import packed_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -41,7 +40,9 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
     base = copy.deepcopy(_meta_base(request.model, request.dtype, request.attention))
     if request.model.stored is not None:
         stored_layers.store_(base, request.model.stored)
-    base = methods.prepare_base(base, method, storage=_storage(request))
+    base = methods.prepare_base(
+        base, method, storage=packed_dtype(request.sharding, request.dtype, settings.mixed_precision)
+    )
     ids, places = frozenset(map(id, base.parameters())), targets.Places.of(base)
     notes += _unquantized(base, request)
     if models.is_recurrent(base):
@@ -67,14 +68,6 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
     if request.loss == "chunked":
         chunk_loss(base, request.loss_chunk)
     return Adapted(attached, ids, () if method.kind == "full" else targets.adapted(attached, places))
-
-
-def _storage(request: PlanRequest) -> torch.dtype | None:
-    """The dtype of packed 4-bit weights: FSDP shards floats only, and casts them unless they have its compute dtype."""
-    if request.sharding is None or request.sharding.strategy != "fsdp2":
-        return None
-    computed = AUTOCAST_DTYPES.get(request.settings.mixed_precision)
-    return models.torch_dtype(request.dtype) if computed is None else computed
 
 
 def _unmatched(method: methods.Method, base: PreTrainedModel, places: targets.Places) -> Iterator[str]:

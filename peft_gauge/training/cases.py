@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from peft_gauge.counting import ParameterCount
@@ -52,7 +53,12 @@ class Case:
 
 
 def build_job(
-    case: Case, *, base: PreTrainedModel | None = None, prepared: bool = False, stream: Tensor | None = None
+    case: Case,
+    *,
+    base: PreTrainedModel | None = None,
+    prepared: bool = False,
+    stream: Tensor | None = None,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
 ) -> TrainingJob:
     """The training job of ``case``, on its device.
 
@@ -60,6 +66,7 @@ def build_job(
         base: a freshly built base model, changed in place (default: build one).
         prepared: whether ``base`` has been through `methods.prepare_base` already.
         stream: token ids to train on, of one dimension (default: tokenized or drawn here).
+        wrap: called with the model before its optimizer is built; returns the model to train (`sharding.shard`).
     """
     import torch
 
@@ -90,7 +97,7 @@ def build_job(
     # Dropout uses the global generator: with the same seed, every run of a case gets the same masks.
     torch.manual_seed(case.seed)
     if plain:
-        return TrainingJob(model, data, settings)
+        return TrainingJob(model if wrap is None else wrap(model), data, settings)
     from peft_gauge.training import trainers
     from peft_gauge.training.trainer_job import TrainerJob
 

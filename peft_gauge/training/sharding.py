@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from peft_gauge.training.step import StepSettings
@@ -84,6 +85,17 @@ def shard(model: nn.Module, sharding: Sharding, settings: StepSettings, mesh: An
             "model at once; choose --strategy ddp"
         )
     return prepared
+
+
+def packed_dtype(sharding: Sharding | None, dtype: str, mixed_precision: str) -> torch.dtype | None:
+    """The dtype in which packed 4-bit weights are stored; ``None``: bitsandbytes' own. FSDP shards floats only, and
+    casts those that do not have its compute dtype."""
+    if sharding is None or sharding.strategy != "fsdp2":
+        return None
+    from peft_gauge.training.models import torch_dtype
+    from peft_gauge.training.step import AUTOCAST_DTYPES
+
+    return AUTOCAST_DTYPES.get(mixed_precision) or torch_dtype(dtype)
 
 
 def units(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge._internals.transformers import attention_of
+from peft_gauge._internals.distributed import local_of
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.training.precision import MixedPrecision, check_mixed_precision
 
@@ -286,7 +287,7 @@ def check_scalable(settings: StepSettings, parameters: Iterable[nn.Parameter]) -
 
 def _digest(parameter: Tensor) -> Tensor:
     """Two sums that change when the parameter does: they need less memory than a copy of the model."""
-    values = parameter.detach()
+    values = local_of(parameter.detach())
     weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
     flat = values.reshape(-1).to(torch.float64)
     return torch.stack((flat.sum(), torch.dot(flat, weights)))

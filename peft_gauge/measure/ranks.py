@@ -1,0 +1,228 @@
+"""Measure a step that several processes share, one per GPU: started by torchrun's launcher, sharded by accelerate.
+
+Each rank trains on data of its own. Its memory is followed storage by storage, as the planner follows its rank, and on
+CUDA also read from the allocator; steps are timed between barriers, so that each takes as long as the slowest rank.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from peft_gauge._internals.distributed import AXIS, gathered
+from peft_gauge.counting import quantization_constants
+from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.measure.memory import empty_cache, tracked_step
+from peft_gauge.measure.passes import quiet, trains_base
+from peft_gauge.memory.categories import GATHERED_WEIGHTS, QUANTIZATION_CONSTANTS
+from peft_gauge.memory.sharded_tracker import ShardedTracker
+from peft_gauge.training import cases, methods, models
+from peft_gauge.training.sharding import packed_dtype, shard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peft_gauge.training.cases import Case
+    from peft_gauge.training.models import ModelRecord
+    from peft_gauge.training.sharding import Sharding
+    from peft_gauge.training.step import TrainingJob
+
+WARM_UP_STEPS = 2
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+COMMUNICATION = ("nccl", "gloo:")
+"""Beginnings of the names of a profiler's events for collectives: of kernels, and of a CPU's backend."""
+
+
+@dataclass(frozen=True)
+class SharedCase:
+    """The work of all ranks.
+
+    Fields:
+        case: the case; its batch is that of each rank.
+        base: the source of the base weights (`models.stored`).
+        stream: token ids, int64 of one dimension: `cases.BATCHES` batches for each rank.
+        sharding: ``None`` for one process, which others are compared with.
+        rounds: timed steps.
+        limit_seconds: how long a collective may wait for other ranks.
+    """
+
+    case: Case
+    base: ModelRecord
+    stream: Tensor
+    sharding: Sharding | None
+    rounds: int
+    limit_seconds: float
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.sharding is None else self.sharding.ranks
+
+
+def launch(shared: SharedCase) -> list[dict[str, Any]]:
+    """Run the ranks of ``shared``, and return the record of each (`rank`), in their order.
+
+    When a rank fails, the launcher ends the others. Raises `RuntimeError` with the rank and the reason; a time limit is
+    the caller's (`peft_gauge.isolation.run`).
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=shared.ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        found: dict[int, dict[str, Any]] = elastic_launch(config, rank)(shared)
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        signal = failure.signal_name() if failure.exitcode < 0 else ""
+        reason = f"killed by {signal}" if signal and signal != "<N/A>" else one_line(_message(failure), 300)
+        raise RuntimeError(f"rank {number} of {shared.ranks}: {reason}") from None
+    return [found[number] for number in sorted(found)]
+
+
+def _message(failure: Any) -> str:
+    message = failure.message
+    return str(message["message"] if isinstance(message, dict) else message)
+
+
+def rank(shared: SharedCase) -> dict[str, Any]:
+    """The record of this process, one of ``shared.ranks`` that a launcher has started.
+
+    ``rank``; ``losses`` of the warm-up; ``step_seconds`` by round; ``communication_seconds`` of one step (kernels on
+    CUDA; on a CPU the time in the backend); ``peak_bytes``, ``peak_by_category``, ``resident_bytes`` and
+    ``communication`` of a followed step (`peft_gauge.plan.record.Plan`); on CUDA ``allocated_peak_bytes`` and
+    ``reserved_peak_bytes`` of an unmodified one. Raises as a step does; see `launch`.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    recorded: Any = record(_rank)  # the launcher gets the message of an exception from a file
+    found: dict[str, Any] = recorded(shared)
+    return found
+
+
+def _rank(shared: SharedCase) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    quiet()
+    number, device = int(os.environ["LOCAL_RANK"]), shared.case.device
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    dist.init_process_group(BACKENDS[device], timeout=timedelta(seconds=shared.limit_seconds))
+    try:
+        mesh = init_device_mesh(device, (shared.ranks,), mesh_dim_names=(AXIS,))
+        job, constants = _job(shared, mesh)
+        found = {"rank": dist.get_rank(), **_timed(shared, job), **_followed(shared, job, constants)}
+        job.close()
+        return found
+    finally:
+        dist.destroy_process_group()
+
+
+def _timed(shared: SharedCase, job: TrainingJob) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    job.warm_up(WARM_UP_STEPS)
+    found: dict[str, Any] = {"losses": job.losses}
+    if shared.case.device == "cuda":
+        empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        job.step()
+        job.clear()
+        found["allocated_peak_bytes"] = torch.cuda.max_memory_allocated()
+        found["reserved_peak_bytes"] = torch.cuda.max_memory_reserved()
+    seconds = []
+    for _ in range(shared.rounds):
+        dist.barrier()
+        _synchronize(shared.case.device)
+        begin = time.perf_counter()
+        job.step()
+        _synchronize(shared.case.device)
+        dist.barrier()
+        seconds.append(time.perf_counter() - begin)
+        job.clear()
+    found["step_seconds"] = seconds
+    found["communication_seconds"] = _communication_seconds(job, shared.case.device)
+    return found
+
+
+def _job(shared: SharedCase, mesh: Any) -> tuple[TrainingJob, list[Tensor]]:
+    """This rank's job, and the constants of its packed weights, which lose them when they are sharded."""
+    import torch.distributed as dist
+
+    case, sharding = shared.case, shared.sharding
+    base = models.build(shared.base, dtype=case.dtype, attn_implementation=case.attention)
+    storage = packed_dtype(sharding, case.dtype, case.settings.mixed_precision)
+    base = methods.prepare_base(base, case.method, device=case.device, storage=storage)
+    constants = [tensor for parameter in base.parameters() for tensor in quantization_constants(parameter)]
+    own = cases.BATCHES * case.settings.batch * case.settings.seq
+    stream = shared.stream[dist.get_rank() * own :][:own]
+    wrap = None if sharding is None else lambda model: shard(model, sharding, case.settings, mesh)
+    return cases.build_job(case, base=base, prepared=True, stream=stream, wrap=wrap), constants
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _communication_seconds(job: TrainingJob, device: str) -> float:
+    """Of one step: the time of the collectives' kernels, or, on a CPU, in the backend."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as profiler:
+        job.step()
+    job.clear()
+    total = 0.0
+    for event in profiler.key_averages():
+        if event.key.lower().startswith(COMMUNICATION):
+            total += event.device_time_total if device == "cuda" else event.cpu_time_total
+    return total / 1e6
+
+
+def _followed(shared: SharedCase, job: TrainingJob, constants: list[Tensor]) -> dict[str, Any]:
+    """The metrics of one step in which every storage is tracked."""
+    sharding = shared.sharding
+    if sharding is None:
+        return tracked_step(job, trains_base(shared.case))[1]
+    tracker = ShardedTracker(
+        ranks=sharding.ranks, reduces=sharding.strategy == "fsdp2", vocabulary=shared.case.model.vocab_size
+    )
+    tracker.adopt(constants, QUANTIZATION_CONSTANTS)
+    tracker.adopt(gathered(job.model), GATHERED_WEIGHTS)
+    with tracker.resizing():
+        found = tracked_step(job, trains_base(shared.case), tracker)[1]
+    communication = {name: {"calls": n, "sent_bytes": tracker.sent_bytes[name]} for name, n in tracker.calls.items()}
+    return {**found, "communication": communication}
+
+
+def summary(records: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Metrics over all ranks: ``tokens`` are those of one rank's step."""
+    if not records:
+        raise GaugeError("there is no rank to summarize")
+    peaks = [each["peak_bytes"] for each in records]
+    seconds = statistics.median(map(max, zip(*(each["step_seconds"] for each in records), strict=True)))
+    return {
+        "ranks": len(records),
+        "rank_peak_bytes": max(peaks),
+        "rank_peak_bytes_sum": sum(peaks),
+        "imbalance": max(peaks) / statistics.mean(peaks) - 1,
+        "rank_step_seconds": seconds,
+        "tokens_per_second": tokens * len(records) / seconds,
+    }
