@@ -20,6 +20,7 @@ from peft_gauge.measure.memory import empty_cache, tracked_step
 from peft_gauge.measure.passes import quiet, trains_base
 from peft_gauge.memory.categories import GATHERED_WEIGHTS, QUANTIZATION_CONSTANTS
 from peft_gauge.memory.sharded_tracker import ShardedTracker
+from peft_gauge.memory.tracker import no_collector
 from peft_gauge.training import cases, methods, models
 from peft_gauge.training.sharding import packed_dtype, shard
 
@@ -206,7 +207,7 @@ def _followed(shared: SharedCase, job: TrainingJob, constants: list[Tensor]) -> 
     )
     tracker.adopt(constants, QUANTIZATION_CONSTANTS)
     tracker.adopt(gathered(job.model), GATHERED_WEIGHTS)
-    with tracker.resizing():
+    with tracker.resizing(), no_collector():
         found = tracked_step(job, trains_base(shared.case), tracker)[1]
     communication = {name: {"calls": n, "sent_bytes": tracker.sent_bytes[name]} for name, n in tracker.calls.items()}
     return {**found, "communication": communication}

@@ -73,6 +73,12 @@ def add_options(parser: pytest.Parser) -> None:
     add("--batch", type=int, help="micro-batch size (default: 1 on cpu, 4 on cuda)")
     add("--seq", type=int, help="sequence length in tokens (default: 64 on cpu, 768 on cuda)")
     add(
+        "--gpus",
+        type=int,
+        help="GPUs that share each step of -m multigpu (default: all; with --device cpu two processes)",
+    )
+    add("--strategy", default="fsdp2", help="fsdp2 or ddp: how they share it (default: fsdp2)")
+    add(
         "--dataset",
         metavar="SOURCE",
         help="prompt/response or text examples for the slow quality sweeps: a file, a saved folder or a Hub id "
@@ -146,6 +152,8 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
         "dataset",
     )
     found = {name: config.getoption(name) for name in names}
+    if config.getoption("gpus") is not None or config.getoption("strategy") != "fsdp2":
+        found |= {"gpus": config.getoption("gpus"), "strategy": config.getoption("strategy")}
     if config.getoption("float32_outputs"):  # runs without it do not record it, as earlier ones
         found["float32_outputs"] = True
     if config.getoption("loop") == "plain":  # as earlier runs, which knew no other, recorded it

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_gauge._internals.transformers import attention_of
 from peft_gauge._internals.distributed import local_of
+from peft_gauge._internals.transformers import attention_of
 from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.training.precision import MixedPrecision, check_mixed_precision
 

@@ -1,20 +1,25 @@
 """One rank of a real sharded step on gloo, followed as the planner follows its own: prints the trace as JSON.
 
 ``python -m tests.support.sharded_child RANK RANKS FOLDER CASES``; CASES is JSON: [method, strategy, settings] each.
+Without cases it saves the gradients of `GRADIENTS`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from peft_gauge.counting import count
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.sharded_step import follow_sharded
 from peft_gauge.training import methods, models
-from peft_gauge.training.sharding import Sharding
+from peft_gauge.training.sharding import Sharding, shard
 from peft_gauge.training.step import StepSettings
 
 BATCH, SEQ = 2, 16
@@ -42,6 +47,34 @@ def described(trace: Any) -> dict[str, Any]:
     }
 
 
+GRADIENTS = [("full", "fsdp2"), ("lora", "fsdp2"), ("full", "ddp")]
+
+
+def gradients_of(asked: PlanRequest, rank: int, mesh: Any) -> dict[str, torch.Tensor]:
+    """The gradients of one step on ``rank``'s data, by parameter: of one process, or those that all of ``mesh`` reduce.
+
+    LoRA's B is not zero, so that all of them are not.
+    """
+    config = (
+        {**asked.method.peft_config, "init_lora_weights": False, "lora_dropout": 0.0}
+        if asked.method.kind == "peft"
+        else {}
+    )
+    base = models.build(asked.model, dtype=asked.dtype, attn_implementation=asked.attention)
+    model = methods.attach(base, replace(asked.method, peft_config=config))
+    if mesh is not None:
+        assert asked.sharding is not None
+        model = shard(model, asked.sharding, asked.settings, mesh)
+    tokens = torch.arange(BATCH * SEQ).view(BATCH, SEQ) * (7 + 4 * rank) % 251
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            whole = getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)()
+            found[name.removeprefix("module.")] = whole.contiguous()
+    return found
+
+
 def main() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -56,6 +89,10 @@ def main() -> None:
         own = list(base.parameters())
         model = methods.attach(base, asked.method, grad_checkpointing=asked.settings.grad_checkpointing)
         found.append(described(follow_sharded(asked, model, own, count(model), [], mesh=mesh)))
+    for method, strategy in [] if found else GRADIENTS:
+        gradients = gradients_of(request(method, strategy, ranks, {}), rank, mesh)
+        if rank == 0:
+            save_file(gradients, folder / f"{method}-{strategy}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

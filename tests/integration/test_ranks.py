@@ -1,0 +1,133 @@
+"""Several processes that share a step: they compute what one does, and a rank that fails ends them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from peft_gauge import isolation
+from peft_gauge.measure import PRELOAD
+from peft_gauge.measure.ranks import SharedCase, summary
+from peft_gauge.training import methods, models
+from peft_gauge.training.cases import BATCHES, Case
+from peft_gauge.training.sharding import Sharding
+from peft_gauge.training.step import StepSettings
+from tests.support import planted_ranks
+from tests.support.paths import ROOT
+from tests.support.sharded_child import BATCH, GRADIENTS, SEQ, gradients_of, request
+
+TOY = models.resolve("toy-llama")
+BLOCK_BYTES = 4 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) * 2
+"""More than the weights of a block of the toy with its adapter."""
+
+CASE = Case(TOY, methods.LORA, StepSettings(BATCH, SEQ), "cpu", "float32")
+
+
+def shared(case: Case = CASE, ranks: int = 2) -> SharedCase:
+    stream = torch.arange(ranks * BATCHES * BATCH * SEQ) * 7 % 251
+    return SharedCase(case, TOY, stream, Sharding(ranks), rounds=2, limit_seconds=60.0)
+
+
+def run(function: str, limit_seconds: float = 120.0, **environment: str) -> isolation.ProcessOutcome:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return isolation.run(
+        function,
+        shared(),
+        limit_seconds=limit_seconds,
+        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+        preload=PRELOAD,
+    )
+
+
+def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
+    outcome = run("peft_gauge.measure.ranks:launch")
+    assert outcome.ended == "done", outcome.reason
+    first, second = outcome.value
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert first["losses"] != second["losses"]
+    for each in (first, second):
+        assert each["peak_bytes"] == sum(each["peak_by_category"].values())
+    # gloo's thread can release the last buffer of a collective late, so that it counts in the peak.
+    assert abs(first["peak_bytes"] - second["peak_bytes"]) <= BLOCK_BYTES
+    assert abs(first["resident_bytes"] - second["resident_bytes"]) <= BLOCK_BYTES
+    # All-gathers and reductions of every step, and of none more.
+    assert first["communication"]["reduce_scatter"]["calls"] == 2
+    assert 0 < first["communication_seconds"] < 60
+    found = summary([first, second], BATCH * SEQ)
+    slowest = sorted(map(max, zip(first["step_seconds"], second["step_seconds"], strict=True)))
+    assert found["rank_step_seconds"] == sum(slowest) / 2
+    assert found["tokens_per_second"] == 2 * BATCH * SEQ / found["rank_step_seconds"]
+    assert (found["ranks"], found["imbalance"]) == (2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("way", "ended", "words"),
+    [
+        ("is killed", "crashed", "rank 1 of 2: killed by SIGKILL"),
+        ("has no memory", "out-of-memory", "rank 1 of 2"),
+        ("hangs", "timed-out", "25 s"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_within_the_limit(way: str, ended: str, words: str) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    begin = time.monotonic()
+    outcome = run("tests.support.planted_ranks:launch", 25.0, **{planted_ranks.FAILS: way})
+    assert time.monotonic() - begin < 40
+    assert outcome.ended == ended, outcome.reason
+    assert words in str(outcome.reason)
+    left = [
+        process
+        for process in psutil.process_iter(["pid", "environ", "status"])
+        if process.pid not in before
+        and planted_ranks.FAILS in (process.info["environ"] or {})
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+    assert left == [], "a rank, and with it its port, outlived the case"
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """The reduced gradients of two real ranks, whole, by case."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.sharded_child"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", str(folder), json.dumps([])], env=environment) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return {name: load_file(Path(folder / f"{name}.safetensors")) for name in map("-".join, GRADIENTS)}
+
+
+@pytest.mark.parametrize(("method", "strategy"), GRADIENTS)
+def test_gradients_are_those_of_one_process_up_to_one_sum(
+    method: str, strategy: str, of_ranks: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Each rank's own gradient is computed as by one process. Their mean is one sum, rounded once, and a division by
+    2, which is exact: |error| ≤ 2⁻²⁴ |g₀ + g₁| / 2, in each element; twice that for the sum of one process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        first, second = (gradients_of(request(method, strategy, 2, {}), rank, None) for rank in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    found = of_ranks[f"{method}-{strategy}"]
+    assert found.keys() == first.keys()
+    for name in first:
+        bound = 2.0**-23 * (first[name].double().abs() + second[name].double().abs()) / 2
+        error = (found[name].double() - (first[name].double() + second[name].double()) / 2).abs()
+        assert bool((error <= bound).all()), f"{name}: {(error - bound).max()}"
+    assert any(bool(gradient.abs().max() > 0) for gradient in found.values())
