@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge._internals.cut_cross_entropy import has_cut_cross_entropy, release
 from peft_gauge._internals.torch import foreach_on_fakes
 from peft_gauge.counting import count
 from peft_gauge.errors import GaugeError
@@ -23,6 +24,7 @@ from peft_gauge.memory.overheads import overheads_for
 from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.adaptation import adapt, attention, attention_package, double_quant, quant_format
 from peft_gauge.plan.autocast import as_on_cuda
+from peft_gauge.plan.call import cut_loss_on_fakes
 from peft_gauge.plan.record import Plan
 from peft_gauge.plan.reserve import Steps, device_estimate, fit
 from peft_gauge.plan.traced_step import Trace, follow
@@ -92,11 +94,14 @@ def stepping(request: PlanRequest, model: nn.Module, notes: list[str]) -> Iterat
         stack.enter_context(attention_package(request.attention))
         if request.settings.mixed_precision != "no":
             notes += stack.enter_context(as_on_cuda())
+        if request.loss == "cce" and has_cut_cross_entropy():
+            stack.enter_context(cut_loss_on_fakes())
+            notes.append(f"{release()}: its kernels' operations are not in flops_per_step")
         if quant_format(request) == "int8":
             notes.append("int8: planned without outlier columns, whose number depends on the activations' values")
             stack.enter_context(kernels.cuda_int8_products())
         yield
-    notes += said if request.loop == "plain" else unexpected(said)
+    notes += unexpected(said)
 
 
 def _trace(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from peft_gauge.training.step import StepSettings
     from peft_gauge.training.targets import Adapted
 
-Loss = Literal["full", "chunked"]
-LOSSES: tuple[Loss, ...] = ("full", "chunked")
+Loss = Literal["full", "chunked", "cce"]
+LOSSES: tuple[Loss, ...] = ("full", "chunked", "cce")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PlanRequest:
         settings: batch × seq tokens, optimizer, checkpointing, accumulation, clipping.
         dtype: data type of the base weights, and of a quantized base's compute.
         loss: ``"full"`` as the model computes it, or ``"chunked"``: a model of the chunked losses of training
-            libraries (see `peft_gauge.plan.call`). ``loss_chunk``: tokens in a chunk; ``None`` is the default number of
-            chunks.
+            libraries (see `peft_gauge.plan.call`), or ``"cce"``: the installed Cut Cross-Entropy; without it, chunked.
+            ``loss_chunk``: tokens in a chunk; ``None`` is the default number of chunks.
         padded: whether the batch comes with an attention mask.
         use_cache: whether the model returns its key-value cache, which then lives as long as the outputs.
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
