@@ -1,4 +1,5 @@
-"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`, `cce`."""
+"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`, `cce`,
+`torchao`."""
 
 from __future__ import annotations
 
@@ -71,6 +72,16 @@ PLANNING = [
 ]
 
 OF_CUT_CROSS_ENTROPY = ["tests/unit/plan/test_cut_cross_entropy.py", "tests/internals/test_internals.py"]
+
+OF_TORCHAO = ["tests/unit/plan/test_torchao.py", "tests/internals/test_internals.py"]
+
+
+@nox.session
+def torchao(session: nox.Session) -> None:
+    """Plan steps with torchao's optimizers, against the same on a CPU."""
+    session.install(TORCH)
+    session.install("-e", ".[test]", "torchao")
+    session.run("python", "-m", "pytest", "-q", *OF_TORCHAO)
 
 
 @nox.session

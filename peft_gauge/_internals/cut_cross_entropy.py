@@ -1,6 +1,6 @@
 """Private parts of Cut Cross-Entropy: Apple's, Unsloth's and axolotl's packages. Nothing is imported before it is used.
 
-All of them are imported as ``cut_cross_entropy``; PyPI has Unsloth's, and axolotl installs its own. They differ in what
+All of them are imported as ``cut_cross_entropy``; PyPI has Unsloth's, and axolotl installs its own. They differ in
 their arguments (a bias) and in their checks of the device.
 """
 

@@ -175,6 +175,8 @@ def adopt_state(
 ) -> None:
     """Track the optimizer's state; the part that a GPU does not hold as the host's."""
     fused = optimizer.param_groups[0].get("fused")
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    tracker.adopt((rate for rate in rates if isinstance(rate, torch.Tensor)), HOST)  # torchao's, on the CPU
     paged = 0
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

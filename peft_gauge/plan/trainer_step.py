@@ -65,6 +65,7 @@ _EXPECTED = frozenset(
         "transformers.trainer._run_epoch",  # is the loss a number?
         "transformers.trainer._inner_training_loop",  # the same before transformers 5
         "transformers.trainer._finalize_training",
+        "transformers.trainer._get_learning_rate",  # a tensor with torchao's optimizers
         "trl.trainer.sft_trainer.compute_loss",  # metrics: entropy, accuracy, number of tokens
         # The number of tokens with a label, and whether the loss's own gradient is 1.
         "liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward",

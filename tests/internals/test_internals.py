@@ -31,6 +31,7 @@ from peft_gauge._internals import peft as from_peft
 from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
 from peft_gauge._internals import torch as from_torch
+from peft_gauge._internals import torchao as from_torchao
 from peft_gauge._internals import transformers as from_transformers
 from peft_gauge._internals import triton as from_triton
 from peft_gauge._internals import trl as from_trl
@@ -446,6 +447,28 @@ def test_triton_has_the_launchers_that_are_replaced() -> None:
     with from_triton.without_kernels():
         assert jit.JITFunction.run is not before
     assert jit.JITFunction.run is before
+
+
+def test_torchao_quantizes_states_of_tensors_that_a_tracker_sees() -> None:
+    pytest.importorskip("torchao", reason="run: nox -s torchao")
+    from torchao.optim import AdamW8bit
+
+    with from_torch.FakeTensorMode(allow_non_fake_inputs=True), from_torchao.optimizers_on_fakes():
+        weight = nn.Parameter(torch.empty(64, 64))
+        weight.grad = torch.empty_like(weight)
+        optimizer = AdamW8bit([weight])
+        tracker = StorageTracker()
+        with tracker:
+            optimizer.step()
+        state = optimizer.state[weight]["exp_avg"]
+        assert from_torch.wraps_tensors(type(state))
+        assert [(part.dtype, part.numel()) for part in from_torch.parts_of(state)] == [
+            (torch.uint8, 4096),  # codes
+            (torch.float32, 16),  # scales
+            (torch.float32, 256),  # the values of codes
+        ]
+        assert len(tracker.storages([state])) == 3, "operators on a quantized state reach those on its parts"
+    assert from_torch.parts_of(weight) == [weight]
 
 
 def test_trl_offloads_fakes_to_the_host_and_fetches_them() -> None:
