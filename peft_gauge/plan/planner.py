@@ -150,9 +150,11 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
     steps = Steps(trace.tracker.events, trace.made_after_update)
     overheads = _overheads(request)
     # With one GPU the estimate is for that GPU, so that its parts add up to the printed total.
-    device = device_estimate(steps, overheads[0] if len(overheads) == 1 else None)
+    device = device_estimate(steps, overheads[0] if len(overheads) == 1 else None, offloads=trace.offloads)
     _check_order(request, trace, device)
-    gpus = tuple(fit(steps, gpu, each) for gpu, each in zip(request.gpus, overheads, strict=True))
+    gpus = tuple(
+        fit(steps, gpu, each, offloads=trace.offloads) for gpu, each in zip(request.gpus, overheads, strict=True)
+    )
     for found, each in zip(gpus, overheads, strict=True):
         if each.calibration is not None:
             notes.append(f"{found.gpu}: CUDA context and workspaces as calibrated on {each.calibration}")

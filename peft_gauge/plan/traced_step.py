@@ -64,6 +64,7 @@ class Trace:
     """One steady step: its log, and the allocated memory at the moments that a plan reports.
 
     ``made_after_update``: storages (`Event.storage`) that a run creates once, right after its first update.
+    ``offloads``: whether activations were kept in host memory.
     """
 
     tracker: StorageTracker
@@ -74,6 +75,7 @@ class Trace:
     live_outputs_bytes: int
     saved_activation_bytes: int
     flops: int
+    offloads: bool = False
 
 
 def follow(

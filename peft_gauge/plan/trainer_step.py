@@ -29,6 +29,7 @@ from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_S
 from peft_gauge.memory.tracker import no_collector
 from peft_gauge.plan import fakes, policies
 from peft_gauge.plan.addresses import Addresses
+from peft_gauge.plan.reserve import OFFLOADING_BYTES, OFFLOADING_ORIGIN
 from peft_gauge.plan.traced_step import (
     Trace,
     adopt_model,
@@ -54,10 +55,6 @@ if TYPE_CHECKING:
 
 TRACED_MICRO_BATCHES = 2
 """Accumulated micro-batches after the second are equal to it: the first creates the gradients, the second adds."""
-
-OFFLOADING_BYTES = 73_400_320
-"""Of the device's memory for pinned host memory and a second stream, measured on an H100 (`fixtures/h100_steps.json`):
-the driver's count for the process less the allocator's segments, against the same without offloading."""
 
 _EXPECTED = frozenset(
     {
@@ -129,7 +126,7 @@ def follow_trainer(
     if offloaded is not None:
         notes.append(
             f"activation offloading: at most {offloaded.peak_bytes / 1e9:.2f} GB of activations in pinned host memory; "
-            f"the device also holds {OFFLOADING_BYTES / 1e6:.0f} MB for it (on an H100), which are not included"
+            f"{OFFLOADING_BYTES / 1e6:.0f} MB of the device's memory are for it, {OFFLOADING_ORIGIN}"
         )
     note_uncounted(tracker, notes)
     done = listener.found
@@ -143,6 +140,7 @@ def follow_trainer(
         live_outputs_bytes=done.updated.bytes,
         saved_activation_bytes=done.saved_activation_bytes,
         flops=tracker.flops // traced * request.settings.grad_accumulation,
+        offloads=offloaded is not None,
     )
 
 
