@@ -38,7 +38,7 @@ def optimizers_on_fakes() -> Iterator[None]:
             states = import_module(name)
             states.get_qmap_signed()
             states.get_qmap_unsigned()
-    copy = torch.Tensor.__deepcopy__
+    copy: Any = torch.Tensor.__deepcopy__
 
     def copied(tensor: torch.Tensor, memo: Any) -> Any:
         with nullcontext() if is_fake(tensor) else without_modes():

@@ -34,7 +34,7 @@ def state_bytes(parameter: torch.Tensor, bits: int) -> int:
 
 
 def request(optimizer: str, loop: str) -> PlanRequest:
-    settings, _ = step_settings(loop, {"batch": 2, "seq": 64, "optimizer": optimizer}, {})  # type: ignore[arg-type]
+    settings, _ = step_settings(loop, {"batch": 2, "seq": 64, "optimizer": optimizer}, {})
     return PlanRequest(TOY, methods.get("full"), settings, loop=loop)  # type: ignore[arg-type]
 
 
