@@ -93,7 +93,7 @@ def chunk_loss(base: nn.Module, tokens: int | None = None) -> None:
         logits = _capped(head(hidden), softcap).float()
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
-    def loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
         targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         rows, seq = targets.shape
