@@ -1,4 +1,5 @@
-"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`."""
+"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`, `cce`,
+`torchao`."""
 
 from __future__ import annotations
 
@@ -70,6 +71,18 @@ PLANNING = [
     *(f"tests/unit/plan/test_{name}.py" for name in ("fakes", "planner")),
 ]
 
+OF_CUT_CROSS_ENTROPY = ["tests/unit/plan/test_cut_cross_entropy.py", "tests/internals/test_internals.py"]
+
+OF_TORCHAO = ["tests/unit/plan/test_torchao.py", "tests/internals/test_internals.py"]
+
+
+@nox.session
+def torchao(session: nox.Session) -> None:
+    """Plan steps with torchao's optimizers, against the same on a CPU."""
+    session.install(TORCH)
+    session.install("-e", ".[test]", "torchao")
+    session.run("python", "-m", "pytest", "-q", *OF_TORCHAO)
+
 
 @nox.session
 def liger(session: nox.Session) -> None:
@@ -77,6 +90,14 @@ def liger(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-e", ".[test,trl]", "liger-kernel", "triton")
     session.run("python", "-m", "pytest", "-q", "tests/integration/test_plan_measured.py", "-k", "liger")
+
+
+@nox.session
+def cce(session: nox.Session) -> None:
+    """Plan steps with Cut Cross-Entropy, which needs Triton, against its authors' measurements."""
+    session.install(TORCH)
+    session.install("-e", ".[test]", "cut-cross-entropy", "triton")
+    session.run("python", "-m", "pytest", "-q", *OF_CUT_CROSS_ENTROPY)
 
 
 @nox.session

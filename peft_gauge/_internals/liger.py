@@ -1,4 +1,4 @@
-"""Private parts of Liger Kernel and Triton. Nothing is imported before it is used."""
+"""Private parts of Liger Kernel. Nothing is imported before it is used."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
-from unittest.mock import patch
 
-# --- its kernels --------------------------------------------------------------------------------------------
-
-LAUNCHERS = (
-    ("triton.runtime.jit", "JITFunction"),
-    ("triton.runtime.autotuner", "Autotuner"),
-    ("triton.runtime.autotuner", "Heuristics"),
-)
-"""Modules and classes of Triton whose method ``run`` launches a kernel. A kernel allocates nothing."""
+from peft_gauge._internals.triton import has_triton, without_kernels
 
 
 def has_liger() -> bool:
     """Whether Liger Kernel and Triton, which it needs, are installed."""
-    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
+    return find_spec("liger_kernel") is not None and has_triton()
 
 
 @contextmanager
 def liger_on_fakes() -> Iterator[None]:
     """While active, Liger's operators run without their kernels, and afterwards its replacements in transformers are
-    undone. Guarded by `has_liger`; a launcher that is missing raises `ImportError` or `AttributeError`."""
-    from importlib import import_module
-
+    undone. Guarded by `has_liger`."""
     with ExitStack() as stack:
-        for module, name in LAUNCHERS:
-            launcher = getattr(import_module(module), name)
-            stack.enter_context(patch.object(launcher, "run", lambda *args, **kwargs: None))
+        stack.enter_context(without_kernels())
         stack.enter_context(_restored())
         stack.enter_context(_without_warnings())
         yield

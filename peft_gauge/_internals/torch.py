@@ -258,6 +258,20 @@ def holders(tensor: torch.Tensor) -> tuple[int, int]:
     return count, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
+def wraps_tensors(kind: type) -> bool:
+    """Whether ``kind`` is a subclass of tensors that consist of others, such as torchao's quantized states."""
+    return hasattr(kind, "__tensor_flatten__")
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that ``tensor`` consists of, if its class wraps others; else itself. By torch's protocol for such
+    classes, which a contract test holds."""
+    if not wraps_tensors(type(tensor)):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in parts_of(getattr(tensor, name))]
+
+
 # --- modules ------------------------------------------------------------------------------------------------
 
 

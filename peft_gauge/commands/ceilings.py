@@ -13,7 +13,7 @@ from peft_gauge.plan import ceilings as table_file
 from peft_gauge.plan.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from peft_gauge.plan.record import PlanRequest
 
@@ -25,7 +25,10 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "llama-2-7b": ((1, 512), (4, 768)),
 }
 """The (batch, seq) of each model's ceilings. TinyLlama: the measured step and a grid that gives the growth per row and
-per token. 7B: one row of the usual length, and the measured step."""
+per token. 7B: one row of the usual length, and the measured step, which is the last of each."""
+
+STEPS = (("plain", "bf16"), ("trainer", "no"), ("trainer", "bf16"))
+"""Loop and autocast of further ceilings, for the measured step only."""
 
 
 def ceilings(
@@ -69,22 +72,39 @@ def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.training import methods
+    from peft_gauge.training.loops import step_settings
     from peft_gauge.training.models import resolve
-    from peft_gauge.training.step import StepSettings
 
     # Weights do not change a plan; random ones are the same on every machine.
     requests = [
-        PlanRequest(record, method, StepSettings(batch, seq), dtype=DTYPE)
+        PlanRequest(record, method, settings, dtype=DTYPE, loop=loop, trainer_arguments=further)  # type: ignore[arg-type]
         for record in [resolve(name, weights="random") for name in models]
-        for batch, seq in SHAPES[record.name]
+        for loop, precision, batch, seq in _steps(record.name)
+        for settings, further in [step_settings(loop, {"batch": batch, "seq": seq, "mixed_precision": precision}, {})]
         for method in methods.DEFAULT_METHODS
     ]
     return {_key(request): Margins().ceiling(plan) for request, plan in zip(requests, sweep(requests), strict=True)}
 
 
+def _steps(model: str) -> Iterator[tuple[str, str, int, int]]:
+    """Loop, autocast, batch and sequence of each ceiling of ``model``."""
+    shapes = SHAPES[model]
+    yield from (("plain", "no", batch, seq) for batch, seq in shapes)
+    yield from ((loop, precision, *shapes[-1]) for loop, precision in STEPS)
+
+
 def _key(request: PlanRequest) -> CeilingKey:
     settings = request.settings
-    return CeilingKey(request.model.name, request.method.name, DEVICE, request.dtype, settings.batch, settings.seq)
+    return CeilingKey(
+        request.model.name,
+        request.method.name,
+        DEVICE,
+        request.dtype,
+        settings.batch,
+        settings.seq,
+        request.loop,
+        settings.mixed_precision,
+    )
 
 
 def public_version(library: str) -> str:

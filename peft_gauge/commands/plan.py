@@ -94,7 +94,10 @@ def plan(
     prepare_kbit: Annotated[
         bool | None, typer.Option(help="Cast unquantized parameters to float32, as prepare_model_for_kbit_training.")
     ] = None,
-    loss: Annotated[str | None, typer.Option(help="full, or chunked along the sequence (default: full).")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="full, chunked along the sequence, or cce: Cut Cross-Entropy (default: full)."),
+    ] = None,
     loss_chunk: Annotated[
         int | None, typer.Option(help="Tokens in a chunk of --loss chunked (default: 8 chunks along the sequence).")
     ] = None,

@@ -19,7 +19,16 @@ from typing import Any
 
 import torch
 
-from peft_gauge._internals.torch import ACCUMULATE_GRAD, DispatchMode, current_node, sparse_parts, storage_key
+from peft_gauge._internals.torch import (
+    ACCUMULATE_GRAD,
+    DispatchMode,
+    FakeTensor,
+    current_node,
+    parts_of,
+    sparse_parts,
+    storage_key,
+    wraps_tensors,
+)
 from peft_gauge.memory.accumulation import ADD, engine_accumulates, lone_holders
 from peft_gauge.memory.categories import (
     ACTIVATIONS,
@@ -108,7 +117,7 @@ class StorageTracker(DispatchMode):
     def storages(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         """The numbers (`Event.storage`) of the tracked storages of ``tensors`` in the present log."""
         alive = self._ledger.alive
-        keys = (storage_key(tensor.untyped_storage()) for tensor in tensors)
+        keys = (storage_key(tensor.untyped_storage()) for tensor in _each(tensors))
         return frozenset(alive[key].record for key in keys if key in alive)
 
     def number_of(self, storage: torch.UntypedStorage) -> int | None:
@@ -226,6 +235,9 @@ class StorageTracker(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for kind in types:
+            if kind is not FakeTensor and wraps_tensors(kind):
+                return NotImplemented  # its operators on the tensors that it consists of come here, too
         if func is _DEVICE_OF:  # the most frequent operator: fake tensors read their device with it
             return args[0].fake_device if hasattr(args[0], "fake_device") else func(*args)
         plan = self._plans.get(func) or self._plan(func)
@@ -319,4 +331,5 @@ class StorageTracker(DispatchMode):
 
 
 def _each(tensors: torch.Tensor | Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-    return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+    for tensor in (tensors,) if isinstance(tensors, torch.Tensor) else tensors:
+        yield from parts_of(tensor)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from peft_gauge._internals.cut_cross_entropy import has_cut_cross_entropy
 from peft_gauge.plan import flash_attention, policies
-from peft_gauge.plan.call import chunk_loss
+from peft_gauge.plan.call import chunk_loss, cut_loss
 from peft_gauge.training import methods, models, stored_layers, targets
 from peft_gauge.training.sharding import packed_dtype
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.training.models import ModelRecord
+
+NO_CUT_LOSS = (
+    "cut cross-entropy is planned as a loss in 8 chunks along the sequence, which needs more; it is planned as itself "
+    "where cut-cross-entropy and triton are installed (pip install 'peft-gauge[cce]')"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,12 @@ def adapt(request: PlanRequest, notes: list[str]) -> Adapted:
         base.enable_input_require_grads()  # else reentrant checkpointing trains nothing but the last block
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         attached.train()
-    if request.loss == "chunked":
+    if request.loss == "cce" and has_cut_cross_entropy():
+        cut_loss(base)
+    elif request.loss == "cce":
+        notes.append(NO_CUT_LOSS)
+        chunk_loss(base)
+    elif request.loss == "chunked":
         chunk_loss(base, request.loss_chunk)
     return Adapted(attached, ids, () if method.kind == "full" else targets.adapted(attached, places))
 

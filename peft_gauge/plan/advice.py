@@ -186,7 +186,7 @@ def _with_optimizer(name: str) -> Callable[[PlanRequest], PlanRequest | None]:
 
 
 def _chunked(request: PlanRequest) -> PlanRequest | None:
-    return None if request.loss == "chunked" or request.loop == "sft" else replace(request, loss="chunked")
+    return None if request.loss != "full" or request.loop == "sft" else replace(request, loss="chunked")
 
 
 def _in_nf4(request: PlanRequest) -> PlanRequest | None:

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
     from peft_gauge.plan.record import PlanRequest
 
-LIBRARIES = ("peft_gauge", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
-"""The code that a plan runs through."""
+LIBRARIES = (
+    *("peft_gauge", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl"),
+    *("liger_kernel", "cut_cross_entropy", "torchao"),
+)
+"""The code that a plan runs through, as far as it is installed."""
 
 KEPT_VERSIONS = 4
 """Plans of so many states of the code are kept, so that two environments can share a cache."""

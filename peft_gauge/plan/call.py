@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from peft_gauge._internals import cut_cross_entropy
 from peft_gauge._internals.torch import modules_of, storage_key
 from peft_gauge.errors import GaugeError
 
@@ -84,17 +87,13 @@ def chunk_loss(base: nn.Module, tokens: int | None = None) -> None:
     ``tokens``: at most so many of the batch in a chunk, at least one of each row (default: `LOSS_CHUNKS` chunks).
     Raises `GaugeError` if the model has no output projection of its own or no replaceable loss.
     """
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    name = next((name for name, module in base.named_children() if module is head), None)
-    if head is None or name is None or not isinstance(getattr(type(base), "loss_function", None), property):
-        raise GaugeError(f"--loss chunked cannot be planned for {type(base).__name__}: its loss is fixed")
-    modules_of(base)[name] = _HiddenStates(head)
+    head, softcap = _head_apart(base, "chunked")
 
     def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = head(hidden).float()
+        logits = _capped(head(hidden), softcap).float()
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
-    def loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
         targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[..., 1:]
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         rows, seq = targets.shape
@@ -104,3 +103,78 @@ def chunk_loss(base: nn.Module, tokens: int | None = None) -> None:
         return total / (targets != IGNORED_LABEL).sum()
 
     base.loss_function = loss  # type: ignore[assignment]
+
+
+def cut_loss(base: nn.Module) -> None:
+    """Make ``base``, a causal LM of transformers, compute its loss by the installed Cut Cross-Entropy, in place.
+
+    As the library's own patches of transformers do, for every architecture: the loss takes hidden states and the output
+    projection's weight, and the model returns no logits. Raises `GaugeError` as `chunk_loss`, and for an output
+    projection with a bias that the installed package has no argument for.
+    """
+    head, softcap = _head_apart(base, "cce")
+    bias = getattr(head, "bias", None)
+    if bias is not None and not cut_cross_entropy.takes_bias():
+        raise GaugeError(
+            f"--loss cce cannot be planned for {type(base).__name__}: its output projection has a bias, which "
+            f"{cut_cross_entropy.release()} does not take"
+        )
+
+    def loss(logits: Tensor, labels: Tensor, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Tensor:
+        hidden = logits
+        if head.weight.dtype is torch.bfloat16 and hidden.dtype is torch.float32:
+            hidden = hidden.to(head.weight.dtype)  # as both Unsloth and axolotl do before they call the library
+        found = cut_cross_entropy.linear_cross_entropy(
+            hidden,
+            head.weight,
+            labels,
+            bias=getattr(head, "bias", None),  # read now, when it may be a fake
+            softcap=softcap,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        return found if num_items_in_batch is None else found / num_items_in_batch
+
+    base.loss_function = loss  # type: ignore[assignment]
+    forward = base.forward
+
+    @functools.wraps(forward)
+    def without_logits(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        outputs["logits"] = None
+        return outputs
+
+    base.forward = without_logits
+
+
+def _head_apart(base: nn.Module, loss: str) -> tuple[Any, float | None]:
+    """The output projection of ``base``, which from now on gives its loss the hidden states; and the bound that the
+    model puts on its logits, if any, which is then the loss's to apply."""
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in base.named_children() if module is head), None)
+    if head is None or name is None or not isinstance(getattr(type(base), "loss_function", None), property):
+        raise GaugeError(f"--loss {loss} cannot be planned for {type(base).__name__}: its loss is fixed")
+    modules_of(base)[name] = _HiddenStates(head)
+    config: Any = base.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is not None:
+        config.final_logit_softcapping = None
+    return head, softcap
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+@contextlib.contextmanager
+def cut_loss_on_fakes() -> Iterator[None]:
+    """Around a step on fakes whose loss is `cut_loss`'s; raises `GaugeError` if it refuses the tensors' data types."""
+    try:
+        with cut_cross_entropy.cut_cross_entropy_on_fakes():
+            yield
+    except AssertionError as error:
+        if not str(error).startswith("Backwards"):
+            raise
+        raise GaugeError(
+            f"{cut_cross_entropy.release()} refuses this step ({error}); plan it with --dtype bfloat16, and a base in "
+            "4 or 8 bit with --no-prepare-kbit"
+        ) from error

@@ -18,19 +18,21 @@ from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.files import write_whole
 from peft_gauge.memory.overheads import CUBLAS_WORKSPACE_HOPPER_BYTES, CUBLAS_WORKSPACES, CUBLASLT_WORKSPACE_BYTES
+from peft_gauge.training.loops import step_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peft_gauge.plan.record import Plan
+    from peft_gauge.training.cases import Case
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 """The libraries whose versions affect a plan."""
 
 
 @dataclass(frozen=True, order=True)
 class CeilingKey:
-    """The case of a ceiling. Everything that is not named here has the default of `StepSettings`."""
+    """The case of a ceiling. Everything that is not named here has the default of its loop."""
 
     model: str
     method: str
@@ -38,6 +40,12 @@ class CeilingKey:
     dtype: str
     batch: int
     seq: int
+    loop: str = "plain"
+    mixed_precision: str = "no"
+
+
+OFTEN = {"loop": "plain", "mixed_precision": "no"}
+"""Fields of a key that a line leaves out if they have these values."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,20 @@ def default_path() -> Path:
     return paths.fixture("models").parent / "ceilings.toml"
 
 
-def ceiling_for(
-    model: str, method: str, device: str, dtype: str, batch: int, seq: int, *, path: Path | None = None
-) -> Ceiling | None:
+def ceiling_for(key: CeilingKey, *, path: Path | None = None) -> Ceiling | None:
     """The ceiling of this case, or ``None`` if the table has none; raises `GaugeError` for an unusable file."""
-    return read(path or default_path()).ceilings.get(CeilingKey(model, method, device, dtype, batch, seq))
+    return read(path or default_path()).ceilings.get(key)
+
+
+def key_of(case: Case) -> CeilingKey | None:
+    """The key of ``case`` in the table; ``None`` if it has settings that the table's cases do not have."""
+    settings = case.settings
+    batch, seq, precision = settings.batch, settings.seq, settings.mixed_precision
+    default = step_settings(case.loop, {"batch": batch, "seq": seq, "mixed_precision": precision}, {})
+    if (settings, case.trainer_arguments) != default or case.attention is not None:
+        return None
+    names = case.model.name, case.method.name, case.device, case.dtype
+    return CeilingKey(*names, batch, seq, case.loop, precision)
 
 
 @cache
@@ -123,9 +140,10 @@ def read(path: Path) -> CeilingTable:
 
 def _from_row(row: Mapping[str, Any]) -> tuple[CeilingKey, Ceiling]:
     names = [field.name for kind in (CeilingKey, Ceiling) for field in fields(kind)]
+    row = {**OFTEN, **row}
     if set(row) != set(names):
         raise ValueError(f"a ceiling has the fields {', '.join(names)}, not {', '.join(row)}")
-    texts = ("model", "method", "device", "dtype")
+    texts = ("model", "method", "device", "dtype", *OFTEN)
     if not all(isinstance(row[name], str) for name in texts):
         raise ValueError(f"{', '.join(texts)} of a ceiling must be strings")
     numbers = _whole({name: value for name, value in row.items() if name not in texts})
@@ -148,7 +166,9 @@ def _whole(values: Mapping[str, Any], kind: type | None = None) -> dict[str, int
 
 def shown(key: CeilingKey) -> str:
     """The case as messages name it."""
-    return f"{key.method} on {key.model}, {key.device}, {key.dtype}, {key.batch}×{key.seq}"
+    shape = f"{key.batch}×{key.seq}"
+    others = [getattr(key, name) for name, value in OFTEN.items() if getattr(key, name) != value]
+    return ", ".join([f"{key.method} on {key.model}", key.device, key.dtype, shape, *others])
 
 
 # --- writing
@@ -168,7 +188,8 @@ HEADER = """\
 #                    driver and loaded kernels. Loose: it shows whether a GPU is large enough.
 # nvidia-smi has shown 1.06 to 1.48 times the peak allocated, most for QLoRA; below, device_bytes is {least:.2f} to
 # {most:.2f} times allocated_bytes. Plans replay steps, not loading: empty the allocator's cache in between.
-# Settings that a line does not name are the defaults: AdamW, one micro-batch, no gradient checkpointing, no padding.
+# Settings that a line does not name are the defaults: this suite's own step without autocast, AdamW, one micro-batch,
+# no gradient checkpointing, no padding; with loop = "trainer" those of transformers' TrainingArguments.
 """
 
 
@@ -194,7 +215,8 @@ def render(table: CeilingTable) -> str:
 
 def shown_row(key: CeilingKey, ceiling: Ceiling) -> str:
     """The line of one case in the file."""
-    return _inline(asdict(key) | asdict(ceiling))
+    named = {name: value for name, value in asdict(key).items() if OFTEN.get(name) != value}
+    return _inline(named | asdict(ceiling))
 
 
 def _inline(values: Mapping[str, str | int]) -> str:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from peft_gauge.training.step import StepSettings
     from peft_gauge.training.targets import Adapted
 
-Loss = Literal["full", "chunked"]
-LOSSES: tuple[Loss, ...] = ("full", "chunked")
+Loss = Literal["full", "chunked", "cce"]
+LOSSES: tuple[Loss, ...] = ("full", "chunked", "cce")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class PlanRequest:
         settings: batch × seq tokens, optimizer, checkpointing, accumulation, clipping.
         dtype: data type of the base weights, and of a quantized base's compute.
         loss: ``"full"`` as the model computes it, or ``"chunked"``: a model of the chunked losses of training
-            libraries (see `peft_gauge.plan.call`). ``loss_chunk``: tokens in a chunk; ``None`` is the default number of
-            chunks.
+            libraries (see `peft_gauge.plan.call`), or ``"cce"``: the installed Cut Cross-Entropy; without it, chunked.
+            ``loss_chunk``: tokens in a chunk; ``None`` is the default number of chunks.
         padded: whether the batch comes with an attention mask.
         use_cache: whether the model returns its key-value cache, which then lives as long as the outputs.
         hold_outputs: whether the caller keeps the model's outputs until the end of the step, as
@@ -143,7 +143,8 @@ class DeviceEstimate:
     ``allocated_bytes``: the peak of memory in use within the segments, workspaces included; ``reserved_bytes``: the
     caching allocator's segments, library workspaces included; ``context_bytes``: driver, CUDA context and kernels,
     outside the allocator. ``cublas_workspace_bytes`` and ``cublaslt_workspace_bytes`` are the parts of
-    ``reserved_bytes`` that belong to no tensor. ``origins`` has the source of each constant.
+    ``reserved_bytes`` that belong to no tensor. ``offloading_bytes``: outside the allocator too, for pinned host memory
+    and a second stream, if the step offloads activations. ``origins`` has the source of each constant.
     """
 
     allocated_bytes: int
@@ -152,19 +153,25 @@ class DeviceEstimate:
     cublas_workspace_bytes: int
     cublaslt_workspace_bytes: int
     origins: Mapping[str, str]
+    offloading_bytes: int = 0
+
+    @property
+    def outside_bytes(self) -> int:
+        """The memory outside the allocator."""
+        return self.context_bytes + self.offloading_bytes
 
     @property
     def total_bytes(self) -> int:
         """The memory that the device reports as used by the process."""
-        return self.reserved_bytes + self.context_bytes
+        return self.reserved_bytes + self.outside_bytes
 
 
 @dataclass(frozen=True)
 class GpuFit:
     """Whether a step fits one GPU.
 
-    ``fits``: whether the step's allocations, replayed with this GPU's memory less its context, never run out.
-    ``device_bytes``: the memory that the GPU will report as used: that replay's segments and the context; if the step
+    ``fits``: whether the step's allocations, replayed with this GPU's memory less what is outside the allocator, never
+    run out. ``device_bytes``: the memory that the GPU will report as used: that replay's segments and the rest; if it
     does not fit, the same for a GPU without a limit. ``headroom_bytes``: ``usable_bytes`` less ``device_bytes``,
     negative if it does not fit. ``retries``: how often cached segments had to be released to make room, which costs
     time.

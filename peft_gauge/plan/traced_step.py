@@ -64,6 +64,7 @@ class Trace:
     """One steady step: its log, and the allocated memory at the moments that a plan reports.
 
     ``made_after_update``: storages (`Event.storage`) that a run creates once, right after its first update.
+    ``offloads``: whether activations were kept in host memory.
     """
 
     tracker: StorageTracker
@@ -75,6 +76,7 @@ class Trace:
     saved_activation_bytes: int
     flops: int
     communication: Mapping[str, Collective] = field(default_factory=dict)
+    offloads: bool = False
 
 
 def follow(
@@ -181,6 +183,8 @@ def adopt_state(
 ) -> None:
     """Track the optimizer's state; the part that a GPU does not hold as the host's."""
     fused = optimizer.param_groups[0].get("fused")
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    tracker.adopt((rate for rate in rates if isinstance(rate, torch.Tensor)), HOST)  # torchao's, on the CPU
     paged = 0
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -29,6 +29,7 @@ from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_S
 from peft_gauge.memory.tracker import no_collector
 from peft_gauge.plan import fakes, policies
 from peft_gauge.plan.addresses import Addresses
+from peft_gauge.plan.reserve import OFFLOADING_BYTES, OFFLOADING_ORIGIN
 from peft_gauge.plan.traced_step import (
     Trace,
     adopt_model,
@@ -55,10 +56,6 @@ if TYPE_CHECKING:
 TRACED_MICRO_BATCHES = 2
 """Accumulated micro-batches after the second are equal to it: the first creates the gradients, the second adds."""
 
-OFFLOADING_BYTES = 73_400_320
-"""Of the device's memory for pinned host memory and a second stream, measured on an H100 (`fixtures/h100_steps.json`):
-the driver's count for the process less the allocator's segments, against the same without offloading."""
-
 _EXPECTED = frozenset(
     {
         "accelerate.data_loader.__iter__",  # a seed
@@ -66,20 +63,23 @@ _EXPECTED = frozenset(
         "transformers.trainer._run_epoch",  # is the loss a number?
         "transformers.trainer._inner_training_loop",  # the same before transformers 5
         "transformers.trainer._finalize_training",
+        "transformers.trainer._get_learning_rate",  # a tensor with torchao's optimizers
         "trl.trainer.sft_trainer.compute_loss",  # metrics: entropy, accuracy, number of tokens
         # The number of tokens with a label, and whether the loss's own gradient is 1.
         "liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward",
         "liger_kernel.ops.fused_linear_cross_entropy.fused_linear_cross_entropy_backward",
         "liger_kernel.ops.cross_entropy.cross_entropy_forward",
         "liger_kernel.ops.cross_entropy.cross_entropy_backward",
-        "trl.trainer.utils._fused_forward",  # the tokens with a label, which here are all
+        # The tokens with a label, which here are all.
+        "trl.trainer.utils._fused_forward",
+        "cut_cross_entropy.utils._build_flat_valids",
     }
 )
-"""Callers that read values on which no allocation depends."""
+"""Callers that read values on which no allocation depends, or that a plan knows."""
 
 
 def unexpected(warnings: Iterable[str]) -> Iterator[str]:
-    """The warnings on values that a trainer reads, less those without an effect."""
+    """The warnings on values that a step reads, less those without an effect."""
     return (each for each in warnings if each.partition(" reads ")[0] not in _EXPECTED)
 
 
@@ -127,7 +127,7 @@ def follow_trainer(
     if offloaded is not None:
         notes.append(
             f"activation offloading: at most {offloaded.peak_bytes / 1e9:.2f} GB of activations in pinned host memory; "
-            f"the device also holds {OFFLOADING_BYTES / 1e6:.0f} MB for it (on an H100), which are not included"
+            f"{OFFLOADING_BYTES / 1e6:.0f} MB of the device's memory are for it, {OFFLOADING_ORIGIN}"
         )
     note_uncounted(tracker, notes)
     done = listener.found
@@ -141,6 +141,7 @@ def follow_trainer(
         live_outputs_bytes=done.updated.bytes,
         saved_activation_bytes=done.saved_activation_bytes,
         flops=tracker.flops // traced * request.settings.grad_accumulation,
+        offloads=offloaded is not None,
     )
 
 

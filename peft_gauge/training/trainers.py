@@ -56,6 +56,7 @@ _QUIET = {
 _OURS = frozenset({*_QUIET, "use_cpu", "output_dir", "max_steps"})
 
 SEVERAL_GPUS = "several GPUs are not planned"
+EVERY_LABEL = "in a plan every token has a label, which needs the most"
 NOT_PLANNED = {
     "deepspeed": "several GPUs and offloading are not planned",
     "fsdp": SEVERAL_GPUS,
@@ -66,6 +67,9 @@ NOT_PLANNED = {
     "torch_compile_mode": "compiled steps are not planned",
     "use_liger_kernel": "Liger's fused kernels, which need less, are planned where liger-kernel is installed",
     "liger_kernel_config": "Liger's fused kernels are planned where liger-kernel is installed",
+    "model_init_kwargs": "the model is built from its config, without kernels from the Hub (use_kernels)",
+    "completion_only_loss": EVERY_LABEL,
+    "assistant_only_loss": EVERY_LABEL,
 }
 """Arguments that a plan leaves out, and why; of Liger's, only if it is missing."""
 OF_LIGER = ("use_liger_kernel", "liger_kernel_config")

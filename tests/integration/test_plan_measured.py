@@ -11,6 +11,7 @@ import pytest
 from fixtures.measured_steps import MeasuredStep, read_steps
 from peft_gauge.memory.overheads import CONTEXT_HOPPER_BYTES
 from peft_gauge.plan.planner import plan
+from peft_gauge.plan.reserve import OFFLOADING_BYTES
 
 H100 = read_steps("h100")
 STEPS = [*read_steps(), *H100]
@@ -68,6 +69,10 @@ def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
     assert found.allocated_bytes_estimate == pytest.approx(step.first_steps["allocated_peak"], rel=0.02)
     assert found.reserved_bytes_estimate == pytest.approx(step.first_steps["reserved_peak"], rel=0.09)
     assert found.gpus[0].fits
+    if offloads:
+        assert found.device.offloading_bytes == OFFLOADING_BYTES
+        assert found.device.outside_bytes == step.process_bytes - step.reserved_bytes
+    assert (found.device.offloading_bytes > 0) == offloads
 
 
 def test_no_quick_step_is_left_out_by_mistake() -> None:
@@ -80,3 +85,5 @@ def test_the_context_is_what_the_driver_shows_beside_the_segments() -> None:
     outside = {step.process_bytes - step.reserved_bytes for step in steps}
     assert max(outside) == CONTEXT_HOPPER_BYTES
     assert min(outside) > 0.95 * CONTEXT_HOPPER_BYTES
+    offloaded = [step.process_bytes - step.reserved_bytes for step in STEPS if step not in steps]
+    assert offloaded == 2 * [CONTEXT_HOPPER_BYTES + OFFLOADING_BYTES]

@@ -26,12 +26,15 @@ from torch import nn
 from peft_gauge import _internals
 from peft_gauge._internals import accelerate as from_accelerate
 from peft_gauge._internals import bitsandbytes as from_bitsandbytes
+from peft_gauge._internals import cut_cross_entropy as from_cut_cross_entropy
 from peft_gauge._internals import distributed as from_distributed
 from peft_gauge._internals import peft as from_peft
 from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
 from peft_gauge._internals import torch as from_torch
+from peft_gauge._internals import torchao as from_torchao
 from peft_gauge._internals import transformers as from_transformers
+from peft_gauge._internals import triton as from_triton
 from peft_gauge._internals import trl as from_trl
 from peft_gauge.bundle.target import Target
 from peft_gauge.memory.tracker import StorageTracker
@@ -487,6 +490,55 @@ def test_trl_fused_head_has_the_names_that_are_replaced() -> None:
             found = head.apply(hidden, weight, None, torch.zeros(6, dtype=torch.long), 1.0, 16)[0]
             found.sum().backward()
             assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)  # type: ignore[union-attr]
+
+
+def test_cut_cross_entropy_runs_on_fakes_without_its_kernels() -> None:
+    pytest.importorskip("cut_cross_entropy", reason="run: nox -s cce")
+    assert from_cut_cross_entropy.has_cut_cross_entropy()
+    from cut_cross_entropy import utils
+
+    assert hasattr(utils, "_build_flat_valids"), "the reader of labels by which trainer_step knows it"
+    with from_torch.FakeTensorMode(), policies.stepping(nn.Identity()):
+        hidden = torch.empty(2, 6, 64, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(32, 64, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.zeros(2, 6, dtype=torch.long)
+        with from_cut_cross_entropy.cut_cross_entropy_on_fakes():
+            loss = from_cut_cross_entropy.linear_cross_entropy(hidden, weight, labels, softcap=30.0)
+            loss.backward()
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)  # type: ignore[union-attr]
+
+
+def test_triton_has_the_launchers_that_are_replaced() -> None:
+    pytest.importorskip("triton", reason="Triton comes with the extras liger and cce")
+    from triton.runtime import jit
+
+    before = jit.JITFunction.run
+    with from_triton.without_kernels():
+        assert jit.JITFunction.run is not before
+    assert jit.JITFunction.run is before
+
+
+def test_torchao_quantizes_states_of_tensors_that_a_tracker_sees() -> None:
+    pytest.importorskip("torchao", reason="run: nox -s torchao")
+    from torchao.optim import AdamW8bit
+
+    with from_torch.FakeTensorMode(allow_non_fake_inputs=True), from_torchao.optimizers_on_fakes():
+        weight = nn.Parameter(torch.empty(64, 64))
+        weight.grad = torch.empty_like(weight)
+        optimizer = AdamW8bit([weight])
+        tracker = StorageTracker()
+        with tracker:
+            optimizer.step()
+        state = optimizer.state[weight]["exp_avg"]
+        assert from_torch.wraps_tensors(type(state))
+        assert [(part.dtype, part.numel()) for part in from_torch.parts_of(state)] == [
+            (torch.uint8, 4096),  # codes
+            (torch.float32, 16),  # scales
+            (torch.float32, 256),  # the values of codes
+        ]
+        assert len(tracker.storages([state])) == 3, "operators on a quantized state reach those on its parts"
+    assert from_torch.parts_of(weight) == [weight]
 
 
 def test_trl_offloads_fakes_to_the_host_and_fetches_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft_gauge._internals.cut_cross_entropy import has_cut_cross_entropy
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.lora import lora
@@ -48,7 +49,9 @@ NOT_MODELLED = {
     "qat": "quantization-aware training is not planned",
     "fp8": "FP8 compute is not planned",
 }
-FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+CUT_CROSS_ENTROPY = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+FUSED_LOSSES = ("liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+IN_CHUNKS = "planned as a loss in 8 chunks along the sequence, which needs somewhat more"
 # axolotl's keys -> Liger's own options.
 LIGER = {
     "liger_rope": ("rope",),
@@ -158,11 +161,16 @@ def _liger(keys: Keys) -> dict[str, Any]:
 
 
 def _loss(keys: Keys) -> str:
+    plugins = keys.get("plugins") or []
+    in_plugin = isinstance(plugins, list) and CUT_CROSS_ENTROPY in plugins  # which turns it on unless its key does not
+    if keys.get("cut_cross_entropy", True if in_plugin else None):
+        if not has_cut_cross_entropy():
+            keys.not_modelled["cut_cross_entropy"] = f"{IN_CHUNKS}; as itself where cut-cross-entropy is installed"
+        return "cce"
     for name in FUSED_LOSSES:
         if keys.get(name) and not (name in LIGER and has_liger()):
-            keys.not_modelled[name] = "planned as a loss in 8 chunks along the sequence, which needs somewhat more"
+            keys.not_modelled[name] = IN_CHUNKS
             return "chunked"
-    keys.get("plugins")
     return "full"
 
 

@@ -29,8 +29,9 @@ NOT_MODELLED = {
 # Arguments on which the memory of a step depends and that no other name stands for.
 ARGUMENTS = (
     "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "loss_type", "neftune_noise_alpha",
-    "label_smoothing_factor", "optim_args", "optim_target_modules", "gradient_checkpointing_kwargs",
-    "torch_empty_cache_steps", "average_tokens_across_devices", "full_determinism", "activation_offloading",
+    "label_smoothing_factor", "router_aux_loss_coef", "optim_args", "optim_target_modules",
+    "gradient_checkpointing_kwargs", "torch_empty_cache_steps", "average_tokens_across_devices", "full_determinism",
+    "activation_offloading",
 )  # fmt: skip
 
 

@@ -531,7 +531,7 @@ def test_a_recorded_ceiling_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "ceiling_for", recorded)
     found = memory_benchmark.ceiling_of(measured_on("cuda"))
     assert found == {"allocated_peak_bytes": 1, "reserved_peak_bytes": 2, "own_device_peak_bytes": 3}
-    assert asked == [("toy-llama", "lora", "cuda", "bfloat16", 3, 64)]
+    assert asked == [(ceilings.CeilingKey("toy-llama", "lora", "cuda", "bfloat16", 3, 64),)]
     checkpointed = measured_on("cuda")
     settings = replace(checkpointed.case.settings, grad_checkpointing=True)
     checkpointed = replace(checkpointed, case=replace(checkpointed.case, settings=settings))

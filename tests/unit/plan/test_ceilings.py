@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from peft_gauge.plan.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import DeviceEstimate, Plan, PlanFailure, PlanRequest
 from peft_gauge.training import methods
+from peft_gauge.training.cases import Case
+from peft_gauge.training.loops import step_settings
 from peft_gauge.training.models import resolve
 from peft_gauge.training.step import StepSettings
 
@@ -25,7 +27,13 @@ pytestmark = pytest.mark.integration
 MIB = 1 << 20
 LORA = CeilingKey("toy-llama", "lora", "cuda", "bfloat16", 2, 16)
 FULL = replace(LORA, method="full")
-VERSIONS = {"torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"}
+VERSIONS = {
+    "torch": "2.13.0",
+    "transformers": "5.24.0",
+    "peft": "0.21.2",
+    "bitsandbytes": "0.50.2",
+    "accelerate": "1.15.0",
+}
 TABLE = CeilingTable({LORA: Ceiling(10, 20, 30), FULL: Ceiling(1_000, 2_000, 3_000)}, Margins(), VERSIONS)
 
 
@@ -95,10 +103,43 @@ def test_a_name_with_quotes_and_control_characters_survives(tmp_path: Path) -> N
 
 def test_a_case_is_found_by_everything_that_names_it(tmp_path: Path) -> None:
     path = written(tmp_path / "c.toml")
-    assert ceilings.ceiling_for("toy-llama", "lora", "cuda", "bfloat16", 2, 16, path=path) == Ceiling(10, 20, 30)
+    assert ceilings.ceiling_for(LORA, path=path) == Ceiling(10, 20, 30)
     others = [replace(LORA, model="toy"), replace(LORA, device="cpu"), replace(LORA, dtype="float32")]
-    for other in [*others, replace(LORA, batch=16, seq=2)]:
-        assert ceilings.ceiling_for(**asdict(other), path=path) is None
+    others += [replace(LORA, batch=16, seq=2), replace(LORA, loop="trainer"), replace(LORA, mixed_precision="bf16")]
+    for other in others:
+        assert ceilings.ceiling_for(other, path=path) is None
+
+
+def test_autocast_and_a_trainer_are_cases_of_their_own(tmp_path: Path) -> None:
+    under_bf16, by_trainer = replace(LORA, mixed_precision="bf16"), replace(LORA, loop="trainer")
+    table = replace(
+        TABLE, ceilings={LORA: Ceiling(10, 20, 30), under_bf16: Ceiling(1, 2, 3), by_trainer: Ceiling(4, 5, 6)}
+    )
+    path = written(tmp_path / "c.toml", table)
+    assert ceilings.read(path) == table
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("    {")]
+    assert ["loop" in line for line in lines] == [False, False, True]
+    assert ["mixed_precision" in line for line in lines] == [True, False, False]
+    assert ceilings.shown(replace(by_trainer, mixed_precision="bf16")).endswith("2×16, trainer, bf16")
+
+
+@pytest.mark.parametrize("loop", ["plain", "trainer"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_case_has_a_key_if_its_other_settings_are_the_defaults(loop: str, precision: str) -> None:
+    def case(**asked: Any) -> Case:
+        fields = {"batch": 2, "seq": 16, "mixed_precision": precision, **asked}
+        settings, further = step_settings(loop, fields, {})
+        record = resolve("toy-llama", weights="random")
+        return Case(record, methods.LORA, settings, "cuda", "bfloat16", 0, None, loop, further)  # type: ignore[arg-type]
+
+    expected = replace(LORA, loop=loop, mixed_precision=precision)
+    assert ceilings.key_of(case()) == expected
+    assert ceilings.key_of(case(optimizer="sgd")) is None
+    assert ceilings.key_of(replace(case(), attention="eager")) is None
+    # A trainer that takes this suite's own settings is a trainer all the same.
+    assert ceilings.key_of(replace(case(), settings=StepSettings(2, 16, mixed_precision=precision))) == (  # type: ignore[arg-type]
+        expected if loop == "plain" else None
+    )
 
 
 def test_a_written_file_is_read_anew(tmp_path: Path) -> None:
@@ -176,9 +217,13 @@ def test_changes_are_the_lines_that_go_and_come() -> None:
 def test_the_projects_own_file_holds_every_case_of_the_suite() -> None:
     table = ceilings.read(ceilings.default_path())
     assert set(table.ceilings) == {
-        CeilingKey(model, method.name, "cuda", "bfloat16", batch, seq)
+        CeilingKey(model, method.name, "cuda", "bfloat16", batch, seq, loop, precision)
         for model, shapes in ceilings_command.SHAPES.items()
-        for batch, seq in shapes
+        for loop, precision, asked in [
+            ("plain", "no", shapes),
+            *((*step, shapes[-1:]) for step in ceilings_command.STEPS),
+        ]
+        for batch, seq in asked
         for method in methods.DEFAULT_METHODS
     }
     assert table.margins == Margins()
@@ -194,6 +239,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(monkeypatch: pytest.MonkeyPatch, run_command: Run, tmp_path: Path) -> Run:
     """``run("--write")``: exit code, standard output and error, over two small models and ``c.toml``."""
     monkeypatch.setattr(ceilings_command, "SHAPES", {"toy-llama": ((2, 16),), "smollm2-135m": ((1, 8),)})
+    monkeypatch.setattr(ceilings_command, "STEPS", ())
 
     def command(*arguments: str) -> tuple[int, str, str]:
         return run_command("ceilings", "--file", str(tmp_path / "c.toml"), *arguments)
@@ -219,6 +265,7 @@ def test_real_plans_become_ceilings_and_are_the_same_the_next_time(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(ceilings_command, "SHAPES", {"toy-llama": ((2, 16),)})
+    monkeypatch.setattr(ceilings_command, "STEPS", (("trainer", "bf16"),))
     monkeypatch.setattr(methods, "DEFAULT_METHODS", (methods.LORA, methods.PROMPT))
 
     def plan_all(requests: Sequence[Any]) -> Iterator[Any]:  # in this process, which has the libraries already
@@ -230,11 +277,18 @@ def test_real_plans_become_ceilings_and_are_the_same_the_next_time(
     assert not (tmp_path / "c.toml").exists()
     assert run("--write")[0] == 0
     code, out, _ = run()
-    assert (code, out.splitlines()) == (0, [f"{tmp_path / 'c.toml'} is up to date: 2 ceilings"])
-    found = ceilings.ceiling_for("toy-llama", "lora", "cuda", "bfloat16", 2, 16, path=tmp_path / "c.toml")
+    assert (code, out.splitlines()) == (0, [f"{tmp_path / 'c.toml'} is up to date: 4 ceilings"])
+    found = ceilings.ceiling_for(LORA, path=tmp_path / "c.toml")
     assert found is not None
     planned = plan(PlanRequest(resolve("toy-llama", weights="random"), methods.LORA, StepSettings(2, 16)))
     assert found == Margins().ceiling(planned)
+    of_trainer = ceilings.ceiling_for(replace(LORA, loop="trainer", mixed_precision="bf16"), path=tmp_path / "c.toml")
+    settings, further = step_settings("trainer", {"batch": 2, "seq": 16, "mixed_precision": "bf16"}, {})
+    request = PlanRequest(
+        resolve("toy-llama", weights="random"), methods.LORA, settings, loop="trainer", trainer_arguments=further
+    )
+    assert of_trainer == Margins().ceiling(plan(request))
+    assert of_trainer != found
 
 
 def test_a_check_shows_case_old_and_new_and_writes_nothing(run: Run, peaks: dict[str, int], tmp_path: Path) -> None:

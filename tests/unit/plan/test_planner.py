@@ -362,6 +362,24 @@ def test_the_chunked_loss_is_the_loss(chunk: int | None) -> None:
     torch.testing.assert_close(chunked_gradients, gradients)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_bound_on_the_logits_is_the_chunked_losss_to_apply(softcap: float | None) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=softcap, attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)  # logits beyond the bound
+        tokens = torch.randint(0, 64, (2, 20))
+        expected = model(input_ids=tokens, labels=tokens).loss
+        chunk_loss(model)
+        torch.testing.assert_close(model(input_ids=tokens, labels=tokens).loss, expected)
+
+
 def test_logits_exist_for_a_chunk_of_the_given_tokens() -> None:
     """The largest tensor of logits is a chunk's, in float32."""
     asked = request("full", settings=StepSettings(2, 512, optimizer="sgd"))

@@ -191,9 +191,32 @@ def test_a_switched_off_key_needs_no_model(tmp_path: Path) -> None:
 
 
 def test_a_fused_loss_is_planned_in_chunks(tmp_path: Path) -> None:
-    found = recipe(tmp_path, {**AXOLOTL, "cut_cross_entropy": True})
+    found = recipe(tmp_path, {**AXOLOTL, "chunked_cross_entropy": True})
     assert step_of(found)["loss"] == "chunked"
-    assert "cut_cross_entropy" in found.not_modelled
+    assert "chunked_cross_entropy" in found.not_modelled
+
+
+CUT_PLUGIN = {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(
+    ("keys", "loss"),
+    [
+        ({"cut_cross_entropy": True}, "cce"),
+        (CUT_PLUGIN, "cce"),
+        ({**CUT_PLUGIN, "cut_cross_entropy": False}, "full"),
+        ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, "full"),
+    ],
+)
+def test_cut_cross_entropy_is_a_key_or_a_plugin_of_axolotl(
+    keys: dict[str, object], loss: str, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_gauge.plan.recipes.axolotl.has_cut_cross_entropy", lambda: installed)
+    found = recipe(tmp_path, {**AXOLOTL, **keys})
+    assert step_of(found)["loss"] == loss
+    assert ("cut_cross_entropy" in found.not_modelled) == (loss == "cce" and not installed)
+    assert not found.unknown
 
 
 def test_set_changes_one_key(tmp_path: Path) -> None:

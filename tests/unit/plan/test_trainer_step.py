@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from peft_gauge._internals import trl as from_trl
 from peft_gauge.counting import count
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.categories import OPTIMIZER_STATE
+from peft_gauge.memory.categories import LOGITS_AND_LOSS, OPTIMIZER_STATE
 from peft_gauge.plan import adaptation, fakes, kernels
 from peft_gauge.plan.autocast import as_on_cuda
 from peft_gauge.plan.planner import plan
@@ -127,3 +127,53 @@ def test_a_trainer_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
     with pytest.raises(GaugeError, match="--loop sft needs trl .*pip install"):
         request("lora", "sft")
+
+
+# --- the losses of SFTTrainer
+
+TILED, FULL_LOGITS, LEFT_OUT = "tiled", "full logits", "left out, with a note"
+SFT_LOSSES: dict[str, tuple[dict[str, Any], str]] = {
+    "default": ({}, TILED),
+    "dft": ({"loss_type": "dft"}, TILED),
+    "chunked_nll, an alias": ({"loss_type": "chunked_nll"}, TILED),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, FULL_LOGITS),
+    "label smoothing of dft, without an effect": ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, TILED),
+    "completion only": ({"completion_only_loss": True}, LEFT_OUT),
+    "assistant only": ({"assistant_only_loss": True}, LEFT_OUT),
+    "kernels of the Hub": ({"model_init_kwargs": {"use_kernels": True}}, LEFT_OUT),
+}
+
+
+def with_arguments(arguments: dict[str, Any]) -> PlanRequest:
+    settings, further = step_settings("sft", {"batch": BATCH, "seq": SEQ, "grad_checkpointing": False}, arguments)
+    return PlanRequest(TOY, methods.get("lora"), settings, dtype="float32", loop="sft", trainer_arguments=further)
+
+
+@pytest.mark.parametrize("name", SFT_LOSSES)
+def test_each_loss_of_sft_is_planned_as_itself_or_named(name: str) -> None:
+    pytest.importorskip("trl", reason="trl comes with the extra trl")
+    arguments, expected = SFT_LOSSES[name]
+    default, found = plan(with_arguments({})), plan(with_arguments(arguments))
+    logits = BATCH * SEQ * TOY.vocab_size * 2  # in bfloat16, under TRL's autocast
+    traced = largest_logits(with_arguments(arguments))
+    assert (traced >= logits) == (expected == FULL_LOGITS)
+    if expected == FULL_LOGITS:
+        assert found.peak_bytes > default.peak_bytes
+    else:
+        assert found.peak_bytes == default.peak_bytes
+    named = [each for each in found.warnings if " is left out of this plan: " in each]
+    assert [each.partition(" ")[0] for each in named] == (list(arguments) if expected == LEFT_OUT else [])
+    assert len(found.warnings) == len(named)
+
+
+def largest_logits(asked: PlanRequest) -> int:
+    """The largest tensor of logits in the planned step, in bytes."""
+    records = on_fakes(asked).tracker.records
+    return max((each.nbytes for each in records if each.category == LOGITS_AND_LOSS), default=0)
+
+
+def test_trl_has_no_loss_beyond_these() -> None:
+    """A release that adds one fails here: look at how it is planned."""
+    trl = pytest.importorskip("trl", reason="trl comes with the extra trl")
+    field = next(each for each in fields(trl.SFTConfig) if each.name == "loss_type")
+    assert set(field.metadata["choices"]) == {"nll", "dft", "chunked_nll"}
