@@ -1,4 +1,4 @@
-"""What does a step cost that several GPUs share: memory of each rank, bytes and time of communication, scaling?
+"""How much does a step cost that several GPUs share: memory of each rank, bytes and time of communication, scaling?
 
 Each case runs under torchrun's launcher with one process per GPU, sharded by accelerate's FSDP2 preparation or by DDP
 (`pytest -m multigpu --gpus 8 --strategy fsdp2`). Without a GPU two processes of the CPU share it through gloo

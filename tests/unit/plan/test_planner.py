@@ -461,7 +461,7 @@ def test_a_replay_that_loses_bytes_is_no_answer(monkeypatch: pytest.MonkeyPatch)
         return (each for each in kept(self, overheads) if each[1] not in state)
 
     monkeypatch.setattr(Steps, "allocations", losing)
-    monkeypatch.setattr(planner, "device_estimate", lambda steps, _: device_estimate(steps, NO_WORKSPACES))
+    monkeypatch.setattr(planner, "device_estimate", lambda steps, *_, **__: device_estimate(steps, NO_WORKSPACES))
     with pytest.raises(GaugeError, match="a bug in peft-gauge: please report the command"):
         plan(request())
 

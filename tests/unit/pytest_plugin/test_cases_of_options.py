@@ -20,6 +20,7 @@ DEFAULTS = {
     "--method": ["ia3"],
     "--adapter": None,
     "--loop": "plain",
+    "--strategy": "fsdp2",
     "--seed": 0,
     "--time-limit": 900.0,
 }
