@@ -150,7 +150,7 @@ def checkpoint_trained_blocks(model: Any) -> None:
             hidden = next((each for each in args if torch.is_tensor(each) and each.is_floating_point()), None)
             if hidden is not None:
                 hidden.requires_grad_(True)
-            return checkpoint(block, *args, **given, **kwargs)  # type: ignore[call-arg]
+            return checkpoint(block, *args, **given, **kwargs)
 
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=of_trained)
 

@@ -402,6 +402,7 @@ class _NoPatches:
 
 def answer_of_llama_factory(model: Path, recipe: Recipe) -> dict[str, Any]:
     """As `llamafactory.train.sft.workflow.run_sft` does: `get_train_args`, `load_tokenizer`, `load_model`."""
+    import llamafactory.extras.misc as misc
     import llamafactory.hparams.parser as parser
     from llamafactory.model import load_model, load_tokenizer
     from transformers.training_args import ParallelMode
@@ -412,6 +413,7 @@ def answer_of_llama_factory(model: Path, recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(parser, "is_torch_bf16_gpu_available", lambda: True))
+        stack.enter_context(patch.multiple(misc, _is_bf16_available=True, _is_fp16_available=True))
         # It is launched by torchrun, also on one GPU.
         stack.enter_context(patch.object(parser.TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED))
         of_model, of_data, settings, of_tuning, _ = parser.get_train_args(given)

@@ -10,7 +10,7 @@ from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.adapter import adapter
 from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, Keys, Recipe, attention_name, known_keys
-from peft_gauge.training.methods import Cast
+from peft_gauge.training.methods import LINEAR_LAYERS, Cast
 from peft_gauge.training.trainers import SEVERAL_GPUS
 
 if TYPE_CHECKING:
@@ -240,9 +240,7 @@ def _targets(keys: Keys) -> Any:
     named = keys.get("lora_target_modules")
     if not keys.get("lora_target_linear"):
         return named
-    if named:
-        keys.not_modelled["lora_target_modules"] = "lora_target_linear is planned; these are not added to it"
-    return "all-linear"
+    return (LINEAR_LAYERS, *([named] if isinstance(named, str) else named or ()))
 
 
 def _kernels(keys: Keys, adapter_type: str, bits: int | None) -> None:

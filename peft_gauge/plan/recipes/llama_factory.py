@@ -11,7 +11,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes.adapter import adapter
 from peft_gauge.plan.recipes.recipe import LESS, NO_LIGER, OLDER, STORED, Keys, Recipe, known_keys
 from peft_gauge.training import trainers
-from peft_gauge.training.methods import Blocks, Cast
+from peft_gauge.training.methods import LINEAR_LAYERS, Blocks, Cast
 
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
@@ -52,7 +52,9 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
     pure = keys.flag("pure_bf16")
     autocast = "bf16" if keys.get("bf16") else "fp16" if keys.get("fp16") else "no"
     kind = keys.get("finetuning_type", "lora")
-    method = _method(keys, str(kind), compute_dtype="float16" if autocast == "fp16" and not pure else "bfloat16")
+    # Without either, 4-bit layers compute in the data type of the checkpoint.
+    computes = "bfloat16" if pure or autocast == "bf16" else "float16" if autocast == "fp16" else None
+    method = _method(keys, str(kind), compute_dtype=computes)
     norms = (Cast(NORMS, "float32", vectors_only=True),) if keys.flag("upcast_layernorm") else ()
     method = replace(method, casts=norms, trained_in_float32=not pure)
     checkpointing = not keys.flag("disable_gradient_checkpointing")
@@ -87,7 +89,7 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
     )
 
 
-def _method(keys: Keys, kind: str, *, compute_dtype: str) -> Method:
+def _method(keys: Keys, kind: str, *, compute_dtype: str | None) -> Method:
     from peft_gauge.training import methods
 
     bits = keys.get("quantization_bit")
@@ -154,7 +156,7 @@ def _freeze(keys: Keys) -> Method:
 
 def _targets(value: Any) -> Any:
     names = _names(value)
-    return "all-linear" if names == ["all"] else names
+    return (LINEAR_LAYERS,) if names == ["all"] else names
 
 
 def _names(value: Any) -> list[str] | None:

@@ -16,6 +16,7 @@ from peft_gauge.training.methods.definitions import (
     ATTENTION_QV,
     KEPT_IN_CACHE,
     KEYS_VALUES_DOWN,
+    LINEAR_LAYERS,
     Blocks,
     Cast,
     Method,
@@ -227,7 +228,9 @@ def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict
 
     architecture = str(getattr(model.config, "model_type", type(model).__name__))
     meant = settings.get("target_modules")
-    if meant in (ATTENTION, ATTENTION_QV, KEYS_VALUES_DOWN):
+    if isinstance(meant, tuple) and LINEAR_LAYERS in meant:
+        settings["target_modules"] = _linear_names(model, meant, f"{name} on {architecture}")
+    elif meant in (ATTENTION, ATTENTION_QV, KEYS_VALUES_DOWN):
         settings |= _targets_in(model, meant, f"{name} on {architecture}")
     if settings.get("peft_type") in PROMPT_LEARNING:
         # Saved configs have the sizes of the model that they were saved from; without them, PEFT reads the model's.
@@ -236,6 +239,17 @@ def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict
     sizes = (min(targets.sizes(linear)) for linear in targets.linear_layers(model).values())
     check_ranks(settings, max(sizes, default=0), name)
     return settings
+
+
+def _linear_names(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> list[str]:
+    """The names in ``meant``, with those of linear layers for `LINEAR_LAYERS`."""
+    from peft_gauge.training.quantization import output_heads
+
+    heads = {head.rpartition(".")[2] for head in output_heads(model)}
+    of_linear = {where.rpartition(".")[2] for where, each in model.named_modules() if "Linear" in type(each).__name__}
+    if not of_linear - heads:
+        raise GaugeError(f"{name}: this architecture has no module of a class named Linear; name the target modules")
+    return sorted((of_linear - heads) | (set(meant) - {LINEAR_LAYERS}))
 
 
 def _targets_in(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> dict[str, Any]:

@@ -15,6 +15,9 @@ ATTENTION_QV = ("q_proj", "v_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEYS_VALUES_DOWN = ("k_proj", "v_proj", "down_proj")
 ALL_LINEAR = "all-linear"
+LINEAR_LAYERS = "linear-layers"
+"""In a tuple of target modules: the names of all modules whose class has Linear in its name, except output heads.
+axolotl and LLaMA-Factory choose so; PEFT's `ALL_LINEAR` has routers and experts too."""
 
 KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 """PEFT types whose virtual tokens are keys and values in every layer."""
