@@ -50,7 +50,51 @@ NOT_MODELLED = {
     "spectrum_top_fraction": "parts of the base are not planned; all of it is",
     "qat": "quantization-aware training is not planned",
     "fp8": "FP8 compute is not planned",
+    "quantize_moe_experts": f"experts are planned unquantized; quantizing them {LESS}",
+    "llama4_linearized_experts": "experts are planned as one tensor in each layer",
+    "experts_implementation": "experts are planned by transformers' default implementation",
+    "gemma4_fp8_nonexpert": "another quantization of the layers outside the experts is not planned",
+    "gemma4_nf4_nonexpert": "another quantization of the layers outside the experts is not planned",
+    "model_quantization_config": "the base is planned as its checkpoint's own config names it",
+    "use_onebitllms": "1-bit layers are not planned",
+    "fp32_norms": "norms in float32 need FSDP, which is not planned",
+    "selective_checkpointing": "checkpointing of whole blocks is planned; a step needs more with it",
+    "dynamic_checkpoint": "one step is planned",
+    "tiled_mlp": f"a tiled MLP {LESS}",
+    "fused_attn_kernel": f"a fused kernel for attention {LESS}",
+    "flash_attn_fuse_mlp": f"a fused MLP {LESS}",
+    "flash_attn_cross_entropy": f"a fused cross-entropy {LESS}",
+    "flash_attn_rms_norm": f"a fused norm {LESS}",
+    "flash_optimum": "BetterTransformer is not planned",
+    "use_kernels": f"a kernel from the Hub {LESS}",
+    "use_dsv4_kernels": f"a fused kernel {LESS}",
+    "use_glm_dsa_kernels": f"a fused kernel {LESS}",
+    "liger_rms_norm_gated": f"Liger's gated norm {LESS}",
+    "sdpa_varlen": f"attention of packed texts {LESS}",
+    "gemma4_hybrid_attn_impl": "attention is planned alike in all layers",
+    "large_head_attention": "another attention is planned as sdpa",
+    "scaling_softmax": "scaling of attention's logits is not planned",
+    "batch_flattening": "rows are planned as given, not flattened",
+    "auto_find_batch_size": "the batch is planned as given",
+    "reward_model": "the step is planned as supervised fine-tuning",
+    "process_reward_model": "the step is planned as supervised fine-tuning",
+    "use_eaft": "the usual loss is planned",
+    "trainer_cls": "the step of transformers.Trainer is planned",
+    "lora_model_dir": "a new adapter is planned; plan the one in the folder with --adapter",
+    "tokens": "the vocabulary is planned as in the model's config",
+    "resize_token_embeddings_to_32x": "the vocabulary is planned as in the model's config",
+    "shrink_embeddings": "the vocabulary is planned as in the model's config",
+    "overrides_of_model_config": "the model is planned by its own config",
+    "overrides_of_model_kwargs": "the model is planned by its own config",
+    "ple_cpu_offload": f"offloading of embeddings {LESS}",
+    "gpu_memory_limit": "all of the base is planned on one GPU",
+    "max_memory": "all of the base is planned on one GPU",
 }
+PLUGINS = ("cut_cross_entropy", "liger", "swanlab", "lm_eval", "hatchery")
+"""axolotl's plugins that the plan follows, or that do not change a step's memory."""
+OF_TRAINER = ("neftune_noise_alpha", "optim_target_modules", "torch_empty_cache_steps")
+"""Keys that axolotl hands to its trainer as they are."""
+
 CUT = "cut_cross_entropy"
 FUSED_LOSSES = (CUT, "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 # axolotl's keys -> Liger's own options.
@@ -59,6 +103,7 @@ LIGER = {
     "liger_rms_norm": ("rms_norm",),
     "liger_layer_norm": ("layer_norm",),
     "liger_glu_activation": ("swiglu", "geglu"),
+    "liger_swiglu": ("swiglu", "geglu"),  # its former name
     "liger_cross_entropy": ("cross_entropy",),
     "liger_fused_linear_cross_entropy": ("fused_linear_cross_entropy",),
 }
@@ -75,7 +120,8 @@ def read_axolotl(values: Mapping[str, Any]) -> Recipe:
     keys = Keys("axolotl", values, known_keys("axolotl"))
     model = keys.get("base_model")
     attention, is_cast = _attention(keys)
-    arguments = _liger(keys)
+    arguments = _liger(keys) | _of_trainer(keys)
+    _plugins(keys)
     loss, is_cut = _loss(keys)
     bits = 4 if keys.get("load_in_4bit") else 8 if keys.get("load_in_8bit") else None
     precision, dtype = _precision(keys, bits)
@@ -268,8 +314,32 @@ def _liger(keys: Keys) -> dict[str, Any]:
     if not has_liger():
         keys.not_modelled |= dict.fromkeys((key for key, on in chosen.items() if on), NO_LIGER)
         return {}
-    options = {option: on for key, on in chosen.items() for option in LIGER[key]}
+    options = {option: False for each in LIGER.values() for option in each}
+    options |= {option: True for key, on in chosen.items() if on for option in LIGER[key]}
     return {"use_liger_kernel": True, "liger_kernel_config": options}
+
+
+def _of_trainer(keys: Keys) -> dict[str, Any]:
+    """Further arguments of the trainer."""
+    found = {name: keys.get(name) for name in OF_TRAINER if name in keys}
+    if "noisy_embedding_alpha" in keys:  # its former name
+        found["neftune_noise_alpha"] = keys.get("noisy_embedding_alpha")
+    options = keys.get("optim_args")
+    if options:
+        as_text = (
+            ",".join(f"{name}={value}" for name, value in options.items()) if isinstance(options, dict) else options
+        )
+        found["optim_args"] = str(as_text)
+    return found
+
+
+def _plugins(keys: Keys) -> None:
+    """Note plugins that the plan does not follow."""
+    given = keys.get("plugins") or []
+    listed = [given] if isinstance(given, str) else given
+    others = [str(each) for each in listed if not any(f".{name}." in str(each) for name in PLUGINS)]
+    if others:
+        keys.not_modelled["plugins"] = f"without what these change: {', '.join(others)}"
 
 
 def _loss(keys: Keys) -> tuple[str, bool]:

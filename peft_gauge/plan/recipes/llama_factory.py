@@ -16,6 +16,7 @@ from peft_gauge.training.methods import LINEAR_LAYERS, Blocks, Cast
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
+VOCABULARY = "the vocabulary is planned as in the model's config, and embeddings as frozen"
 NOT_MODELLED = {
     "deepspeed": "several GPUs and offloading are not planned",
     "fsdp": trainers.SEVERAL_GPUS,
@@ -35,7 +36,23 @@ NOT_MODELLED = {
     "torch_compile": "compiled steps are not planned",
     "fp8": "FP8 compute is not planned",
     "use_kt": "KTransformers is not planned",
+    "use_mca": "Megatron is not planned",
+    "use_hyper_parallel": trainers.SEVERAL_GPUS,
+    "use_v1_kernels": f"a fused kernel {LESS}",
+    "adapter_name_or_path": "a new adapter is planned; plan the one in the folder with --adapter",
+    **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config"), VOCABULARY),
+    "moe_aux_loss_coef": "the loss of routers is not planned",
+    "use_asft_loss": "the usual loss is planned, without a reference model",
+    "use_dft_loss": "the usual loss is planned",
+    "use_eaft_loss": "the usual loss is planned",
+    "freeze_language_model": "the language model is planned as trained",
+    "auto_find_batch_size": "the batch is planned as given",
+    "use_liger_kernel": "LLaMA-Factory's own key, enable_liger_kernel, is planned",
 }
+OF_TRAINER = (
+    "neftune_noise_alpha", "label_smoothing_factor", "optim_args", "optim_target_modules", "torch_empty_cache_steps",
+)  # fmt: skip
+"""Arguments of its trainer on which memory depends and that no field of the step stands for."""
 NORMS = "norm|ln"
 """In the names of parameters that LLaMA-Factory holds for a norm's (`llamafactory.extras.constants`)."""
 ATTENTIONS = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
@@ -69,7 +86,7 @@ def read_llama_factory(values: Mapping[str, Any]) -> Recipe:
         "mixed_precision": autocast,
     }
     keys.get("packing")
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {name: keys.get(name) for name in OF_TRAINER if name in keys}
     if keys.flag("enable_liger_kernel"):
         if has_liger():
             arguments["use_liger_kernel"] = True
