@@ -122,7 +122,7 @@ def _method(keys: Keys, kind: str, *, compute_dtype: str | None) -> Method:
     return adapter(
         (_lora if kind == "lora" else _oft)(keys)
         | {
-            # Its OFT has targets of its own, oft_target, which LLaMA-Factory does not read.
+            # LLaMA-Factory does not read oft_target.
             "target_modules": _targets(keys.get("lora_target", "all")),
             "modules_to_save": _names(keys.get("additional_target")),
         },

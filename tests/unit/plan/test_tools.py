@@ -127,6 +127,18 @@ def test_settings_are_those_of_the_tool(tool: str, answer: dict[str, Any], tmp_p
         assert asked.checkpoint_reentrant == answer["checkpointing"]["reentrant"]
 
 
+@pytest.mark.parametrize("name", ["freeze/bf16", "freeze/modules", "oft/bf16"])
+def test_the_step_of_a_part_of_the_base_is_planned(name: str, tmp_path: Path) -> None:
+    """Blocks below the first that is trained save nothing for backward, checkpointed or not."""
+    answer = ANSWERS["llama-factory"]["cases"][name]
+    found = {}
+    for checkpointed in (True, False):
+        recipe = {**answer["recipe"], "cutoff_len": 64, "disable_gradient_checkpointing": not checkpointed}
+        found[checkpointed] = planner.plan(request_of("llama-factory", {**answer, "recipe": recipe}, tmp_path))
+    assert found[True].saved_activation_bytes_per_token < found[False].saved_activation_bytes_per_token
+    assert found[True].peak_bytes < found[False].peak_bytes
+
+
 @pytest.mark.parametrize(("tool", "answer"), [each for each in cases() if "kernels" in each.values[1]])
 def test_kernels_that_are_on_are_named(tool: str, answer: dict[str, Any], tmp_path: Path) -> None:
     """axolotl turns its fused LoRA kernels on by itself."""
