@@ -197,7 +197,8 @@ def recipe_step(told: Mapping[str, Any]) -> PlanRequest:
     assert found.method is not None
     assert not found.unknown
     model = recipe_model(base_of(None, found))
-    return PlanRequest(model, found.method, **in_stored_dtype(described_step({}, found, {}), model))
+    asked = in_stored_dtype(described_step({}, found, {}), model)
+    return PlanRequest(model, found.method, **{**asked, "dtype": told.get("loaded_in", asked["dtype"])})
 
 
 def recipe_model(name: str) -> models.ModelRecord:
