@@ -277,7 +277,9 @@ def _unfrozen(keys: Keys) -> tuple[str, ...] | None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise GaugeError(f"unfrozen_parameters in the axolotl recipe: {each!r} is no pattern: {error}") from None
+            raise GaugeError(
+                f"unfrozen_parameters in the axolotl recipe: {each!r} is not a valid pattern: {error}"
+            ) from None
         found.append(f"^(?:{pattern})")
     return tuple(found)
 
@@ -339,7 +341,7 @@ def _plugins(keys: Keys) -> None:
     listed = [given] if isinstance(given, str) else given
     others = [str(each) for each in listed if not any(f".{name}." in str(each) for name in PLUGINS)]
     if others:
-        keys.not_modelled["plugins"] = f"without what these change: {', '.join(others)}"
+        keys.not_modelled["plugins"] = f"the changes of these are not planned: {', '.join(others)}"
 
 
 def _loss(keys: Keys) -> tuple[str, bool]:

@@ -198,7 +198,7 @@ def _from_hub(spec: str, weights: str | None, seed: int) -> ModelRecord:
 
 
 def stored_dtype(record: ModelRecord) -> str:
-    """The data type in which transformers loads the record's weights if it may choose (``dtype="auto"``): the one that
+    """The data type in which transformers loads the record's weights if it may choose (``dtype="auto"``): that which
     the config names, or else bfloat16, as of most published weights."""
     config = record.config
     for part in (config, text_part(config)):

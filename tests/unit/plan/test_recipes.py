@@ -256,7 +256,7 @@ def test_a_recipes_step_is_a_plan_request(tmp_path: Path) -> None:
         ({**FREEZE, "freeze_trainable_layers": 0}, "must be a whole number other than 0, not 0"),
         ({"base_model": "x/y", "bf16": "full"}, "axolotl refuses bf16: full"),
         ({"base_model": "x/y", "unfrozen_parameters": 3}, "must be a list of patterns, not 3"),
-        ({"base_model": "x/y", "unfrozen_parameters": ["("]}, "is no pattern"),
+        ({"base_model": "x/y", "unfrozen_parameters": ["("]}, "is not a valid pattern"),
         ({**TRL, "load_in_4bit": True, "dtype": "auto"}, "TRL refuses dtype: auto for a base in 4 bit"),
         ({**LLAMA_FACTORY, "finetuning_type": "full"}, "quantizes the base and trains it"),
         ({**LLAMA_FACTORY, "pure_bf16": "yes"}, "pure_bf16 in the LLaMA-Factory recipe must be true or false"),
