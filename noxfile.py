@@ -1,5 +1,5 @@
-"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`, `cce`,
-`torchao`."""
+"""Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`, `cce`, `torchao`,
+`tools`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,39 @@ def liger(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-e", ".[test,trl]", "liger-kernel", "triton")
     session.run("python", "-m", "pytest", "-q", "tests/integration/test_plan_measured.py", "-k", "liger")
+
+
+# Each tool with the releases that it pins, and what its import needs beyond them; never with its own torch.
+OF_TOOLS = {
+    "trl": ["trl==1.16.0", "transformers==5.24.0", "peft==0.21.2", "bitsandbytes==0.50.2", "datasets"],
+    "llama-factory": [
+        *("transformers==5.6.0", "peft==0.18.1", "trl==0.24.0", "accelerate==1.11.0", "datasets==4.0.0"),
+        *("bitsandbytes==0.50.2", "omegaconf", "fire", "einops", "sentencepiece", "protobuf"),
+    ],
+    "axolotl": [
+        *("transformers==5.16.1", "peft==0.20.0", "trl==1.9.0", "accelerate==1.13.0", "datasets==4.8.4"),
+        *("bitsandbytes==0.50.2", "addict", "fire", "posthog==6.7.11", "pillow", "colorama", "python-dotenv", "triton"),
+        *("einops", "art", "fastcore", "evaluate", "numba", "schedulefree", "wandb", "opentelemetry-sdk", "soundfile"),
+        *("mistral-common", "pydantic-extra-types", "distro", "scipy", "nvidia-ml-py"),
+    ],
+}
+OWN = {"llama-factory": ["llamafactory==0.9.5"], "axolotl": ["axolotl==0.19.0", "axolotl-contribs-mit==0.0.6"]}
+
+
+@nox.session
+@nox.parametrize("tool", list(OF_TOOLS), ids=list(OF_TOOLS))
+def tools(session: nox.Session, tool: str) -> None:
+    """Ask TRL, axolotl or LLaMA-Factory anew what they make of recipes, and compare; `nox -s "tools(axolotl)"`.
+
+    After a wanted change of the cases or of a release, write the answers with `nox -s tools -- --write`.
+    """
+    session.install(TORCH)
+    session.install(*OF_TOOLS[tool])
+    if tool in OWN:
+        session.install("--no-deps", *OWN[tool])
+    mode = [] if "--write" in session.posargs else ["--check"]
+    quiet = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    session.run("python", "tests/tools/make_answers.py", tool, "tests/tools", *mode, env=quiet)
 
 
 @nox.session

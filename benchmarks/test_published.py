@@ -46,7 +46,7 @@ import pytest
 
 from fixtures.measured_steps import read_steps
 from peft_gauge import paths
-from peft_gauge.commands.plan import base_of, described_step
+from peft_gauge.commands.plan import base_of, described_step, in_stored_dtype
 from peft_gauge.counting import logical_numel, nbytes, quantization_constants
 from peft_gauge.memory.ledger import rounded
 from peft_gauge.plan import recipes
@@ -197,7 +197,9 @@ def recipe_step(told: Mapping[str, Any]) -> PlanRequest:
         found = recipes.read(path, {})
     assert found.method is not None
     assert not found.unknown
-    return PlanRequest(recipe_model(base_of(None, found)), found.method, **described_step({}, found, {}))
+    model = recipe_model(base_of(None, found))
+    asked = in_stored_dtype(described_step({}, found, {}), model)
+    return PlanRequest(model, found.method, **{**asked, "dtype": told.get("loaded_in", asked["dtype"])})
 
 
 def recipe_model(name: str) -> models.ModelRecord:

@@ -126,6 +126,38 @@ def flash_attentions(kind: Any, asked: str) -> list[str]:
     return list(getattr(kind, "_compatible_flash_implementations", None) or [asked])
 
 
+# --- gradient checkpointing -----------------------------------------------------------------------------------
+
+
+def checkpoint_trained_blocks(model: Any) -> None:
+    """Let ``model`` turn gradient checkpointing on for blocks with a trained parameter only; the input of each then
+    requires a gradient. LLaMA-Factory does so (`llamafactory.model.model_utils.checkpointing`)."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def enable(
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        **further: Any,  # every_n_layers, which these trainers leave at 1
+    ) -> None:
+        given = gradient_checkpointing_kwargs or activation_checkpointing_kwargs or {"use_reentrant": True}
+
+        def of_trained(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            hidden = next((each for each in args if torch.is_tensor(each) and each.is_floating_point()), None)
+            if hidden is not None:
+                hidden.requires_grad_(True)
+            return checkpoint(block, *args, **given, **kwargs)
+
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=of_trained)
+        for module in model.modules():
+            is_trained = any(parameter.requires_grad for parameter in module.parameters())
+            if hasattr(module, "gradient_checkpointing") and not is_trained:
+                module.gradient_checkpointing = False
+
+    model.gradient_checkpointing_enable = enable
+    model.activation_checkpointing_enable = enable  # its name since transformers 5.21
+
+
 # --- quantized models, and where a model came from ----------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_gauge.plan.recipes import Recipe
     from peft_gauge.plan.record import PlanFailure, PlanOutcome, PlanRequest
     from peft_gauge.training.methods import Method
+    from peft_gauge.training.models import ModelRecord
     from peft_gauge.training.sharding import Sharding
 
 FINDABLE = ("batch", "seq", "rank", "gpus")
@@ -195,6 +196,7 @@ def plan(
     found = None if recipe is None else read(recipe, key_values(changes or []))
     step = described_step(given, found, {} if recipe is not None else key_values(changes or []))
     record = models.resolve(base_of(model, found))
+    step = in_stored_dtype(step, record)
 
     def request(each: Method) -> PlanRequest:
         return PlanRequest(
@@ -246,8 +248,10 @@ OF_TRAINER = ("batch", "grad_accumulation", "optimizer", "grad_checkpointing", "
 def described_step(given: Mapping[str, Any], recipe: Recipe | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `PlanRequest` that describe the step: from options, a recipe, and the defaults.
 
-    Raises `GaugeError` for an option that the recipe decides.
+    Its data type is `recipes.STORED` if a recipe leaves it to the checkpoint (`in_stored_dtype`). Raises `GaugeError`
+    for an option that the recipe decides.
     """
+    from peft_gauge.plan import recipes
     from peft_gauge.training import models
     from peft_gauge.training.loops import step_settings
 
@@ -264,10 +268,19 @@ def described_step(given: Mapping[str, Any], recipe: Recipe | None, arguments: M
     fields |= {name: given[name] for name in STEP_OPTIONS if name in given}
     fields |= {} if recipe is None else recipe.fields
     dtype = str(values["dtype"] or ("float32" if loop == "sft" else "bfloat16"))
-    models.check_dtype(dtype)
+    if dtype != recipes.STORED:
+        models.check_dtype(dtype)
     values |= {"dtype": dtype, "loss": values["loss"] or "full"}
     settings, further = step_settings(loop, fields, arguments)
     return {**values, "loop": loop, "settings": settings, "trainer_arguments": further}
+
+
+def in_stored_dtype(step: Mapping[str, Any], record: ModelRecord) -> dict[str, Any]:
+    """``step`` with the data type of ``record``'s checkpoint, if it has been left to that."""
+    from peft_gauge.plan import recipes
+    from peft_gauge.training import models
+
+    return {**step, "dtype": models.stored_dtype(record) if step["dtype"] == recipes.STORED else step["dtype"]}
 
 
 FIELDS = {"batch": 4, "seq": 768}

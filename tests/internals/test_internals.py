@@ -371,6 +371,28 @@ def test_torch_optimizers_take_lists_of_fakes_as_on_cuda() -> None:
                 assert by_lists.called == foreach
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_transformers_checkpointing_of_trained_blocks(reentrant: bool) -> None:
+    """Only the trained block runs twice, and its gradients are those without checkpointing."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = models.build(TOY)
+        model.requires_grad_(False)
+        block = model.model.layers[-1].requires_grad_(True)
+        runs: list[nn.Module] = []
+        for each in model.model.layers:
+            each.mlp.register_forward_pre_hook(lambda module, *_, runs=runs: runs.append(module))
+        if checkpointed:
+            from_transformers.checkpoint_trained_blocks(model)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        ids = torch.arange(8)[None]
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(block.mlp.down_proj.weight.grad)
+        frozen, trained = (sum(each is layer.mlp for each in runs) for layer in model.model.layers)
+        assert (frozen, trained) == (1, 2 if checkpointed else 1)
+    assert torch.equal(*gradients)
+
+
 def test_transformers_masks_of_ones_are_dropped_where_it_is_replaced() -> None:
     from transformers import masking_utils
 

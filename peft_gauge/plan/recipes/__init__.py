@@ -7,6 +7,6 @@ with an ``adapter_config.json``. Defaults of missing keys are the tool's own.
 from __future__ import annotations
 
 from peft_gauge.plan.recipes.reading import read
-from peft_gauge.plan.recipes.recipe import Recipe
+from peft_gauge.plan.recipes.recipe import STORED, Recipe
 
-__all__ = ["Recipe", "read"]
+__all__ = ["STORED", "Recipe", "read"]

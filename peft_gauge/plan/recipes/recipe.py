@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
 
 
+STORED = "auto"
+"""The data type of a recipe whose tool loads weights as the checkpoint stores them."""
+
 NO_LIGER = NOT_PLANNED["use_liger_kernel"]
 LESS = "is not planned; a step needs less with it"
 """Reasons that several tools share."""
@@ -29,7 +32,7 @@ class Recipe:
         tool: whose file it is.
         model: the base as the file names it; ``None`` if it names none.
         method: the fine-tuning method; ``None`` if the file does not name one.
-        dtype: of the base's weights; ``None`` if the file does not name one.
+        dtype: of the base's weights as they are loaded, or `STORED`; ``None`` if the file does not name one.
         loop: by which the step is taken. ``fields``: the given fields of `StepSettings`, and the tool's own defaults.
         arguments: further arguments of the trainer.
         reentrant, attention, loss: as in `PlanRequest`.
@@ -73,6 +76,7 @@ class Keys:
     def __init__(self, tool: str, values: Mapping[str, Any], known: Iterable[str]) -> None:
         self.tool = tool
         self._values = {name: value for name, value in values.items() if value is not None}
+        self._empty = values.keys() - self._values.keys()
         self._known = frozenset(known)
         self.understood: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
@@ -89,6 +93,14 @@ class Keys:
         if default is not None:
             self.defaults[name] = default
         return default
+
+    def is_empty(self, name: str) -> bool:
+        """Whether the file has ``name`` without a value."""
+        return name in self._empty
+
+    def value(self, name: str) -> Any:
+        """The value of ``name``, without noting that the plan follows it."""
+        return self._values.get(name)
 
     def whole(self, name: str, default: int | None = None) -> int:
         """`get` for a whole number of at least 1; raises `GaugeError` for another value, and where there is none."""

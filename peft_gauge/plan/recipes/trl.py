@@ -8,8 +8,8 @@ from typing import Any
 
 from peft_gauge._internals.liger import has_liger
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan.recipes.lora import lora
-from peft_gauge.plan.recipes.recipe import OLDER, Keys, Recipe, attention_name, known_keys
+from peft_gauge.plan.recipes.adapter import adapter
+from peft_gauge.plan.recipes.recipe import OLDER, STORED, Keys, Recipe, attention_name, known_keys
 from peft_gauge.training import trainers
 
 SCRIPT = frozenset(
@@ -66,7 +66,7 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
     bits = 4 if keys.get("load_in_4bit") else 8 if keys.get("load_in_8bit") else None
     method = methods.FULL
     if keys.get("use_peft"):
-        method = lora(
+        method = adapter(
             {
                 "r": keys.whole("lora_r", default("lora_r")),
                 "lora_alpha": keys.get("lora_alpha", default("lora_alpha")),
@@ -80,6 +80,8 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
             quant_format=str(keys.get("bnb_4bit_quant_type", default("bnb_4bit_quant_type")) if bits else "nf4"),
             double_quant=bool(keys.get("use_bnb_nested_quant")),
         )
+        if bits == 4 and dtype == STORED:
+            raise GaugeError("TRL refuses dtype: auto for a base in 4 bit; name the data type in the recipe")
     elif bits is not None:
         raise GaugeError("the TRL recipe quantizes the base and trains all of it; add use_peft: true")
     keys.refuse(not_modelled())
@@ -88,7 +90,7 @@ def read_trl(values: Mapping[str, Any]) -> Recipe:
     return keys.recipe(
         model=model,
         method=method,
-        dtype=None if dtype == "auto" else dtype,
+        dtype=dtype,
         loop="sft",
         fields={"seq": seq},
         arguments=given,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from peft_gauge.errors import GaugeError, one_line
+from peft_gauge._internals.transformers import checkpoint_trained_blocks
+from peft_gauge.errors import GaugeError, one_line, unknown
 from peft_gauge.training.methods.adapter_config import check_ranks
 from peft_gauge.training.methods.definitions import (
     ATTENTION,
     ATTENTION_QV,
     KEPT_IN_CACHE,
     KEYS_VALUES_DOWN,
+    LINEAR_LAYERS,
+    Blocks,
+    Cast,
     Method,
+    Quantization,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +60,9 @@ def attach(
     model = prepare_base(model, method, compute_dtype=compute_dtype, device=device)
     with _seeded(seed):
         attached = _attach_adapter(model, method, seed)
+    _choose_trained(attached, method)
+    if method.checkpoints_trained_only:
+        checkpoint_trained_blocks(model)
     if grad_checkpointing:
         # Reentrant checkpointing does not train adapters unless the input requires a gradient (peft#1142);
         # non-reentrant checkpointing does.
@@ -92,7 +101,7 @@ def prepare_base(
             model,
             quant_format=method.quantization.quant_format,
             double_quant=method.quantization.double_quant,
-            compute_dtype=compute_dtype or model.dtype,
+            compute_dtype=compute_dtype or _compute_dtype(method.quantization) or model.dtype,
             device=device,
             storage=storage,
         )
@@ -103,7 +112,62 @@ def prepare_base(
 
         with _without_notices():
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for each in method.casts:
+        _cast(model, each)
     return model
+
+
+def _compute_dtype(quantization: Quantization) -> torch.dtype | None:
+    from peft_gauge.training.models import torch_dtype
+
+    return None if quantization.compute_dtype is None else torch_dtype(quantization.compute_dtype)
+
+
+def _cast(model: PreTrainedModel, meant: Cast) -> None:
+    from peft_gauge.training.models import torch_dtype
+
+    if meant.model_type not in (None, model.config.model_type):
+        return
+    for name, parameter in model.named_parameters():
+        is_meant = re.search(meant.names, name) and (parameter.ndim == 1 or not meant.vectors_only)
+        if is_meant and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch_dtype(meant.dtype))
+
+
+def _choose_trained(model: nn.Module, method: Method) -> None:
+    """Freeze what ``method`` does not train, and cast the rest to float32 if it does so."""
+    if method.trains is not None:
+        patterns = _in_blocks(model, method) if isinstance(method.trains, Blocks) else method.trains
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise GaugeError(
+                f"{method.name} leaves nothing to train: no parameter of this model matches {', '.join(patterns)}"
+            )
+    if method.trained_in_float32:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def _in_blocks(model: nn.Module, method: Method) -> list[str]:
+    """Patterns of the parameters in the blocks that ``method`` trains. Raises `GaugeError` for unknown modules."""
+    chosen = method.trains
+    assert isinstance(chosen, Blocks), "patterns are of blocks"
+    number = int(cast("Any", model).config.get_text_config().num_hidden_layers)
+    names = [name for name, _ in model.named_parameters()]
+    of_blocks = {name.split(".0.")[-1].split(".")[0] for name in names if ".0." in name}
+    outside = {name.split(".")[-2] for name in names if not re.search(r"\.\d+\.", name)}
+    for module in chosen.modules:
+        if module != "all" and module not in of_blocks:
+            raise unknown("module of a block", module, sorted(of_blocks))
+    for module in chosen.extra:
+        if module not in outside:
+            raise unknown("module outside of blocks", module, sorted(outside))
+    blocks = range(max(0, number - chosen.number), number) if chosen.number > 0 else range(min(-chosen.number, number))
+    within = [f".{block}.{'' if module == 'all' else module}" for block in blocks for module in chosen.modules]
+    return [re.escape(each) for each in (*within, *chosen.extra)]
 
 
 def _check_stored(model: PreTrainedModel, method: Method) -> StoredFormat | None:
@@ -167,7 +231,9 @@ def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict
 
     architecture = str(getattr(model.config, "model_type", type(model).__name__))
     meant = settings.get("target_modules")
-    if meant in (ATTENTION, ATTENTION_QV, KEYS_VALUES_DOWN):
+    if isinstance(meant, tuple) and LINEAR_LAYERS in meant:
+        settings["target_modules"] = _linear_names(model, meant, f"{name} on {architecture}")
+    elif meant in (ATTENTION, ATTENTION_QV, KEYS_VALUES_DOWN):
         settings |= _targets_in(model, meant, f"{name} on {architecture}")
     if settings.get("peft_type") in PROMPT_LEARNING:
         # Saved configs have the sizes of the model that they were saved from; without them, PEFT reads the model's.
@@ -176,6 +242,17 @@ def _fitted(settings: dict[str, Any], model: PreTrainedModel, name: str) -> dict
     sizes = (min(targets.sizes(linear)) for linear in targets.linear_layers(model).values())
     check_ranks(settings, max(sizes, default=0), name)
     return settings
+
+
+def _linear_names(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> list[str]:
+    """The names in ``meant``, with those of linear layers for `LINEAR_LAYERS`."""
+    from peft_gauge.training.quantization import output_heads
+
+    heads = {head.rpartition(".")[2] for head in output_heads(model)}
+    of_linear = {where.rpartition(".")[2] for where, each in model.named_modules() if "Linear" in type(each).__name__}
+    if not of_linear - heads:
+        raise GaugeError(f"{name}: this architecture has no module of a class named Linear; name the target modules")
+    return sorted((of_linear - heads) | (set(meant) - {LINEAR_LAYERS}))
 
 
 def _targets_in(model: PreTrainedModel, meant: tuple[str, ...], name: str) -> dict[str, Any]:

@@ -15,6 +15,9 @@ ATTENTION_QV = ("q_proj", "v_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEYS_VALUES_DOWN = ("k_proj", "v_proj", "down_proj")
 ALL_LINEAR = "all-linear"
+LINEAR_LAYERS = "linear-layers"
+"""In a tuple of target modules: the names of all modules whose class has Linear in its name, except output heads.
+axolotl and LLaMA-Factory choose so; PEFT's `ALL_LINEAR` has routers and experts too."""
 
 KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 """PEFT types whose virtual tokens are keys and values in every layer."""
@@ -24,10 +27,33 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Quantization:
-    """The format of the frozen base: nf4, fp4 or int8; ``double_quant`` applies to the 4-bit formats."""
+    """The format of the frozen base: nf4, fp4 or int8; ``double_quant`` and ``compute_dtype`` (default: the base's own
+    dtype) apply to the 4-bit formats."""
 
     quant_format: Literal["nf4", "fp4", "int8"] = "nf4"
     double_quant: bool = True
+    compute_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A cast of the base's parameters to ``dtype``: of those in whose name the regular expression ``names`` is found,
+    with ``vectors_only`` of those with one dimension, and with ``model_type`` in models of that type only."""
+
+    names: str
+    dtype: str
+    vectors_only: bool = False
+    model_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The part of a base that is trained: of its last ``number`` blocks (first, if negative) the ``modules`` (``all``,
+    or names of a block's direct children), and the ``extra`` modules outside of blocks."""
+
+    number: int
+    modules: tuple[str, ...] = ("all",)
+    extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,12 @@ class Method:
         kind: full, peft (with ``peft_config``, the content of an ``adapter_config.json``) or bottleneck (with
             ``bottleneck``).
         prepare_kbit: call `peft.prepare_model_for_kbit_training`, which casts parameters in 16 bit to float32.
+        casts: of the base, in order, after its preparation and before an adapter is attached.
         autocast_adapter_dtype: PEFT's setting; its default keeps 16-bit adapters in float32.
+        trains: `Blocks`, or regular expressions: then only parameters in whose name one is found are trained (names of
+            the model that is called, with an adapter's prefix). ``None``: all that the method trains.
+        trained_in_float32: cast what is trained to float32, at the end.
+        checkpoints_trained_only: with gradient checkpointing, blocks without a trained parameter are left out of it.
         starts_as_base: before the first step, the outputs are the base model's (LoRA, IA³, bottleneck adapters with a
             zero up-projection).
         merges: the trained update can be merged into the base weights.
@@ -51,7 +82,11 @@ class Method:
     bottleneck: BottleneckConfig | None = None
     quantization: Quantization | None = None
     prepare_kbit: bool = False
+    casts: tuple[Cast, ...] = ()
     autocast_adapter_dtype: bool = True
+    trains: Blocks | tuple[str, ...] | None = None
+    trained_in_float32: bool = False
+    checkpoints_trained_only: bool = False
     starts_as_base: bool = True
     merges: bool = False
 

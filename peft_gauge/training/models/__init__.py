@@ -16,7 +16,7 @@ from peft_gauge.training.models.architecture import (
 )
 from peft_gauge.training.models.construction import build, check_measurable, kept, logical_params, stored, tokenizer
 from peft_gauge.training.models.defaults import DTYPES, check_dtype, default_dtype, default_model, torch_dtype
-from peft_gauge.training.models.records import ModelRecord, hf_config, record_names, resolve
+from peft_gauge.training.models.records import ModelRecord, hf_config, record_names, resolve, stored_dtype
 
 __all__ = [
     "ATTENTIONS",
@@ -37,6 +37,7 @@ __all__ = [
     "remarks",
     "resolve",
     "stored",
+    "stored_dtype",
     "tokenizer",
     "torch_dtype",
 ]

@@ -55,7 +55,7 @@ def build(
     if device == "meta":
         model_class(record), auto_class(record)  # import now: in a device context torch 2.6 cannot import its compiler
         with torch.device("meta"):
-            model = _from_config(record, attn_implementation).to(wanted)
+            model = _in_dtype(_from_config(record, attn_implementation, wanted), wanted)
         # Flash attention casts float32 activations to this dtype if weights are packed.
         model.config.dtype = model.config.get_text_config().dtype = wanted
         return _as_stored(model, record) if as_stored else model
@@ -70,8 +70,20 @@ def build(
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(record.seed)
-            model = _from_config(record, attn_implementation).to(wanted)
+            model = _in_dtype(_from_config(record, attn_implementation), wanted)
     return (_as_stored(model, record) if as_stored else model).to(device)
+
+
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """``model`` in ``dtype``, but for the buffers that a checkpoint does not have (frequencies of rotary embeddings):
+    `from_pretrained` leaves them as they were made, in float32."""
+    saved = set(model.state_dict())
+    kept = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    model = model.to(dtype)
+    for name, buffer in kept.items():
+        place, _, own = name.rpartition(".")
+        setattr(model.get_submodule(place), own, buffer)
+    return model
 
 
 def _drawn_on_the_gpu(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:

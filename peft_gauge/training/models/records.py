@@ -20,6 +20,7 @@ from peft_gauge.training.models.config import (
     size_of,
     text_part,
 )
+from peft_gauge.training.models.defaults import DTYPES
 from peft_gauge.training.stored_formats import StoredFormat, stored_format
 
 if TYPE_CHECKING:
@@ -194,6 +195,17 @@ def _from_hub(spec: str, weights: str | None, seed: int) -> ModelRecord:
         ) from error
     kind: Literal["random", "real"] = "random" if weights == "random" else "real"
     return ModelRecord(spec, "hub", json.dumps(config), kind, spec, seed)
+
+
+def stored_dtype(record: ModelRecord) -> str:
+    """The data type in which transformers loads the record's weights if it may choose (``dtype="auto"``): that which
+    the config names, or else bfloat16, as of most published weights."""
+    config = record.config
+    for part in (config, text_part(config)):
+        named = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
+        if named in DTYPES:
+            return named
+    return "bfloat16"
 
 
 def hf_config(record: ModelRecord) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from peft_gauge.commands.plan import base_of, described_step
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan.recipes import Recipe, read
+from peft_gauge.plan.recipes import STORED, Recipe, read
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
@@ -31,6 +31,8 @@ LLAMA_FACTORY = {
     "quantization_bit": 4, "bf16": True, "dataset": "identity",
 }  # fmt: skip
 
+FREEZE = {"model_name_or_path": "toy-llama", "stage": "sft", "finetuning_type": "freeze", "template": "llama2"}
+CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 
 DEFAULT_OPTIMIZER = "adamw-fused" if Version(torch.__version__) >= Version("2.8") else "adamw"
 """Trainer's, by its version of torch."""
@@ -77,19 +79,21 @@ def test_trl_quantizes_without_preparation_and_without_nested_constants(tmp_path
 
 
 def test_axolotl_by_its_defaults(tmp_path: Path) -> None:
-    """axolotl 0.19: one row of 512 tokens, bf16 autocast, fused AdamW, no clipping, no checkpointing, dropout 0."""
+    """axolotl 0.19: one row of 512 tokens, bf16 autocast, fused AdamW, clipping to 1, no checkpointing, dropout 0."""
     found = recipe(tmp_path, AXOLOTL)
     step = step_of(found)
     assert (found.tool, step["loop"], step["dtype"], step["loss"]) == ("axolotl", "trainer", "bfloat16", "full")
     settings = step["settings"]
     assert (settings.batch, settings.seq, settings.grad_accumulation) == (1, 512, 1)
-    assert (settings.optimizer, settings.clip_grad_norm) == ("adamw-fused", None)
+    assert (settings.optimizer, settings.clip_grad_norm) == (DEFAULT_OPTIMIZER, 1.0)
     assert (settings.mixed_precision, settings.grad_checkpointing) == ("bf16", False)
     assert found.method is not None
     config = found.method.peft_config
-    assert (config["r"], config["lora_dropout"], config["target_modules"]) == (32, 0.0, "all-linear")
+    assert (config["r"], config["lora_dropout"], config["target_modules"]) == (32, 0.0, (methods.LINEAR_LAYERS,))
     # It prepares for k-bit training, and casts norms and embeddings back.
-    assert (found.method.quantization, found.method.prepare_kbit) == (methods.Quantization("nf4", True), False)
+    assert (found.method.quantization, found.method.prepare_kbit) == (methods.Quantization("nf4", True), True)
+    assert found.method.casts[-2:] != ()
+    assert all(each.dtype == "bfloat16" for each in found.method.casts[-2:])
 
 
 @pytest.mark.parametrize(
@@ -97,10 +101,9 @@ def test_axolotl_by_its_defaults(tmp_path: Path) -> None:
     [
         ({"bf16": "auto"}, "bf16", "bfloat16"),
         ({"bf16": True}, "bf16", "bfloat16"),
-        ({"bf16": "full"}, "no", "bfloat16"),
         ({"fp16": True}, "fp16", "float16"),
         ({"bf16": False, "fp16": False}, "no", "float32"),
-        ({"bf16": False, "bfloat16": True}, "no", "bfloat16"),
+        ({"bf16": False, "bfloat16": True}, "bf16", "bfloat16"),
     ],
 )
 def test_axolotls_weights_follow_its_precision(
@@ -121,7 +124,7 @@ def test_llama_factory_by_its_defaults(tmp_path: Path) -> None:
     """LLaMA-Factory 0.9: 8 rows of 2048 tokens, reentrant checkpointing, r 8 on all linear layers, nested constants."""
     found = recipe(tmp_path, LLAMA_FACTORY)
     step = step_of(found)
-    assert (found.tool, step["loop"], step["dtype"]) == ("LLaMA-Factory", "trainer", "bfloat16")
+    assert (found.tool, step["loop"], step["dtype"]) == ("LLaMA-Factory", "trainer", STORED)
     settings = step["settings"]
     assert (settings.batch, settings.seq, settings.optimizer) == (8, 2048, "adamw-fused")
     assert (settings.clip_grad_norm, settings.mixed_precision) == (1.0, "bf16")
@@ -129,24 +132,28 @@ def test_llama_factory_by_its_defaults(tmp_path: Path) -> None:
     assert found.method is not None
     config = found.method.peft_config
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.0)
-    assert config["target_modules"] == "all-linear"
-    assert (found.method.quantization, found.method.prepare_kbit) == (methods.Quantization("nf4", True), False)
-    assert found.method.autocast_adapter_dtype
+    assert config["target_modules"] == (methods.LINEAR_LAYERS,)
+    assert found.method.quantization == methods.Quantization("nf4", True, "bfloat16")
+    assert not found.method.prepare_kbit
+    assert (found.method.autocast_adapter_dtype, found.method.trained_in_float32) == (True, True)
 
 
 def test_llama_factory_without_mixed_precision(tmp_path: Path) -> None:
     plain = {**LLAMA_FACTORY, "bf16": False}
     assert step_of(recipe(tmp_path, plain))["settings"].mixed_precision == "no"
     pure = recipe(tmp_path, {**plain, "pure_bf16": True})
-    assert (step_of(pure)["settings"].mixed_precision, pure.dtype) == ("no", "bfloat16")
+    assert step_of(pure)["settings"].mixed_precision == "no"
     assert pure.method is not None
-    assert not pure.method.autocast_adapter_dtype
+    # Adapters stay in float32, as PEFT makes them; other trained modules do not.
+    assert (pure.method.autocast_adapter_dtype, pure.method.trained_in_float32) == (True, False)
     # Full fine-tuning casts what it trains to float32, unless it is pure.
     full = {key: value for key, value in LLAMA_FACTORY.items() if key != "quantization_bit"} | {
         "finetuning_type": "full"
     }
-    assert recipe(tmp_path, full).dtype == "float32"
-    assert recipe(tmp_path, {**full, "pure_bf16": True}).dtype == "bfloat16"
+    for changes, in_float32 in (({}, True), ({"pure_bf16": True}, False)):
+        found = recipe(tmp_path, {**full, **changes})
+        assert found.method is not None
+        assert (found.dtype, found.method.trained_in_float32) == (STORED, in_float32)
 
 
 def test_training_arguments_alone_leave_base_and_method_to_the_options(tmp_path: Path) -> None:
@@ -177,15 +184,17 @@ def test_every_key_is_in_one_group(tmp_path: Path, content: dict[str, Any]) -> N
     asked = {**content, "learning_rate": 1e-4, "deepspeed": "zero2.json", "wieght_decay": 0.1}
     found = recipe(tmp_path, asked)
     groups = [set(found.understood), set(found.without_effect), set(found.not_modelled)]
-    assert set().union(*groups) == asked.keys() - {"wieght_decay"}
-    assert sum(map(len, groups)) == len(asked) - 1
+    of_defaults = {*found.not_modelled} - {*asked}  # axolotl's kernels, which are on by themselves
+    assert all(name.endswith("_kernel") for name in of_defaults)
+    assert set().union(*groups) - of_defaults == asked.keys() - {"wieght_decay"}
+    assert sum(map(len, groups)) - len(of_defaults) == len(asked) - 1
     assert found.unknown == ("'wieght_decay' (did you mean weight_decay?)",)
     assert "deepspeed" in found.not_modelled
     assert "learning_rate" in found.without_effect
 
 
 def test_a_switched_off_key_needs_no_model(tmp_path: Path) -> None:
-    found = recipe(tmp_path, {**AXOLOTL, "deepspeed": None, "torch_compile": False})
+    found = recipe(tmp_path, {**AXOLOTL, "deepspeed": None, "torch_compile": False, "lora_mlp_kernel": False})
     assert not found.not_modelled
     assert "torch_compile" in found.without_effect
 
@@ -196,20 +205,20 @@ def test_a_fused_loss_is_planned_in_chunks(tmp_path: Path) -> None:
     assert "chunked_cross_entropy" in found.not_modelled
 
 
-CUT_PLUGIN = {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+CUT_PLUGIN = {"plugins": [CUT]}
 
 
 @pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize(
     ("keys", "loss"),
     [
-        ({"cut_cross_entropy": True}, "cce"),
+        ({"cut_cross_entropy": True, **CUT_PLUGIN}, "cce"),
         (CUT_PLUGIN, "cce"),
         ({**CUT_PLUGIN, "cut_cross_entropy": False}, "full"),
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, "full"),
     ],
 )
-def test_cut_cross_entropy_is_a_key_or_a_plugin_of_axolotl(
+def test_cut_cross_entropy_is_a_plugin_of_axolotl(
     keys: dict[str, object], loss: str, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft_gauge.plan.recipes.axolotl.has_cut_cross_entropy", lambda: installed)
@@ -217,6 +226,14 @@ def test_cut_cross_entropy_is_a_key_or_a_plugin_of_axolotl(
     assert step_of(found)["loss"] == loss
     assert ("cut_cross_entropy" in found.not_modelled) == (loss == "cce" and not installed)
     assert not found.unknown
+
+
+@pytest.mark.parametrize("key", ["cut_cross_entropy", "liger_fused_linear_cross_entropy", "liger_rope"])
+def test_a_key_of_a_plugin_that_is_not_listed_changes_nothing(tmp_path: Path, key: str) -> None:
+    found = recipe(tmp_path, {**AXOLOTL, key: True})
+    assert step_of(found)["loss"] == "full"
+    assert not found.arguments
+    assert "axolotl leaves it out unless plugins has" in found.not_modelled[key]
 
 
 def test_set_changes_one_key(tmp_path: Path) -> None:
@@ -251,7 +268,13 @@ def test_a_recipes_step_is_a_plan_request(tmp_path: Path) -> None:
         ({**AXOLOTL, "adapter": "llama-adapter"}, "'llama-adapter' cannot be planned"),
         ({"base_model": "x/y", "load_in_4bit": True}, "has no adapter"),
         ({**LLAMA_FACTORY, "stage": "dpo"}, "stage 'dpo' cannot be planned"),
-        ({**LLAMA_FACTORY, "finetuning_type": "freeze"}, "finetuning_type 'freeze' cannot be planned"),
+        ({**LLAMA_FACTORY, "finetuning_type": "freeze"}, "quantizes the base and trains it"),
+        ({**LLAMA_FACTORY, "finetuning_type": "prefix"}, "finetuning_type 'prefix' cannot be planned"),
+        ({**FREEZE, "freeze_trainable_layers": 0}, "must be a whole number other than 0, not 0"),
+        ({"base_model": "x/y", "bf16": "full"}, "axolotl refuses bf16: full"),
+        ({"base_model": "x/y", "unfrozen_parameters": 3}, "must be a list of patterns, not 3"),
+        ({"base_model": "x/y", "unfrozen_parameters": ["("]}, "is not a valid pattern"),
+        ({**TRL, "load_in_4bit": True, "dtype": "auto"}, "TRL refuses dtype: auto for a base in 4 bit"),
         ({**LLAMA_FACTORY, "finetuning_type": "full"}, "quantizes the base and trains it"),
         ({**LLAMA_FACTORY, "pure_bf16": "yes"}, "pure_bf16 in the LLaMA-Factory recipe must be true or false"),
         ({**LLAMA_FACTORY, "quantization_method": "hqq"}, "'hqq' cannot be planned"),
@@ -297,7 +320,7 @@ LIGER_KEYS = [
     (
         "axolotl",
         "base_model: m\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\nliger_rope: true\n"
-        "liger_fused_linear_cross_entropy: true\n",
+        "liger_fused_linear_cross_entropy: true\nplugins: [axolotl.integrations.liger.LigerPlugin]\n",
         {"rope": True, "rms_norm": False, "swiglu": False, "fused_linear_cross_entropy": True},
     ),
     ("LLaMA-Factory", "model_name_or_path: m\nstage: sft\nfinetuning_type: lora\nenable_liger_kernel: true\n", {}),
@@ -316,7 +339,7 @@ def test_liger_is_planned_where_it_is_installed(
     file.write_text(text)
     found = read(file, {})
     assert found.tool == tool
-    keys = {line.partition(":")[0] for line in text.splitlines() if "liger" in line}
+    keys = {line.partition(":")[0] for line in text.splitlines() if "liger" in line.partition(":")[0]}
     if installed:
         assert found.arguments["use_liger_kernel"] is True
         assert options.items() <= found.arguments.get("liger_kernel_config", {}).items()
