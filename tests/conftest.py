@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from peft_gauge import cli
+from peft_gauge.isolation import child_environment
+from peft_gauge.measure import PRELOAD
+from peft_gauge.plan import worker
 from peft_gauge.pytest_plugin import workers
+from tests.support import suite
 from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -43,6 +47,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    suite.SESSIONS.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_worker() -> Iterator[None]:
     """A run that a test starts is no worker of ``pytest tests -n 4``, but would read in the environment that it is."""
@@ -67,6 +75,13 @@ def levels_stay() -> Iterator[None]:
     yield
     for logger, level in zip(loggers, before, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture
+def forked_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that plan are forked from this process's server; to spawn one takes 7 s of imports each time."""
+    preloaded = worker.Preloaded(PRELOAD, child_environment(workers.process_environment()))
+    monkeypatch.setattr(worker, "_spawn", lambda: worker._fork(preloaded))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import machine_info
 from peft_gauge.training.fetch import FETCHABLE, fetch
+from tests.support.facts import lacking
 from tests.support.paths import ROOT
 from tests.support.suite import sessions
 
@@ -52,23 +53,23 @@ def adapter(folder: Path, **values: object) -> str:
     return str(path)
 
 
-REFUSED: list[tuple[list[str], str]] = [
-    (["--model", "tinylama"], "unknown model 'tinylama'; did you mean tinyllama"),
-    (["--method", "lorra"], "unknown method 'lorra'; did you mean"),
-    (["--dtype", "float64"], "unknown dtype 'float64'; did you mean float16 or bfloat16 or float32"),
-    (["--device", "tpu"], "unknown device 'tpu'"),
-    (["--device", "cuda"], "--device cuda is unavailable: no CUDA device"),
-    (["--weights", "imaginary"], "unknown kind of weights 'imaginary'"),
-    (["--weights", "random-gpu", "--device", "cpu"], "--weights=random-gpu needs a GPU, and this run"),
-    (["--attention", "flash"], "unknown attention 'flash'; known: eager, flash"),
-    (["--attention", "flash_attention_2", "--device", "cpu"], "--attention=flash_attention_2 runs on CUDA only"),
-    (["--model", "tinyllama", "--seq", "2049"], "2049 tokens exceeds the limit of tinyllama; use --seq 2048 or less"),
-    (["--model", "toy-llama", "--batch", "0"], "batch must be at least 1, got 0"),
-    (["--rounds", "0"], "--rounds must be at least 1"),
-    (["--adapter", "nowhere/adapter_config.json"], "no adapter config at nowhere/adapter_config.json"),
-    (["--model", "{folder}"], "no config.json in"),
-    (["--model", "{hostile}"], "hidden_size = 1099511627776 is not a whole number"),
-    (["--model", "{custom}"], "needs custom code"),
+REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
+    (["--model", "tinylama"], ("model 'tinylama'", "did you mean tinyllama")),
+    (["--method", "lorra"], ("method 'lorra'", "did you mean")),
+    (["--dtype", "float64"], ("dtype 'float64'", "float16", "bfloat16", "float32")),
+    (["--device", "tpu"], ("device 'tpu'",)),
+    (["--device", "cuda"], ("--device cuda", "no CUDA device")),
+    (["--weights", "imaginary"], ("weights 'imaginary'",)),
+    (["--weights", "random-gpu", "--device", "cpu"], ("--weights=random-gpu", "GPU")),
+    (["--attention", "flash"], ("attention 'flash'", "eager, flash_attention_2, sdpa")),
+    (["--attention", "flash_attention_2", "--device", "cpu"], ("--attention=flash_attention_2", "CUDA only")),
+    (["--model", "tinyllama", "--seq", "2049"], ("2049 tokens", "tinyllama", "--seq 2048")),
+    (["--model", "toy-llama", "--batch", "0"], ("batch", "at least 1", "got 0")),
+    (["--rounds", "0"], ("--rounds", "at least 1")),
+    (["--adapter", "nowhere/adapter_config.json"], ("no adapter config", "nowhere/adapter_config.json")),
+    (["--model", "{folder}"], ("no config.json in",)),
+    (["--model", "{hostile}"], ("hidden_size = 1099511627776",)),
+    (["--model", "{custom}"], ("custom code",)),
 ]
 
 
@@ -85,21 +86,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subproc
     start = ["benchmarks/test_speed.py", "-q", "--results", str(out)]
     requests = [[*start, *(option.format(**folders) for option in options)] for options, _ in REFUSED]
     names = [" ".join(options) for options, _ in REFUSED]
-    return {name: (answer, out) for name, answer in zip(names, sessions(requests), strict=True)}
+    return {name: (answer, out) for name, answer in zip(names, sessions(*requests), strict=True)}
 
 
-@pytest.mark.parametrize(
-    ("options", "said"), REFUSED, ids=lambda value: value if isinstance(value, str) else " ".join(value)
-)
+@pytest.mark.parametrize(("options", "facts"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
 def test_what_cannot_be_selected_is_a_usage_error(
-    options: list[str], said: str, answers: dict[str, tuple[subprocess.CompletedProcess[str], Path]]
+    options: list[str], facts: tuple[str, ...], answers: dict[str, tuple[subprocess.CompletedProcess[str], Path]]
 ) -> None:
     if options == ["--device", "cuda"] and _has_cuda():
         pytest.skip("there is a CUDA device here")
     done, out = answers[" ".join(options)]
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert said in done.stderr
+    assert lacking(done.stderr, *facts) == []
     assert not out.exists()
 
 
@@ -108,7 +107,7 @@ def test_a_usage_error_ends_the_process_with_its_code(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "--model", "tinylama")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("ERROR: unknown model 'tinylama'; did you mean tinyllama")
+    assert lacking(line, "ERROR: ", "'tinylama'", "did you mean tinyllama") == []
     assert not (tmp_path / "out").exists()
 
 
@@ -129,8 +128,8 @@ class Ran:
 LONG = "a" * 300
 MISFITS: dict[str, tuple[dict[str, object], str]] = {
     "no-module": ({"target_modules": ["nowhere"]}, "nowhere"),
-    "rank-0": ({"r": 0}, "rank 0 is not a whole number of at least 1"),
-    "rank-65": ({"r": 65}, "rank 65 is above the largest matrix rank in this model; use 64 or less"),
+    "rank-0": ({"r": 0}, "rank 0"),
+    "rank-65": ({"r": 65}, "use 64 or less"),
 }
 
 
@@ -157,7 +156,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
         "one missing": ["--model", "toy-llama", "--rounds", "1", "--adapter", good, "--adapter", "nowhere.json"],
     }
     start = ["benchmarks/test_speed.py", "-q", "--results"]
-    done = sessions([[*start, str(folder / name), *each] for name, each in options.items()])
+    done = sessions(*([*start, str(folder / name), *each] for name, each in options.items()))
     return {name: Ran(each, folder / name) for name, each in zip(options, done, strict=True)}
 
 
@@ -185,7 +184,7 @@ def test_an_adapter_that_cannot_be_used_does_not_lose_the_others(ran: dict[str, 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_measurement(ran: dict[str, Ran]) -> None:
     done, out = ran["blocked"].done, ran["blocked"].out
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert f"ERROR: runs cannot be saved in {out}: Not a directory; choose another folder" in done.stdout + done.stderr
+    assert lacking(done.stdout + done.stderr, f"ERROR: runs cannot be saved in {out}: Not a directory") == []
     assert "memory of a step" not in done.stdout
     assert " passed" not in done.stdout
     assert out.read_text() == "a file where the folder should be"
@@ -231,8 +230,7 @@ def test_a_bare_run_takes_paths_in_the_form_that_readme_gives(tmp_path: Path) ->
     """pytest looks for its configuration beside every existing path among its arguments, unless it follows a ``=``."""
     folder = toy_folder(tmp_path)
     options = [f"--model={folder}", f"--results={tmp_path}", "--method=prompt", "--rounds=1", "-k", "test_step"]
-    command = [sys.executable, "-m", "pytest", "-q", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (done,) = sessions(["-q", *options])
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert " failed" not in done.stdout
@@ -308,7 +306,8 @@ def test_an_unknown_name_is_one_line_and_exit_code_2() -> None:
     command = [sys.executable, "-m", "peft_gauge.cli", "fetch", "smollm3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["peft-gauge: unknown weights 'smollm3'; did you mean smollm2?"]
+    (line,) = done.stderr.splitlines()
+    assert lacking(line, "peft-gauge: ", "'smollm3'", "smollm2") == []
 
 
 def test_the_doctor_says_what_is_missing_and_how_to_get_it(cache: Path, run_command: Run) -> None:

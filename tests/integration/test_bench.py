@@ -16,6 +16,7 @@ from peft_gauge import __version__, paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import writer
 from peft_gauge.pytest_plugin import bench
+from tests.support.suite import command
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -50,14 +51,9 @@ def test_a_file_of_the_users_own_stays_his(tmp_path: Path, monkeypatch: pytest.M
         lookup("test_spede.py")
 
 
-def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "peft_gauge.cli", "bench", *arguments]
-    environment = {"PYTHONPATH": str(paths.PROJECT), "PATH": "", "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_it_selects_in_any_folder_as_pytest_does_in_the_checkout(tmp_path: Path) -> None:
-    done = started(tmp_path, "test_speed.py", "--model", "toy-llama", "-k", "lora and step", "--collect-only", "-q")
+    selected = ("--model", "toy-llama", "--device", "cpu", "-k", "lora and step")
+    done = command("bench", "test_speed.py", *selected, "--collect-only", "-q", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     ids = [line for line in done.stdout.splitlines() if "::" in line]
     assert ids == [f"benchmarks/test_speed.py::test_step[{name}-toy-llama-cpu]" for name in ("lora", "qlora")]
@@ -72,7 +68,7 @@ def test_it_selects_in_any_folder_as_pytest_does_in_the_checkout(tmp_path: Path)
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = started(tmp_path, "test_speed.py", "--collect-only", *arguments)
+    done = command("bench", "test_speed.py", "--collect-only", *arguments, folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"peft-gauge: {message}")

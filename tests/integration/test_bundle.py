@@ -35,6 +35,7 @@ from peft_gauge.bundle.resolution import Pip, Release
 from peft_gauge.bundle.target import Target, parse_target
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.writer import bundled_commit
+from tests.support.facts import lacking
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -377,7 +378,8 @@ def test_cuda_is_never_fetched(tmp_path: Path, toy: Callable[..., None], index: 
     toy("torch>=2.6", "gaugecuda")
     made = bundle(tmp_path)
     assert wheels(made) == {"gaugecuda": "1.0"}
-    assert made.notes == ("gaugecuda needs nvidia-cublas-cu13, which is never downloaded; install it on the node",)
+    (note,) = made.notes
+    assert lacking(note, "gaugecuda needs nvidia-cublas-cu13", "install it on the node") == []
 
 
 def test_a_mirror_can_be_named(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run) -> None:
@@ -423,7 +425,7 @@ def test_what_is_left_out_is_named_with_size_and_loss(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_limit_below_what_is_needed_names_the_smallest_that_works(tmp_path: Path) -> None:
-    with pytest.raises(GaugeError, match="do not fit into 0.001 MB; raise the limit to at least") as caught:
+    with pytest.raises(GaugeError, match="do not fit into 0.001 MB") as caught:
         bundle(tmp_path, most_megabytes=0.001)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["node.txt"]
     (named,) = re.findall(r"--most-megabytes ([\d.]+)", str(caught.value))
@@ -453,36 +455,36 @@ HAVE = ["--have", "torch==2.11.0,packaging==26.4"]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "facts"),
     [
-        (["--python", "3.10", *HAVE], "peft-gauge does not run on Python 3.10; it needs >=3.11"),
-        (["--python", "2.7", *HAVE], "peft-gauge does not run on Python 2.7"),
-        (["--python", "312", *HAVE], "--python '312' is not a valid Python version; write it as 3.12 or 3.12.4"),
-        (["--python", "py3", *HAVE], "--python 'py3' is not a valid Python version"),
-        ([*FOR, *HAVE, "--platform", "win_amd64"], "unknown platform 'win_amd64'; "),
-        ([*FOR, *HAVE, "--platform", "manylinux_2_28_ppc64"], "unknown platform 'manylinux_2_28_ppc64'"),
-        ([*FOR, *HAVE, "--platform", "manylinux_2_5_aarch64"], "no wheels for glibc 2.5 on aarch64"),
-        ([*FOR], "a bundle never includes torch"),
-        ([*FOR, "--have", "packaging"], "a bundle never includes torch"),
-        ([*FOR, "--have", "torch>=2.6"], "--have 'torch>=2.6' is neither NAME nor NAME==VERSION"),
-        ([*FOR, "--have", "torch=="], "--have 'torch==' is neither NAME nor NAME==VERSION"),
-        ([*FOR, "--have", "torch==new"], "--have 'torch==new': 'new' is not a valid version"),
-        ([*FOR, "--have", "torch,-peft"], "--have '-peft' is neither NAME nor NAME==VERSION"),
-        ([*FOR, "--have", ","], "--have ',' names no package"),
-        ([*FOR, *HAVE, "--have", "torch==2.10"], "--have gives torch two versions, 2.11.0 and 2.10"),
-        ([*FOR, "--have", "@nowhere.txt"], "--have nowhere.txt cannot be read: No such file"),
-        ([*FOR, "--have", "torch==2.5.1"], "the node has torch 2.5.1, but peft-gauge needs torch>=2.6"),
-        ([*FOR, *HAVE, "--have", "gaugeone==0.9"], "gaugeone 0.9, but peft-gauge needs gaugeone>=1"),
-        ([*FOR, *HAVE, "--most-megabytes", "0"], "--most-megabytes must be positive, got 0"),
-        ([*FOR, *HAVE, "--most-megabytes", "nan"], "--most-megabytes must be positive, got nan"),
-        ([*FOR, *HAVE, "--no-checkout", "--out", "/proc/bundle"], "cannot write /proc/bundle: "),
-        ([*FOR, *HAVE, "--out", "file"], "file is a file; give a folder with --out"),
-        ([*FOR, *HAVE, "--no-checkout", "--out", "file/bundle"], "cannot write "),
-        ([*FOR, *HAVE, "--out", "full"], "contains notes, not part of a bundle"),
+        (["--python", "3.10", *HAVE], ["Python 3.10", ">=3.11"]),
+        (["--python", "2.7", *HAVE], ["Python 2.7", ">=3.11"]),
+        (["--python", "312", *HAVE], ["--python '312'", "3.12"]),
+        (["--python", "py3", *HAVE], ["--python 'py3'", "3.12"]),
+        ([*FOR, *HAVE, "--platform", "win_amd64"], ["unknown platform 'win_amd64'"]),
+        ([*FOR, *HAVE, "--platform", "manylinux_2_28_ppc64"], ["unknown platform 'manylinux_2_28_ppc64'"]),
+        ([*FOR, *HAVE, "--platform", "manylinux_2_5_aarch64"], ["glibc 2.5 on aarch64"]),
+        ([*FOR], ["never includes torch"]),
+        ([*FOR, "--have", "packaging"], ["never includes torch"]),
+        ([*FOR, "--have", "torch>=2.6"], ["--have 'torch>=2.6'", "NAME==VERSION"]),
+        ([*FOR, "--have", "torch=="], ["--have 'torch=='", "NAME==VERSION"]),
+        ([*FOR, "--have", "torch==new"], ["--have 'torch==new'", "'new'"]),
+        ([*FOR, "--have", "torch,-peft"], ["--have '-peft'", "NAME==VERSION"]),
+        ([*FOR, "--have", ","], ["--have ','", "no package"]),
+        ([*FOR, *HAVE, "--have", "torch==2.10"], ["--have", "torch", "2.11.0 and 2.10"]),
+        ([*FOR, "--have", "@nowhere.txt"], ["--have nowhere.txt", "No such file"]),
+        ([*FOR, "--have", "torch==2.5.1"], ["torch 2.5.1", "torch>=2.6"]),
+        ([*FOR, *HAVE, "--have", "gaugeone==0.9"], ["gaugeone 0.9", "gaugeone>=1"]),
+        ([*FOR, *HAVE, "--most-megabytes", "0"], ["--most-megabytes", "positive", "got 0"]),
+        ([*FOR, *HAVE, "--most-megabytes", "nan"], ["--most-megabytes", "positive", "got nan"]),
+        ([*FOR, *HAVE, "--no-checkout", "--out", "/proc/bundle"], ["cannot write /proc/bundle: "]),
+        ([*FOR, *HAVE, "--out", "file"], ["file is a file", "--out"]),
+        ([*FOR, *HAVE, "--no-checkout", "--out", "file/bundle"], ["cannot write "]),
+        ([*FOR, *HAVE, "--out", "full"], ["contains notes"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(
-    options: list[str], said: str, run_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], facts: list[str], run_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
@@ -493,7 +495,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert (code, out) == (2, "")
     assert err.startswith("peft-gauge: ")
     assert err.count("\n") == 1
-    assert said in err
+    assert lacking(err, *facts) == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -502,24 +504,24 @@ def last_line(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "facts"),
     [
         (
             "Package Version\n------- -------\ntorch 2.11.0\n",
-            "line 1: 'Package Version' is not a line of python -m pip list",
+            ["line 1: 'Package Version'", "python -m pip list"],
         ),
         (
             "torch==2.11\nnumpy=1.2=py312\n",
-            "line 2: 'numpy=1.2=py312' is not a line of python -m pip list --format=freeze",
+            ["line 2: 'numpy=1.2=py312'", "python -m pip list --format=freeze"],
         ),
-        ("# nothing\n\n", "names no package; write it with: python -m pip list --format=freeze > FILE"),
+        ("# nothing\n\n", ["no package", "python -m pip list --format=freeze > FILE"]),
     ],
 )
-def test_a_file_of_another_kind_is_told_by_its_line(text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_told_by_its_line(text: str, facts: list[str], tmp_path: Path) -> None:
     (tmp_path / "node.txt").write_text(text)
     with pytest.raises(GaugeError) as caught:
         parse_having([f"@{tmp_path / 'node.txt'}"])
-    assert said in str(caught.value)
+    assert lacking(str(caught.value), *facts) == []
 
 
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
@@ -536,7 +538,7 @@ def test_without_a_network_it_says_so(run_command: Run, tmp_path: Path, monkeypa
     options = ["--python", "3.12", "--have", f"@{tmp_path / 'node.txt'}", "--no-checkout", "--out", str(tmp_path / "b")]
     code, out, err = run_command("bundle", *options, "--index-url", "http://127.0.0.1:9/simple")
     assert (code, out) == (2, "")
-    assert "the package index does not respond; bundle where there is a network" in last_line(err)
+    assert lacking(last_line(err), "index does not respond", "network") == []
     assert [path.name for path in tmp_path.iterdir()] == ["node.txt"]
 
 
@@ -544,10 +546,8 @@ def test_what_contradicts_the_node_is_told_with_its_causes(tmp_path: Path, toy: 
     toy("torch>=2.6", "gaugebound")
     with pytest.raises(GaugeError) as caught:
         bundle(tmp_path, "gaugebase==1.5")
-    assert str(caught.value) == (
-        "pip finds no set of wheels for Python 3.12 on manylinux_2_28_x86_64: "
-        "the node has gaugebase 1.5; gaugebound 1.0 depends on gaugebase>=2"
-    )
+    target = ("Python 3.12", "manylinux_2_28_x86_64")
+    assert lacking(str(caught.value), *target, "node has gaugebase 1.5", "gaugebound 1.0", "gaugebase>=2") == []
     toy("torch>=2.6", "gaugenowhere")
     with pytest.raises(GaugeError, match="No matching distribution found for gaugenowhere"):
         bundle(tmp_path)
@@ -557,7 +557,7 @@ def test_without_pip_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.M
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
     monkeypatch.setattr(sys, "executable", str(bare / "bin" / "python"))
-    with pytest.raises(GaugeError, match="this Python has no pip, which collects the wheels; run: python -m ensurepip"):
+    with pytest.raises(GaugeError, match="no pip.*python -m ensurepip"):
         bundle(tmp_path)
 
 
@@ -565,7 +565,7 @@ def test_a_pip_that_asks_this_python_for_markers_is_refused(tmp_path: Path, monk
     monkeypatch.setattr("peft_gauge._internals.pip._FOR_ANOTHER_ENVIRONMENT", "import runpy, sys; sys.argv.pop(1); "
                         "runpy.run_module('pip', run_name='__main__')")  # fmt: skip
     other = "3.12" if HERE != "3.12" else "3.13"
-    with pytest.raises(GaugeError, match=f"evaluates environment markers for this Python, not for Python {other}"):
+    with pytest.raises(GaugeError, match=f"markers.*not for Python {other}"):
         bundle(tmp_path, python=other)
 
 
@@ -702,11 +702,11 @@ def change_manifest(node: Path, change: Callable[[dict[str, Any]], object]) -> N
     (node / "manifest.json").write_text(json.dumps(manifest))
 
 
-def refused(done: subprocess.CompletedProcess[str], said: str) -> None:
+def refused(done: subprocess.CompletedProcess[str], *facts: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("run.sh: ")
     assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+    assert lacking(done.stderr, *facts) == []
 
 
 def installed(node: Path) -> Path:
@@ -776,7 +776,7 @@ def test_what_the_node_has_is_left_as_it_is_and_comes_first(node: Path, tmp_path
     done = run_on(node, "--", "python", "-P", "-c", script, str(own), PYTHONPATH=str(own))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "7.0 2.0 0\n"
-    assert done.stderr == "run.sh: already on this node and left unchanged: gaugeunder 7.0\n"
+    assert re.fullmatch(r"run.sh: .*gaugeunder 7\.0\n", done.stderr)
     assert not (installed(node) / "site" / "gaugeunder").exists()
 
 
@@ -785,7 +785,7 @@ def test_another_version_than_is_needed_is_told(node: Path, tmp_path: Path) -> N
         archive.extractall(tmp_path / "own")
     done = run_on(node, "--", "true", PYTHONPATH=str(tmp_path / "own"))
     assert done.returncode == 0
-    assert "run.sh: gaugeone needs gaugebase>=2; the node has gaugebase 1.0\n" in done.stderr
+    assert lacking(done.stderr, "gaugeone needs gaugebase>=2", "gaugebase 1.0") == []
 
 
 def test_nodes_that_lack_other_packages_can_share_a_place(node: Path, tmp_path: Path) -> None:
@@ -830,16 +830,16 @@ def test_a_wanted_folder_that_cannot_be_written_is_told(node: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "facts"),
     [
-        ({"python": "3.9"}, f"is Python {HERE}, and this bundle is for Python 3.9; activate an environment"),
-        ({"machine": "s390x"}, f"this node is Linux on {platform.machine()}, and this bundle is for Linux on s390x"),
-        ({"glibc": 99}, "and this bundle is for glibc 2.99 or newer"),
+        ({"python": "3.9"}, [f"is Python {HERE}", "bundle is for Python 3.9", "activate an environment"]),
+        ({"machine": "s390x"}, [f"node is Linux on {platform.machine()}", "bundle is for Linux on s390x"]),
+        ({"glibc": 99}, ["glibc 2.99 or newer"]),
     ],
 )  # fmt: skip
-def test_a_node_of_another_kind_is_told(target: dict[str, Any], said: str, node: Path) -> None:
+def test_a_node_of_another_kind_is_told(target: dict[str, Any], facts: list[str], node: Path) -> None:
     change_manifest(node, lambda manifest: manifest["target"].update(target))
-    refused(run_on(node), said)
+    refused(run_on(node), *facts)
     assert sorted(path.name for path in node.parent.iterdir()) == ["bundle"]
 
 
@@ -861,7 +861,7 @@ def test_the_python_on_the_path_is_the_nodes(node: Path, tmp_path: Path) -> None
     for name in ("sh", "readlink", "dirname", "true"):
         (programs / name).symlink_to(str(shutil.which(name)))
     done = run_on(node, "--", "true", PEFT_GAUGE_PYTHON="", PATH=str(programs))
-    refused(done, "no python3 found; load or activate one, or give it with --python")
+    refused(done, "no python3 found", "--python")
     for name, code in (("python", f'exec {sys.executable} "$@"'), ("python3", "exit 1")):
         (programs / name).write_text(f"#!/bin/sh\n{code}\n")
         (programs / name).chmod(0o755)
@@ -876,7 +876,7 @@ def test_a_damaged_file_is_told_and_nothing_is_installed(node: Path, name: str) 
     content = bytearray((node / name).read_bytes())
     content[len(content) // 2] ^= 1
     (node / name).write_bytes(content)
-    refused(run_on(node), f"{name} is damaged (its sha256 differs from the manifest's); copy the bundle again")
+    refused(run_on(node), f"{name} is damaged", "sha256", "copy the bundle again")
     assert list(node.with_name("bundle-installed").iterdir()) == []
     (node / name).unlink()
     refused(run_on(node), f"{name} is missing from the bundle")
@@ -884,14 +884,14 @@ def test_a_damaged_file_is_told_and_nothing_is_installed(node: Path, name: str) 
 
 def test_a_broken_manifest_is_told(node: Path) -> None:
     (node / "manifest.json").write_text("{")
-    refused(run_on(node), "manifest.json is missing or broken; copy the bundle again")
+    refused(run_on(node), "manifest.json", "copy the bundle again")
     (node / "manifest.json").unlink()
     refused(run_on(node), "manifest.json is missing or broken")
 
 
 def test_what_the_node_was_thought_to_have_is_told(node: Path) -> None:
     change_manifest(node, lambda manifest: manifest["requirements"].extend([["gaugelost>=1", ""], ["gaugelost", ""]]))
-    refused(run_on(node), "this node lacks gaugelost (for peft-gauge); bundle again with --have @FILE")
+    refused(run_on(node), "lacks gaugelost", "for peft-gauge", "--have @FILE")
     assert list(node.with_name("bundle-installed").iterdir()) == []
 
 
@@ -906,15 +906,15 @@ def test_markers_are_the_nodes_own(node: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "facts"),
     [
-        (["pytest"], "unknown argument 'pytest'; a command comes after --, as in: run.sh -- pytest -m gpu"),
-        (["--to"], "--to needs a value"),
-        (["--python", ""], "--python needs a value"),
+        (["pytest"], ["'pytest'", "run.sh -- "]),
+        (["--to"], ["--to needs a value"]),
+        (["--python", ""], ["--python needs a value"]),
     ],
 )
-def test_a_wrong_argument_is_told(arguments: list[str], said: str, node: Path) -> None:
-    refused(run_on(node, *arguments), said)
+def test_a_wrong_argument_is_told(arguments: list[str], facts: list[str], node: Path) -> None:
+    refused(run_on(node, *arguments), *facts)
     assert sorted(path.name for path in node.parent.iterdir()) == ["bundle"]
 
 

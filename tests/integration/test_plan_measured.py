@@ -35,6 +35,17 @@ def is_quick(step: MeasuredStep) -> bool:
 
 
 QUICK = [step for step in STEPS if is_quick(step)]
+REPEATED = {
+    "lora-tinyllama-4x768-convert=True-dtype=float16-mixed=fp16",  # as with bf16; fp16 is Trainer's below
+    "qlora-tinyllama-4x768-loop=trainer-mixed=bf16",  # as with fp16
+    "qlora-tinyllama-4x768-dtype=float32-loop=sft",  # `test_traces_h200.py`, to the byte
+    "qlora-tinyllama-4x768-ckpt=False-dtype=float32-loop=sft",  # SFTTrainer without it: LoRA's packed rows
+    "qlora-tinyllama-4x768-ckpt=True",  # `test_traces_h200.py`
+    "lora-smollm2-135m-2x256",  # as on toy-llama and TinyLlama
+    "qlora-smollm2-135m-2x256",
+    "lora-tinyllama-4x768-activation_offloading=True-dtype=float32-loop=sft",  # as without checkpointing
+}
+"""Quick steps that show what other tests show, too: these are slow, and run every week."""
 
 
 LIGER = [step for step in H100 if "use_liger_kernel" in step.settings.get("arguments", {})]
@@ -53,7 +64,10 @@ def test_with_ligers_kernels_too(step: MeasuredStep) -> None:
     assert plan(plain).peak_by_category == before.peak_by_category
 
 
-@pytest.mark.parametrize("step", QUICK, ids=lambda step: step.id)
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(step, id=step.id, marks=pytest.mark.slow if step.id in REPEATED else ()) for step in QUICK],
+)
 def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
     found = plan(step.request())
     assert found.trainable_params == step.trainable_params
@@ -77,6 +91,7 @@ def test_a_plan_is_what_the_gpu_took(step: MeasuredStep) -> None:
 
 def test_no_quick_step_is_left_out_by_mistake() -> None:
     assert len(QUICK) == 23
+    assert {step.id for step in QUICK} > REPEATED
 
 
 def test_the_context_is_what_the_driver_shows_beside_the_segments() -> None:

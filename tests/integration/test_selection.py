@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,55 +16,22 @@ import pytest
 from peft_gauge.pytest_plugin import workload
 from peft_gauge.pytest_plugin.selection import names_in
 from tests.support.paths import ROOT
+from tests.support.suite import sessions
 
 MEMORY = "benchmarks/test_memory.py"
 CPU, CUDA = "toy-llama-cpu", "toy-llama-cuda"
 
-# Collects once for each list of arguments: (ids, slow ones, gpu ones, what the processes of cases would measure).
-COLLECT = """
-import json, sys, pytest
-from peft_gauge import machine
-arguments, with_cuda = json.loads(sys.argv[1])
-if with_cuda:
-    machine.why_no_cuda = lambda: None
 
-class Noted:
-    def pytest_collection_finish(self, session):
-        from peft_gauge.pytest_plugin.workload import WORKLOAD, Workload
-        self.found = {
-            "ids": [item.nodeid for item in session.items],
-            "slow": [item.nodeid for item in session.items if item.get_closest_marker("slow")],
-            "gpu": [item.nodeid for item in session.items if item.get_closest_marker("gpu")],
-            "said": next((line for lines in session.config.hook.pytest_report_collectionfinish(
-                config=session.config, start_path=session.startpath, items=session.items)
-                for line in ([lines] if isinstance(lines, str) else lines)
-                if line.startswith("peft-gauge:")), None),
-            "measured": sorted([asked.case.id, *asked.passes, len(asked.shapes)]
-                               for asked in session.config.stash.get(WORKLOAD, Workload.of([])).processes.values()),
-        }
-
-every = []
-for each in arguments:
-    noted = Noted()
-    noted.found = None
-    code = pytest.main(["--collect-only", "-q", "--model=toy-llama", *each], plugins=[noted])
-    every.append([int(code), noted.found])
-sys.stderr.write(json.dumps(every))
-"""
-
-
-def collected(*arguments: list[str], root: Path = ROOT, with_cuda: bool = False) -> list[tuple[int, Any]]:
-    """pytest's exit code and what it would run, for each list of arguments."""
-    done = subprocess.run(
-        [sys.executable, "-c", COLLECT, json.dumps([arguments, with_cuda])],
-        cwd=root,
-        env={"PYTHONPATH": str(root), "PATH": "", "HOME": str(root), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [(code, found) for code, found in json.loads(done.stderr.splitlines()[-1])]
+def collected(*requests: list[str], folder: Path, root: Path = ROOT, with_cuda: bool = False) -> list[tuple[int, Any]]:
+    """pytest's exit code and what it would run, for each list of arguments; ``None`` where nothing was collected."""
+    every = []
+    for number, each in enumerate(requests):
+        noted = folder / f"{number}.json"
+        plugin = ["-p", "tests.support.collecting", "--noted", str(noted), *(["--with-cuda"] if with_cuda else [])]
+        (done,) = sessions([*plugin, "--collect-only", "-q", "--model=toy-llama", *each], folder=root)
+        every.append((done.returncode, json.loads(noted.read_text()) if noted.exists() else None))
+        noted.unlink(missing_ok=True)
+    return every
 
 
 SELECTIONS: dict[str, list[str]] = {
@@ -98,14 +63,17 @@ Selected = dict[str, tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def selected() -> Selected:
-    return dict(zip(SELECTIONS, collected(*SELECTIONS.values()), strict=True))
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    folder = tmp_path_factory.mktemp("collected")
+    return dict(zip(SELECTIONS, collected(*SELECTIONS.values(), folder=folder), strict=True))
 
 
 @pytest.fixture(scope="module")
-def selected_with_cuda() -> Selected:
+def selected_with_cuda(tmp_path_factory: pytest.TempPathFactory) -> Selected:
+    folder = tmp_path_factory.mktemp("collected")
     names = ("bare", "not slow", "gpu", "not gpu", "(gpu or not gpu) and (slow or not slow)", "peak", "case")
-    return dict(zip(names, collected(*(SELECTIONS[name] for name in names), with_cuda=True), strict=True))
+    found = collected(*(SELECTIONS[name] for name in names), folder=folder, with_cuda=True)
+    return dict(zip(names, found, strict=True))
 
 
 def ids(selected: Selected, name: str) -> set[str]:
@@ -212,8 +180,9 @@ def test_renaming_files_and_functions_changes_nothing_that_is_measured(tmp_path:
         (folder / f"{new}.py").write_text(text)
     everything = ["-m", EVERYTHING]
     files = [f"benchmarks/{name}.py" for name in renamed]
-    before, before_alone = collected([*everything, *files], [*everything, MEMORY])
-    after, after_alone = collected(everything, [*everything, "benchmarks/test_a.py"], root=tmp_path)
+    before, before_alone = collected([*everything, *files], [*everything, MEMORY], folder=tmp_path)
+    requests = (everything, [*everything, "benchmarks/test_a.py"])
+    after, after_alone = collected(*requests, folder=tmp_path, root=tmp_path)
     assert after[1]["measured"] == before[1]["measured"]
     assert ["lora-toy-llama-cpu", "fingerprint", "memory", "speed", 3] in before[1]["measured"]
     assert after_alone[1]["measured"] == before_alone[1]["measured"]

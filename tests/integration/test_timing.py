@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from peft_gauge.report.format import shown_bytes, shown_seconds
 from peft_gauge.report.rows import method_rows
 from peft_gauge.report.terminal import plan_table
 from tests.support.paths import ROOT
+from tests.support.suite import sessions
 
 
 class FakeClock:
@@ -91,9 +89,7 @@ def planted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
     (folder / "benchmarks" / "test_planted.py").write_text(PLANTED)
     (folder / "conftest.py").write_text((ROOT / "conftest.py").read_text())
     (folder / "pytest.ini").write_text((ROOT / "pytest.ini").read_text())
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--results", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    (done,) = sessions(["benchmarks", "-q", "--results", "out"], folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = (folder / "out").glob("*/0001_*.json")
     return done.stdout, json.loads(saved.read_text())

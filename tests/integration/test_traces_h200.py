@@ -78,16 +78,14 @@ def test_what_is_offloaded_is_planned_but_for_an_address_or_two() -> None:
     assert found.measured.phase == found.planned.phase
     # The bfloat16 copies of the up-projections, which TRL keeps on the GPU by mistake: their address is that of a
     # tensor that it has offloaded and still remembers.
-    kept = [each for each in planned_step("lora-sft-offloading").allocations if is_kept_copy(each)]
+    log = planned_step("lora-sft-offloading")
+    end = next(segment.start for segment in log.segments if segment.phase == BACKWARD)
+    kept = [each for each in log.allocations if is_copy_of_up_projection(each) and each.is_alive(end)]
     assert sum(each.nbytes for each in kept) == LAYERS * 2048 * 5632 * 2
 
 
-def is_kept_copy(each: Allocation) -> bool:
-    """Whether a copy of an up-projection made in forward lives until its layer's backward."""
-    log = planned_step("lora-sft-offloading")
-    end = next(segment.start for segment in log.segments if segment.phase == BACKWARD)
-    is_copy = each.operator == "aten::_to_copy" and each.module.endswith("mlp.up_proj") and each.phase == FORWARD
-    return is_copy and each.is_alive(end)
+def is_copy_of_up_projection(each: Allocation) -> bool:
+    return each.operator == "aten::_to_copy" and each.module.endswith("mlp.up_proj") and each.phase == FORWARD
 
 
 @pytest.mark.parametrize("name", ["lora-sft-liger", "lora-trainer-liger"])

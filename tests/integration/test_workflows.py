@@ -1,4 +1,8 @@
-"""Do the workflows and the nightly files say what can run, and does a night end as it should?"""
+"""Do the workflows and the nightly files name what exists, and does a night end as it should?
+
+Their syntax, expressions and permissions are checked by actionlint, zizmor and the schema of workflows
+(`.pre-commit-config.yaml`); here is what those cannot know.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +37,6 @@ def load(path: Path) -> dict[Any, Any]:
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(workflow, dict)
     return workflow
-
-
-def triggers(path: Path) -> set[str]:
-    """The events that start a workflow."""
-    return set(load(path)[True])  # YAML 1.1 reads the key `on` as a truth value
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
@@ -105,39 +104,17 @@ def test_every_command_exists(verb: str, options: list[str]) -> None:
     assert set(options) <= {option for parameter in verbs[verb].params for option in parameter.opts}
 
 
-@pytest.mark.parametrize("where", shell_texts())
-def test_the_shell_can_read_it(where: str) -> None:
-    done = subprocess.run(["bash", "-n"], input=shell_texts()[where], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_shell_can_read_every_script() -> None:
+    for where, text in shell_texts().items():
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), where
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_no_expression_becomes_part_of_a_script(path: Path) -> None:
-    """GitHub pastes expressions in as text; an input with a quote in it would be a command."""
-    assert run_blocks(path)
-    assert [block for block in run_blocks(path) if "${{" in block] == []
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_can_only_read_the_repository(path: Path) -> None:
-    workflow = load(path)
-    assert workflow["permissions"] == {"contents": "read"}
-    # Trusted publishing: the job that uploads a release gets a token of PyPI by its identity.
-    more = {"publish": {"id-token": "write"}} if path.name == "release.yml" else {}
-    assert {name: job["permissions"] for name, job in workflow["jobs"].items() if "permissions" in job} == more
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_runner_of_ones_own_never_runs_a_pull_request(path: Path) -> None:
-    if any("self-hosted" in job["runs-on"] for job in load(path)["jobs"].values()):
-        assert triggers(path) <= {"schedule", "workflow_dispatch"}
-
-
-def test_the_night_is_on_a_runner_with_a_gpu_of_its_own() -> None:
-    workflow = load(NIGHTLY)
-    assert triggers(NIGHTLY) == {"schedule", "workflow_dispatch"}
-    assert workflow["jobs"]["nightly"]["runs-on"] == ["self-hosted", "gpu"]
-    assert workflow["concurrency"]["cancel-in-progress"] is False
+def test_a_runner_of_ones_own_never_runs_a_pull_request() -> None:
+    own = [path for path in WORKFLOWS if any("self-hosted" in job["runs-on"] for job in load(path)["jobs"].values())]
+    assert own == [NIGHTLY]
+    # YAML 1.1 reads the key `on` as a truth value.
+    assert set(load(NIGHTLY)[True]) == {"schedule", "workflow_dispatch"}
 
 
 def test_every_input_becomes_a_variable() -> None:
@@ -149,11 +126,9 @@ def test_every_input_becomes_a_variable() -> None:
 def test_steps_after_measuring_run_also_when_it_fails_and_hide_nothing() -> None:
     night = steps(NIGHTLY)
     after = night[night.index(step_of_the_night("Measure")) + 1 :]
-    assert len(after) == 4
+    assert after
     assert all(re.search(r"!cancelled\(\)|always\(\)", step.get("if", "")) for step in after)
     assert [step for step in night if "continue-on-error" in step] == []
-    assert "always()" in after[-1]["if"]
-    assert after[-1]["uses"].startswith("actions/upload-artifact@")
 
 
 def test_the_weekly_run_has_every_torch_of_the_noxfile(tmp_path: Path) -> None:
@@ -166,33 +141,16 @@ def test_the_weekly_run_has_every_torch_of_the_noxfile(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True, env=os.environ | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     sessions = {session["session"] for session in json.loads(found.stdout)}
-    assert {named.replace("$RELEASE", release) for release in releases} == sessions
-    assert all(isinstance(release, str) for release in releases)  # 2.10 without quotes would be 2.1
-
-
-def test_a_pre_release_of_torch_alone_may_fail() -> None:
-    for name, job in load(WEEKLY)["jobs"].items():
-        allowed = job.get("continue-on-error", False)
-        assert allowed == ("${{ matrix.release == 'pre-release' }}" if name == "torch" else False)
+    assert {named.replace("$RELEASE", str(release)) for release in releases} == sessions
 
 
 # --------------------------------------------------------------------------------------------- systemd and cron
 
 
-@pytest.mark.parametrize(
-    ("suffix", "sections"), [("service", {"Unit", "Service"}), ("timer", {"Unit", "Timer", "Install"})]
-)
-def test_a_unit_has_its_sections(suffix: str, sections: set[str]) -> None:
-    assert set(read_unit(DOCS / f"peft-gauge-nightly.{suffix}").sections()) == sections
-
-
 def test_the_service_starts_the_script() -> None:
     service = read_unit(DOCS / "peft-gauge-nightly.service")["Service"]
-    program, *arguments = shlex.split(service["ExecStart"])
-    assert program.startswith("/")
-    assert service["Type"] == "oneshot"
+    _, *arguments = shlex.split(service["ExecStart"])
     assert [ROOT / a.removeprefix(CHECKOUT) for a in arguments if a.startswith(CHECKOUT)] == [SCRIPT]
-    assert shlex.split(service["ExecStartPre"])[0].startswith("/")
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine")

@@ -1,8 +1,6 @@
 """A pytest plugin: measured cases of the real suite end in ways that are known beforehand.
 
-Loaded by ``PYTEST_PLUGINS``, so that every pytest-xdist worker has it too.
-`PLANTED` says which method's case runs which of the functions below in place of its measurement; methods it does not
-name are measured. Each process that is started for a case leaves a file in the folder of `STARTED`.
+Loaded by ``-p``, which pytest-xdist's workers get too. ``--planted`` gives `Settings` in JSON.
 """
 
 from __future__ import annotations
@@ -11,9 +9,12 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
 
 from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
@@ -24,9 +25,22 @@ from peft_gauge.training import models
 if TYPE_CHECKING:
     from peft_gauge.measure.passes import CaseSetup
 
-PLANTED = "PEFT_GAUGE_TEST_PLANTED"  # JSON: method -> function
-STARTED = "PEFT_GAUGE_TEST_STARTED"
-PLANS = "PEFT_GAUGE_TEST_PLANS"  # JSON: method -> planned peak bytes; set if plans and base are invented as well
+
+@dataclass(frozen=True)
+class Settings:
+    """What is planted in a session.
+
+    Attributes:
+        planted: by method, which of the functions below its case runs in place of its measurement; other methods are
+            measured.
+        plans: planned peak bytes by method; ``None`` if plans are made and the base is built.
+        started: the folder in which each process that is started for a case leaves a file.
+    """
+
+    planted: dict[str, str]
+    plans: dict[str, int] | None
+    started: str
+
 
 LAST = {"phase": "step", "rss_peak_bytes": 123_456_789}
 PLANNED_PEAK_BYTES = 1_000_448
@@ -100,10 +114,10 @@ def fit_nothing(_: dict[str, Any]) -> NoReturn:
     raise GaugeError("the adapter does not fit the model")
 
 
-def hang(_: dict[str, Any]) -> None:
+def hang(started: str) -> None:
     from tests.support import children
 
-    children.announce_and_hang(str(Path(os.environ[STARTED], "hanging")), LAST)
+    children.announce_and_hang(str(Path(started, "hanging")), LAST)
 
 
 def give(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -125,21 +139,22 @@ def run_out_of_memory(setup: CaseSetup) -> dict[str, Any]:
 _run = isolation.run
 
 
-def run(function: str, *arguments: Any, **options: Any) -> isolation.ProcessOutcome:
+def run(settings: Settings, function: str, *arguments: Any, **options: Any) -> isolation.ProcessOutcome:
     invented = {**options, "preload": None}  # what measures nothing need not wait for the imports of a measurement
     if function == "peft_gauge.measure.passes:peak_throughput":
         return _run("tests.support.planted_cases:give", _card_speed(*arguments), **invented)
     (setup,) = arguments
     method = setup.case.method.name
-    descriptor, _ = tempfile.mkstemp(prefix=f"{method}.", dir=os.environ[STARTED])
+    descriptor, _ = tempfile.mkstemp(prefix=f"{method}.", dir=settings.started)
     os.close(descriptor)
-    planted = json.loads(os.environ[PLANTED]).get(method)
+    planted = settings.planted.get(method)
     if planted is None:
         return _run(function, setup, **options)
     # But for the real measurement, what is sent must not bring torch into the process: it would take seconds.
     if planted == run_out_of_memory.__name__:
         return _run(f"tests.support.planted_cases:{planted}", setup, **options)
-    return _run(f"tests.support.planted_cases:{planted}", metrics_of(setup), **invented)
+    given = settings.started if planted == hang.__name__ else metrics_of(setup)
+    return _run(f"tests.support.planted_cases:{planted}", given, **invented)
 
 
 def _card_speed(device: str, dtype: str) -> dict[str, Any]:
@@ -177,13 +192,19 @@ def _planted_plan(peaks: dict[str, int], request: PlanRequest) -> Plan:
     return plan_of(request, peaks.get(request.method.name, PLANNED_PEAK_BYTES))
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--planted", required=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     from fixtures import plans
 
-    isolation.run = run
-    if PLANS in os.environ:
-        fork_server.prepare = lambda preload, environment: None
-        planted = partial(_planted_plan, json.loads(os.environ[PLANS]))
-        plans.Planning = partial(PlantedPlanning, planted)  # type: ignore[assignment, misc]
-        models.stored = lambda record, dtype, folder: record
-        models.tokenizer = lambda record: None  # type: ignore[assignment]
+    settings = Settings(**json.loads(config.getoption("--planted")))
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)  # the process may run another session
+    patch.setattr(isolation, "run", partial(run, settings))
+    if settings.plans is not None:
+        patch.setattr(fork_server, "prepare", lambda preload, environment: None)
+        patch.setattr(plans, "Planning", partial(PlantedPlanning, partial(_planted_plan, settings.plans)))
+        patch.setattr(models, "stored", lambda record, dtype, folder: record)
+        patch.setattr(models, "tokenizer", lambda record: None)

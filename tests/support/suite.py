@@ -1,4 +1,4 @@
-"""Runs of the real suite in a process of their own, in which measured cases end in planted ways."""
+"""Sessions of pytest beside the one that runs the tests, among them runs in which cases end in planted ways."""
 
 from __future__ import annotations
 
@@ -6,14 +6,78 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.paths import ROOT
-from tests.support.planted_cases import PLANS, PLANTED, STARTED
+
+
+class SessionProcess:
+    """A process of `tests.support.sessions`: one for all tests of this one, as long as it lives."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = Path(os.devnull)
+
+    def run(self, program: str, arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([str(folder), program, [*arguments]]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            self.close()
+            raise RuntimeError(f"a command ended its process: {program} {' '.join(arguments)}\n{self._told()}")
+        return subprocess.CompletedProcess([program, *arguments], *json.loads(answer))
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._errors = Path(tempfile.mkstemp(prefix="sessions-")[1])
+            with self._errors.open("w") as errors:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.support.sessions"],
+                    cwd=ROOT,
+                    env=environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+        return self._process
+
+    def _told(self) -> str:
+        return self._errors.read_text(errors="replace")[-4000:]
+
+    def close(self) -> None:
+        """Let it end, which it does with its input."""
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+            self._errors.unlink()
+
+
+SESSIONS = SessionProcess()
+
+
+def sessions(*requests: Sequence[str], folder: Path = ROOT) -> list[subprocess.CompletedProcess[str]]:
+    """What ``pytest …`` in ``folder`` says to each of ``requests``, one after the other in the process of sessions."""
+    return [SESSIONS.run("pytest", request, folder) for request in requests]
+
+
+def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """What ``peft-gauge …`` in ``folder`` says, in the process of sessions."""
+    return SESSIONS.run("peft-gauge", arguments, folder)
+
+
+def environment() -> dict[str, str]:
+    """That of this process without pytest's own variables, as a user's shell has it, and with this checkout."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**inherited, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass
@@ -22,33 +86,23 @@ class Suite:
 
     folder: Path
 
-    def options(self, *options: str) -> list[str]:
-        results = f"--results={self.folder / 'results'}"
-        # A plan that an earlier session kept would stand for a planted one.
-        return ["--model=toy-llama", "--device=cpu", "--no-plan-cache", "-q", results, *options]
-
-    def command(self, *options: str) -> list[str]:
-        return [sys.executable, "-m", "pytest", *self.options(*options)]
-
-    def environment(self, planted: dict[str, str], *, plans: dict[str, int] | None = None) -> dict[str, str]:
+    def options(self, *options: str, planted: dict[str, str], plans: dict[str, int] | None = None) -> list[str]:
         started = self.folder / "started"
         started.mkdir(exist_ok=True)
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
-            "PYTEST_PLUGINS": "tests.support.planted_cases",
-            "PYTHONPATH": str(ROOT),
-            PLANTED: json.dumps(planted),
-            STARTED: str(started),
-        }
-        return environment if plans is None else {**environment, PLANS: json.dumps(plans)}
+        settings = json.dumps({"planted": planted, "plans": plans, "started": str(started)})
+        plugin = ["-p", "tests.support.planted_cases", f"--planted={settings}"]
+        results = f"--results={self.folder / 'results'}"
+        # A plan that an earlier session kept would stand for a planted one.
+        return [*plugin, "--model=toy-llama", "--device=cpu", "--no-plan-cache", "-q", results, *options]
+
+    def command(self, *options: str, planted: dict[str, str], plans: dict[str, int] | None = None) -> list[str]:
+        return [sys.executable, "-m", "pytest", *self.options(*options, planted=planted, plans=plans)]
 
     def run(
         self, *options: str, planted: dict[str, str], plans: dict[str, int] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        environment = self.environment(planted, plans=plans)
-        return subprocess.run(
-            self.command(*options), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        (done,) = sessions(self.options(*options, planted=planted, plans=plans))
+        return done
 
     def saved(self, number: int = 1) -> dict[str, Any]:
         (file,) = (self.folder / "results").glob(f"*/{number:04}_*.json")
@@ -73,33 +127,3 @@ def by_benchmark(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def outcomes(run: dict[str, Any]) -> dict[str, str]:
     return {name: case["outcome"] for name, case in by_benchmark(run).items()}
-
-
-SESSIONS = """
-import contextlib, io, json, sys
-import pytest
-
-found = []
-for arguments in json.loads(sys.argv[1]):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = pytest.main(arguments)
-    found.append([int(code), out.getvalue(), err.getvalue()])
-sys.__stdout__.write("\\n" + json.dumps(found))
-"""
-
-
-def sessions(
-    requests: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None
-) -> list[subprocess.CompletedProcess[str]]:
-    """What ``pytest …`` says to each of ``requests``, one after the other in one process.
-
-    To start Python with torch and this suite takes seconds; where what is asked is the answer to some options, once is
-    enough. What a session leaves behind in its process is for those tests that have a process for each.
-    """
-    command = [sys.executable, "-c", SESSIONS, json.dumps([[*each] for each in requests])]
-    asked = None if environment is None else {**environment}
-    done = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
-    return [subprocess.CompletedProcess([*request], *answer) for request, answer in zip(requests, answers, strict=True)]

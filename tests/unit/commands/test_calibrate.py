@@ -25,6 +25,7 @@ from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
+from tests.support.facts import lacking
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -92,10 +93,8 @@ def test_what_differs_is_told_with_both_figures(run_command: Run, monkeypatch: p
     code, out, _ = run_command("calibrate", "--no-keep")
     assert code == 0
     words = " ".join(out.split())
-    assert (
-        f"CUDA context: plans assume {CONTEXT_HOPPER_BYTES:,} bytes "
-        "(measured on an H100 and an H200, torch 2.11, CUDA 13.0); this GPU uses 500,000,000"
-    ) in words
+    context = words.partition("CUDA context: ")[2].partition("cuBLASLt workspace: ")[0]
+    assert lacking(context, f"plans assume {CONTEXT_HOPPER_BYTES:,} bytes", "this GPU uses 500,000,000") == []
     assert "cuBLASLt workspace: plans assume 1,048,576 bytes" in words
     assert "allocator: large segment: plans assume 20,971,520 bytes" in words
     assert out.count("differs") == 3
@@ -130,9 +129,7 @@ def test_plans_for_the_card_use_it_by_themselves(own_folder: Path) -> None:
     assert before.reserved_bytes_estimate - after.reserved_bytes_estimate == before.device.cublas_workspace_bytes
     assert after.device.origins["context_bytes"] == "measured on 2026-11-27 with torch 2.11.0+cu130 (h100-80gb.json)"
     (note,) = [each for each in after.warnings if "calibrat" in each]
-    assert note == (
-        "H100 80GB: CUDA context and workspaces as calibrated on 2026-11-27 with torch 2.11.0+cu130 (h100-80gb.json)"
-    )
+    assert lacking(note, "H100 80GB", "calibrated on 2026-11-27", "torch 2.11.0+cu130", "h100-80gb.json") == []
     assert not [each for each in before.warnings if "calibrat" in each]
 
 
@@ -171,16 +168,15 @@ def test_json_is_what_is_kept(run_command: Run, monkeypatch: pytest.MonkeyPatch)
     [
         (
             ProcessOutcome("out-of-memory", None, "OutOfMemoryError: CUDA out of memory", {}, 1.0, 1.0),
-            "not enough free GPU memory to calibrate (OutOfMemoryError: CUDA out of memory); "
-            "wait for other processes to end",
+            "not enough free GPU memory to calibrate (OutOfMemoryError: CUDA out of memory)",
         ),
         (
             ProcessOutcome("refused", None, "the CUDA context cannot be measured: no NVML", {}, 1.0, 1.0),
-            "this GPU cannot be calibrated: the CUDA context cannot be measured: no NVML",
+            "the CUDA context cannot be measured: no NVML",
         ),
         (
             ProcessOutcome("timed-out", None, "did not end within 180 s", {}, 180.0, None),
-            "this GPU cannot be calibrated: did not end within 180 s",
+            "did not end within 180 s",
         ),
     ],
 )
@@ -189,7 +185,8 @@ def test_a_gpu_that_cannot_be_measured_is_one_line(
 ) -> None:
     on_a_gpu(monkeypatch, outcome)
     code, out, err = run_command("calibrate")
-    assert (code, out, err) == (2, "", f"peft-gauge: {words}\n")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert lacking(err, "peft-gauge: ", words) == []
     assert not own_folder.exists()
 
 

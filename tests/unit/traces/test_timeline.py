@@ -98,6 +98,8 @@ def test_the_plots_data_is_the_timeline(tmp_path: Path) -> None:
         assert words in picture
 
 
+@pytest.mark.integration  # it starts processes
+@pytest.mark.usefixtures("forked_plans")
 def test_the_command_draws_what_it_plans(run_command: Run, tmp_path: Path) -> None:
     toy = ("plan", "--model", "toy-llama", "--seq", "32", "--timeline")
     code, out, _ = run_command(*toy, "--method", "lora", "--json")
