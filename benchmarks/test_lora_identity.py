@@ -29,7 +29,7 @@ from peft_gauge.identity import Bounded, IdentityCheck, LoraCase
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.quick, pytest.mark.untimed]
+pytestmark = pytest.mark.quick
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -122,12 +122,14 @@ def dyadic_layers(draw: st.DrawFn, *, num_adapters: int = 1) -> Layer:
 # The algebra.
 
 
+@pytest.mark.untimed
 def test_the_textbook_layer() -> None:
     found = identity.textbook_case()
 
     assert found.holds, found
 
 
+@pytest.mark.untimed
 @given(layer=layers())
 def test_one_adapter(layer: Layer) -> None:
     found = layer.case.check()
@@ -135,6 +137,7 @@ def test_one_adapter(layer: Layer) -> None:
     assert found.holds, found
 
 
+@pytest.mark.untimed
 @given(layer=layers(num_adapters=2))
 def test_two_adapters_added(layer: Layer) -> None:
     found = layer.case.check()
@@ -142,6 +145,7 @@ def test_two_adapters_added(layer: Layer) -> None:
     assert found.holds, found
 
 
+@pytest.mark.untimed
 @given(layer=dyadic_layers(num_adapters=2))
 def test_dyadic_numbers_leave_no_error_at_all(layer: Layer) -> None:
     found = layer.case.check()
@@ -149,6 +153,7 @@ def test_dyadic_numbers_leave_no_error_at_all(layer: Layer) -> None:
     assert found == IdentityCheck(max_error=0, bound=0, share_of_bound=0)
 
 
+@pytest.mark.untimed
 @given(layer=layers(num_adapters=2))
 def test_merge_then_unmerge(layer: Layer) -> None:
     deltas = [identity.delta(adapter) for adapter in layer.case.adapters]
@@ -162,16 +167,19 @@ def test_merge_then_unmerge(layer: Layer) -> None:
 # PEFT's own layers.
 
 
+@pytest.mark.untimed
 @given(layer=layers(mixed=True))
 def test_one_adapter_in_peft(layer: Layer) -> None:
     assert_peft_keeps_the_identity(layer)
 
 
+@pytest.mark.untimed
 @given(layer=layers(num_adapters=2, mixed=True))
 def test_two_adapters_in_peft(layer: Layer) -> None:
     assert_peft_keeps_the_identity(layer)
 
 
+@pytest.mark.untimed
 @given(layer=dyadic_layers(num_adapters=2))
 def test_dyadic_numbers_leave_no_error_in_peft(layer: Layer) -> None:
     case, linear = layer.case, peft_linear(layer, float_base(layer.case))
