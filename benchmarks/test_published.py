@@ -89,19 +89,7 @@ class PublishedValue:
     def method(self, quantized: str | None = None) -> Method:
         """LoRA on q and v with the source's settings, its weights in the base's dtype, over a base in that format."""
         settings = {PEFT_NAMES[name]: value for name, value in self.stated.items() if name in PEFT_NAMES}
-        return Method(
-            name="lora-as-published",
-            title="LoRA as published",
-            kind="peft",
-            peft_config={
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "target_modules": methods.ATTENTION_QV,
-                **settings,
-            },
-            quantization=self.quantization(quantized),
-            autocast_adapter_dtype=False,
-        )
+        return published_lora(self.quantization(quantized), target_modules=methods.ATTENTION_QV, **settings)
 
     def request(self, quantized: str | None = None) -> PlanRequest:
         """The step that the metric was measured on."""
@@ -114,6 +102,18 @@ class PublishedValue:
         if name not in PUBLISHED["model"]:
             return models.resolve(name, weights="random")
         return models.ModelRecord(name, "folder", json.dumps(PUBLISHED["model"][name]["config"]), "random")
+
+
+def published_lora(quantization: Quantization | None, **config: Any) -> Method:
+    """LoRA with these settings of PEFT's, its weights in the base's dtype, over a base in that format."""
+    return Method(
+        name="lora-as-published",
+        title="LoRA as published",
+        kind="peft",
+        peft_config={"peft_type": "LORA", "task_type": "CAUSAL_LM", **config},
+        quantization=quantization,
+        autocast_adapter_dtype=False,
+    )
 
 
 def read_values(published: dict[str, Any]) -> Iterator[PublishedValue]:
@@ -243,22 +243,10 @@ def test_sharded_step(stated: Mapping[str, Any], plans: Plans, record: Callable[
 def sharded_step(stated: Mapping[str, Any]) -> PlanRequest:
     """LoRA on all linear layers of the blocks, all in bfloat16 or over a base in 4 bit, by FSDP2 with checkpointing."""
     base = stated["base"]
-    method = Method(
-        name="lora-as-published",
-        title="LoRA as published",
-        kind="peft",
-        peft_config={
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "target_modules": "all-linear",
-            "r": stated["rank"],
-        },
-        quantization=None if base == "bfloat16" else Quantization("nf4", double_quant=base == "nf4-dq"),
-        autocast_adapter_dtype=False,
-    )
+    quantization = None if base == "bfloat16" else Quantization("nf4", double_quant=base == "nf4-dq")
     return PlanRequest(
         models.resolve(stated["model"], weights="random"),
-        method,
+        published_lora(quantization, target_modules="all-linear", r=stated["rank"]),
         StepSettings(stated["batch"], stated["seq"], grad_checkpointing=stated["checkpointing"]),
         sharding=Sharding(stated["gpus"]),
     )
