@@ -61,9 +61,10 @@ def test_planned_memory(model: str, method: methods.Method, plans: Plans, record
     assert plan.resident_bytes < plan.peak_bytes <= plan.reserved_bytes_estimate < plan.device_bytes_estimate
 
 
+@pytest.mark.slow
 @pytest.mark.untimed
 @pytest.mark.plans(steps=crossing)
-@pytest.mark.parametrize("model", [pytest.param("tinyllama", marks=pytest.mark.slow), "llama-2-7b"])
+@pytest.mark.parametrize("model", ["tinyllama", "llama-2-7b"])
 def test_where_methods_cross(model: str, plans: Plans, record: Callable[..., None]) -> None:
     """Activations grow with the sequence and weights do not, so the order of methods by peak memory can change."""
     found = plans(crossing(model))

@@ -2,7 +2,7 @@
 
 First on a synthetic task with a known answer: an update of rank 4 is planted in q_proj and v_proj of every layer of a
 small decoder, and students learn it back from its logits. Quality must rise until the rank is 4 and then stay flat, and
-the sweep's knee must be there; otherwise its knees elsewhere are not credible. Then (``-m slow``) on a text task on a
+the sweep's knee must be there; otherwise its knees elsewhere are not credible. Then on a text task on a
 real model: ranks 2 to 64 and full fine-tuning, which decides the claim.
 """
 
@@ -36,10 +36,9 @@ REACHED = 0.9
 (`tests/unit/quality/test_synthetic.py` has the metrics)."""
 
 
+@pytest.mark.slow
 @pytest.mark.untimed
-@pytest.mark.parametrize(
-    "seeds", [pytest.param(SEEDS[:1], id="1-seed"), pytest.param(SEEDS, id="3-seeds", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seeds", [pytest.param(SEEDS[:1], id="1-seed"), pytest.param(SEEDS, id="3-seeds")])
 def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None:
     settings = [synthetic_lora(rank) for rank in PLANTED_RANKS]
     # The planned step is the language model's own: the same shape, with its loss against tokens instead of logits.

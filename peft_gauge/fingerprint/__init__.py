@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,12 +85,26 @@ def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: in
     """
     if job.optimizer.state:
         raise GaugeError("this job has already taken a step, but a fingerprint needs initial weights; build a new job")
-    losses = [_plain_step(job, micro_batches, number) for number in range(1, WARM_UP_STEPS + 1)]
+    losses = [_plain_step(job, micro_batches) for _ in range(WARM_UP_STEPS)]
+    return record_step(job, losses, adapter_bytes=adapter_bytes, micro_batches=micro_batches)
+
+
+def record_step(
+    job: Job, losses: Sequence[float], *, adapter_bytes: int | None = None, micro_batches: int = 1
+) -> dict[str, Any]:
+    """The record of `fingerprint`, for a job that has taken exactly two steps; ``losses`` are theirs.
+
+    Raises `GaugeError` for another number of losses, and for a loss that is not finite.
+    """
+    if len(losses) != WARM_UP_STEPS:
+        raise GaugeError(f"a fingerprint records step {WARM_UP_STEPS + 1}, but this job has taken {len(losses)}")
+    for number, loss in enumerate(losses, start=1):
+        _check_loss(loss, number)
     recorder = _Recorder(ModuleAttribution(job.model))
     tracker = StorageTracker(vocabulary=_vocabulary(job.model))
     _adopt(tracker, job)
     with no_collector():
-        losses.append(_recorded_step(job, micro_batches, recorder, tracker))
+        last = _recorded_step(job, micro_batches, recorder, tracker)
         resident = tracker.live()
     record = {
         "version": VERSION,
@@ -101,7 +115,7 @@ def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: in
         "saved_activation_bytes": tracker.kept_bytes(FORWARD),
         "trainable": {"total": count(job.model).trainable_params, "by_dtype": trainable_dtypes(job.model)},
         "adapter_bytes": adapter_bytes,
-        "losses": losses,
+        "losses": [*losses, last],
     }
     tracker.close()
     return record
@@ -110,13 +124,13 @@ def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: in
 # --- the steps ----------------------------------------------------------------------------------------------
 
 
-def _plain_step(job: Job, micro_batches: int, number: int) -> float:
+def _plain_step(job: Job, micro_batches: int) -> float:
     job.clear()
     for _ in range(micro_batches):
         job.forward()
         job.backward()
     job.optimizer_step()
-    loss = _loss(job, number)
+    loss = _loss(job)
     job.clear()
     return loss
 
@@ -141,17 +155,20 @@ def _recorded_step(job: Job, micro_batches: int, recorder: _Recorder, tracker: S
                 job.backward()
         with phase(OPTIMIZER):
             job.optimizer_step()
-    loss = _loss(job, WARM_UP_STEPS + 1)
+    loss = _loss(job)
+    _check_loss(loss, WARM_UP_STEPS + 1)
     job.clear()
     return loss
 
 
-def _loss(job: Job, step: int) -> float:
+def _loss(job: Job) -> float:
     assert job.loss is not None, "forward sets the loss"
-    loss = float(job.loss.detach())
+    return float(job.loss.detach())
+
+
+def _check_loss(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise GaugeError(f"the loss of step {step} is {loss}; a fingerprint needs a job with finite losses")
-    return loss
 
 
 # --- storages -----------------------------------------------------------------------------------------------

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from peft_gauge.meters import Meter, Phases
     from peft_gauge.training.step import TrainingJob
 
-STEPS = 2
-"""Number of metered steps; the greatest peak counts, since segments can still be split after the first."""
+STEPS = {"cuda": 2, "cpu": 1}
+"""Number of metered steps; the greatest peak counts, since CUDA's allocator can still split segments after the first.
+"""
 
 BEFORE = "before"
 """The phase before anything is built."""
@@ -127,7 +128,7 @@ def memory_pass(
     """
     own = (job.batches, job.settings)
     empty_cache()
-    plain_seconds = min(timed(lambda: _metered_step(job, phases)) for _ in range(STEPS))
+    plain_seconds = min(timed(lambda: _metered_step(job, phases)) for _ in range(STEPS[_device(job)]))
     whole = phases.peaks().get(meters.WHOLE_STEP, {})
     found: dict[str, Any] = {
         name: whole[meter][metric]
@@ -266,7 +267,7 @@ def _at_shape(job: TrainingJob, stream: Tensor, batch: int, seq: int, trains_bas
         job.clear()
         empty_cache()
         phases = meters.Phases([CudaMeter()])
-        for _ in range(STEPS):
+        for _ in range(STEPS[device]):
             _metered_step(job, phases)
         whole = phases.peaks()[meters.WHOLE_STEP].get("cuda allocator", {})
         found |= {name: whole[name] for name in ("allocated_peak_bytes", "reserved_peak_bytes") if name in whole}

@@ -1,7 +1,7 @@
-"""Measure one case in this process: load, prepare, warm up; then the memory pass, the time pass and the fingerprint.
+"""Measure one case in this process: load, prepare, warm up; then the fingerprint, the memory pass and the time pass.
 
-Memory comes first, since the time pass builds a second base model as its control; the fingerprint comes last, since it
-needs new weights in a separate job.
+The fingerprint comes first, since its losses are those of the first steps: the warm-up takes two, and the fingerprint
+records the third. Memory is next, since the time pass builds a second base model as its control.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_gauge import counting, isolation, meters
 from peft_gauge.clock.peak_throughput import measure_peak_throughput
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
-from peft_gauge.fingerprint import fingerprint
+from peft_gauge.fingerprint import record_step
 from peft_gauge.measure import memory, speed, trace
 from peft_gauge.training import cases, methods, models
 
@@ -89,6 +89,9 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
             "gradients": gradients,
             "counted": _counted(setup.case, job),
         }
+        if "fingerprint" in setup.passes:
+            isolation.note(phase="fingerprint")
+            found["fingerprint"] = _fingerprint(setup.case, job, found["counted"]["adapter_disk_bytes"])
         if "memory" in setup.passes:
             found["memory"] = {
                 "naive_after_loading_bytes": naive_bytes,
@@ -101,10 +104,6 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
         found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))
     found["learned"] = job.learned()
     job.close()
-    if "fingerprint" in setup.passes:
-        isolation.note(phase="fingerprint")
-        del base, job
-        found["fingerprint"] = _fingerprint(setup, found["counted"]["adapter_disk_bytes"])
     found["work_seconds"] = time.perf_counter() - started
     return found
 
@@ -158,25 +157,24 @@ def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
     import torch
 
     job.warm_up(1)
-    job.forward()
-    job.backward()
+    for _ in range(job.settings.grad_accumulation):
+        job.forward()
+        job.backward()
     names = {parameter: name for name, parameter in job.model.named_parameters()}
     missing = [names[each] for each in job.trainable if each.grad is None]
     not_finite = [
         names[each] for each in job.trainable if each.grad is not None and not bool(torch.isfinite(each.grad).all())
     ]
     job.optimizer_step()
+    assert job.loss is not None
+    job.losses.append(float(job.loss))
     job.clear()
     return {"missing": missing, "not_finite": not_finite}
 
 
-def _fingerprint(setup: CaseSetup, adapter_bytes: int) -> dict[str, Any]:
-    """`peft_gauge.fingerprint` of a new job of the case."""
-    memory.empty_cache()
-    job = cases.build_job(setup.case, base=_prepared_base(setup), prepared=True, stream=setup.stream)
-    found = fingerprint(job, adapter_bytes=adapter_bytes, micro_batches=setup.case.settings.grad_accumulation)
-    job.close()
-    return found
+def _fingerprint(case: Case, job: TrainingJob, adapter_bytes: int) -> dict[str, Any]:
+    """`peft_gauge.fingerprint` of ``job``, which has taken the steps of `_warm_up` and no other."""
+    return record_step(job, job.losses, adapter_bytes=adapter_bytes, micro_batches=case.settings.grad_accumulation)
 
 
 def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:

@@ -43,7 +43,7 @@ PASSES = frozenset(get_args(Pass))
 
 # Rounds on a CPU take longer and stay noisy; a default run has to end in minutes.
 RULES = {"cpu": StoppingRule(min_rounds=5, max_rounds=25, budget_seconds=3.0), "cuda": StoppingRule()}
-WARM_UPS = {"cpu": WarmUp(window=1, most=8, tolerance=0.1, budget_seconds=2.0), "cuda": WarmUp()}
+WARM_UPS = {"cpu": WarmUp(window=1, most=8, tolerance=0.15, budget_seconds=2.0), "cuda": WarmUp()}
 
 
 @dataclass(frozen=True)

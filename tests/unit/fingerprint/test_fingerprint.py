@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.fingerprint import PHASES, fingerprint
+from peft_gauge.fingerprint import PHASES, fingerprint, record_step
 from peft_gauge.fingerprint.module_attribution import ROOT, UNKNOWN, folded
 from peft_gauge.fingerprint.operators import _PRODUCT, Operator
 from peft_gauge.history.fingerprints import differences, digest
@@ -481,6 +481,11 @@ def test_a_job_that_has_taken_a_step_is_refused() -> None:
     fingerprint(job)
     with pytest.raises(GaugeError, match="initial weights"):
         fingerprint(job)
+
+
+def test_a_record_of_another_step_than_the_third_is_refused() -> None:
+    with pytest.raises(GaugeError, match="records step 3, but this job has taken 1"):
+        record_step(PlainJob(Tower()), [0.5])
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:

@@ -17,6 +17,7 @@ from peft_gauge import meters
 from peft_gauge.clock.rounds import Round, Rounds, StoppingRule, Stopwatch, WarmUp
 from peft_gauge.clock.steadiness import DeviceState, HostState
 from peft_gauge.errors import GaugeError
+from peft_gauge.fingerprint import fingerprint
 from peft_gauge.isolation import ProcessOutcome
 from peft_gauge.measure import memory, passes, speed
 from peft_gauge.measure.passes import CaseSetup
@@ -163,6 +164,7 @@ def nvml(before: Reading, step: Reading, reason: str | None = None) -> Synthetic
 
 def test_the_greatest_of_the_metered_steps_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = nvml({"device_peak_bytes": 300}, {"device_peak_bytes": 2000, "process_peak_bytes": 1500})
+    monkeypatch.setitem(memory.STEPS, "cpu", memory.STEPS["cuda"])  # the planted job is on the CPU
     found = planted_memory(monkeypatch, Synthetic("cuda allocator", ALLOCATOR), driver)
     assert found["allocated_peak_bytes"] == 750
     assert found["reserved_peak_bytes"] == 900
@@ -455,6 +457,18 @@ def test_a_case_is_measured_whole(method: str) -> None:
     assert categories["optimizer_state"] == 2 * found["counted"]["trainable_bytes"]
     assert len(found["speed"]["samples"]["step_seconds"]) == len(found["speed"]["control_seconds"]) == 2
     assert found["work_seconds"] > 0
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_the_fingerprint_is_a_new_jobs(method: str, accumulated: int) -> None:
+    setup = setup_of(method, "fingerprint")
+    case = replace(setup.case, settings=replace(setup.case.settings, grad_accumulation=accumulated))
+    found = passes.measure(replace(setup, case=case))
+    job = cases.build_job(case, stream=setup.stream)
+    adapter_bytes = found["counted"]["adapter_disk_bytes"]
+    assert found["fingerprint"] == fingerprint(job, adapter_bytes=adapter_bytes, micro_batches=accumulated)
 
 
 B_WEIGHT = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
