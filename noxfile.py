@@ -73,6 +73,7 @@ PLANNING = [
 
 OF_CUT_CROSS_ENTROPY = ["tests/unit/plan/test_cut_cross_entropy.py", "tests/internals/test_internals.py"]
 
+OF_DEEPSPEED = ["tests/integration/test_zero_plan.py", "tests/internals/test_deepspeed.py"]
 OF_TORCHAO = ["tests/unit/plan/test_torchao.py", "tests/internals/test_internals.py"]
 
 
@@ -90,6 +91,16 @@ def liger(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-e", ".[test,trl]", "liger-kernel", "triton")
     session.run("python", "-m", "pytest", "-q", "tests/integration/test_plan_measured.py", "-k", "liger")
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Plan steps of DeepSpeed's ZeRO, against real processes of a CPU."""
+    session.install(TORCH)
+    session.install("-e", ".[test]", "setuptools", "wheel")
+    # Its setup imports torch, and would compile CUDA's kernels.
+    session.install("--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"})
+    session.run("python", "-m", "pytest", "-q", *OF_DEEPSPEED)
 
 
 # Each tool with the releases that it pins, and what its import needs beyond them; never with its own torch.

@@ -121,7 +121,7 @@ def plan(
     ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes with --gpus each; all ranks are one group.")] = 1,
     strategy: Annotated[
-        str | None, typer.Option(help="fsdp2 or ddp: how --gpus share the step (default: fsdp2).")
+        str | None, typer.Option(help="fsdp2, ddp, zero1, zero2 or zero3: how --gpus share the step (default: fsdp2).")
     ] = None,
     reshard_after_forward: Annotated[
         bool, typer.Option(help="FSDP2: release a block's gathered weights after its forward.")

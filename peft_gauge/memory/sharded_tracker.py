@@ -11,7 +11,14 @@ import torch
 
 from peft_gauge._internals.distributed import is_distributed, local_of, resizes_seen
 from peft_gauge._internals.torch import storage_key
-from peft_gauge.memory.categories import COMMUNICATION_BUFFERS, GRADIENTS, UNREDUCED_GRADIENTS
+from peft_gauge.memory.categories import (
+    ADAPTER_WEIGHTS,
+    BASE_WEIGHTS,
+    COMMUNICATION_BUFFERS,
+    GATHERED_WEIGHTS,
+    GRADIENTS,
+    UNREDUCED_GRADIENTS,
+)
 from peft_gauge.memory.tracker import StorageTracker
 
 if TYPE_CHECKING:
@@ -38,20 +45,29 @@ class ShardedTracker(StorageTracker):
         ranks: processes of the group.
         calls, sent_bytes: by collective, since `start_over`: how often it was called, and the bytes that this rank
             sends by the ring algorithm.
-        reduces: whether gradients of whole weights exist next to this rank's shard (FSDP2).
+        reduces: whether gradients of whole weights exist next to this rank's shard (FSDP2, ZeRO-3).
+        gathers_in_place: whether the buffers of an all-gather become the gathered weights (ZeRO-3).
+        bucket_elements: size of the buffers in which ZeRO's gradients wait to be reduced; 0 without any.
     """
 
-    def __init__(self, *, ranks: int, reduces: bool, **options: Any) -> None:
+    def __init__(self, *, ranks: int, reduces: bool, gathers_in_place: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.ranks = ranks
         self.reduces = reduces
+        self.gathers_in_place = gathers_in_place
+        self.bucket_elements = 0
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
 
     def adopt(self, tensors: torch.Tensor | Iterable[torch.Tensor], category: str) -> None:
         """As `StorageTracker.adopt`."""
         each = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+        if self.bucket_elements and category in (GRADIENTS, UNREDUCED_GRADIENTS):
+            each = [tensor for tensor in each if not self._is_bucket(tensor)]  # its gradients are views of it
         super().adopt(map(local_of, each), category)
+
+    def _is_bucket(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().nbytes() == self.bucket_elements * tensor.element_size()
 
     def storages(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         """As `StorageTracker.storages`."""
@@ -80,7 +96,14 @@ class ShardedTracker(StorageTracker):
         self.calls[collective] += 1
         nbytes = sum(buffer.nbytes for buffer in whole)
         self.sent_bytes[collective] += ROUNDS[collective] * nbytes * (self.ranks - 1) // self.ranks
-        self.label(whole, COMMUNICATION_BUFFERS)
+        gathers_weights = self.gathers_in_place and collective == ALL_GATHER
+        category = GATHERED_WEIGHTS if gathers_weights else COMMUNICATION_BUFFERS
+        self.label([buffer for buffer in whole if not self._is_weight(buffer)], category)
+
+    def _is_weight(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a view of weights, which ZeRO-1 and -2 gather in place."""
+        watch = self._ledger.alive.get(storage_key(local_of(tensor).untyped_storage()))
+        return watch is not None and self._ledger.records[watch.record].category in (BASE_WEIGHTS, ADAPTER_WEIGHTS)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,7 +114,7 @@ class ShardedTracker(StorageTracker):
 
     def _plan(self, func: Any) -> OperatorPlan:
         plan = super()._plan(func)
-        if plan.name in COLLECTIVES:
+        if plan.name in COLLECTIVES or plan.name == "aten::empty":
             plan.special = True
         return plan
 
@@ -99,6 +122,8 @@ class ShardedTracker(StorageTracker):
         collective = COLLECTIVES.get(plan.name)
         if collective is None:
             super()._after(plan, args, kwargs, out)
+            if self.bucket_elements and plan.name == "aten::empty" and self._is_bucket(out):
+                self.label(out, COMMUNICATION_BUFFERS)
             return
         whole = args[1] if collective == REDUCE_SCATTER else args[0]
         self.note_collective(collective, list(whole) if isinstance(whole, (list, tuple)) else [whole])

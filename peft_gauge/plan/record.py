@@ -79,6 +79,10 @@ class PlanRequest:
             raise GaugeError(f"{self.method.name} trains the base weights, which cannot be quantized; drop --quantize")
         if self.sharding is not None and self.loop != "plain":
             raise GaugeError(f"--gpus is planned for --loop plain, not for --loop {self.loop} yet: drop one of them")
+        if self.sharding is not None and self.sharding.is_zero:
+            from peft_gauge.training.zero import check_zero
+
+            check_zero(self.dtype, self.settings)
 
     def _check_trainer(self) -> None:
         """Raise `GaugeError` for a setting that only this suite's own step has."""

@@ -80,7 +80,7 @@ def _fewest_gpus(request: PlanRequest, planner: Callable[[PlanRequest], Plan]) -
 
 def _shards(request: PlanRequest) -> bool:
     """Whether more GPUs leave less on each: not under DDP."""
-    return request.sharding is None or request.sharding.strategy != "ddp"
+    return request.sharding is None or request.sharding.strategy != "ddp"  # ZeRO shards at least the optimizer's state
 
 
 def find_each(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], Plan]) -> list[Found]:

@@ -1,4 +1,4 @@
-"""Trace one rank's part of a step that FSDP2 or DDP splits over several GPUs.
+"""Trace one rank's part of a step that FSDP2, DDP or DeepSpeed's ZeRO splits over several GPUs.
 
 The libraries' own code runs on fake tensors in a process group of one real rank, whose collectives return at once
 (`peft_gauge._internals.distributed`): which blocks are gathered when, prefetching, casts, padding and buckets are
@@ -8,22 +8,45 @@ theirs. The first step creates what they create lazily; the second one is traced
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from peft_gauge._internals.bitsandbytes import quant_states_of_modules
+from peft_gauge._internals.deepspeed import (
+    bucket_elements,
+    gradient_shards,
+    master_weights,
+    release,
+    shards_of,
+    zero_on_fakes,
+)
 from peft_gauge._internals.distributed import ddp_on_fakes, gathered, group_of_one_rank
-from peft_gauge._internals.torch import unset_fake_temporarily
+from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
 from peft_gauge.counting import quantization_constants
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
-from peft_gauge.memory.categories import BACKWARD, FORWARD, GATHERED_WEIGHTS, QUANTIZATION_CONSTANTS
+from peft_gauge.memory.categories import (
+    ADAPTER_WEIGHTS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    BUFFERS,
+    FORWARD,
+    GATHERED_WEIGHTS,
+    GRADIENTS,
+    OPTIMIZER_STATE,
+    QUANTIZATION_CONSTANTS,
+)
 from peft_gauge.memory.sharded_tracker import ALL_REDUCE, ShardedTracker
 from peft_gauge.memory.tracker import no_collector
 from peft_gauge.plan.record import Collective
 from peft_gauge.plan.traced_step import (
+    TRACED_MICRO_BATCHES,
     Trace,
     adopt_model,
+    adopt_state,
+    call_of,
+    inputs_of,
     job_of,
     name_residents,
     new_tracker,
@@ -31,15 +54,21 @@ from peft_gauge.plan.traced_step import (
     prime,
     trace_step,
 )
-from peft_gauge.training import sharding
+from peft_gauge.training import sharding, zero
+from peft_gauge.training.models import torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator
 
     from torch import Tensor, nn
 
     from peft_gauge.counting import ParameterCount
+    from peft_gauge.plan.call import ModelCall
     from peft_gauge.plan.record import PlanRequest
+    from peft_gauge.training.step import TrainingJob
+
+ZERO_STEPS_BEFORE = 2
+"""Steps before the traced one: ZeRO-3 notes the order of modules in the first, and fetches ahead from the second on."""
 
 
 def follow_sharded(
@@ -73,22 +102,15 @@ def follow_sharded(
         if request.sharding.strategy == "ddp" and on_fakes:
             stack.enter_context(ddp_on_fakes(lambda bucket: tracker.note_collective(ALL_REDUCE, [bucket])))
         stack.enter_context(tracker.resizing())
-        # DDP allocates its buckets here. FSDP2 copies its shards out of whole weights, which a run then frees.
-        with tracker if request.sharding.strategy == "ddp" else contextlib.nullcontext():
-            prepared = sharding.shard(model, request.sharding, request.settings, mesh)
-        adopt_model(tracker, model, [p for name, p in model.named_parameters() if name in base_names])
+        if request.sharding.is_zero:
+            job, call = stack.enter_context(_zero_job(request, model, base_names, tracker, mesh.get_rank(), notes))
+        else:
+            job, call = _prepared_job(request, model, base_names, tracker, mesh, notes)
         tracker.adopt(constants, QUANTIZATION_CONSTANTS)  # of weights that no longer have them: each rank holds all
-        job, call = job_of(request, prepared, tracker)
-        prime(job, tracker, request.settings, notes)
         stack.enter_context(no_collector())
         stack.enter_context(places or contextlib.nullcontext())
-        with tracker:
-            with tracker.phase(FORWARD):
-                job.forward()
-            with tracker.phase(BACKWARD):
-                job.backward()
-            job.clear()
-            call.let_go()
+        if not request.sharding.is_zero:
+            _first_step(job, call, tracker)
         tracker.adopt(gathered(model), GATHERED_WEIGHTS)
         if places is not None:
             name_residents(tracker, model, job.optimizer)
@@ -96,7 +118,7 @@ def follow_sharded(
         tracker.close()
     note_uncounted(tracker, notes)
     notes += _remarks(request, model)
-    return dataclasses.replace(
+    return replace(
         trace,
         communication={
             name: Collective(calls, tracker.sent_bytes[name]) for name, calls in sorted(tracker.calls.items())
@@ -104,12 +126,102 @@ def follow_sharded(
     )
 
 
+def _prepared_job(
+    request: PlanRequest,
+    model: nn.Module,
+    base_names: Container[str],
+    tracker: ShardedTracker,
+    mesh: Any,
+    notes: list[str],
+) -> tuple[TrainingJob, ModelCall]:
+    """The job of a rank under FSDP2 or DDP, with the optimizer's state."""
+    assert request.sharding is not None
+    # DDP allocates its buckets here. FSDP2 copies its shards out of whole weights, which a run then frees.
+    with tracker if request.sharding.strategy == "ddp" else contextlib.nullcontext():
+        prepared = sharding.shard(model, request.sharding, request.settings, mesh)
+    adopt_model(tracker, model, [p for name, p in model.named_parameters() if name in base_names])
+    job, call = job_of(request, prepared, tracker)
+    prime(job, tracker, request.settings, notes)
+    return job, call
+
+
+def _first_step(job: TrainingJob, call: ModelCall, tracker: ShardedTracker) -> None:
+    with tracker:
+        with tracker.phase(FORWARD):
+            job.forward()
+        with tracker.phase(BACKWARD):
+            job.backward()
+        job.clear()
+        call.let_go()
+
+
+@contextlib.contextmanager
+def _zero_job(
+    request: PlanRequest,
+    model: nn.Module,
+    base_names: Container[str],
+    tracker: ShardedTracker,
+    rank: int,
+    notes: list[str],
+) -> Iterator[tuple[TrainingJob, ModelCall]]:
+    """The job of a rank under ZeRO, with the optimizer's state, after `ZERO_STEPS_BEFORE` steps."""
+    assert request.sharding is not None
+    settings = replace(
+        request.settings, grad_accumulation=min(request.settings.grad_accumulation, TRACED_MICRO_BATCHES)
+    )
+    dtype = zero.engine_dtype(request.dtype, settings)
+    zero.cast(model, torch_dtype(dtype))
+    batch = inputs_of(request, model, tracker)
+    with ExitStack() as stack:
+        if any(map(is_fake, model.parameters())):
+            stack.enter_context(zero_on_fakes())
+        tracker.bucket_elements = bucket_elements()
+        with tracker:
+            job = stack.enter_context(
+                zero.zero_job(
+                    model,
+                    [batch],
+                    settings,
+                    strategy=request.sharding.strategy,
+                    dtype=dtype,
+                    rank=rank,
+                    ranks=request.sharding.ranks,
+                    wrapped=partial(call_of, request),
+                )
+            )
+            call = cast("ModelCall", job.model)
+        for name, parameter in model.named_parameters():
+            category = BASE_WEIGHTS if name in base_names else ADAPTER_WEIGHTS
+            tracker.adopt([parameter, *shards_of(parameter)], category)
+            tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
+        tracker.adopt(model.buffers(), BUFFERS)
+        tracker.adopt(master_weights(job.engine), OPTIMIZER_STATE)
+        tracker.adopt(gradient_shards(job.engine), GRADIENTS)
+        for _ in range(ZERO_STEPS_BEFORE):
+            for _ in range(settings.grad_accumulation):
+                _first_step(job, call, tracker)
+            with tracker:
+                job.optimizer_step()
+        adopt_state(job.optimizer, tracker, settings, notes)
+        yield job, call
+
+
 def _remarks(request: PlanRequest, model: nn.Module) -> Iterator[str]:
     assert request.sharding is not None
-    yield (
-        "each rank's memory; NCCL's own buffers (outside the allocator) are not counted, and FSDP's streams, each with "
-        "a pool of its own, can raise the reserved memory"
+    streams = (
+        "FSDP's streams, each with" if request.sharding.strategy == "fsdp2" else "the library's streams, each with"
     )
+    yield (
+        f"each rank's memory; NCCL's own buffers (outside the allocator) are not counted, and {streams} a pool of its "
+        "own, can raise the reserved memory"
+    )
+    if request.sharding.is_zero:
+        dtype = zero.engine_dtype(request.dtype, request.settings)
+        nbytes = bucket_elements() * torch_dtype(dtype).itemsize
+        yield (
+            f"{release()} with accelerate's defaults: all weights in {dtype}, and gradients are reduced in buckets of "
+            f"{nbytes / 1e9:g} GB whatever the model's size (reduce_bucket_size); a smaller size saves the difference"
+        )
     if request.sharding.strategy == "fsdp2":
         blocks = len(sharding.units(model))
         yield f"FSDP2 gathers {blocks} units, as accelerate's transformer-based wrapping makes them"

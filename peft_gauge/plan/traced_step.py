@@ -120,7 +120,14 @@ def new_tracker(request: PlanRequest, places: ModuleAttribution | None = None) -
         return StorageTracker(**options)
     from peft_gauge.memory.sharded_tracker import ShardedTracker
 
-    return ShardedTracker(ranks=request.sharding.ranks, reduces=request.sharding.strategy == "fsdp2", **options)
+    if request.sharding.is_zero:  # DeepSpeed also makes tensors on meta
+        options["device_type"] = "cpu"
+    return ShardedTracker(
+        ranks=request.sharding.ranks,
+        reduces=request.sharding.shards_weights,
+        gathers_in_place=request.sharding.strategy == "zero3",
+        **options,
+    )
 
 
 def note_uncounted(tracker: StorageTracker, notes: list[str]) -> None:
@@ -155,6 +162,15 @@ def adopt_model(tracker: StorageTracker, model: nn.Module, base: Iterable[Tensor
 
 
 def job_of(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> tuple[TrainingJob, ModelCall]:
+    batch = inputs_of(request, model, tracker)
+    call = call_of(request, model)
+    with unset_fake_temporarily():  # 8-bit optimizers have code books that are computed from values
+        job = TrainingJob(call, [batch], request.settings)
+    return job, call
+
+
+def inputs_of(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> dict[str, Tensor]:
+    """A batch for ``model``, tracked as the step's inputs."""
     settings = request.settings
     tokens = torch.zeros(settings.batch, settings.seq, dtype=torch.long)
     batch = {"input_ids": tokens, "labels": tokens}
@@ -162,10 +178,11 @@ def job_of(request: PlanRequest, model: nn.Module, tracker: StorageTracker) -> t
     if request.padded:
         batch["attention_mask"] = torch.ones_like(tokens)
     tracker.adopt(batch.values(), INPUTS)
-    call = ModelCall(model, use_cache=request.use_cache, hold_outputs=request.hold_outputs or request.use_cache)
-    with unset_fake_temporarily():  # 8-bit optimizers have code books that are computed from values
-        job = TrainingJob(call, [batch], settings)
-    return job, call
+    return batch
+
+
+def call_of(request: PlanRequest, model: nn.Module) -> ModelCall:
+    return ModelCall(model, use_cache=request.use_cache, hold_outputs=request.hold_outputs or request.use_cache)
 
 
 def prime(job: TrainingJob, tracker: StorageTracker, settings: StepSettings, notes: list[str]) -> None:

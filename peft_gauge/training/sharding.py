@@ -1,4 +1,5 @@
-"""How a training step is split over several processes, one per GPU: by FSDP2 or DDP, as accelerate prepares them."""
+"""How a training step is split over several processes, one per GPU: by FSDP2, DDP or DeepSpeed's ZeRO, as accelerate
+prepares them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from peft_gauge.training.step import StepSettings
 
-Strategy = Literal["fsdp2", "ddp"]
+Strategy = Literal["fsdp2", "ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 MOST_RANKS = 65_536
@@ -26,8 +27,9 @@ class Sharding:
     Fields:
         gpus: processes on each node, one per GPU.
         strategy: ``"fsdp2"`` (`torch.distributed.fsdp.fully_shard`: weights, gradients and optimizer state in shards,
-            one unit per decoder block, embedding and head, as accelerate's transformer-based wrapping has it) or
-            ``"ddp"`` (a whole copy each, with gradients averaged in buckets).
+            one unit per decoder block, embedding and head, as accelerate's transformer-based wrapping has it),
+            ``"ddp"`` (a whole copy each, with gradients averaged in buckets), or a stage of DeepSpeed's ZeRO:
+            ``"zero1"`` (optimizer state in shards), ``"zero2"`` (gradients too), ``"zero3"`` (weights too).
         nodes: machines. All ranks share one group: no hybrid sharding.
         reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
             gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
@@ -48,13 +50,23 @@ class Sharding:
                 f"--gpus and --nodes must be at least 1, and {MOST_RANKS:,} ranks at most; "
                 f"got {self.gpus} and {self.nodes}"
             )
-        if self.strategy == "ddp" and not self.reshard_after_forward:
-            raise GaugeError("--no-reshard-after-forward is for --strategy fsdp2; DDP gathers no weights")
+        if self.strategy != "fsdp2" and not self.reshard_after_forward:
+            raise GaugeError(f"--no-reshard-after-forward is for --strategy fsdp2, not for {self.strategy}")
 
     @property
     def ranks(self) -> int:
         """Processes in all."""
         return self.gpus * self.nodes
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed shards the step."""
+        return self.strategy.startswith("zero")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds a part of the weights only."""
+        return self.strategy in ("fsdp2", "zero3")
 
 
 def shard(model: nn.Module, sharding: Sharding, settings: StepSettings, mesh: Any) -> nn.Module:
@@ -88,9 +100,9 @@ def shard(model: nn.Module, sharding: Sharding, settings: StepSettings, mesh: An
 
 
 def packed_dtype(sharding: Sharding | None, dtype: str, mixed_precision: str) -> torch.dtype | None:
-    """The dtype in which packed 4-bit weights are stored; ``None``: bitsandbytes' own. FSDP shards floats only, and
-    casts those that do not have its compute dtype."""
-    if sharding is None or sharding.strategy != "fsdp2":
+    """The dtype in which packed 4-bit weights are stored; ``None``: bitsandbytes' own. FSDP and ZeRO-3
+    shard floats only, and cast those that do not have its compute dtype."""
+    if sharding is None or not sharding.shards_weights:
         return None
     from peft_gauge.training.models import torch_dtype
     from peft_gauge.training.step import AUTOCAST_DTYPES

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peft_gauge.counting import count
-from peft_gauge.plan import adaptation, fakes, policies
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
 from peft_gauge.plan.search import find
-from peft_gauge.plan.sharded_step import follow_sharded
 from peft_gauge.training import methods
-from tests.support.paths import ROOT
 from tests.support.planted_cases import plan_of
-from tests.support.sharded_child import described, request
+from tests.support.sharded_child import request
+from tests.support.sharded_ranks import assert_same_rank, trace_on_fakes, traces_of_real_ranks, without_buffers
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -42,35 +35,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def real_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """By rank, the trace of each case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.sharded_child"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(RANKS), str(folder), json.dumps(CASES)], env=environment)
-        for rank in range(RANKS)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0] * RANKS
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [json.loads(Path(folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return traces_of_real_ranks(CASES, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @cache
 def planned_case(number: int) -> str:
     """The JSON of the trace of a case on fakes."""
-    return json.dumps(on_fakes(*CASES[number]))
-
-
-def on_fakes(method: str, strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
-    asked = request(method, strategy, RANKS, settings)
-    adapted = adaptation.adapt(asked, [])
-    mode = fakes.fake_mode()
-    made = fakes.to_fake(adapted.model, mode)
-    base = [made[key] for key in adapted.base_parameters]
-    with mode, policies.stepping(adapted.model):
-        return described(follow_sharded(asked, adapted.model, base, count(adapted.model), []))
+    return json.dumps(trace_on_fakes(*CASES[number], RANKS))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join([*CASES[n][:2], *CASES[n][2]]))
@@ -82,21 +53,12 @@ def test_a_planned_rank_is_a_real_one_without_its_numbers(number: int, real_rank
     if CASES[number][1] == "ddp":  # a plan's buckets are those that a run rebuilds after its first step
         assert sent(planned) == sent(first)
         del planned["communication"], first["communication"]
-    (peak, categories, phase), (most, of_categories, when) = planned.pop("peak"), first.pop("peak")
-    resident = planned.pop("resident"), first.pop("resident")
-    assert planned == first
-    assert without_buffers(resident[0]) == without_buffers(resident[1])
-    if most == peak:
-        assert (categories, phase) == (of_categories, when)
-    assert peak <= most <= peak + LATE_BYTES
+    assert_same_rank(planned, first, LATE_BYTES)
+    peak = planned["peak"][0]
     for real in later:
         assert 0.99 * peak <= real["peak"][0] <= peak + LATE_BYTES
-        assert sum(without_buffers(real["resident"]).values()) <= sum(without_buffers(resident[1]).values())
-
-
-def without_buffers(resident: list[Any]) -> dict[str, int]:
-    """The bytes between two steps by category, without those that gloo's thread may still hold."""
-    return {name: nbytes for name, nbytes in resident[1].items() if name not in ("communication_buffers", "other")}
+        resident = without_buffers(real["resident"]), without_buffers(first["resident"])
+        assert sum(resident[0].values()) <= sum(resident[1].values())
 
 
 def test_most_peaks_are_planned_to_the_byte(real_ranks: list[list[dict[str, Any]]]) -> None:
@@ -184,7 +146,7 @@ def test_the_fewest_gpus_hold_the_step_and_one_less_does_not(usable: int, fewest
     [
         (["--strategy", "ddp"], "--gpus"),
         (["--gpus", "0"], "at least 1"),
-        (["--gpus", "2", "--strategy", "zero9"], "ddp, fsdp2"),
+        (["--gpus", "2", "--strategy", "fsdp3"], "fsdp2"),
         (["--gpus", "2", "--strategy", "ddp", "--no-reshard-after-forward"], "fsdp2"),
         (["--gpus", "2", "--loop", "trainer"], "--loop plain"),
         (["--gpus", "2", "--find", "gpus", "--gpu", "24GB"], "drop --gpus"),

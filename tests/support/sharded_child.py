@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ BATCH, SEQ = 2, 16
 
 
 def request(method: str, strategy: str, ranks: int, settings: dict[str, Any], **further: Any) -> PlanRequest:
+    """``settings``: of the step, and its ``dtype``."""
+    settings = dict(settings)
+    dtype = settings.pop("dtype", "float32")
     return PlanRequest(
         models.resolve("toy-llama"),
         methods.get(method),
         StepSettings(BATCH, SEQ, **settings),
-        dtype="float32",
+        dtype=dtype,
         attention="eager",  # CUDA chooses another kernel than the CPU for sdpa
         sharding=Sharding(ranks, strategy, **further),  # type: ignore[arg-type]
     )
@@ -76,6 +80,7 @@ def gradients_of(asked: PlanRequest, rank: int, mesh: Any) -> dict[str, torch.Te
 
 
 def main() -> None:
+    warnings.simplefilter("ignore")  # DeepSpeed uses names that torch no longer likes
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 

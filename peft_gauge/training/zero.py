@@ -1,0 +1,113 @@
+"""A training step by DeepSpeed's ZeRO engine (Rajbhandari et al. 2020), as accelerate prepares it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from peft_gauge._internals.deepspeed import engine_of, has_deepspeed, zero_config
+from peft_gauge.errors import GaugeError
+from peft_gauge.training.step import StepSettings, TrainingJob, build_optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+"""Strategy -> the stage: optimizer state in shards; gradients too; weights too."""
+
+
+def check_zero(dtype: str, settings: StepSettings) -> None:
+    """Raise `GaugeError` if DeepSpeed is not installed, or for settings with which its engine is not used here."""
+    if not has_deepspeed():
+        raise GaugeError(
+            "--strategy zero1, zero2 and zero3 run DeepSpeed's own code, which is not installed: "
+            "DS_BUILD_OPS=0 pip install deepspeed --no-build-isolation, or choose fsdp2 (which shards like zero3)"
+        )
+    if "float16" in (dtype, {"fp16": "float16"}.get(settings.mixed_precision)):
+        raise GaugeError("--strategy zero1, zero2 and zero3 are for bfloat16 and float32, not for fp16 yet")
+
+
+def engine_dtype(dtype: str, settings: StepSettings) -> str:
+    """The dtype of all weights in DeepSpeed's engine, "bfloat16" or "float32": it casts adapters too, and keeps
+    float32 copies of trained weights in its optimizer's shards."""
+    return "bfloat16" if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(settings.mixed_precision)) else "float32"
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every floating-point parameter and buffer of ``model`` one of ``dtype``, as the engine does; tied ones stay
+    tied. Unlike `nn.Module.to` it works on fake tensors."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point() or parameter.dtype == dtype:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+
+
+@contextmanager
+def zero_job(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    settings: StepSettings,
+    *,
+    strategy: str,
+    dtype: str,
+    rank: int,
+    ranks: int,
+    wrapped: Any = None,
+) -> Iterator[ZeroJob]:
+    """The job of one rank over ``model``, whose weights all have ``dtype`` (`cast`), in the process group that exists.
+
+    ``settings``: of each rank's step. ``wrapped``: called with the engine; returns the module that the job calls.
+    """
+    config = zero_config(
+        STAGES[strategy], dtype=dtype, clip_grad_norm=settings.clip_grad_norm, micro_batches=settings.grad_accumulation
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(trained, settings, model)
+    with engine_of(model, optimizer, config, rank=rank, ranks=ranks) as engine:
+        yield ZeroJob(engine if wrapped is None else wrapped(engine), batches, settings, engine)
+
+
+class ZeroJob(TrainingJob):
+    """A `TrainingJob` whose gradients and updates are DeepSpeed's.
+
+    ``optimizer`` is the one inside the engine: over this rank's float32 shards if weights are 16-bit.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], settings: StepSettings, engine: Any
+    ) -> None:
+        # The engine clips, and computes in the weights' dtype without autocast.
+        own = replace(settings, clip_grad_norm=None, mixed_precision="no")
+        super().__init__(model, batches, own, optimizer=engine.optimizer.optimizer)
+        self.engine = engine
+        self._backwards = 0
+
+    def backward(self) -> None:
+        """Add the gradients of the last `forward`; all but the last micro-batch end with the engine's step, which then
+        only counts."""
+        assert self.loss is not None, "call forward before backward"
+        self.engine.backward(self.loss)  # divides by the number of micro-batches
+        self.loss = self.loss.detach()
+        self._backwards += 1
+        if self._backwards % self.settings.grad_accumulation:
+            self.engine.step()
+
+    def optimizer_step(self) -> None:
+        """Update the weights; the engine clears its gradients."""
+        self.engine.step()
+
+    def clear(self) -> None:
+        self.loss = None

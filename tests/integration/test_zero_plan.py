@@ -1,0 +1,96 @@
+"""Steps of DeepSpeed's ZeRO: one rank on fakes, against real processes that send each other tensors (gloo)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from peft_gauge._internals.deepspeed import has_deepspeed
+from peft_gauge.plan.planner import plan
+from tests.support.sharded_child import request
+from tests.support.sharded_ranks import assert_same_rank, trace_on_fakes, traces_of_real_ranks
+
+if TYPE_CHECKING:
+    from tests.conftest import Run
+
+RANKS = 2
+needs_deepspeed = pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not installed; run: nox -s deepspeed")
+
+# Deprecated names of torch, and addresses of fakes, which DeepSpeed compares; a plan silences both.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *((method, strategy, {}) for strategy in ("zero1", "zero2", "zero3") for method in ("full", "lora")),
+    *(("full", strategy, {"dtype": "bfloat16"}) for strategy in ("zero1", "zero2", "zero3")),
+    ("lora", "zero3", {"grad_checkpointing": True, "dtype": "bfloat16"}),
+    ("full", "zero2", {"clip_grad_norm": 1.0, "grad_accumulation": 2}),
+    ("lora", "zero3", {"clip_grad_norm": 1.0, "grad_accumulation": 2, "dtype": "bfloat16"}),
+]
+
+
+@pytest.fixture(scope="module")
+def real_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """By rank, the trace of each case."""
+    return traces_of_real_ranks(CASES, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+@cache
+def planned_case(number: int) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(trace_on_fakes(*CASES[number], RANKS))))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join([*CASES[n][:2], *CASES[n][2]]))
+def test_a_planned_rank_is_a_real_one_without_its_numbers(number: int, real_ranks: list[list[dict[str, Any]]]) -> None:
+    """The most that may be released late is a bucket of all gradients and its copy."""
+    assert_same_rank(planned_case(number), real_ranks[0][number], 2 * 430_000)
+
+
+@needs_deepspeed
+def test_most_peaks_are_planned_to_the_byte(real_ranks: list[list[dict[str, Any]]]) -> None:
+    exact = [real_ranks[0][i]["peak"][0] == planned_case(i)["peak"][0] for i in range(len(CASES))]
+    assert sum(exact) > len(exact) / 2
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("strategy", "weights", "state"), [("zero1", 1, 8), ("zero2", 1, 8), ("zero3", 8, 8)])
+def test_each_stage_shards_its_part(strategy: str, weights: int, state: int) -> None:
+    """Rajbhandari et al. 2020, figure 1, in bfloat16: 2 bytes of weights per parameter; 12 of state, with float32
+    weights and two averages."""
+    found = plan(replace(request("full", strategy, 8, {"dtype": "bfloat16"}), attention=None))
+    parameters = found.total_params
+    resident = found.resident_by_category
+    assert resident["base_weights"] == pytest.approx(2 * parameters / weights, rel=0.02)
+    assert resident["optimizer_state"] == pytest.approx(12 * parameters / state, rel=0.02)
+    bucket = 2 * 500_000_000  # DeepSpeed's default, whatever the model's size
+    assert found.peak_by_category["communication_buffers"] == bucket
+
+
+@needs_deepspeed
+def test_the_bytes_of_a_step_are_those_of_its_collectives() -> None:
+    """Stage 2 reduces all gradients to all, and gathers the weights once."""
+    found = plan(request("full", "zero2", 4, {"dtype": "bfloat16"}))
+    weights = 2 * found.total_params
+    assert found.communication["all_reduce"].sent_bytes == pytest.approx(2 * weights * 3 / 4, rel=0.01)
+    assert found.communication["all_gather"].sent_bytes == pytest.approx(weights * 3 / 4, rel=0.01)
+
+
+@pytest.mark.skipif(has_deepspeed(), reason="DeepSpeed is installed")
+def test_without_deepspeed_one_line_names_it(run_command: Run) -> None:
+    options = ["--gpus", "2", "--strategy", "zero2"]
+    code, _, errors = run_command("plan", "--model", "toy-llama", "--method", "lora", "--seq", "16", *options)
+    assert code == 2
+    assert "pip install deepspeed" in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+@needs_deepspeed
+def test_fp16_is_one_line(run_command: Run) -> None:
+    options = ["--gpus", "2", "--strategy", "zero2", "--dtype", "float16"]
+    code, _, errors = run_command("plan", "--model", "toy-llama", "--method", "lora", "--seq", "16", *options)
+    assert code == 2
+    assert "fp16" in errors
