@@ -53,11 +53,15 @@ def engine_of(
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, environment))
         deepspeed = _imported()
+        from deepspeed.accelerator import get_accelerator, set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
         from deepspeed.comm import comm
         from deepspeed.utils import groups
 
         for module in (comm, groups):
             stack.enter_context(_restored(module))
+        stack.callback(set_accelerator, get_accelerator())
+        set_accelerator(CPU_Accelerator())
         stack.enter_context(patch("deepspeed.comm.torch.build_shm_op", lambda: None))
         engine, *_ = deepspeed.initialize(
             model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,10 @@ def plan(
     strategy: Annotated[
         str | None, typer.Option(help="fsdp2, ddp, zero1, zero2 or zero3: how --gpus share the step (default: fsdp2).")
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="FSDP2: params keeps shards, gradients and the optimizer's state in host memory."),
+    ] = None,
     reshard_after_forward: Annotated[
         bool, typer.Option(help="FSDP2: release a block's gathered weights after its forward.")
     ] = True,
@@ -151,6 +156,8 @@ def plan(
 
     Exit code 1: a step does not fit a --gpu; 2: a case cannot be planned.
     """
+    # Plans need no GPU. transformers imports DeepSpeed if it is there, which otherwise looks for one and remarks on it.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from peft_gauge.commands.timelines import timelines
     from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
@@ -159,7 +166,7 @@ def plan(
     from peft_gauge.training.loops import key_values
 
     cards = _checked_gpus(gpu or [], find)
-    sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, find)
+    sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, find)
     if find is not None and (advise or timeline or timeline_file is not None):
         other = "--advise" if advise else "--timeline"
         raise GaugeError(f"{other} and --find exclude each other; drop one of them")
@@ -384,23 +391,34 @@ def _checked_gpus(names: Sequence[str], find: str | None) -> tuple[str, ...]:
 
 
 def _sharding(
-    gpus: int | None, nodes: int, strategy: str | None, reshard_after_forward: bool, find: str | None
+    gpus: int | None,
+    nodes: int,
+    strategy: str | None,
+    reshard_after_forward: bool,
+    offload: str | None,
+    find: str | None,
 ) -> Sharding | None:
     """The GPUs that share the step; ``None`` for one."""
     from peft_gauge.training.sharding import Sharding
 
+    if offload not in (None, "params"):
+        raise GaugeError(
+            f"--offload must be params, not {offload!r}: FSDP2 keeps shards of weights, their gradients and the "
+            "optimizer's state in host memory together"
+        )
     if find == "gpus":
         if gpus is not None:
             raise GaugeError("--find gpus searches their number; drop --gpus")
-        return Sharding(2, strategy or "fsdp2", nodes, reshard_after_forward)  # type: ignore[arg-type]
+        return Sharding(2, strategy or "fsdp2", nodes, reshard_after_forward, offload is not None)  # type: ignore[arg-type]
     if gpus is None:
         given = {"--nodes": nodes != 1, "--strategy": strategy is not None}
         given["--no-reshard-after-forward"] = not reshard_after_forward
+        given["--offload"] = offload is not None
         for option, is_given in given.items():
             if is_given:
                 raise GaugeError(f"{option} needs --gpus: how many GPUs share the step")
         return None
-    found = Sharding(gpus, strategy or "fsdp2", nodes, reshard_after_forward)  # type: ignore[arg-type]
+    found = Sharding(gpus, strategy or "fsdp2", nodes, reshard_after_forward, offload is not None)  # type: ignore[arg-type]
     return found if found.ranks > 1 else None
 
 

@@ -224,6 +224,15 @@ class StorageTracker(DispatchMode):
         breakdown = {category: nbytes for category, nbytes in totals.items() if nbytes}
         return Snapshot(most, breakdown, self._ledger.log[at][2], at)
 
+    def host_peak_bytes(self) -> int:
+        """The most live bytes in host memory, in the whole log."""
+        live = most = 0
+        for sign, i, _ in self._ledger.log:
+            if sign and self._ledger.records[i].category == HOST:
+                live += sign * self._ledger.records[i].nbytes
+                most = max(most, live)
+        return most
+
     def kept_bytes(self, phase: str = FORWARD, categories: Iterable[str] = (ACTIVATIONS,)) -> int:
         """Bytes allocated in the last run of `phase` and live at its end: for forward, the saved activations."""
         wanted = set(categories)

@@ -186,6 +186,7 @@ def _as_plan(request: PlanRequest, trace: Trace, notes: list[str], started: floa
         flops_per_step=trace.flops,
         gpus=gpus,
         communication=trace.communication,
+        host_bytes=trace.host_bytes,
         warnings=tuple(notes),
         seconds=time.perf_counter() - started,
     )

@@ -218,6 +218,7 @@ class Plan:
         base: storage format of the base's weights, and its origin: ``"bfloat16"``, ``"FP8, from its config"``.
         communication: for a sharded step, whose bytes above are one rank's: its collectives by name (``all_gather``,
             ``reduce_scatter``, ``all_reduce``).
+        host_bytes: with offloading of shards, the most that a rank keeps in host memory; ``None`` without.
     """
 
     model: str
@@ -243,6 +244,7 @@ class Plan:
     adapted_modules: tuple[Adapted, ...] = ()
     base: str = ""
     communication: Mapping[str, Collective] = field(default_factory=dict)
+    host_bytes: int | None = None
 
     @property
     def fits(self) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import is_tensor
+
 from peft_gauge._internals.bitsandbytes import quant_states_of_modules
 from peft_gauge._internals.deepspeed import (
     bucket_elements,
@@ -34,6 +36,7 @@ from peft_gauge.memory.categories import (
     FORWARD,
     GATHERED_WEIGHTS,
     GRADIENTS,
+    HOST,
     OPTIMIZER_STATE,
     QUANTIZATION_CONSTANTS,
 )
@@ -109,6 +112,8 @@ def follow_sharded(
         tracker.adopt(constants, QUANTIZATION_CONSTANTS)  # of weights that no longer have them: each rank holds all
         stack.enter_context(no_collector())
         stack.enter_context(places or contextlib.nullcontext())
+        if request.sharding.offload:
+            _offload(job, model, tracker)
         if not request.sharding.is_zero:
             _first_step(job, call, tracker)
         tracker.adopt(gathered(model), GATHERED_WEIGHTS)
@@ -120,6 +125,7 @@ def follow_sharded(
     notes += _remarks(request, model)
     return replace(
         trace,
+        host_bytes=tracker.host_peak_bytes() if request.sharding.offload else None,
         communication={
             name: Collective(calls, tracker.sent_bytes[name]) for name, calls in sorted(tracker.calls.items())
         },
@@ -143,6 +149,17 @@ def _prepared_job(
     job, call = job_of(request, prepared, tracker)
     prime(job, tracker, request.settings, notes)
     return job, call
+
+
+def _offload(job: TrainingJob, model: nn.Module, tracker: ShardedTracker) -> None:
+    """Move this rank's shards and the optimizer's state to host memory, as `CPUOffloadPolicy` has it.
+
+    The policy itself would do nothing here: the fakes are on the CPU already.
+    """
+    tracker.adopt(model.parameters(), HOST)
+    for state in job.optimizer.state.values():
+        tracker.adopt((value for value in state.values() if is_tensor(value)), HOST)
+    tracker.offloads = True
 
 
 def _first_step(job: TrainingJob, call: ModelCall, tracker: ShardedTracker) -> None:
@@ -221,6 +238,11 @@ def _remarks(request: PlanRequest, model: nn.Module) -> Iterator[str]:
         yield (
             f"{release()} with accelerate's defaults: all weights in {dtype}, and gradients are reduced in buckets of "
             f"{nbytes / 1e9:g} GB whatever the model's size (reduce_bucket_size); a smaller size saves the difference"
+        )
+    if request.sharding.offload:
+        yield (
+            "offloaded by analysis: shards of weights and gradients, and the update with its state, are counted in "
+            "host memory; each gather copies one shard to the GPU"
         )
     if request.sharding.strategy == "fsdp2":
         blocks = len(sharding.units(model))

@@ -64,7 +64,8 @@ class Trace:
     """One steady step: its log, and the allocated memory at the moments that a plan reports.
 
     ``made_after_update``: storages (`Event.storage`) that a run creates once, right after its first update.
-    ``offloads``: whether activations were kept in host memory.
+    ``offloads``: whether activations were kept in host memory. ``host_bytes``: the most that a
+    sharded step keeps there.
     """
 
     tracker: StorageTracker
@@ -77,6 +78,7 @@ class Trace:
     flops: int
     communication: Mapping[str, Collective] = field(default_factory=dict)
     offloads: bool = False
+    host_bytes: int | None = None
 
 
 def follow(

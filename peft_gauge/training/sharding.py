@@ -33,6 +33,8 @@ class Sharding:
         nodes: machines. All ranks share one group: no hybrid sharding.
         reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
             gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
+        offload: for FSDP2, whether shards of weights and gradients and the optimizer's state stay in host memory, where
+            the update runs (`torch.distributed.fsdp.CPUOffloadPolicy`).
 
     Raises `GaugeError` for numbers that no launcher accepts.
     """
@@ -41,6 +43,7 @@ class Sharding:
     strategy: Strategy = "fsdp2"
     nodes: int = 1
     reshard_after_forward: bool = True
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -52,6 +55,8 @@ class Sharding:
             )
         if self.strategy != "fsdp2" and not self.reshard_after_forward:
             raise GaugeError(f"--no-reshard-after-forward is for --strategy fsdp2, not for {self.strategy}")
+        if self.strategy != "fsdp2" and self.offload:
+            raise GaugeError(f"--offload params is planned for --strategy fsdp2, not for {self.strategy} yet")
 
     @property
     def ranks(self) -> int:

@@ -103,6 +103,22 @@ def test_ddp_sends_each_gradient_to_all() -> None:
     assert found.resident_by_category["communication_buffers"] == pytest.approx(4 * found.total_params, rel=0.01)
 
 
+def test_offloaded_shards_and_state_are_in_host_memory() -> None:
+    """In float32: 4 bytes of weights, 4 of gradients and 8 of two averages per parameter, over 4 ranks; the update of
+    one list of tensors adds temporaries there."""
+    kept, offloaded = planned(4), planned(4, offload=True)
+    assert not {"base_weights", "optimizer_state", "gradients"} & set(offloaded.resident_by_category)
+    assert kept.host_bytes is None
+    assert offloaded.host_bytes is not None
+    share = offloaded.total_params / 4
+    assert 16 * share <= offloaded.host_bytes <= 1.05 * 24 * share
+    # On the GPU remain the gathered units, activations, and for a moment one shard to gather from.
+    assert offloaded.peak_bytes < kept.peak_bytes - 0.9 * kept.resident_by_category["base_weights"]
+    assert offloaded.peak_by_category["activations"] > 0
+    assert offloaded.communication == kept.communication
+    assert any("host memory" in note for note in offloaded.warnings)
+
+
 def test_packed_weights_are_sharded_too() -> None:
     asked = replace(request("qlora", "fsdp2", 2, {}), dtype="bfloat16")
     alone, shared = plan(replace(asked, sharding=None)), plan(asked)
@@ -148,6 +164,9 @@ def test_the_fewest_gpus_hold_the_step_and_one_less_does_not(usable: int, fewest
         (["--gpus", "0"], "at least 1"),
         (["--gpus", "2", "--strategy", "fsdp3"], "fsdp2"),
         (["--gpus", "2", "--strategy", "ddp", "--no-reshard-after-forward"], "fsdp2"),
+        (["--gpus", "2", "--offload", "optimizer"], "--offload must be params"),
+        (["--gpus", "2", "--strategy", "ddp", "--offload", "params"], "not for ddp"),
+        (["--offload", "params"], "--gpus"),
         (["--gpus", "2", "--loop", "trainer"], "--loop plain"),
         (["--gpus", "2", "--find", "gpus", "--gpu", "24GB"], "drop --gpus"),
     ],

@@ -78,6 +78,8 @@ def _communication(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
         ]
         if parts:
             lines.append(Text(f"sent by each GPU a step ({plan['method']}): {', '.join(parts)}"))
+        if plan.get("host_bytes") is not None:
+            lines.append(Text(f"in host memory for each GPU ({plan['method']}): {shown_bytes(plan['host_bytes'])}"))
     return lines
 
 
