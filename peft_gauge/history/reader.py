@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseOutcome, CaseRecord, Selection
+from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseOutcome, CaseRecord, Selection, Shards
 from peft_gauge.history.upgrade import upgraded
 
 OUTCOMES = frozenset(get_args(CaseOutcome))
@@ -68,6 +68,11 @@ class Run:
         recorded."""
         distributions = self.machine.get("distributions")
         return distributions if isinstance(distributions, Mapping) else {}
+
+    @property
+    def shards(self) -> Shards | None:
+        """The shards that the run consists of; ``None`` if it is whole."""
+        return None if self.selection is None else self.selection.shards
 
     @property
     def name(self) -> str:
@@ -235,7 +240,24 @@ def _selection(told: Any) -> Selection | None:
             raise _Malformed(f"is malformed: {where}.{name} is not a list of strings")
     markers, keywords = (_field({name: ""} | told, name, str, f"{where}.") for name in ("markers", "keywords"))
     deselected = frozenset(lists["deselected"]) if "deselected" in lists else None
-    return Selection(tuple(lists["args"]), markers, keywords, deselected)
+    return Selection(
+        tuple(lists["args"]), markers, keywords, deselected, _shards(told.get("shards"), f"{where}.shards")
+    )
+
+
+def _shards(told: Any, where: str) -> Shards | None:
+    if told is None:
+        return None
+    if type(told) is not dict:
+        raise _Malformed(f"is malformed: {where} is {_shown(told)}, not an object")
+    held, of = _field(told, "held", list, f"{where}."), _field(told, "of", int, f"{where}.")
+    ascending = all(type(number) is int for number in held) and held == sorted(set(held))
+    if not held or not ascending or not 1 <= held[0] <= held[-1] <= of:
+        raise _Malformed(f"is malformed: {where}.held is {_shown(held)}, not ascending numbers from 1 to {of}")
+    left_out = told.get("left_out")
+    if left_out is not None and not all(type(id_) is str for id_ in _field(told, "left_out", list, f"{where}.")):
+        raise _Malformed(f"is malformed: {where}.left_out is not a list of strings")
+    return Shards(tuple(held), of, None if left_out is None else frozenset(left_out))
 
 
 def _schema(section: dict[str, Any]) -> int:

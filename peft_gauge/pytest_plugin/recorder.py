@@ -21,6 +21,7 @@ from peft_gauge.history.writer import write_run
 from peft_gauge.pytest_plugin.budget import BUDGET, Budget
 from peft_gauge.pytest_plugin.options import run_options, selection
 from peft_gauge.pytest_plugin.selection import CASES, unusable_adapters
+from peft_gauge.pytest_plugin.shards import record_of
 from peft_gauge.pytest_plugin.workers import is_worker
 from peft_gauge.report.comparison import as_terminal
 from peft_gauge.report.terminal import memory_table, plan_table, published_table, summary, sweep_table
@@ -163,9 +164,14 @@ class Recorder:
             run_options(self.config),
             interrupted=interrupted,
             resumed_from=resumption.run.path.name if resumption is not None else None,
-            selection=selection(self.config, self.deselected),
+            selection=self._selection(),
         )
         return run
+
+    def _selection(self) -> schema.Selection:
+        shards = record_of(self.config)
+        left_out = frozenset() if shards is None else shards.left_out or frozenset()
+        return selection(self.config, None if self.deselected is None else self.deselected - left_out, shards)
 
     def _fail(self, code: pytest.ExitCode = pytest.ExitCode.INTERNAL_ERROR) -> None:
         session = self.config.pluginmanager.get_plugin("session")
