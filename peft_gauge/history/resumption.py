@@ -65,9 +65,9 @@ def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[s
 
 def why_not(run: Run, machine_info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     """The differences of ``run`` from a run made now, as "peft 0.20.0, now 0.21.2"; ``None`` if there are none."""
-    was = _conditions(run.schema, run.machine, run.options)
+    was = conditions(run.schema, run.machine, run.options)
     # As it will be saved: there a tuple becomes a list.
-    now = json.loads(json.dumps(_conditions(VERSION, machine_info, options)))
+    now = json.loads(json.dumps(conditions(VERSION, machine_info, options)))
     different = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if not different:
         return None
@@ -103,7 +103,7 @@ def _done(run: Run) -> dict[str, CaseRecord]:
     return {case.id: case for case in run.cases if case.id not in broken}
 
 
-def _conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that must be equal for the cases of two runs to be in one file, by its name in messages.
 
     This includes the schema: an older one was measured by another protocol.
@@ -123,11 +123,12 @@ def _conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping
 
 
 def _difference(name: str, was: Any, now: Any) -> str:
-    before = f"no {name}" if was is None else f"{name} {_shown(was)}"
-    return f"{before}, now {'none' if now is None else _shown(now)}"
+    before = f"no {name}" if was is None else f"{name} {shown(was)}"
+    return f"{before}, now {'none' if now is None else shown(now)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's ``value`` as on the command line."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
