@@ -23,6 +23,7 @@ from peft_gauge.commands.plan import plan
 from peft_gauge.commands.report import report
 from peft_gauge.commands.trace import trace
 from peft_gauge.errors import GaugeError, file_errors
+from peft_gauge.history import store
 
 app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",
@@ -72,7 +73,9 @@ def common(
 
 @app.command(short_help="Check what this machine can run and what is missing.")
 def doctor(
-    results: Annotated[Path, typer.Option(help="Folder to save runs to.")] = Path("results"),
+    results: Annotated[
+        Path, typer.Option(help="Folder or address to save runs to.", metavar="DIR", parser=store.place)
+    ] = Path("results"),
 ) -> None:
     """Check what this machine can run; for each missing part, print how to install it."""
     from peft_gauge.commands.doctor import examine

@@ -7,10 +7,18 @@ from typing import Annotated
 
 import typer
 
+from peft_gauge.history import store
+
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The saved runs of pytest --shard I/N.")],
-    results: Annotated[Path, typer.Option(help="Folder to save the whole run to.")] = Path("results"),
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="The saved runs of pytest --shard I/N.", parser=store.place),
+    ],
+    results: Annotated[
+        Path,
+        typer.Option(help="Folder or address to save the whole run to.", metavar="DIR", parser=store.place),
+    ] = Path("results"),
     partial: Annotated[
         bool, typer.Option("--partial", help="Save the run although shards are missing; it records which.")
     ] = False,
@@ -25,4 +33,4 @@ def merge(
 
     found = joined(files, partial=partial)
     path = write_run(results, found.machine, found.run)
-    print(f"saved {path}" + ("" if found.shards is None else f", with {found.shards.name} only"))
+    print(f"saved {store.shown(path)}" + ("" if found.shards is None else f", with {found.shards.name} only"))

@@ -13,13 +13,14 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.history import store
 from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseOutcome, CaseRecord, Selection, Shards
 from peft_gauge.history.upgrade import upgraded
 
@@ -90,10 +91,11 @@ def read_run(path: Path) -> Run:
     Rounds that schema 1 saved only under ``benchmarks`` are added to the metrics of their case, as one process's
     samples. Raises `GaugeError` for a file that cannot be read, does not hold a run, or has a newer schema.
     """
+    store.fetch(path, MOST_BYTES)
     try:
         return _run(path, _parsed(_text(path)))
     except _Malformed as problem:
-        raise GaugeError(f"{path} {problem}") from problem
+        raise GaugeError(f"{store.shown(path)} {problem}") from problem
 
 
 def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
@@ -101,17 +103,19 @@ def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
 
     ``folder`` contains machine folders, or is one of these. Runs are ordered by number; a file without a number
     comes before them. Hidden files, such as temporary ones, are left out. The files are not opened. Raises
-    `GaugeError` if there is no such folder, and for a ``machine`` that is a path out of it.
+    `GaugeError` if there is no such folder, and for a ``machine`` that is a path out of it. A folder that stands for an
+    address (`peft_gauge.history.store`) is listed there.
     """
     if machine is not None and not _is_name(machine):
         raise GaugeError(f"{machine!r} is not a valid name of a machine")
-    if not folder.is_dir():
-        raise GaugeError(f"{folder} is not a folder of saved runs; give the folder in which runs were saved")
+    if not store.is_folder(folder):
+        raise GaugeError(f"{store.shown(folder)} is not a folder of saved runs; give the folder that holds them")
     try:
         if machine is not None:
-            return _files(folder / machine) if (folder / machine).is_dir() else []
-        machines = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
-        return [path for each in (folder, *machines) for path in _files(each)]
+            return _runs(store.entries(folder / machine)[1]) if store.is_folder(folder / machine) else []
+        folders, files = store.entries(folder)
+        machines = sorted(entry for entry in folders if not _hidden(entry))
+        return _runs(files) + [path for each in machines for path in _runs(store.entries(each)[1])]
     except OSError as error:
         raise GaugeError(f"{folder} cannot be listed: {error.strerror or error}") from error
 
@@ -121,8 +125,8 @@ def _is_name(text: str) -> bool:
     return bool(text) and not text.startswith(".") and not set(text) & set("/\\:\0")
 
 
-def _files(folder: Path) -> list[Path]:
-    found = (path for path in folder.iterdir() if path.suffix == ".json" and not _hidden(path) and path.is_file())
+def _runs(files: Iterable[Path]) -> list[Path]:
+    found = (path for path in files if path.suffix == ".json" and not _hidden(path))
     return sorted(found, key=lambda path: (int(_number(path) or -1), path.name))
 
 

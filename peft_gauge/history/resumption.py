@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 from peft_gauge.history.reader import Run, read_run, runs_in
 from peft_gauge.history.schema import VERSION, CaseRecord
 
@@ -47,7 +48,7 @@ def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[s
     """
     unreadable: list[str] = []
     obstacle: str | None = None
-    for path in reversed(runs_in(results, machine_info["name"]) if results.exists() else []):
+    for path in reversed(runs_in(results, machine_info["name"]) if store.is_folder(results) else []):
         try:
             run = read_run(path)
         except GaugeError as error:
@@ -59,7 +60,7 @@ def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[s
         if obstacle is None:
             obstacle = f"the last {'readable ' if unreadable else ''}run ({path.name}) had {difference}"
     if obstacle is None:
-        obstacle = unreadable[0] if unreadable else f"{results / machine_info['name']} holds no run"
+        obstacle = unreadable[0] if unreadable else f"{store.shown(results / machine_info['name'])} holds no run"
     raise GaugeError(f"nothing to resume: {obstacle}; run without --resume")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.history import schema
+from peft_gauge.history import schema, store
 from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.resumption import conditions, shown
 from peft_gauge.history.schema import KEY, CaseRecord, Selection, Shards
@@ -29,7 +29,7 @@ class Joined(NamedTuple):
 def joined(files: Sequence[Path], *, partial: bool = False) -> Joined:
     """The one run whose shards ``files`` hold; its time is that of the shard that ended last.
 
-    Raises `GaugeError` for a file that is no shard, for shards that do not belong together (the message names the
+    Raises `GaugeError` for a file that holds a whole run, for shards that do not belong together (the message names the
     difference), for a shard given twice and, unless ``partial``, for a missing one. A shard whose file is missing
     because it has no case is not missing.
     """
@@ -54,7 +54,7 @@ def _number(pair: tuple[Run, Selection]) -> int:
 
 def _selection(run: Run) -> Selection:
     if run.selection is None or run.selection.shards is None:
-        raise GaugeError(f"{run.path} is not a shard: it was saved without --shard; merge joins shards of one run")
+        raise GaugeError(f"{store.shown(run.path)} was saved without --shard; merge joins the shards of one run")
     return run.selection
 
 
@@ -109,7 +109,7 @@ def _check_disjoint(runs: Sequence[Run], selections: Sequence[Selection]) -> Non
 def _together(runs: Sequence[Run], parts: Sequence[Shards]) -> Shards | None:
     """The shards that ``runs`` hold together; ``None`` if no case is left out.
 
-    Raises `GaugeError` if a case of one of them is not one that the others left out: their grids differ.
+    Raises `GaugeError` if the others did not leave out a case of one of them: their grids differ.
     """
     of, held = parts[0].of, tuple(sorted(number for part in parts for number in part.held))
     known = [(run, part.left_out) for run, part in zip(runs, parts, strict=True) if part.left_out is not None]

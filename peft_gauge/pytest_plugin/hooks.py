@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from peft_gauge import machine
 from peft_gauge.errors import GaugeError, file_errors, one_line
 from peft_gauge.files import check_folder
+from peft_gauge.history import store
 from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.resumption import Resumption, resumable
 from peft_gauge.history.writer import commit_info
@@ -89,7 +89,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def _resumption(config: pytest.Config) -> Resumption:
-    return resumable(Path(config.getoption("--results")), machine.machine_info(), run_options(config))
+    return resumable(store.place(config.getoption("--results")), machine.machine_info(), run_options(config))
 
 
 def _baseline(config: pytest.Config) -> Run | None:
@@ -97,7 +97,7 @@ def _baseline(config: pytest.Config) -> Run | None:
     if config.getoption("--no-save"):
         raise GaugeError("--compare needs the saved run; drop --no-save")
     named = config.getoption("--compare")
-    return read_run(Path(named)) if named else None
+    return read_run(store.place(named)) if named else None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -190,7 +190,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _keep_shard(config: pytest.Config, items: list[pytest.Item], shard: Shard) -> None:
-    """Deselect the tests of other shards. All tests that the options select are split, also those that ``--resume`` need
+    """Deselect the tests of other shards. All selected tests are split, also those that ``--resume`` need
     not run again: a resumed shard is the same shard."""
     number = len(items)
     own = set(map(id, parts(items, shard.of)[shard.number - 1]))
@@ -224,7 +224,12 @@ def _check_results(config: pytest.Config, workload: Workload) -> None:
         return
     folder = config.getoption("--results")
     try:
-        check_folder(Path(folder))
+        if store.address_of(store.place(folder)) is None:
+            check_folder(store.place(folder))
+        else:
+            store.check(store.place(folder))
+    except GaugeError as error:
+        raise pytest.UsageError(f"runs cannot be saved in {error}") from error
     except OSError as error:
         reason = f"runs cannot be saved in {one_line(folder, 120)}: {error.strerror}"
         raise pytest.UsageError(f"{reason}; choose another folder with --results, or add --no-save") from error

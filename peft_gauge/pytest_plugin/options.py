@@ -116,7 +116,12 @@ def add_options(parser: pytest.Parser) -> None:
         help="run only the I-th of N parts, for several machines that share one run; peft-gauge merge joins the saved "
         "runs (the tests of a case stay together)",
     )
-    add("--results", default="results", metavar="DIR", help="save runs in DIR (default: results); write --results=DIR")
+    add(
+        "--results",
+        default="results",
+        metavar="DIR",
+        help="save runs in DIR (default: results), or at an address such as s3://bucket/runs; write --results=DIR",
+    )
     add("--no-plan-cache", action="store_true", help="plan every step, also those that an earlier run planned")
     add("--no-save", action="store_true", help="do not save this run")
     add(

@@ -11,7 +11,7 @@ import pytest
 from peft_gauge import machine
 from peft_gauge._internals.pytest import width_of
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import schema
+from peft_gauge.history import schema, store
 from peft_gauge.history.comparison import compare
 from peft_gauge.history.reader import Run, read_run, runs_in
 from peft_gauge.history.resumption import Resumption, merged
@@ -105,12 +105,12 @@ class Recorder:
         info = machine.machine_info()
         run = self._run(info, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
         try:
-            path = write_run(Path(self.config.getoption("--results")), info["name"], run)
+            path = write_run(store.place(self.config.getoption("--results")), info["name"], run)
         except GaugeError as error:
             self.notes.append(f"NOT SAVED: {error}")
             self._fail()
         else:
-            self.notes.append(f"saved {path}")
+            self.notes.append(f"saved {store.shown(path)}")
             if self.config.getoption("--compare") is not None:
                 self._compare(path)
 

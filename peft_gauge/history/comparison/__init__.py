@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peft_gauge.history import store
 from peft_gauge.history.absent import Absences, left_to_other_shards
 from peft_gauge.history.comparison.cases import only_in_base, only_in_new, renamed, renamed_row
 from peft_gauge.history.comparison.causes import fingerprint, shape
@@ -100,8 +101,8 @@ def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], inco
     interrupted = [f"{name} was interrupted" for name, run in (("BASE", base), ("NEW", new)) if run.interrupted]
     shards = [f"{name} is {run.shards.name}" for name, run in (("BASE", base), ("NEW", new)) if run.shards is not None]
     return RunComparison(
-        base=str(base.path),
-        new=str(new.path),
+        base=store.shown(base.path),
+        new=store.shown(new.path),
         environment=tuple(environment_changes(base, new)),
         notes=(*notes, *shards, *interrupted),
         incomparable=incomparable,
