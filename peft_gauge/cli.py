@@ -18,10 +18,12 @@ from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
 from peft_gauge.commands.memory_curve import memory_curve
+from peft_gauge.commands.merge import merge
 from peft_gauge.commands.plan import plan
 from peft_gauge.commands.report import report
 from peft_gauge.commands.trace import trace
 from peft_gauge.errors import GaugeError, file_errors
+from peft_gauge.history import store
 
 app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",
@@ -39,6 +41,7 @@ app.command(short_help="Collect this project and its wheels for an offline node.
 app.command(short_help="Check or rewrite the memory ceilings.")(ceilings)
 app.command(short_help="Show each claim with its newest measured verdict.")(claims)
 app.command(short_help="Compare saved runs with a base run.")(compare)
+app.command(short_help="Join the saved shards of one run.")(merge)
 app.command(short_help="Plot planned memory against sequence length.")(memory_curve)
 app.command(short_help="Show saved runs as a page, plots or Markdown.")(report)
 app.command(short_help="Compare a recorded step's allocations with its plan.")(trace)
@@ -70,7 +73,9 @@ def common(
 
 @app.command(short_help="Check what this machine can run and what is missing.")
 def doctor(
-    results: Annotated[Path, typer.Option(help="Folder to save runs to.")] = Path("results"),
+    results: Annotated[
+        Path, typer.Option(help="Folder or address to save runs to.", metavar="DIR", parser=store.place)
+    ] = Path("results"),
 ) -> None:
     """Check what this machine can run; for each missing part, print how to install it."""
     from peft_gauge.commands.doctor import examine

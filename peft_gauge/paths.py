@@ -37,6 +37,6 @@ def calibrations() -> Path:
 
 
 def cache() -> Path:
-    """The user's cache folder for downloaded weights; ``PEFT_GAUGE_CACHE`` overrides it."""
+    """The user's cache folder for downloaded weights and for runs of an address; ``PEFT_GAUGE_CACHE`` overrides it."""
     override = os.environ.get("PEFT_GAUGE_CACHE")
     return Path(override) if override else platformdirs.user_cache_path("peft-gauge")

@@ -14,6 +14,7 @@ import typer
 
 from peft_gauge.commands.options import AnyModel, Batch, Changes, Device, Dtype, Loop, MixedPrecision, Seq, Threads
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,9 @@ def ab(
     rules: Annotated[
         Path | None, typer.Option(help="Rules for deterministic metrics (default: fixtures/rules.toml).")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder to save both runs to.")] = Path("results/ab"),
+    results: Annotated[
+        Path, typer.Option(help="Folder or address to save both runs to.", metavar="DIR", parser=store.place)
+    ] = Path("results/ab"),
     everything: Annotated[bool, typer.Option("--all", help="Show unchanged metrics too.")] = False,
     self_check: Annotated[
         bool,

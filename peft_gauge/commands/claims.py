@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 
 if TYPE_CHECKING:
     from peft_gauge.history.ledger import Source, Standing
@@ -28,7 +29,12 @@ MOST_NAMED = 3
 
 def claims(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUNS...", help="Run files or folders of runs (default: results).")
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUNS...",
+            help="Run files, folders of runs or their addresses (default: results).",
+            parser=store.place,
+        ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table with conditions.")] = False,
     check: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 
 if TYPE_CHECKING:
     from peft_gauge.history.comparison import RunComparison
@@ -22,13 +23,16 @@ def compare(
             metavar="RUN",
             help="Saved runs: BASE, then one or more NEW. For a folder, its newest run that has cases in common "
             "with the others. A single run is NEW; BASE is then the newest earlier run with cases in common.",
+            parser=store.place,
         ),
     ] = None,
     last: Annotated[
         int | None,
         typer.Option(help="Compare a machine's newest N runs that have cases in common; the oldest of them is BASE."),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of runs for --last.")] = Path("results"),
+    results: Annotated[
+        Path, typer.Option(help="Folder or address of runs for --last.", metavar="DIR", parser=store.place)
+    ] = Path("results"),
     machine: Annotated[str | None, typer.Option(help="Machine for --last (default: this one).")] = None,
     rules: Annotated[Path | None, typer.Option(help="Rules for metrics (default: fixtures/rules.toml).")] = None,
     across_machines: Annotated[
@@ -74,7 +78,7 @@ def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | No
             raise GaugeError("give a saved run, or BASE and at least one NEW, or --last N")
         if len(runs) > 1:
             return selection.of_each(list(map(_candidates, runs)))
-        return selection.newest_in_common(_candidates(runs[0]), 2) if runs[0].is_dir() else _with_base(runs[0])
+        return selection.newest_in_common(_candidates(runs[0]), 2) if store.is_folder(runs[0]) else _with_base(runs[0])
     if runs:
         raise GaugeError("give runs or --last, not both")
     if last < 2:
@@ -82,7 +86,7 @@ def _chosen(runs: list[Path], last: int | None, results: Path, machine: str | No
     owner = machine or _this_machine()
     found = runs_in(results, owner)
     if len(found) < last:
-        raise GaugeError(f"--last {last}: {results / owner} has {len(found)} saved runs")
+        raise GaugeError(f"--last {last}: {store.shown(results / owner)} has {len(found)} saved runs")
     return selection.newest_in_common(found, last)
 
 
@@ -98,7 +102,9 @@ def _with_base(path: Path) -> Chosen:
     found = selection.newest_base(before, new.cases)
     if not found.runs:
         number = f"none of the {len(before)} runs" if before else "no run"
-        raise GaugeError(f"{path}: {number} before it in its folder has cases in common with it; give BASE, too")
+        raise GaugeError(
+            f"{store.shown(path)}: {number} before it in its folder has cases in common with it; give BASE, too"
+        )
     return replace(found, runs=(*found.runs, new))
 
 
@@ -106,14 +112,15 @@ def _candidates(path: Path) -> list[Path]:
     """``path``, or the runs in it if it is a folder, oldest first."""
     from peft_gauge.history.reader import runs_in
 
-    if not path.is_dir():
+    if not store.is_folder(path):
         return [path]
     found = runs_in(path)
     if not found:
-        raise GaugeError(f"{path} contains no saved runs")
+        raise GaugeError(f"{store.shown(path)} contains no saved runs")
     folders = {run.parent for run in found}
     if len(folders) > 1:
-        raise GaugeError(f"{path} contains runs of several machines; name one: {', '.join(sorted(map(str, folders)))}")
+        names = ", ".join(sorted(map(store.shown, folders)))
+        raise GaugeError(f"{store.shown(path)} contains runs of several machines; name one: {names}")
     return found
 
 

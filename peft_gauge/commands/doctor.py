@@ -12,6 +12,7 @@ from typing import Literal
 from peft_gauge import machine, paths
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.files import check_folder
+from peft_gauge.history import store
 from peft_gauge.training import models
 
 # The oldest supported releases; a test holds them against pyproject.toml.
@@ -147,6 +148,13 @@ def _weights() -> Line:
 
 
 def _disk(results: Path) -> Line:
+    address = store.address_of(results)
+    if address is not None:
+        try:
+            store.check(results)
+        except GaugeError as error:
+            return Line("results", "missing", str(error))
+        return Line("results", "ok", f"{address}, not contacted; cache {paths.cache()}")
     try:
         folder = check_folder(results.resolve())
     except OSError as error:

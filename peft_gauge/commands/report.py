@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.history import store
 
 DEFAULT_PAGE, DEFAULT_FOLDER = Path("report.html"), Path("report")
 
@@ -16,7 +17,11 @@ DEFAULT_PAGE, DEFAULT_FOLDER = Path("report.html"), Path("report")
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUNS...", help="Run files or folders of runs, oldest first (default: results)."),
+        typer.Argument(
+            metavar="RUNS...",
+            help="Run files, folders of runs or their addresses, oldest first (default: results).",
+            parser=store.place,
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -1,4 +1,4 @@
-"""Why a run lacks a case of another run: not requested, deselected, not reached, or gone."""
+"""Why a run lacks a case of another run: not requested, deselected, in another shard, not reached, or gone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from peft_gauge.history.reader import Run
 
 NOT_ASKED, DESELECTED, NOT_REACHED, MISSING = "NOT REQUESTED", "DESELECTED", "NOT REACHED", "MISSING"
-ABSENT = frozenset({NOT_ASKED, DESELECTED, NOT_REACHED, MISSING})
+OTHER_SHARD = "OTHER SHARD"
+ABSENT = frozenset({NOT_ASKED, DESELECTED, OTHER_SHARD, NOT_REACHED, MISSING})
 
 NAMING = ("model", "method", "adapter", "device")
 """The options that are part of test ids: with another value, a case has another id."""
@@ -45,6 +46,8 @@ class Absences:
     def __call__(self, id_: str, benchmark: str, metrics: Mapping[str, Any]) -> Absence:
         run, selection = self._run, self._run.selection
         if selection is not None:
+            if run.shards is not None and id_ in left_to_other_shards(run):
+                return Absence(OTHER_SHARD, f"is {run.shards.name} and left it to another")
             if id_ in (selection.deselected or ()):
                 by = selection.expressions or "slow, or of another device"
                 return Absence(DESELECTED, f"left it out ({by})")
@@ -53,6 +56,8 @@ class Absences:
         # A case about no method has the same id under all options; a case without metrics may be about a method.
         if self._options and ("method" in metrics or not metrics):
             return Absence(NOT_ASKED, f"had {' and '.join(self._options)}")
+        if run.shards is not None and run.shards.left_out is None:
+            return Absence(OTHER_SHARD, f"is {run.shards.name}, and does not record which cases it left to others")
         if run.interrupted:
             return Absence(NOT_REACHED, "was interrupted before it")
         if benchmark not in self._benchmarks and not (selection is not None and selection.deselected is not None):
@@ -61,6 +66,11 @@ class Absences:
             return Absence(NOT_ASKED, "ran other cases of this benchmark")
         unsaid = "" if selection is not None else ", and does not record which cases it deselected"
         return Absence(MISSING, f"ran the benchmark without it{unsaid}")
+
+
+def left_to_other_shards(run: Run) -> frozenset[str]:
+    """The ids of the cases that only other shards than ``run`` have, as far as it records them."""
+    return frozenset() if run.shards is None else run.shards.left_out or frozenset()
 
 
 def _told(option: object) -> str:

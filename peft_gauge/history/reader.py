@@ -13,14 +13,15 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_gauge.errors import GaugeError, one_line
-from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseOutcome, CaseRecord, Selection
+from peft_gauge.history import store
+from peft_gauge.history.schema import CONTROL_SAMPLES, KEY, SAMPLES, VERSION, CaseOutcome, CaseRecord, Selection, Shards
 from peft_gauge.history.upgrade import upgraded
 
 OUTCOMES = frozenset(get_args(CaseOutcome))
@@ -70,6 +71,11 @@ class Run:
         return distributions if isinstance(distributions, Mapping) else {}
 
     @property
+    def shards(self) -> Shards | None:
+        """The shards that the run consists of; ``None`` if it is whole."""
+        return None if self.selection is None else self.selection.shards
+
+    @property
     def name(self) -> str:
         """The run's number if its file has one, else the file's stem: short enough for a table."""
         return _number(self.path) or self.path.stem
@@ -85,10 +91,11 @@ def read_run(path: Path) -> Run:
     Rounds that schema 1 saved only under ``benchmarks`` are added to the metrics of their case, as one process's
     samples. Raises `GaugeError` for a file that cannot be read, does not hold a run, or has a newer schema.
     """
+    store.fetch(path, MOST_BYTES)
     try:
         return _run(path, _parsed(_text(path)))
     except _Malformed as problem:
-        raise GaugeError(f"{path} {problem}") from problem
+        raise GaugeError(f"{store.shown(path)} {problem}") from problem
 
 
 def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
@@ -96,17 +103,19 @@ def runs_in(folder: Path, machine: str | None = None) -> list[Path]:
 
     ``folder`` contains machine folders, or is one of these. Runs are ordered by number; a file without a number
     comes before them. Hidden files, such as temporary ones, are left out. The files are not opened. Raises
-    `GaugeError` if there is no such folder, and for a ``machine`` that is a path out of it.
+    `GaugeError` if there is no such folder, and for a ``machine`` that is a path out of it. A folder that stands for an
+    address (`peft_gauge.history.store`) is listed there.
     """
     if machine is not None and not _is_name(machine):
         raise GaugeError(f"{machine!r} is not a valid name of a machine")
-    if not folder.is_dir():
-        raise GaugeError(f"{folder} is not a folder of saved runs; give the folder in which runs were saved")
+    if not store.is_folder(folder):
+        raise GaugeError(f"{store.shown(folder)} is not a folder of saved runs; give the folder that holds them")
     try:
         if machine is not None:
-            return _files(folder / machine) if (folder / machine).is_dir() else []
-        machines = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
-        return [path for each in (folder, *machines) for path in _files(each)]
+            return _runs(store.entries(folder / machine)[1]) if store.is_folder(folder / machine) else []
+        folders, files = store.entries(folder)
+        machines = sorted(entry for entry in folders if not _hidden(entry))
+        return _runs(files) + [path for each in machines for path in _runs(store.entries(each)[1])]
     except OSError as error:
         raise GaugeError(f"{folder} cannot be listed: {error.strerror or error}") from error
 
@@ -116,8 +125,8 @@ def _is_name(text: str) -> bool:
     return bool(text) and not text.startswith(".") and not set(text) & set("/\\:\0")
 
 
-def _files(folder: Path) -> list[Path]:
-    found = (path for path in folder.iterdir() if path.suffix == ".json" and not _hidden(path) and path.is_file())
+def _runs(files: Iterable[Path]) -> list[Path]:
+    found = (path for path in files if path.suffix == ".json" and not _hidden(path))
     return sorted(found, key=lambda path: (int(_number(path) or -1), path.name))
 
 
@@ -235,7 +244,24 @@ def _selection(told: Any) -> Selection | None:
             raise _Malformed(f"is malformed: {where}.{name} is not a list of strings")
     markers, keywords = (_field({name: ""} | told, name, str, f"{where}.") for name in ("markers", "keywords"))
     deselected = frozenset(lists["deselected"]) if "deselected" in lists else None
-    return Selection(tuple(lists["args"]), markers, keywords, deselected)
+    return Selection(
+        tuple(lists["args"]), markers, keywords, deselected, _shards(told.get("shards"), f"{where}.shards")
+    )
+
+
+def _shards(told: Any, where: str) -> Shards | None:
+    if told is None:
+        return None
+    if type(told) is not dict:
+        raise _Malformed(f"is malformed: {where} is {_shown(told)}, not an object")
+    held, of = _field(told, "held", list, f"{where}."), _field(told, "of", int, f"{where}.")
+    ascending = all(type(number) is int for number in held) and held == sorted(set(held))
+    if not held or not ascending or not 1 <= held[0] <= held[-1] <= of:
+        raise _Malformed(f"is malformed: {where}.held is {_shown(held)}, not ascending numbers from 1 to {of}")
+    left_out = told.get("left_out")
+    if left_out is not None and not all(type(id_) is str for id_ in _field(told, "left_out", list, f"{where}.")):
+        raise _Malformed(f"is malformed: {where}.left_out is not a list of strings")
+    return Shards(tuple(held), of, None if left_out is None else frozenset(left_out))
 
 
 def _schema(section: dict[str, Any]) -> int:

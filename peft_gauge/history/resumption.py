@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 from peft_gauge.history.reader import Run, read_run, runs_in
 from peft_gauge.history.schema import VERSION, CaseRecord
 
@@ -47,7 +48,7 @@ def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[s
     """
     unreadable: list[str] = []
     obstacle: str | None = None
-    for path in reversed(runs_in(results, machine_info["name"]) if results.exists() else []):
+    for path in reversed(runs_in(results, machine_info["name"]) if store.is_folder(results) else []):
         try:
             run = read_run(path)
         except GaugeError as error:
@@ -59,15 +60,15 @@ def resumable(results: Path, machine_info: Mapping[str, Any], options: Mapping[s
         if obstacle is None:
             obstacle = f"the last {'readable ' if unreadable else ''}run ({path.name}) had {difference}"
     if obstacle is None:
-        obstacle = unreadable[0] if unreadable else f"{results / machine_info['name']} holds no run"
+        obstacle = unreadable[0] if unreadable else f"{store.shown(results / machine_info['name'])} holds no run"
     raise GaugeError(f"nothing to resume: {obstacle}; run without --resume")
 
 
 def why_not(run: Run, machine_info: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
     """The differences of ``run`` from a run made now, as "peft 0.20.0, now 0.21.2"; ``None`` if there are none."""
-    was = _conditions(run.schema, run.machine, run.options)
+    was = conditions(run.schema, run.machine, run.options)
     # As it will be saved: there a tuple becomes a list.
-    now = json.loads(json.dumps(_conditions(VERSION, machine_info, options)))
+    now = json.loads(json.dumps(conditions(VERSION, machine_info, options)))
     different = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if not different:
         return None
@@ -103,7 +104,7 @@ def _done(run: Run) -> dict[str, CaseRecord]:
     return {case.id: case for case in run.cases if case.id not in broken}
 
 
-def _conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that must be equal for the cases of two runs to be in one file, by its name in messages.
 
     This includes the schema: an older one was measured by another protocol.
@@ -123,11 +124,12 @@ def _conditions(schema: int | None, machine: Mapping[str, Any], options: Mapping
 
 
 def _difference(name: str, was: Any, now: Any) -> str:
-    before = f"no {name}" if was is None else f"{name} {_shown(was)}"
-    return f"{before}, now {'none' if now is None else _shown(now)}"
+    before = f"no {name}" if was is None else f"{name} {shown(was)}"
+    return f"{before}, now {'none' if now is None else shown(now)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's ``value`` as on the command line."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -7,6 +7,7 @@ cases are under ``benchmarks``, and everything else under one further key, `KEY`
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -44,18 +45,49 @@ class CaseRecord:
 
 
 @dataclass(frozen=True)
+class Shards:
+    """The shards (``pytest --shard i/n``) that a saved run consists of, if these are not all.
+
+    ``held``: their numbers, ascending from 1; ``of``: the number of shards; ``left_out``: the ids of the cases that
+    only other shards have; ``None`` if several workers collected, which do not report them.
+    """
+
+    held: tuple[int, ...]
+    of: int
+    left_out: frozenset[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """``shard 2/4`` or ``shards 1, 3 of 4``."""
+        if len(self.held) == 1:
+            return f"shard {self.held[0]}/{self.of}"
+        return f"shards {', '.join(map(str, self.held))} of {self.of}"
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The numbers of the other shards."""
+        return tuple(number for number in range(1, self.of + 1) if number not in self.held)
+
+    def as_json(self) -> dict[str, Any]:
+        left_out = None if self.left_out is None else sorted(self.left_out)
+        return {"held": list(self.held), "of": self.of, "left_out": left_out}
+
+
+@dataclass(frozen=True)
 class Selection:
     """The selection of cases that a run was started with.
 
     ``args``: the paths and node ids on its command line, relative to the project's root, or the default paths;
     ``markers`` and ``keywords``: its expressions (``-m``, ``-k``); ``deselected``: the ids of cases that these, or the
-    suite's own defaults, deselected; ``None`` if several workers collected, which do not report them.
+    suite's own defaults, deselected; ``None`` if several workers collected, which do not report them; ``shards``:
+    the part of the selection that the run holds, ``None`` for all of it.
     """
 
     args: tuple[str, ...]
     markers: str = ""
     keywords: str = ""
     deselected: frozenset[str] | None = None
+    shards: Shards | None = None
 
     def covers(self, id_: str) -> bool:
         """Whether the case ``id_`` is in one of the paths, or is one of the node ids or an instance of one."""
@@ -71,7 +103,14 @@ class Selection:
 
     def as_json(self) -> dict[str, Any]:
         deselected = None if self.deselected is None else sorted(self.deselected)
-        return {**asdict(self), "args": list(self.args), "deselected": deselected}
+        shards = {} if self.shards is None else {"shards": self.shards.as_json()}
+        return {
+            "args": list(self.args),
+            "markers": self.markers,
+            "keywords": self.keywords,
+            "deselected": deselected,
+            **shards,
+        }
 
 
 def as_json(
@@ -81,18 +120,21 @@ def as_json(
     *,
     interrupted: bool = False,
     resumed_from: str | None = None,
+    merged_from: Sequence[str] = (),
     selection: Selection | None = None,
 ) -> dict[str, Any]:
     """The value stored under `KEY`: schema version, options of the run, cases and claims.
 
     ``interrupted``: whether the run ended before all its cases; ``resumed_from``: the file of the run that it resumes;
-    ``selection``: the cases that it was to run.
+    ``merged_from``: the files of the shards that it joins; ``selection``: the cases that it was to run.
     """
+    merged = {"merged_from": list(merged_from)} if merged_from else {}
     return {
         "schema": VERSION,
         "options": options,
         "interrupted": interrupted,
         "resumed_from": resumed_from,
+        **merged,
         "selection": None if selection is None else selection.as_json(),
         "cases": [asdict(case) for case in cases],
         "claims": claims,

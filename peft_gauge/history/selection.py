@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.schema import NOT_RUN, CaseRecord
 
@@ -37,7 +38,9 @@ def newest_in_common(files: Sequence[Path], number: int) -> Chosen:
     if not found:
         fewer = next((less for less in range(number - 1, 1, -1) if _in_common(known, newest_first, less)), None)
         hint = f"; --last {fewer} finds some" if fewer is not None else ""
-        raise GaugeError(f"no {number} of the {len(files)} runs in {files[-1].parent} have cases in common{hint}")
+        raise GaugeError(
+            f"no {number} of the {len(files)} runs in {store.shown(files[-1].parent)} have cases in common{hint}"
+        )
     return known.chosen(found, looked_at=newest_first[: newest_first.index(found[0])])
 
 

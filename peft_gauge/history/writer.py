@@ -14,6 +14,7 @@ from typing import Any
 from peft_gauge import __version__, paths
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.files import write_whole
+from peft_gauge.history import store
 
 
 def bundled_commit(file: Path = paths.COMMIT) -> dict[str, Any] | None:
@@ -47,6 +48,9 @@ def commit_info() -> dict[str, Any]:
 def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datetime | None = None) -> Path:
     """Save ``run`` as ``results/<machine>/NNNN_<commit>_<time>.json`` and return the path.
 
+    If ``results`` stands for an address (`peft_gauge.history.store`), the run is saved in the user's cache first. It
+    stays there if the store refuses it, and the error names its path.
+
     The file is written under a temporary name, flushed to disk and renamed, so it is never incomplete. Two runs that
     end at the same time get two numbers. Raises `GaugeError` for a value that JSON cannot hold (such as NaN), a full
     disk or a folder that is not writable; no file is left behind then.
@@ -55,11 +59,27 @@ def write_run(results: Path, machine: str, run: Mapping[str, Any], *, now: datet
         text = json.dumps(run, indent=2, allow_nan=False, default=_refuse)
     except (TypeError, ValueError) as error:
         raise GaugeError(f"this run cannot be saved as JSON: {one_line(error)}") from error
+    name = f"{_commit(run)}_{(now or datetime.now(UTC)):%Y%m%d_%H%M%S}"
     folder = results / machine
+    if store.address_of(folder) is None:
+        return _written(folder, name, text)
+    try:
+        kept = _written(paths.cache().absolute() / "unsent" / machine, name, text)
+    except GaugeError:  # a cache that is full or not writable
+        kept = _written(Path("results").absolute() / machine, name, text)
+    try:
+        saved = store.save(folder, name, text.encode())
+    except GaugeError as error:
+        raise GaugeError(f"{error}; the run is kept in {kept}") from error
+    kept.unlink(missing_ok=True)
+    return saved
+
+
+def _written(folder: Path, name: str, text: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _claimed_number(folder) as number:
-            target = folder / f"{number:04d}_{_commit(run)}_{(now or datetime.now(UTC)):%Y%m%d_%H%M%S}.json"
+            target = folder / f"{number:04d}_{name}.json"
             write_whole(target, text)
     except OSError as error:
         raise GaugeError(

@@ -8,7 +8,7 @@ tests, collection deselects slow cases and cases of another device and builds th
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import pytest
 from peft_gauge import machine
 from peft_gauge.errors import GaugeError, file_errors, one_line
 from peft_gauge.files import check_folder
+from peft_gauge.history import store
 from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.resumption import Resumption, resumable
 from peft_gauge.history.writer import commit_info
@@ -32,6 +33,7 @@ from peft_gauge.pytest_plugin.selection import (
     selected_device,
     selected_variations,
 )
+from peft_gauge.pytest_plugin.shards import LEFT_TO_OTHERS, Shard, parts, shard_of
 from peft_gauge.pytest_plugin.workers import automatic_workers, case_scheduling, check_workers, is_worker
 from peft_gauge.pytest_plugin.workload import (
     TIMEKEEPERS,
@@ -53,6 +55,7 @@ pytest_plugins = ["peft_gauge.pytest_plugin.recorder", "peft_gauge.pytest_plugin
 VARIED_CASES = pytest.StashKey[list[Case]]()
 DEVICE = pytest.StashKey[str]()
 LEFT_OUT = pytest.StashKey[list[str]]()
+EMPTY_SHARD = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,6 +77,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             config.stash[DEVICE] = selected_device(config)
             check_runs_on(config, config.stash[DEVICE])
             check_workers(config, config.stash[DEVICE])
+            shard_of(config)
             budget = budget_of(config)
             config.stash[RESUMPTION] = _resumption(config) if config.getoption("--resume") else None
             config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
@@ -85,7 +89,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def _resumption(config: pytest.Config) -> Resumption:
-    return resumable(Path(config.getoption("--results")), machine.machine_info(), run_options(config))
+    return resumable(store.place(config.getoption("--results")), machine.machine_info(), run_options(config))
 
 
 def _baseline(config: pytest.Config) -> Run | None:
@@ -93,7 +97,7 @@ def _baseline(config: pytest.Config) -> Run | None:
     if config.getoption("--no-save"):
         raise GaugeError("--compare needs the saved run; drop --no-save")
     named = config.getoption("--compare")
-    return read_run(Path(named)) if named else None
+    return read_run(store.place(named)) if named else None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -156,6 +160,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         *([f'{slow} slow cases (-m "slow or not slow" includes them)'] if slow else []),
         *([f"{elsewhere} of {'cuda' if device == 'cpu' else 'the CPU'} ({how})"] if elsewhere else []),
     ]
+    claims = Workload.of(items).claims  # those that other shards decide are not open here
+    shard = shard_of(config)
+    if shard is not None:
+        _keep_shard(config, items, shard)
     resumption = config.stash[RESUMPTION]
     if resumption is not None:
         deselect(config, items, lambda item: item.nodeid in resumption.done)
@@ -175,10 +183,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if case is not None and case.settings.grad_checkpointing:
             _skip_unless_checkpointed(item, case)
     items.sort(key=rank_beside_plans)
-    workload = config.stash[WORKLOAD] = Workload.of(items, split=is_split(config))
+    workload = config.stash[WORKLOAD] = replace(Workload.of(items, split=is_split(config)), claims=claims)
     budget = config.stash.get(BUDGET, None)
     if budget is not None:
         put_in_order(config, budget, items, workload)
+
+
+def _keep_shard(config: pytest.Config, items: list[pytest.Item], shard: Shard) -> None:
+    """Deselect the tests of other shards. All selected tests are split, also those that ``--resume`` need
+    not run again: a resumed shard is the same shard."""
+    number = len(items)
+    own = set(map(id, parts(items, shard.of)[shard.number - 1]))
+    config.stash[LEFT_TO_OTHERS] = frozenset(item.nodeid for item in items if id(item) not in own)
+    left = deselect(config, items, lambda item: id(item) not in own)
+    if left and not items:
+        config.stash[EMPTY_SHARD] = f"shard {shard} has no test: the {number} selected ones fill fewer shards than that"
+    elif left:
+        config.stash[LEFT_OUT].append(f"{left} of other shards (this is {shard})")
 
 
 def _skip_unless_checkpointed(item: pytest.Item, case: Case) -> None:
@@ -203,7 +224,12 @@ def _check_results(config: pytest.Config, workload: Workload) -> None:
         return
     folder = config.getoption("--results")
     try:
-        check_folder(Path(folder))
+        if store.address_of(store.place(folder)) is None:
+            check_folder(store.place(folder))
+        else:
+            store.check(store.place(folder))
+    except GaugeError as error:
+        raise pytest.UsageError(f"runs cannot be saved in {error}") from error
     except OSError as error:
         reason = f"runs cannot be saved in {one_line(folder, 120)}: {error.strerror}"
         raise pytest.UsageError(f"{reason}; choose another folder with --results, or add --no-save") from error
@@ -215,6 +241,8 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     left_out = config.stash.get(LEFT_OUT, [])
     budget: Budget | None = config.stash.get(BUDGET, None)
     lines = [f"peft-gauge: deselected {', '.join(left_out)}"] if left_out else []
+    if EMPTY_SHARD in config.stash:
+        return [*lines, f"peft-gauge: {config.stash[EMPTY_SHARD]}"]
     return lines if budget is None else [*lines, *budget.schedule()]
 
 

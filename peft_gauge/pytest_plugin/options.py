@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft_gauge.history.schema import Selection
+from peft_gauge.history.schema import Selection, Shards
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
@@ -110,7 +110,18 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="kill the process of a measured case after SECONDS, with the outcome timed-out (default: 900)",
     )
-    add("--results", default="results", metavar="DIR", help="save runs in DIR (default: results); write --results=DIR")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="run only the I-th of N parts, for several machines that share one run; peft-gauge merge joins the saved "
+        "runs (the tests of a case stay together)",
+    )
+    add(
+        "--results",
+        default="results",
+        metavar="DIR",
+        help="save runs in DIR (default: results), or at an address such as s3://bucket/runs; write --results=DIR",
+    )
     add("--no-plan-cache", action="store_true", help="plan every step, also those that an earlier run planned")
     add("--no-save", action="store_true", help="do not save this run")
     add(
@@ -154,6 +165,8 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
     found = {name: config.getoption(name) for name in names}
     if config.getoption("gpus") is not None or config.getoption("strategy") != "fsdp2":
         found |= {"gpus": config.getoption("gpus"), "strategy": config.getoption("strategy")}
+    if config.getoption("shard") is not None:
+        found["shard"] = config.getoption("shard")
     if config.getoption("float32_outputs"):  # runs without it do not record it, as earlier ones
         found["float32_outputs"] = True
     if config.getoption("loop") == "plain":  # as earlier runs, which knew no other, recorded it
@@ -161,8 +174,9 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
     return {**found, "loop": config.getoption("loop"), "set": config.getoption("changes") or []}
 
 
-def selection(config: pytest.Config, deselected: Iterable[str] | None) -> Selection:
-    """The selection on the command line, for the run's record; ``deselected``: ids, ``None`` if they are unknown."""
+def selection(config: pytest.Config, deselected: Iterable[str] | None, shards: Shards | None = None) -> Selection:
+    """The selection on the command line, for the run's record; ``deselected``: ids, ``None`` if they are unknown;
+    ``shards``: the shard that the run is."""
 
     def from_root(arg: str) -> str:
         path, mark, name = arg.partition("::")
@@ -172,4 +186,4 @@ def selection(config: pytest.Config, deselected: Iterable[str] | None) -> Select
 
     option = config.getoption
     noted = None if deselected is None else frozenset(deselected)
-    return Selection(tuple(map(from_root, config.args)), option("markexpr"), option("keyword"), noted)
+    return Selection(tuple(map(from_root, config.args)), option("markexpr"), option("keyword"), noted, shards)

@@ -11,7 +11,7 @@ import pytest
 from peft_gauge import machine
 from peft_gauge._internals.pytest import width_of
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import schema
+from peft_gauge.history import schema, store
 from peft_gauge.history.comparison import compare
 from peft_gauge.history.reader import Run, read_run, runs_in
 from peft_gauge.history.resumption import Resumption, merged
@@ -21,6 +21,7 @@ from peft_gauge.history.writer import write_run
 from peft_gauge.pytest_plugin.budget import BUDGET, Budget
 from peft_gauge.pytest_plugin.options import run_options, selection
 from peft_gauge.pytest_plugin.selection import CASES, unusable_adapters
+from peft_gauge.pytest_plugin.shards import record_of
 from peft_gauge.pytest_plugin.workers import is_worker
 from peft_gauge.report.comparison import as_terminal
 from peft_gauge.report.terminal import memory_table, plan_table, published_table, summary, sweep_table
@@ -104,12 +105,12 @@ class Recorder:
         info = machine.machine_info()
         run = self._run(info, interrupted=exitstatus == pytest.ExitCode.INTERRUPTED)
         try:
-            path = write_run(Path(self.config.getoption("--results")), info["name"], run)
+            path = write_run(store.place(self.config.getoption("--results")), info["name"], run)
         except GaugeError as error:
             self.notes.append(f"NOT SAVED: {error}")
             self._fail()
         else:
-            self.notes.append(f"saved {path}")
+            self.notes.append(f"saved {store.shown(path)}")
             if self.config.getoption("--compare") is not None:
                 self._compare(path)
 
@@ -163,9 +164,14 @@ class Recorder:
             run_options(self.config),
             interrupted=interrupted,
             resumed_from=resumption.run.path.name if resumption is not None else None,
-            selection=selection(self.config, self.deselected),
+            selection=self._selection(),
         )
         return run
+
+    def _selection(self) -> schema.Selection:
+        shards = record_of(self.config)
+        left_out = frozenset() if shards is None else shards.left_out or frozenset()
+        return selection(self.config, None if self.deselected is None else self.deselected - left_out, shards)
 
     def _fail(self, code: pytest.ExitCode = pytest.ExitCode.INTERNAL_ERROR) -> None:
         session = self.config.pluginmanager.get_plugin("session")

@@ -62,7 +62,9 @@ def _about(runs: Sequence[Run], claims: Sequence[Standing]) -> Iterator[str]:
     accelerator = run.machine.get("accelerator") or {}
     cpu = run.machine.get("cpu") or {}
     threads = f", {run.machine['threads']} threads" if run.machine.get("threads") is not None else ""
-    yield f"- ended {run.when:%Y-%m-%d %H:%M %Z}{', **interrupted before all its cases**' if run.interrupted else ''}"
+    part = "" if run.shards is None else f", **{run.shards.name} only**"
+    end = ", **interrupted before all its cases**" if run.interrupted else ""
+    yield f"- ended {run.when:%Y-%m-%d %H:%M %Z}{part}{end}"
     yield f"- processor: {escape(cpu.get('brand_raw') or ABSENT)}, {escape(cpu.get('count') or ABSENT)} cores{threads}"
     memory = shown_bytes(accelerator.get("memory_bytes"))
     yield (
@@ -85,7 +87,8 @@ def _answers(run: Run, newest: Run) -> str:
     benchmarks = Counter(case.benchmark for case in run.cases)
     told = ", ".join(f"{escape(benchmark)} ({number})" for benchmark, number in benchmarks.items()) or "no cases"
     changed = [escape(change) for change in [*machine_changes(run, newest), *environment_changes(run, newest)]]
-    when = f"ended {run.when:%Y-%m-%d %H:%M %Z}{', interrupted' if run.interrupted else ''}"
+    part = "" if run.shards is None else f", {run.shards.name}"
+    when = f"ended {run.when:%Y-%m-%d %H:%M %Z}{part}{', interrupted' if run.interrupted else ''}"
     return f"{told}; {when}" + (f"; since then {'; '.join(changed)}" if changed else "")
 
 

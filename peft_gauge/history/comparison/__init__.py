@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_gauge.history.absent import Absences
+from peft_gauge.history import store
+from peft_gauge.history.absent import Absences, left_to_other_shards
 from peft_gauge.history.comparison.cases import only_in_base, only_in_new, renamed, renamed_row
 from peft_gauge.history.comparison.causes import fingerprint, shape
 from peft_gauge.history.comparison.rows import UNCHECKED, Pair, Row
@@ -24,6 +25,9 @@ from peft_gauge.history.comparison.values import (
 from peft_gauge.history.metrics import cases_of, environment_changes, machine_changes
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from peft_gauge.history.metrics import RecordedCase
     from peft_gauge.history.reader import Run
     from peft_gauge.history.rules import Rules
 
@@ -66,7 +70,7 @@ def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False)
     if machines and not across_machines:
         return _comparison(base, new, (), [], f"the machines differ ({'; '.join(machines)})")
     old_cases, new_cases = cases_of(base), cases_of(new)
-    names = renamed(old_cases, new_cases)
+    names = renamed(_without(old_cases, left_to_other_shards(new)), _without(new_cases, left_to_other_shards(base)))
     rows = [renamed_row(old, name) for old, name in names.items()]
     pairs = [
         Pair(old, new_cases[name], shape(fingerprint(old, old_cases), fingerprint(new_cases[name], new_cases)))
@@ -89,13 +93,18 @@ def compare(base: Run, new: Run, rules: Rules, *, across_machines: bool = False)
     return _comparison(base, new, rows, notes, None if comparable else _why_incomparable(base, new, pairs))
 
 
+def _without(cases: Mapping[str, RecordedCase], ids: Collection[str]) -> dict[str, RecordedCase]:
+    return {id_: case for id_, case in cases.items() if id_ not in ids}
+
+
 def _comparison(base: Run, new: Run, rows: Sequence[Row], notes: list[str], incomparable: str | None) -> RunComparison:
     interrupted = [f"{name} was interrupted" for name, run in (("BASE", base), ("NEW", new)) if run.interrupted]
+    shards = [f"{name} is {run.shards.name}" for name, run in (("BASE", base), ("NEW", new)) if run.shards is not None]
     return RunComparison(
-        base=str(base.path),
-        new=str(new.path),
+        base=store.shown(base.path),
+        new=store.shown(new.path),
         environment=tuple(environment_changes(base, new)),
-        notes=(*notes, *interrupted),
+        notes=(*notes, *shards, *interrupted),
         incomparable=incomparable,
         rows=tuple(sorted(rows, key=lambda row: (row.badness, row.test, row.metric))),
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.claims import NOT_MEASURED
-from peft_gauge.history.absent import MISSING, NOT_ASKED, NOT_REACHED
+from peft_gauge.history.absent import MISSING, NOT_ASKED, NOT_REACHED, OTHER_SHARD
 from peft_gauge.history.comparison.causes import cause
 from peft_gauge.history.comparison.rows import NEW, NOT_COMPARABLE, Pair, Row, names_of, ratio
 from peft_gauge.history.metrics import FINGERPRINT, is_number
@@ -118,7 +118,8 @@ def claims(base: Run, new: Run, rules: Rules) -> Iterator[Row]:
         elif after is None:
             # NEW did not run the benchmark of a claim that it lists without a decision, or if it has no claims.
             asked = now and name not in now
-            label = NOT_REACHED if new.interrupted else MISSING if asked else NOT_ASKED
+            whole = MISSING if asked else NOT_ASKED
+            label = OTHER_SHARD if new.shards is not None else NOT_REACHED if new.interrupted else whole
             yield replace(
                 row, verdict="inconclusive", label=label, note=None if label == MISSING else "NEW does not decide it"
             )

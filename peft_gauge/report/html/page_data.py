@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
 from peft_gauge.history.answers import NewestAnswers
 from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import RecordedCase, cases_of, is_number, machine_changes
@@ -88,12 +89,12 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     problems = []
     for path in paths:
         try:
-            files = [path] if path.is_file() else runs_in(path)
+            files = [path] if store.is_file(path) else runs_in(path)
         except GaugeError as error:
             problems.append(str(error))
             continue
         if not files:
-            problems.append(f"{path} contains no saved runs")
+            problems.append(f"{store.shown(path)} contains no saved runs")
         found |= {file.resolve(): file for file in files}
     return list(found.values()), problems
 

@@ -57,7 +57,8 @@ def machines(report: Report) -> str:
 
 def _machine(name: str, answering: Answering) -> list[str]:
     run, compared = answering.run, answering.comparison
-    about = run.name + (", interrupted" if run.interrupted else "")
+    part = "" if run.shards is None else f", {run.shards.name}"
+    about = run.name + part + (", interrupted" if run.interrupted else "")
     benchmarks = ", ".join(dict.fromkeys(case.benchmark.removeprefix("test_") for case in run.cases))
     cells = [text(name), text(about), text(f"{run.when:%Y-%m-%d %H:%M}"), plain(len(run.cases), "{}"), text(benchmarks)]
     if compared is None or answering.base is None:
