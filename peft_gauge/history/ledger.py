@@ -80,18 +80,19 @@ class NewestVerdicts:
 
     def add(self, run: Run) -> None:
         """Add the claims of ``run``; of two runs that ended at the same moment, the one added last counts."""
+        source: Source | None = None
         for claim in run.claims:
-            undecided = Standing(claim["id"], claim["model"], _text(claim, "statement"))
-            key = undecided.id, undecided.model
-            known = self._standings.setdefault(key, undecided)
+            key = claim["id"], claim["model"]
+            known = self._standings.get(key)
+            if known is None:
+                known = self._standings[key] = Standing(*key, _text(claim, "statement"))
             if claim["verdict"] not in VERDICTS:
                 continue
-            source = Source.of(run)
+            source = source or Source.of(run)
             if known.source is None or known.source.ended <= source.ended:
-                metric, conditions = _text(claim, "metric"), _text(claim, "conditions")
-                self._standings[key] = replace(
-                    undecided, verdict=claim["verdict"], metric=metric, conditions=conditions, source=source
-                )
+                texts = (_text(claim, name) for name in ("statement", "metric", "conditions"))
+                statement, metric, conditions = texts
+                self._standings[key] = Standing(*key, statement, claim["verdict"], metric, conditions, source)
 
     def standings(self) -> list[Standing]:
         """All claims that any run evaluates, in the order in which they first occurred."""

@@ -23,6 +23,8 @@ FINGERPRINT = "fingerprint"
 IDENTITY = ("method", "model", "device")
 """The metrics that identify, with the settings, the subject of a case."""
 
+_PLAIN = frozenset((str, int, float, bool))
+
 ABSENT = "absent"
 SHOWN_DISTRIBUTIONS = 5
 
@@ -80,18 +82,20 @@ def cases_of(run: Run) -> dict[str, RecordedCase]:
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """``values`` with dotted names, without ``None``. Lists stay whole, except lists of records."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if type(value) in _PLAIN:  # most are, and for each of these a check for a mapping takes longer than all else
+            yield prefix + name, value
+        elif isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
             yield from flat({str(place): each for place, each in enumerate(value)}, f"{prefix}{name}.")
         elif value is not None:
-            yield f"{prefix}{name}", value
+            yield prefix + name, value
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     apart = {SAMPLES, CONTROL_SAMPLES, SETTINGS, FINGERPRINT}
     for name, value in flat({name: value for name, value in metrics.items() if name not in apart}):
-        if f".{SETTINGS}." not in f".{name}":
+        if f"{SETTINGS}." not in name or f".{SETTINGS}." not in f".{name}":
             yield name, value
 
 
@@ -99,8 +103,8 @@ def _settings(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The case's own settings, and those of a record in it, for example of a plan."""
     yield from flat(_mapping(metrics.get(SETTINGS)) or {})
     for name, value in metrics.items():
-        inner = _mapping(value.get(SETTINGS)) if isinstance(value, Mapping) and name != SETTINGS else None
-        yield from flat(inner or {}, f"{name}.")
+        if type(value) not in _PLAIN and isinstance(value, Mapping) and name != SETTINGS:
+            yield from flat(_mapping(value.get(SETTINGS)) or {}, f"{name}.")
 
 
 def _samples(metrics: Mapping[str, Any]) -> dict[str, Samples]:

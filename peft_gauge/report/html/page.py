@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.report.charts import plots
 from peft_gauge.report.html import page_data, page_tables
 from peft_gauge.report.html.page_cells import SUBJECT, text
+from peft_gauge.report.html.page_history import MOST_RUNS, NEWEST_RUNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -194,7 +195,7 @@ def _history_section(history: History) -> str:
     return f"""<p id="about-history">Every metric over all runs of its machine. A change point (▲ worse, ▼ better) is
 where <code>peft-gauge compare</code> reports a change from the previous run with the same case: by its interval for a
 time, by its tolerance or exactly for anything else; and where the level of a time changes over many runs, which takes
-about a dozen runs. Bars are 95 % intervals of the rounds’ median.</p>
+about a dozen runs. Bars are 95 % intervals of the rounds’ median.{_thinning(history)}</p>
 <form class="pick" aria-label="Which history">
 <label>case<select name="case"></select></label>
 <label>metric<select name="metric"></select></label>
@@ -203,6 +204,18 @@ about a dozen runs. Bars are 95 % intervals of the rounds’ median.</p>
 <div class="plot" data-plot="history" role="group" aria-label="History: plot" aria-describedby="about-history"></div>
 <details id="history-data"><summary>Data as a table</summary></details>
 {page_tables.changes(history) if history.changes else "<p>No metric changed in any run.</p>"}"""
+
+
+def _thinning(history: History) -> str:
+    """Names the runs that are left out; empty text if there are none."""
+    left_out = len(history.runs) - len(history.shown_runs())
+    if not left_out:
+        return ""
+    return (
+        f" Changes are found in all {len(history.runs):,} runs. Shown are each machine’s newest {NEWEST_RUNS}, "
+        f"{MOST_RUNS - NEWEST_RUNS} evenly spaced earlier ones, and those with a change of the metric; the other "
+        f"{left_out:,} are left out."
+    )
 
 
 # Data for the page's script
@@ -227,22 +240,32 @@ def history_data(history: History) -> dict[str, Any]:
     ``runs``: [machine, name, end, commit, versions] by index; ``versions``: texts of all libraries, ``differing``: of
     those that vary between runs, both by index; ``cases``: [id, method, model]; ``metrics``: names; ``at``: lists of
     indices of runs; ``series``: [machine, case, metric, at, values, lows, highs], indices except for the values, where
-    [number, times] stands for a repeated number; ``changes``: [run, case, metric, verdict].
+    [number, times] stands for a repeated number; ``changes``: [run, case, metric, verdict]. Of a long history only some
+    runs are in it (`History.shown_runs`), and of each metric those at which it changed.
     """
     machines, cases, metrics, versions, at = (_Index() for _ in range(5))
+    noted = [each for each in history.changes if (each.machine, each.case, each.metric) in history.series]
+    changed: dict[tuple[str, str, str], set[int]] = {}
+    for change in noted:
+        changed.setdefault((change.machine, change.case, change.metric), set()).add(change.run)
+    shown = history.shown_runs()
+    there = sorted(shown.union(*changed.values()))
+    places = {run: place for place, run in enumerate(there)}
     runs = [
         [machines[run.machine], run.name, run.when, run.commit, versions[tuple(run.libraries.items())]]
-        for run in history.runs
+        for run in (history.runs[index] for index in there)
     ]
     series = [
-        [machines[one.machine], cases[one.case], metrics[one.metric], at[tuple(one.runs)], *_values_of(one)]
-        for one in history.series.values()
+        [
+            machines[one.machine],
+            cases[one.case],
+            metrics[one.metric],
+            at[tuple(places[run] for run in one.runs)],
+            *_values_of(one),
+        ]
+        for one in (each.only(shown | changed.get(key, set())) for key, each in history.series.items())
     ]
-    changes = [
-        [change.run, cases[change.case], metrics[change.metric], change.verdict]
-        for change in history.changes
-        if (change.machine, change.case, change.metric) in history.series
-    ]
+    changes = [[places[change.run], cases[change.case], metrics[change.metric], change.verdict] for change in noted]
     subjects = [history.subjects[case] for case in cases.names]
     return {
         "machines": machines.names,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 from peft_gauge.history.answers import NewestAnswers
+from peft_gauge.history.briefs import briefs, restored
 from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import RecordedCase, cases_of, is_number, machine_changes
 from peft_gauge.history.reader import read_run, runs_in
@@ -102,8 +103,9 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 def gather(paths: Sequence[Path], rules: Rules) -> Report:
     """The report of all runs under ``paths``.
 
-    Paths without runs and unreadable files are left out, with a line each. Raises `GaugeError` if no run is left. Runs
-    are read one at a time and released, since a history can have a thousand of them.
+    Paths without runs and unreadable files are left out, with a line each. Raises `GaugeError` if no run is left. Only
+    briefs of the runs are read, one at a time; a history can have thousands. Runs that are shown or compared are read
+    in full at the end.
     """
     remembered = RememberedRules.of_rules(rules)
     history = History(remembered)
@@ -111,17 +113,13 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     latest: dict[str, list[Run]] = {}
     answers: dict[str, NewestAnswers] = {}
     verdicts: dict[str, NewestVerdicts] = {}
-    for file in files:
-        try:
-            run = read_run(file)
-        except GaugeError as error:
-            left_out.append(str(error))
-            continue
-        history.add(run)
-        verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
-        answers.setdefault(machine_of(run), NewestAnswers()).add(run)
-        kept = latest.setdefault(machine_of(run), [])
-        kept.append(run)
+    for brief in briefs(files, left_out):
+        history.add(brief)
+        name = machine_of(brief.run)
+        verdicts.setdefault(name, NewestVerdicts()).add(brief.run)
+        answers.setdefault(name, NewestAnswers()).add(brief.run)
+        kept = latest.setdefault(name, [])
+        kept.append(brief.run)
         del kept[: -EARLIER_LOOKED_AT - 1]
     if not latest:
         raise GaugeError(nothing_left(left_out))
@@ -129,7 +127,7 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     machines = {}
     for name, runs in sorted(latest.items()):
         claims = verdicts[name].standings()
-        answering = _compared(answers[name].by_run(), runs, claims, remembered)
+        answering = _compared([*map(restored, answers[name].by_run())], runs, claims, remembered)
         machines[name] = Machine(answering, claims)
     return Report(machines, history, left_out)
 
@@ -147,21 +145,16 @@ def newest_answers(files: Sequence[Path], left_out: list[str]) -> list[tuple[lis
     """
     answers: dict[str, NewestAnswers] = {}
     verdicts: dict[str, NewestVerdicts] = {}
-    for file in files:
-        try:
-            run = read_run(file)
-        except GaugeError as error:
-            left_out.append(str(error))
-        else:
-            answers.setdefault(machine_of(run), NewestAnswers()).add(run)
-            verdicts.setdefault(machine_of(run), NewestVerdicts()).add(run)
-    return [(found.by_run(), verdicts[name].standings()) for name, found in sorted(answers.items())]
+    for brief in briefs(files, left_out):
+        answers.setdefault(machine_of(brief.run), NewestAnswers()).add(brief.run)
+        verdicts.setdefault(machine_of(brief.run), NewestVerdicts()).add(brief.run)
+    return [([*map(restored, found.by_run())], verdicts[name].standings()) for name, found in sorted(answers.items())]
 
 
 def _compared(
     answering: list[Run], latest: Sequence[Run], claims: Sequence[Standing], rules: RememberedRules
 ) -> list[Answering]:
-    """Each of ``answering`` compared with the newest comparable earlier run among ``latest``."""
+    """Each of ``answering`` compared with the newest comparable earlier run among ``latest``, which are of briefs."""
     answered = {case.id for run in answering for case in run.cases}
     places = {run.path: place for place, run in enumerate(latest)}
     found = []
@@ -182,9 +175,10 @@ def _against_newest(new: Run, earlier: Sequence[Run], answered: set[str], rules:
 
     own, benchmarks = {case.id for case in new.cases}, {case.benchmark for case in new.cases}
     decided = {(claim["id"], claim["model"]) for claim in new.claims}
-    for base in reversed(earlier):
-        if not own & {case.id for case in base.cases} or machine_changes(base, new):
+    for brief in reversed(earlier):
+        if not own & {case.id for case in brief.cases} or machine_changes(brief, new):
             continue
+        base = read_run(brief.path)
         asked = (each for each in base.cases if each.id in own or each.benchmark in benchmarks)
         cases = tuple(each for each in asked if each.id in own or each.id not in answered)
         comparison = compare(replace(_with_claims(base, decided), cases=cases), new, rules)

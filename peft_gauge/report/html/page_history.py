@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +23,24 @@ from peft_gauge.history.metrics import (
     FINGERPRINT,
     RecordedCase,
     Samples,
-    cases_of,
     environment_changes,
     machine_changes,
 )
+from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import Rule, Rules
 from peft_gauge.history.schema import NOT_RUN
 from peft_gauge.medians import median_interval
 
 if TYPE_CHECKING:
+    from peft_gauge.history.briefs import Brief
     from peft_gauge.history.reader import Run
 
 # Metrics about the measurement itself, and names of shapes: without a rule they get no history.
 OF_MEASURING = ("meters.", "gpu.", "states", "last_known.", "unavailable.", "phases.", "crossings.", "plan.device.")
 OF_MEASURING_ENDS = (".batch", ".seq", ".held", "warm_up_rounds", "plan.seconds")
+
+MOST_RUNS, NEWEST_RUNS = 200, 100
+"""The most runs of a machine that a page shows in its history, and how many of these are the newest."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,20 @@ class Series:
     runs: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     intervals: list[tuple[float, float] | None] = field(default_factory=list)
+
+    def only(self, runs: Set[int]) -> Series:
+        """The part of the series in ``runs``."""
+        places = [place for place, run in enumerate(self.runs) if run in runs]
+        if len(places) == len(self.runs):
+            return self
+        return Series(
+            self.machine,
+            self.case,
+            self.metric,
+            [self.runs[place] for place in places],
+            [self.values[place] for place in places],
+            [self.intervals[place] for place in places] if self.intervals else [],
+        )
 
 
 @dataclass(frozen=True)
@@ -111,11 +129,13 @@ class History:
     subjects: dict[str, dict[str, Any]] = field(default_factory=dict)
     _last: dict[tuple[str, str], tuple[RecordedCase, Run]] = field(default_factory=dict)
     _verdicts: dict[tuple[str, str], str] = field(default_factory=dict)
-    _passed_over: set[tuple[str, str]] = field(default_factory=set)
+    _of_case: dict[tuple[str, str], dict[str, Series | None]] = field(default_factory=dict)
+    """The series of a machine's case by metric; ``None`` for a metric that has no history."""
     _breaks: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
-    def add(self, run: Run) -> None:
-        """Add ``run``, the newest of its machine so far."""
+    def add(self, brief: Brief) -> None:
+        """Add a run, the newest of its machine so far."""
+        run = brief.run
         machine, index = machine_of(run), len(self.runs)
         commit = run.commit.get("id")
         self.runs.append(
@@ -130,7 +150,7 @@ class History:
             )
         )
         earlier: dict[int, _Pairs] = {}  # by the identity of the earlier run
-        for case in cases_of(run).values():
+        for case in brief.cases.values():
             if case.outcome in NOT_RUN:
                 continue
             self.subjects[case.id] = subject_of(case)
@@ -169,6 +189,14 @@ class History:
                         self.changes.append(change)
         self.changes.sort(key=lambda change: change.run)
 
+    def shown_runs(self) -> set[int]:
+        """The indices of the runs that a page shows: all of a machine, or if it has more than `MOST_RUNS`, so many: the
+        newest `NEWEST_RUNS`, and evenly spaced earlier ones. Changes are found in all runs."""
+        by_machine: dict[str, list[int]] = {}
+        for index, run in enumerate(self.runs):
+            by_machine.setdefault(run.machine, []).append(index)
+        return {index for runs in by_machine.values() for index in _thinned(runs)}
+
     def _level_changes(self, one: Series, start: int, end: int, effect: float, chance: float) -> Iterable[Change]:
         """The changes of level within the runs ``start`` to ``end`` of the series."""
         if end - start < 2 * LEAST_RUNS:
@@ -190,17 +218,22 @@ class History:
             )
 
     def _keep(self, machine: str, index: int, case: RecordedCase) -> None:
+        of_case = self._of_case.setdefault((machine, case.id), {})
         for metric, value in case.metrics.items():
-            if not metrics.is_number(value) or (case.id, metric) in self._passed_over:
+            if type(value) not in (int, float):  # as `metrics.is_number` of parsed JSON, in a tenth of its time
                 continue
-            key = machine, case.id, metric
-            series = self.series.get(key)
+            series = of_case.get(metric)
             if series is None:
-                if is_of_measuring(metric) and self.rules.of(case.id, metric).kind == "ignore":
-                    self._passed_over.add((case.id, metric))
+                if metric in of_case:
                     continue
-                series = self.series[key] = Series(*key)
+                if is_of_measuring(metric) and self.rules.of(case.id, metric).kind == "ignore":
+                    of_case[metric] = None
+                    continue
+                key = machine, case.id, metric
+                series = self.series[key] = of_case[metric] = Series(*key)
             series.runs.append(index)
+            if series.values and type(series.values[-1]) is type(value) and series.values[-1] == value:
+                value = series.values[-1]  # one object, however many runs have it
             series.values.append(value)
             samples = case.samples.get(metric)
             if samples is not None or series.intervals:
@@ -228,9 +261,20 @@ class History:
                 self._note(index, row, ())
 
 
+def _thinned(runs: Sequence[int]) -> Sequence[int]:
+    if len(runs) <= MOST_RUNS:
+        return runs
+    earlier, newest = runs[:-NEWEST_RUNS], runs[-NEWEST_RUNS:]
+    number = MOST_RUNS - NEWEST_RUNS
+    return [*(earlier[place * len(earlier) // number] for place in range(number)), *newest]
+
+
 @dataclass
 class _Pairs:
-    """The cases of a run whose previous record is in ``base``, as pairs of that record and the new one."""
+    """The cases of a run whose previous record is in ``base``, as pairs of that record and the new one.
+
+    Both runs are those of briefs; where they are compared in full, they are read from their files.
+    """
 
     base: Run
     cases: list[tuple[RecordedCase, RecordedCase]] = field(default_factory=list)
@@ -245,14 +289,25 @@ class _Pairs:
         comparable = [(old, new) for old, new in self.cases if old.settings == new.settings]
         for old, new in comparable:
             yield from _noise_free_changes(old, new, rules)
-        if any(old.fingerprint != new.fingerprint for old, new in comparable) or _can_decide_a_time(comparable, rules):
-            for row in compare(self.base, run, rules).rows:
+        shaped = {new.id for old, new in comparable if old.fingerprint != new.fingerprint}
+        timed = _can_decide_a_time(comparable, rules)
+        if shaped or timed:
+            both = read_run(self.base.path), read_run(run.path)
+            if not timed:  # only fingerprints can differ
+                both = _only(both[0], shaped), _only(both[1], shaped)
+            for row in compare(*both, rules).rows:
                 of_time = row.metric == FINGERPRINT or rules.of(row.test, row.metric).kind == "time"
                 if row.test in names and of_time and row.verdict in ("worse", "better"):
                     yield row
 
 
+def _only(run: Run, ids: Set[str]) -> Run:
+    return replace(run, cases=tuple(case for case in run.cases if case.id in ids))
+
+
 def _noise_free_changes(old: RecordedCase, new: RecordedCase, rules: RememberedRules) -> Iterable[Row]:
+    if old.metrics == new.metrics:
+        return
     for metric, after in new.metrics.items():
         before = old.metrics.get(metric)
         if before is None or before == after:

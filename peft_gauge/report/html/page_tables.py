@@ -313,6 +313,8 @@ def not_passed(report: Report) -> str:
 
 
 def runs(history: History) -> str:
+    """The runs in the history of the page, the newest first."""
+    shown = sorted(history.shown_runs(), reverse=True)
     lines: list[Line] = [
         (
             {"machine": run.machine},
@@ -325,10 +327,11 @@ def runs(history: History) -> str:
                 text(run.file),
             ],
         )
-        for run in reversed(history.runs)
+        for run in (history.runs[index] for index in shown)
     ]
     headings = ("run", "machine", "ended (UTC)", "commit", "libraries", "file")
-    return table("t-runs", "All runs, the newest first", headings, lines)
+    number = "All runs" if len(shown) == len(history.runs) else f"{len(shown):,} of {len(history.runs):,} runs"
+    return table("t-runs", f"{number}, the newest first", headings, lines)
 
 
 def versions(libraries: Mapping[str, str | None]) -> str:

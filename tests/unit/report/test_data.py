@@ -18,7 +18,7 @@ from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, CaseRecord
 from peft_gauge.report import markdown
 from peft_gauge.report.charts import pictures, plots
-from peft_gauge.report.html import page_data, page_tables
+from peft_gauge.report.html import page, page_data, page_history, page_tables
 from peft_gauge.report.html.page_data import Report, gather
 from peft_gauge.report.html.page_history import History, RememberedRules
 from tests.support import report_runs
@@ -462,3 +462,44 @@ def test_nothing_left_names_the_first_of_many() -> None:
 def test_samples_themselves_are_not_kept(report: Report) -> None:
     assert report.history is not None
     assert not {one.metric for one in report.history.series.values()} & {SAMPLES, CONTROL_SAMPLES}
+
+
+# Long histories
+
+
+def test_of_a_long_history_the_page_shows_a_part_and_every_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_history, "MOST_RUNS", 6)
+    monkeypatch.setattr(page_history, "NEWEST_RUNS", 3)
+    for day in range(20):
+        extra = 5_120_000 if day >= 9 else 0
+        save(tmp_path, day, [memory_case("lora", "toy", extra=extra), step_case("lora", "toy", ratio=3 + day / 1000)])
+    save(tmp_path, 20, [memory_case("lora", "toy")], machine=report_runs.CARD)
+    history = gather([tmp_path], RULES).history
+    assert history is not None
+    embedded = page.history_data(history)
+    series = {
+        (embedded["machines"][machine], embedded["metrics"][metric]): (
+            [embedded["runs"][run][1] for run in embedded["at"][at]],
+            values,
+        )
+        for machine, _, metric, at, values, *_ in embedded["series"]
+    }
+    drawn = ["0001", "0006", "0012", "0018", "0019", "0020"]  # the newest three, and three of those before
+    names, values = series["cpu-box", "step_seconds"]
+    assert (names, values) == (drawn, [3.0, 3.005, 3.011, 3.017, 3.018, 3.019])
+    names, values = series["cpu-box", "tensor_peak_bytes"]
+    assert names == sorted([*drawn, "0010"])  # where it changed
+    assert values == [[PEAK, 2], [PEAK + 5_120_000, 5]]
+    assert [embedded["runs"][run][1] for run, _, _, _ in embedded["changes"]] == ["0010"] * len(embedded["changes"])
+    assert series["GPU-box", "tensor_peak_bytes"] == (["0001"], [PEAK])
+    assert page_tables.runs(history).count("<tr") == 1 + 7
+    assert "7 of 21 runs" in page_tables.runs(history)
+
+
+def test_a_short_history_is_whole(report: Report) -> None:
+    assert report.history is not None
+    assert report.history.shown_runs() == set(range(len(report.history.runs)))
+    assert "left out" not in page._history_section(report.history)
+    assert "All runs" in page_tables.runs(report.history)
