@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_gauge._internals.deepspeed import has_deepspeed
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -156,8 +157,9 @@ def plan(
 
     Exit code 1: a step does not fit a --gpu; 2: a case cannot be planned.
     """
-    # Plans need no GPU. transformers imports DeepSpeed if it is there, which otherwise looks for one and remarks on it.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if (strategy or "").startswith("zero") and has_deepspeed():
+        # transformers imports DeepSpeed, which would look for a GPU and remark on it; a plan needs none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from peft_gauge.commands.timelines import timelines
     from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
