@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,15 +27,17 @@ def release() -> str:
     return f"DeepSpeed {version('deepspeed')}"
 
 
-def zero_config(stage: int, *, dtype: str, clip_grad_norm: float | None, micro_batches: int) -> dict[str, Any]:
+def zero_config(stage: int, *, dtype: torch.dtype, clip_grad_norm: float | None, micro_batches: int) -> dict[str, Any]:
     """DeepSpeed's configuration as accelerate's `DeepSpeedPlugin` makes it from its defaults (``zero_stage``), so that
     buckets have DeepSpeed's own sizes. ``dtype``: of the weights in training, bfloat16 or float32."""
+    import torch
+
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": False},
         "gradient_clipping": clip_grad_norm or 0.0,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
     }
@@ -49,7 +51,7 @@ def engine_of(
 
     It runs on the CPU, whose kernels for shared memory are not compiled. Guarded by a contract test.
     """
-    environment = {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, environment))
         deepspeed = _imported()
@@ -143,22 +145,23 @@ def zero_on_fakes() -> Iterator[None]:
     def as_it_is(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
         return module
 
-    def or_zero(name: str) -> Any:
+    def or_zero(name: str, zero: Callable[[torch.Tensor], Any]) -> Any:
         read = getattr(torch.Tensor, name)
 
         def read_or_zero(tensor: torch.Tensor) -> Any:
             try:
                 return read(tensor)
             except DataDependentOutputException:
-                return {"__bool__": False, "__float__": 0.0}.get(name, False if tensor.dtype == torch.bool else 0)
+                return zero(tensor)
 
         return patch.object(torch.Tensor, name, read_or_zero)
 
     with ExitStack() as stack:
         for name in ("to", "bfloat16", "half"):
             stack.enter_context(patch.object(nn.Module, name, as_it_is))
-        for name in ("__bool__", "__float__", "item"):
-            stack.enter_context(or_zero(name))
+        stack.enter_context(or_zero("__bool__", lambda tensor: False))
+        stack.enter_context(or_zero("__float__", lambda tensor: 0.0))
+        stack.enter_context(or_zero("item", lambda tensor: False if tensor.dtype == torch.bool else 0))
         for module in ("utils", "partition_parameters", "partitioned_param_coordinator"):  # collectives move no data
             agree = f"deepspeed.runtime.zero.{module}.assert_ints_same_as_other_ranks"
             stack.enter_context(patch(agree, lambda numbers: None))

@@ -24,7 +24,7 @@ import inspect
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +139,11 @@ def fetch(path: Path, most_bytes: int) -> None:
     _keep(path, content)
 
 
+def numbers(names: Iterable[str]) -> list[int]:
+    """The numbers with which ``names`` of saved runs begin (``NNNN_``); other names have none."""
+    return [int(match[0]) for name in names if (match := re.match(r"\d+(?=_)", name))]
+
+
 def save(folder: Path, name: str, content: bytes) -> Path:
     """Store ``content`` as ``NNNN_<name>.json`` at the address of ``folder``, and return the path that stands for it.
 
@@ -220,8 +225,7 @@ def _create(system: Any, path: str, content: bytes) -> None:
 
 
 def _numbers(remote: _Remote) -> list[int]:
-    names = (entry["name"].rpartition("/")[2] for entry in _listed(remote))
-    return [int(match[0]) for name in names if (match := re.match(r"\d+(?=_)", name))]
+    return numbers(entry["name"].rpartition("/")[2] for entry in _listed(remote))
 
 
 def _listed(remote: _Remote) -> list[dict[str, Any]]:

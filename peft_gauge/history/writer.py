@@ -101,7 +101,7 @@ def _commit(run: Mapping[str, Any]) -> str:
 @contextmanager
 def _claimed_number(folder: Path) -> Iterator[int]:
     """The next free number in ``folder``, reserved against other processes by an exclusively created file."""
-    number = 1 + max((int(match[0]) for match in _numbers(folder)), default=0)
+    number = 1 + max(store.numbers(path.name for path in folder.iterdir()), default=0)
     while True:
         claim = folder / f".{number:04d}.claim"
         try:
@@ -119,10 +119,3 @@ def _claimed_number(folder: Path) -> Iterator[int]:
         yield number
     finally:
         claim.unlink(missing_ok=True)
-
-
-def _numbers(folder: Path) -> Iterator[re.Match[str]]:
-    for path in folder.iterdir():
-        match = re.match(r"\d+(?=_)", path.name)
-        if match:
-            yield match

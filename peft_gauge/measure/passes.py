@@ -91,7 +91,12 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
         }
         if "fingerprint" in setup.passes:
             isolation.note(phase="fingerprint")
-            found["fingerprint"] = _fingerprint(setup.case, job, found["counted"]["adapter_disk_bytes"])
+            found["fingerprint"] = record_step(
+                job,
+                job.losses,
+                adapter_bytes=found["counted"]["adapter_disk_bytes"],
+                micro_batches=setup.case.settings.grad_accumulation,
+            )
         if "memory" in setup.passes:
             found["memory"] = {
                 "naive_after_loading_bytes": naive_bytes,
@@ -170,11 +175,6 @@ def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
     job.losses.append(float(job.loss))
     job.clear()
     return {"missing": missing, "not_finite": not_finite}
-
-
-def _fingerprint(case: Case, job: TrainingJob, adapter_bytes: int) -> dict[str, Any]:
-    """`peft_gauge.fingerprint` of ``job``, which has taken the steps of `_warm_up` and no other."""
-    return record_step(job, job.losses, adapter_bytes=adapter_bytes, micro_batches=case.settings.grad_accumulation)
 
 
 def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class ShardedTracker(StorageTracker):
 
     def _plan(self, func: Any) -> OperatorPlan:
         plan = super()._plan(func)
-        if plan.name in COLLECTIVES or plan.name == "aten::empty":
+        if plan.name in COLLECTIVES or (self.bucket_elements and plan.name == "aten::empty"):
             plan.special = True
         return plan
 

@@ -58,7 +58,6 @@ from peft_gauge.plan.traced_step import (
     trace_step,
 )
 from peft_gauge.training import sharding, zero
-from peft_gauge.training.models import torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator
@@ -186,8 +185,8 @@ def _zero_job(
     settings = replace(
         request.settings, grad_accumulation=min(request.settings.grad_accumulation, TRACED_MICRO_BATCHES)
     )
-    dtype = zero.engine_dtype(request.dtype, settings)
-    zero.cast(model, torch_dtype(dtype))
+    dtype = sharding.compute_dtype(request.dtype, settings.mixed_precision)
+    zero.cast(model, dtype)
     batch = inputs_of(request, model, tracker)
     with ExitStack() as stack:
         if any(map(is_fake, model.parameters())):
@@ -225,18 +224,16 @@ def _zero_job(
 
 def _remarks(request: PlanRequest, model: nn.Module) -> Iterator[str]:
     assert request.sharding is not None
-    streams = (
-        "FSDP's streams, each with" if request.sharding.strategy == "fsdp2" else "the library's streams, each with"
-    )
+    owner = "FSDP" if request.sharding.strategy == "fsdp2" else "the library"
     yield (
-        f"each rank's memory; NCCL's own buffers (outside the allocator) are not counted, and {streams} a pool of its "
-        "own, can raise the reserved memory"
+        f"each rank's memory; NCCL's own buffers (outside the allocator) are not counted, and {owner}'s streams, each "
+        "with a pool of its own, can raise the reserved memory"
     )
     if request.sharding.is_zero:
-        dtype = zero.engine_dtype(request.dtype, request.settings)
-        nbytes = bucket_elements() * torch_dtype(dtype).itemsize
+        dtype = sharding.compute_dtype(request.dtype, request.settings.mixed_precision)
+        nbytes, name = bucket_elements() * dtype.itemsize, str(dtype).removeprefix("torch.")
         yield (
-            f"{release()} with accelerate's defaults: all weights in {dtype}, and gradients are reduced in buckets of "
+            f"{release()} with accelerate's defaults: all weights in {name}, and gradients are reduced in buckets of "
             f"{nbytes / 1e9:g} GB whatever the model's size (reduce_bucket_size); a smaller size saves the difference"
         )
     if request.sharding.offload:

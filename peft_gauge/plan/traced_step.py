@@ -64,8 +64,8 @@ class Trace:
     """One steady step: its log, and the allocated memory at the moments that a plan reports.
 
     ``made_after_update``: storages (`Event.storage`) that a run creates once, right after its first update.
-    ``offloads``: whether activations were kept in host memory. ``host_bytes``: the most that a
-    sharded step keeps there.
+    ``offloads``: whether activations were kept in host memory. ``host_bytes``: the most that a sharded step keeps
+    there.
     """
 
     tracker: StorageTracker

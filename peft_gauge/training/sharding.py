@@ -105,10 +105,15 @@ def shard(model: nn.Module, sharding: Sharding, settings: StepSettings, mesh: An
 
 
 def packed_dtype(sharding: Sharding | None, dtype: str, mixed_precision: str) -> torch.dtype | None:
-    """The dtype in which packed 4-bit weights are stored; ``None``: bitsandbytes' own. FSDP and ZeRO-3
-    shard floats only, and cast those that do not have its compute dtype."""
+    """The dtype in which packed 4-bit weights are stored; ``None``: bitsandbytes' own. FSDP and ZeRO-3 shard floats
+    only, and cast those that do not have its compute dtype."""
     if sharding is None or not sharding.shards_weights:
         return None
+    return compute_dtype(dtype, mixed_precision)
+
+
+def compute_dtype(dtype: str, mixed_precision: str) -> torch.dtype:
+    """The dtype of matrix products: autocast's, else that of the base weights."""
     from peft_gauge.training.models import torch_dtype
     from peft_gauge.training.step import AUTOCAST_DTYPES
 

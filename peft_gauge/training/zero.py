@@ -29,19 +29,14 @@ def check_zero(dtype: str, settings: StepSettings) -> None:
             "--strategy zero1, zero2 and zero3 run DeepSpeed's own code, which is not installed: "
             "DS_BUILD_OPS=0 pip install deepspeed --no-build-isolation, or choose fsdp2 (which shards like zero3)"
         )
-    if "float16" in (dtype, {"fp16": "float16"}.get(settings.mixed_precision)):
+    if dtype == "float16" or settings.mixed_precision == "fp16":
         raise GaugeError("--strategy zero1, zero2 and zero3 are for bfloat16 and float32, not for fp16 yet")
 
 
-def engine_dtype(dtype: str, settings: StepSettings) -> str:
-    """The dtype of all weights in DeepSpeed's engine, "bfloat16" or "float32": it casts adapters too, and keeps
-    float32 copies of trained weights in its optimizer's shards."""
-    return "bfloat16" if "bfloat16" in (dtype, {"bf16": "bfloat16"}.get(settings.mixed_precision)) else "float32"
-
-
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every floating-point parameter and buffer of ``model`` one of ``dtype``, as the engine does; tied ones stay
-    tied. Unlike `nn.Module.to` it works on fake tensors."""
+    """Make every floating-point parameter and buffer of ``model`` one of ``dtype``, as the engine does, adapters
+    included; tied ones stay tied. It keeps float32 copies of trained weights in its optimizer's shards. Unlike
+    `nn.Module.to`, this works on fake tensors."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -62,7 +57,7 @@ def zero_job(
     settings: StepSettings,
     *,
     strategy: str,
-    dtype: str,
+    dtype: torch.dtype,
     rank: int,
     ranks: int,
     wrapped: Any = None,

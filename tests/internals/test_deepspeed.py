@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from peft_gauge._internals.deepspeed import bucket_elements, has_deepspeed, zero_config
 
@@ -20,7 +21,7 @@ def test_buckets_and_stages_are_accelerates(stage: int, monkeypatch: pytest.Monk
 
     theirs = DeepSpeedPlugin(zero_stage=stage).deepspeed_config["zero_optimization"]
     assert theirs.pop("offload_optimizer")["device"] == theirs.pop("offload_param")["device"] == "none"
-    ours = zero_config(stage, dtype="bfloat16", clip_grad_norm=None, micro_batches=1)["zero_optimization"]
+    ours = zero_config(stage, dtype=torch.bfloat16, clip_grad_norm=None, micro_batches=1)["zero_optimization"]
     assert ours == theirs
 
 

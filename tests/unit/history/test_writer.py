@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import writer
+from peft_gauge.history import store, writer
 from peft_gauge.machine import machine_info, machine_name
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -55,7 +55,7 @@ def test_a_number_saved_between_look_and_claim_is_not_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer.write_run(tmp_path, "m", RUN, now=NOW)
-    monkeypatch.setattr(writer, "_numbers", lambda folder: iter(()))  # the look came too early
+    monkeypatch.setattr(store, "numbers", lambda names: [])  # the look came too early
     assert writer.write_run(tmp_path, "m", RUN, now=NOW).name.startswith("0002_")
 
 
