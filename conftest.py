@@ -7,6 +7,7 @@ from fixtures import hypothesis_profiles
 pytest_plugins = [
     "pytester",
     "peft_gauge.pytest_plugin.hooks",
+    "fixtures.facts",
     "fixtures.measured",
     "fixtures.plans",
     "fixtures.replay",

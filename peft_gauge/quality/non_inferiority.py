@@ -86,9 +86,11 @@ def compare(
     margin: float,
     least_base: float = -math.inf,
     names: tuple[str, str] = ("base", "new"),
+    error: float = ERROR,
+    quality: str = "quality",
 ) -> NonInferiority:
     """Whether ``new`` keeps the quality of ``base`` within ``margin``, given both qualities under every seed; ``names``
-    name the two in the text.
+    and ``quality`` name the two and their metric in the text; ``error`` is that of `difference`.
 
     ``None`` is the quality of a diverged training. The result is then inconclusive: dropping diverged seeds would bias
     it (survivorship). It is also inconclusive for fewer than `LEAST_PAIRS` seeds, or if the mean quality of ``base`` is
@@ -102,12 +104,12 @@ def compare(
     if len(base) < LEAST_PAIRS:
         return NonInferiority(None, f"{len(base)} seeds are too few, at least {LEAST_PAIRS} are needed")
     of_base, of_new = ({k: q for k, q in side.items() if q is not None} for side in (base, new))
-    found = difference(of_base, of_new)
+    found = difference(of_base, of_new, error=error)
     means = [
         f"{name} {statistics.fmean(side.values()):.4f}" for name, side in zip(names, (of_base, of_new), strict=True)
     ]
     interval = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}) over {found.pairs} seeds"
-    metric = f"quality: {', '.join(means)}; {interval}, margin {margin:g}"
+    metric = f"{quality}: {', '.join(means)}; {interval}, margin {margin:g}"
     if statistics.fmean(of_base.values()) < least_base:
         return NonInferiority(None, f"{metric}; {names[0]} learned too little, less than {least_base:g}", found)
     return NonInferiority(found.no_worse_than(margin), metric, found)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -22,6 +22,9 @@ from peft_gauge.quality.pareto import Knee, knee_over_seeds
 from peft_gauge.quality.training import Curve, Divergence, RateSearch, Schedule, search_rate, train
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
     from peft_gauge.training.methods import Method
     from peft_gauge.training.step import TrainingJob
 
@@ -58,19 +61,47 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: a label, a method, and the learning rate at which its search starts."""
+    """One candidate: a label, a method, and the learning rate at which its search starts.
+
+    ``loraplus_ratio``: LoRA's B learns at so many times the rate of A (LoRA+, Hayou et al. 2024), by PEFT's optimizer.
+    """
 
     label: str
     method: Method
     start_rate: float
+    loraplus_ratio: float | None = None
+
+    def job(self, prepared: Prepared) -> TrainingJob:
+        """A training job of this setting, before its first step."""
+        job = prepared.job(self.method)
+        if self.loraplus_ratio is not None:
+            job.optimizer = _loraplus_optimizer(job, self.loraplus_ratio)
+        return job
+
+
+def _loraplus_optimizer(job: TrainingJob, ratio: float) -> torch.optim.Optimizer:
+    """PEFT's AdamW of LoRA+; its groups have a ``rate_factor``, since a schedule sets their rates."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    model, adamw = cast("PeftModel", job.model), torch.optim.AdamW
+    found = create_loraplus_optimizer(model, adamw, lr=1.0, loraplus_lr_ratio=ratio)
+    for group in found.param_groups:
+        group["rate_factor"] = group["lr"]
+    return found
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Steps of a training, and of each run of a learning-rate search."""
+    """Steps of a training, and of each run of a learning-rate search.
+
+    A search of the same length is fair to every rate, and its best run is the first seed's training itself. With
+    ``finer`` it also tries the rates half a step to both sides of the best.
+    """
 
     steps: int
     search_steps: int
+    finer: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,33 +185,42 @@ def train_setting(
 ) -> Trained:
     """Train one setting, after a search for its learning rate unless ``search`` is given."""
     diverged: dict[float, Divergence] = {}
+    trained: dict[float, tuple[int, Curve, Mapping[str, float]]] = {}
 
     def outcome(rate: float) -> float | None:
-        trial = prepared.job(setting.method)
+        trial = setting.job(prepared)
         curve = train(trial, Schedule(lengths.search_steps, rate))
         loss = math.nan if curve.divergence else prepared.validation_loss(trial)
         if math.isfinite(loss):
+            if lengths.search_steps == lengths.steps:  # then it is the training at this rate, to the last bit
+                trained[rate] = _trainable(trial), curve, prepared.scores(trial)
             return loss
         diverged[rate] = curve.divergence or Divergence(lengths.search_steps - 1, rate, None)
         return None
 
-    search = search or search_rate(outcome, setting.start_rate)
-    # Built after the search: a job seeds dropout, so its masks are the same with and without a search.
-    job = prepared.job(setting.method)
-    trainable = sum(parameter.numel() for parameter in job.trainable)
+    search = search or search_rate(outcome, setting.start_rate, finer=lengths.finer)
 
-    def ended(curve: Curve | None, divergence: Divergence | None, scores: Mapping[str, float]) -> Trained:
-        return Trained(setting.label, seed, trainable, search, curve, divergence, scores, prepared.notes)
+    def ended(params: int, curve: Curve | None, divergence: Divergence | None, scores: Mapping[str, float]) -> Trained:
+        return Trained(setting.label, seed, params, search, curve, divergence, scores, prepared.notes)
 
     if search.chosen is None:
-        return ended(None, diverged[min(diverged)], {})
-    curve = train(job, Schedule(lengths.steps, search.chosen))
-    if curve.divergence is not None:
-        return ended(curve, curve.divergence, {})
-    scores = prepared.scores(job)
+        return ended(_trainable(setting.job(prepared)), None, diverged[min(diverged)], {})
+    if search.chosen in trained:
+        params, curve, scores = trained[search.chosen]
+    else:
+        # Built after the search: a job seeds dropout, so its masks are the same with and without a search.
+        job = setting.job(prepared)
+        params, curve = _trainable(job), train(job, Schedule(lengths.steps, search.chosen))
+        if curve.divergence is not None:
+            return ended(params, curve, curve.divergence, {})
+        scores = prepared.scores(job)
     if not all(math.isfinite(score) for score in scores.values()):  # diverged in the last update
-        return ended(curve, Divergence(lengths.steps - 1, search.chosen, None), {})
-    return ended(curve, None, scores)
+        return ended(params, curve, Divergence(lengths.steps - 1, search.chosen, None), {})
+    return ended(params, curve, None, scores)
+
+
+def _trainable(job: TrainingJob) -> int:
+    return sum(parameter.numel() for parameter in job.trainable)
 
 
 # --- results of a sweep -------------------------------------------------------------------------------------------
@@ -266,6 +306,7 @@ def _file_name(task: Task, setting: Setting, seed: int, lengths: Lengths, search
         "task": task.identity(),
         "method": asdict(setting.method),  # not the label: two sweeps share equal trainings
         "start_rate": setting.start_rate,
+        "loraplus_ratio": setting.loraplus_ratio,
         "lengths": asdict(lengths),
         "rate": search.chosen if search else None,
         "versions": _versions(),

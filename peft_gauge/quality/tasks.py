@@ -6,6 +6,7 @@ The generated task is `peft_gauge.quality.examples.calendar_examples`; a user's 
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,6 +61,7 @@ class TextTask:
     source: str = CALENDAR
     batches: int = 100
     batch: int = 4
+    clip_grad_norm: float | None = None
     validation: int = 32
     held_out: int = 64
     device: str = "cpu"
@@ -105,7 +107,8 @@ class TextTask:
 
     def settings(self) -> StepSettings:
         """The shape of a step whose batch includes the longest example."""
-        return StepSettings(self.batch, max(len(example.ids) for example in self.encoded(_tokenizer(self.model))))
+        longest = max(len(example.ids) for example in self.encoded(_tokenizer(self.model)))
+        return StepSettings(self.batch, longest, clip_grad_norm=self.clip_grad_norm)
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
         """All examples as tokens; for the calendar, as many as the splits need."""
@@ -172,32 +175,35 @@ class PreparedText:
         model.to(self.task.device)
         torch.manual_seed(self.task.seed)  # for dropout, if the method has it
         longest = max(batch["input_ids"].shape[1] for batch in self.training)
-        return TrainingJob(model, self.training, StepSettings(batch=self.task.batch, seq=longest))
+        settings = StepSettings(self.task.batch, longest, clip_grad_norm=self.task.clip_grad_norm)
+        return TrainingJob(model, self.training, settings)
 
     def validation_loss(self, job: TrainingJob) -> float:
         """Loss per token of the validation responses."""
         return score(job.model, self.validation).loss
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
-        """On held-out responses: ``held_out_loss`` (nats per token), ``loss_learned`` (the share of the base's loss
-        that training removed: at most 1, below 0 if it is worse than the base), ``answer_probability`` and
-        ``exact_match``. ``forgetting``: the increase of loss, in nats per token, on text like the base model's training
-        data. For LoRA, ``update_norm``.
+        """On held-out responses: ``held_out_loss`` (nats per token), ``bits_left`` (the same in bits), ``loss_learned``
+        (the share of the base's loss that training removed: at most 1, below 0 if it is worse than the base),
+        ``answer_probability`` and ``exact_match``. ``forgetting``: the increase of loss, in nats per token, on text
+        like the base model's training data. For LoRA, ``update_norm``.
 
         ``quality`` is ``answer_probability`` on the calendar: most of its loss is the format, which any method learns
-        in a few steps, and a date is right or wrong as a whole. Responses of other datasets vary in length, so there it
-        is ``loss_learned``.
+        in a few steps, and a date is right or wrong as a whole. On other datasets it is the bits per token that
+        training removed, since responses vary in length.
         """
         of_base, learned = self.base_scores["held_out"], score(job.model, self.held_out)
         loss_learned = 1 - learned.loss / of_base.loss
+        bits_learned = (of_base.loss - learned.loss) / math.log(2)
         scores = {
             "held_out_loss": learned.loss,
+            "bits_left": learned.loss / math.log(2),
             "base_held_out_loss": of_base.loss,
             "loss_learned": loss_learned,
             "answer_probability": learned.answer_probability,
             "exact_match": learned.exact_match,
             "base_exact_match": of_base.exact_match,
-            "quality": learned.answer_probability if self.task.source == CALENDAR else loss_learned,
+            "quality": learned.answer_probability if self.task.source == CALENDAR else bits_learned,
             # The project's own chat texts: in no model's training data, but close to an instruction model's language.
             "forgetting": score(job.model, self.known).loss - self.base_scores["known"].loss,
         }

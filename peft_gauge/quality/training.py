@@ -101,7 +101,7 @@ def train(job: TrainingJob, schedule: Schedule, *, after_step: Callable[[int], N
     divergence = None
     for step in range(schedule.steps):
         for group in job.optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
+            group["lr"] = schedule.rate(step) * group.get("rate_factor", 1.0)
         begun = time.perf_counter()
         job.step()
         assert job.loss is not None, "a step leaves its loss"
@@ -140,26 +140,31 @@ class RateSearch:
 
 
 def search_rate(
-    outcome: Callable[[float], float | None], start: float, *, extensions: int = RATE_EXTENSIONS
+    outcome: Callable[[float], float | None],
+    start: float,
+    *,
+    extensions: int = RATE_EXTENSIONS,
+    finer: bool = False,
 ) -> RateSearch:
     """The learning rate with the least ``outcome`` (a loss, or ``None`` for divergence): ``start`` and its two
-    neighbours are tried, then at most ``extensions`` more in the direction of the best."""
-    found: dict[int, float | None] = {}
+    neighbours are tried, then at most ``extensions`` more in the direction of the best; with ``finer``, also the two
+    rates half a step from the best."""
+    found: dict[float, float | None] = {}
 
-    def look(exponent: int) -> None:
+    def look(exponent: float) -> None:
         loss = outcome(rate_at(exponent))
         found[exponent] = loss if loss is not None and math.isfinite(loss) else None
 
-    def rate_at(exponent: int) -> float:
+    def rate_at(exponent: float) -> float:
         # Rounding keeps 0.003162… out of records; neighbours stay a factor of about `RATE_FACTOR` apart.
         return float(f"{start * RATE_FACTOR**exponent:.2g}")
 
-    def best() -> int | None:
+    def best() -> float | None:
         usable = {exponent: loss for exponent, loss in found.items() if loss is not None}
         return min(usable, key=usable.__getitem__) if usable else None
 
-    for exponent in (0, -1, 1):
-        look(exponent)
+    for first in (0, -1, 1):
+        look(first)
     for _ in range(extensions):
         leader = best()
         if leader is not None and min(found) < leader < max(found):
@@ -167,6 +172,10 @@ def search_rate(
         # If everything diverged, a lower rate may help.
         look(max(found) + 1 if leader is not None and leader == max(found) else min(found) - 1)
     leader = best()
+    if finer and leader is not None:
+        for between in (leader - 0.5, leader + 0.5):
+            look(between)
+        leader = best()
     tried = tuple((rate_at(exponent), found[exponent]) for exponent in sorted(found))
     at_edge = leader is not None and leader in (min(found), max(found))
     return RateSearch(tried, None if leader is None else rate_at(leader), at_edge)

@@ -129,7 +129,7 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     if in_safetensors or record.weights == "random-gpu" or record.stored is not None:
         return record
     model = build(record, dtype=dtype)
-    with _without_progress_bars():
+    with without_progress_bars():
         model.save_pretrained(folder)
     return replace(record, source="folder", weights="real", location=str(folder))
 
@@ -188,7 +188,7 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | No
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         # The GGUF reader's progress bar, on stderr, has no switch. Errors are raised as exceptions.
-        with _without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
+        with without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
             model, report = auto_class(record).from_pretrained(
                 **where,
                 dtype=dtype,
@@ -214,7 +214,8 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | No
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Saving and loading without transformers' progress bars, in the context."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

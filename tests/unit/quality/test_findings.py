@@ -1,114 +1,236 @@
-"""What sweeps say of claims, on sweeps whose answer is known."""
+"""Verdicts of sweeps, on sweeps whose answer is known."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pytest
 
-from peft_gauge.quality.findings import best_rank, best_targets, scaling_sets_size
+from peft_gauge.quality import findings
+from peft_gauge.quality.facts import BITS
 from peft_gauge.quality.sweep import Trained
 from peft_gauge.quality.training import Curve, Divergence, RateSearch
 
-SEARCH = RateSearch(((1e-3, 1.0),), 1e-3, at_edge=False)
 CURVE = Curve(((0, 1.0),), step_seconds=0.1)
 RANKS = (2, 4, 8, 16, 32, 64)
+NOISE = (0.001, -0.002, 0.003)
+"""What keeps three seeds apart."""
 
 
-def swept(qualities: Mapping[str, Sequence[float | None]], parameters: Mapping[str, int]) -> list[Trained]:
-    """One training for each quality, under seeds 0, 1, …; ``None``: it diverged."""
+def search(rate: float = 3e-3, *, at_edge: bool = False) -> RateSearch:
+    return RateSearch(((rate, 1.0),), rate, at_edge=at_edge)
+
+
+def trained(
+    label: str,
+    bits: Sequence[float | None],
+    params: int = 1000,
+    *,
+    found: RateSearch | None = None,
+    forgetting: Sequence[float] = (0.0, 0.0, 0.0),
+) -> list[Trained]:
+    """One training for each number of bits left, under seeds 0, 1, …; ``None``: it diverged."""
+    found = found or search()
     return [
-        Trained(label, seed, parameters[label], SEARCH, CURVE, None, {"quality": quality})
-        if quality is not None
-        else Trained(label, seed, parameters[label], SEARCH, None, Divergence(3, 1e-3, None))
-        for label, of_seeds in qualities.items()
-        for seed, quality in enumerate(of_seeds)
+        Trained(label, seed, params, found, None, Divergence(3, 1e-3, None))
+        if left is None
+        else Trained(
+            label,
+            seed,
+            params,
+            found,
+            CURVE,
+            None,
+            {"bits_left": left, "quality": BITS - left, "forgetting": forgetting[seed]},
+        )
+        for seed, left in enumerate(bits)
     ]
 
 
-def of_ranks(*curves: Sequence[float | None]) -> list[Trained]:
-    """A sweep over `RANKS` with the quality of each rank, a curve a seed."""
-    labels = [f"r{rank}" for rank in RANKS]
-    by_label = {label: [curve[place] for curve in curves] for place, label in enumerate(labels)}
-    return swept(by_label, {f"r{rank}": 1000 * rank for rank in RANKS})
+def about(bits: float) -> list[float | None]:
+    return [bits + noise for noise in NOISE]
 
 
-def verdict_on_ranks(*curves: Sequence[float | None]) -> str:
-    return best_rank(of_ranks(*curves), {}, "planted", least_share=0.8).verdict
+def of_ranks(*bits: float | None, base: int = 1000) -> list[Trained]:
+    """A sweep over `RANKS` that leaves about these ``bits`` at each rank."""
+    return [
+        each
+        for rank, left in zip(RANKS, bits, strict=True)
+        for each in trained(f"r{rank}", [None] * 3 if left is None else about(left), base * rank)
+    ]
 
 
-def test_a_knee_at_the_same_rank_under_every_seed_is_the_best_trade() -> None:
-    knee_at_8 = (0.2, 0.4, 0.80, 0.81, 0.82, 0.83)
-    finding = best_rank(of_ranks(*[knee_at_8] * 3), {}, "planted", least_share=0.8)
+# --- which rank -------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_that_flattens_between_the_ranks_has_a_best_one() -> None:
+    finding = findings.best_rank(of_ranks(6.0, 3.0, 0.4, 0.11, 0.1, 0.1), "planted", margin=0.25)
+
     assert finding.verdict == "holds"
-    assert finding.metric == (
-        "quality r2 0.200, r4 0.400, r8 0.800, r16 0.810, r32 0.820, r64 0.830; "
-        "knee by parameters: r8 in 100 % of resamples"
-    )
+    assert finding.metric.startswith("bits left: r2 6.001 ± 0.0025, r4 3.001")
+    assert finding.metric.endswith(": r16") or finding.metric.endswith(": r8")
     assert finding.conditions == "planted"
 
 
-def test_where_every_doubling_gains_the_same_there_is_none() -> None:
-    even = tuple(0.1 * place for place in range(1, 7))
-    assert verdict_on_ranks(even, even, even) == "refuted"
+def test_equal_ranks_refute_it() -> None:
+    finding = findings.best_rank(of_ranks(0.12, 0.11, 0.1, 0.1, 0.1, 0.1), "planted", margin=0.25)
+    assert finding.verdict == "refuted"
+    assert "rank hardly matters" in finding.metric
 
 
-def test_a_knee_that_moves_with_the_seed_cannot_be_told() -> None:
-    early, late = (0.2, 0.80, 0.81, 0.82, 0.83, 0.84), (0.2, 0.21, 0.22, 0.23, 0.80, 0.81)
-    assert verdict_on_ranks(early, late, early) == "inconclusive"
-
-
-def test_two_seeds_or_a_diverged_rank_tell_nothing() -> None:
-    knee_at_8 = (0.2, 0.4, 0.80, 0.81, 0.82, 0.83)
-    assert verdict_on_ranks(knee_at_8, knee_at_8) == "inconclusive"
-    diverged = (*knee_at_8[:5], None)
-    finding = best_rank(of_ranks(knee_at_8, knee_at_8, diverged), {}, "planted", least_share=0.8)
-    assert finding.verdict == "inconclusive"
-    assert finding.metric.endswith("; diverged: r64")
-
-
-def test_where_every_rank_diverged_nothing_is_told() -> None:
-    finding = best_rank(of_ranks(*[[None] * len(RANKS)] * 3), {}, "planted", least_share=0.8)
-    assert finding.verdict == "inconclusive"
-    assert finding.metric == "diverged: r2, r4, r8, r16, r32, r64"
-
-
-def of_sets(**qualities: Sequence[float | None]) -> list[Trained]:
-    return swept(qualities, dict.fromkeys(qualities, 1000))
+def test_a_curve_that_still_falls_refutes_it() -> None:
+    finding = findings.best_rank(of_ranks(7.9, 7.7, 7.2, 6.2, 4.5, 2.5), "planted", margin=0.25)
+    assert finding.verdict == "refuted"
+    assert "still falling at r64" in finding.metric
 
 
 @pytest.mark.parametrize(
-    ("qualities", "verdict"),
+    "results",
     [
-        # Every seed shifts all sets alike, so that the pairs agree where the sets themselves do not.
-        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.40, 0.60, 0.51), "all": (0.45, 0.64, 0.55)}, "holds"),
-        ({"qv": (0.500, 0.700, 0.600), "qkvo": (0.501, 0.699, 0.6), "all": (0.500, 0.701, 0.599)}, "refuted"),
-        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.60, 0.55, 0.65), "all": (0.4, 0.8, 0.5)}, "inconclusive"),
-        ({"qv": (0.50, 0.70, 0.60), "qkvo": (0.40, None, 0.51), "all": (0.45, 0.64, 0.55)}, "inconclusive"),
-        ({"qv": (0.50, 0.70), "qkvo": (0.40, 0.60), "all": (0.45, 0.64)}, "inconclusive"),
+        pytest.param(of_ranks(None, 3.0, 0.4, 0.11, 0.1, 0.1), id="diverged"),
+        pytest.param(of_ranks(7.9, 7.8, 7.0, 6.5, 6.4, 6.4), id="little was learned"),
+        pytest.param([each for each in of_ranks(6, 3, 0.4, 0.1, 0.1, 0.1) if each.seed < 2], id="two seeds"),
     ],
 )
-def test_which_set_of_modules_is_best(qualities: Mapping[str, Sequence[float | None]], verdict: str) -> None:
-    assert best_targets(of_sets(**qualities), "planted", margin=0.05).verdict == verdict
+def test_it_is_inconclusive(results: list[Trained]) -> None:
+    assert findings.best_rank(results, "planted", margin=0.25).verdict == "inconclusive"
 
 
-def test_the_figure_names_the_set_that_is_ahead_and_by_how_much() -> None:
-    """By 0.1, 0.1 and 0.1 ± nothing, and by 0.2: an interval without width."""
-    finding = best_targets(of_sets(qv=(0.5, 0.7, 0.6), all=(0.4, 0.6, 0.5)), "planted", margin=0.05)
-    assert finding.metric == (
-        "quality at equal parameters: qv 0.600, all 0.500; qv is ahead of every other by at least 0.100"
+# --- which modules ----------------------------------------------------------------------------------------------------
+
+
+def of_sets(**bits: Sequence[float | None]) -> list[Trained]:
+    return [each for label, of_seeds in bits.items() for each in trained(label, of_seeds)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "verdict"),
+    [
+        ({"qv": about(3.0), "qkvo": about(1.0), "all": about(0.1)}, "holds"),
+        ({"qv": about(0.1), "qkvo": about(3.0), "all": about(1.0)}, "holds"),
+        ({"qv": about(1.0), "qkvo": about(1.01), "all": about(0.99)}, "refuted"),
+        ({"qv": (1.0, 2.0, 1.5), "qkvo": (1.5, 1.0, 2.0), "all": (2.0, 1.5, 1.0)}, "inconclusive"),
+        ({"qv": about(1.0), "qkvo": (None, 1.0, 1.0), "all": about(0.1)}, "inconclusive"),
+    ],
+)
+def test_sets_of_modules(bits: Mapping[str, Sequence[float | None]], verdict: str) -> None:
+    assert findings.best_targets(of_sets(**bits), "planted", margin=0.2).verdict == verdict
+
+
+# --- one against another ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "verdict"),
+    [
+        (about(0.10), about(0.13), "holds"),
+        (about(0.10), about(0.50), "refuted"),
+        (about(0.10), (0.1, 0.4, 0.2), "inconclusive"),
+        (about(6.0), about(6.0), "inconclusive"),
+    ],
+)
+def test_keeping(base: Sequence[float | None], new: Sequence[float | None], verdict: str) -> None:
+    found = findings.keeps(trained("LoRA", base), trained("QLoRA", new), "planted", margin=0.1)
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "verdict"),
+    [
+        (about(1.0), about(0.5), "holds"),
+        (about(1.0), about(0.9), "refuted"),
+        (about(1.0), about(1.0), "refuted"),
+        (about(1.0), about(2.0), "refuted"),
+        (about(1.0), (None, 1.0, 1.0), "refuted"),
+        ((None, 1.0, 1.0), (None, 1.0, 1.0), "inconclusive"),
+        ((1.0, 1.5, 2.0), (1.6, 0.9, 1.2), "inconclusive"),
+    ],
+)
+def test_learning_more(base: Sequence[float | None], new: Sequence[float | None], verdict: str) -> None:
+    found = findings.learns_more(trained("LoRA", base), trained("DoRA", new), "planted", margin=0.25)
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("full", "lora", "verdict"),
+    [((3.0, 3.1, 3.2), (1.0, 1.1, 1.0), "holds"), ((1.0, 1.1, 1.0), (3.0, 3.1, 3.2), "refuted")],
+)
+def test_forgetting(full: Sequence[float], lora: Sequence[float], verdict: str) -> None:
+    of_full, of_lora = (
+        trained(label, about(0.1), forgetting=forgetting) for label, forgetting in (("full", full), ("LoRA", lora))
     )
+    assert findings.forgets_less(of_full, of_lora, "planted", most_left=0.5).verdict == verdict
+
+
+def test_forgetting_at_unequal_learning_is_inconclusive() -> None:
+    full = trained("full", about(0.1), forgetting=(3.0, 3.1, 3.2))
+    lora = trained("LoRA", about(1.0), forgetting=(1.0, 1.0, 1.1))
+    assert findings.forgets_less(full, lora, "planted", most_left=0.5).verdict == "inconclusive"
+
+
+# --- rates, capacity --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict"),
+    [
+        ((1e-2, 1e-2, 1e-2), "holds"),
+        ((3.2e-3, 1e-2, 5.6e-3), "holds"),
+        ((3e-3, 3e-2, 1e-2), "refuted"),
+        ((1e-3, 1e-3, 1e-3), "refuted"),
+    ],
+)
+def test_rates(rates: Sequence[float], verdict: str) -> None:
+    full = trained("full", about(0.1), found=search(1e-3))
+    ranks = [each for place, rate in enumerate(rates) for each in trained(f"r{place}", about(1), found=search(rate))]
+    assert findings.ten_times_the_rate(full, ranks, "planted", times=10, within=3.2).verdict == verdict
+
+
+def test_a_rate_at_the_edge_of_its_search_decides_nothing() -> None:
+    full = trained("full", about(0.1), found=search(1e-3, at_edge=True))
+    ranks = trained("r2", about(1), found=search(1e-2))
+    assert findings.ten_times_the_rate(full, ranks, "planted", times=10, within=3.2).verdict == "inconclusive"
+
+
+def capacity(few: Sequence[float], many: Sequence[float]) -> str:
+    """The verdict with these bits left at `RANKS` of 1,000 to 32,000 parameters, for 100 and for 1,000 facts."""
+    full = {number: trained("full", about(0.05), 100_000) for number in (100, 1000)}
+    ranks = {100: of_ranks(*few, base=500), 1000: of_ranks(*many, base=500)}
+    return findings.capacity_decides(full, ranks, margin=0.25, within=2.0).verdict
+
+
+def test_one_number_of_bits_per_parameter_separates_them() -> None:
+    # 0.8 bits per parameter at r2 and less above it; 8, 4, 2, 1, 0.5 and 0.25
+    assert capacity([0.1] * 6, [6.0, 5.0, 3.0, 0.2, 0.1, 0.1]) == "holds"
+
+
+def test_a_low_rank_that_falls_short_with_room_refutes_it() -> None:
+    # 0.8 bits asked per parameter are too many for 100 facts, and 4 are not for 1,000
+    assert capacity([2.0, 0.1, 0.1, 0.1, 0.1, 0.1], [6.0, 0.1, 0.1, 0.1, 0.1, 0.1]) == "refuted"
+
+
+def test_a_higher_rank_that_falls_short_refutes_it() -> None:
+    assert capacity([0.1] * 6, [6.0, 5.0, 0.1, 0.1, 0.1, 2.0]) == "refuted"
+
+
+def test_without_any_limit_reached_it_is_inconclusive() -> None:
+    assert capacity([0.1] * 6, [0.1] * 6) == "inconclusive"
+
+
+# --- α ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("sizes", "verdict"),
     [
-        ({0.25: 1.0, 2.0: 1.1, 8.0: 0.95}, "refuted"),
-        ({0.25: 0.5, 2.0: 1.0, 8.0: 1.5}, "holds"),
-        ({0.25: 0.8, 2.0: 1.0, 8.0: 1.2}, "inconclusive"),
+        ({0.25: 1.0, 8: 1.1}, "refuted"),
+        ({0.25: 1.0, 8: 3.0}, "holds"),
+        ({0.25: 1.0, 8: 1.5}, "inconclusive"),
+        ({0.25: 3.0, 8: 1.0}, "inconclusive"),
     ],
 )
-def test_whether_the_scaling_sets_the_size(sizes: Mapping[float, float], verdict: str) -> None:
-    finding = scaling_sets_size(sizes, {0.25: 0.3, 8.0: None}, alike=1.25, grows=2.0)
-    assert finding.verdict == verdict
-    assert finding.metric.endswith("at one learning rate for all 0.25: 0.30, 8: diverged")
+def test_scaling(sizes: Mapping[float, float], verdict: str) -> None:
+    found = findings.scaling_sets_size(sizes, {0.25: None, 8: math.pi}, alike=1.25, grows=2.0)
+    assert found.verdict == verdict
+    assert "0.25: diverged, 8: 3.14" in found.metric

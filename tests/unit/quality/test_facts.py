@@ -1,0 +1,276 @@
+"""Facts: what they hold, bits against truths by hand, and the last layers against the whole model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.quality import facts
+from peft_gauge.quality.facts import (
+    BITS,
+    HALF,
+    TOKENS,
+    Decoder,
+    Facts,
+    FactSet,
+    LastLayers,
+    Recall,
+    composed_facts,
+    random_facts,
+)
+from peft_gauge.quality.sweep import Lengths, Setting, train_setting
+from peft_gauge.quality.training import Schedule, train
+from peft_gauge.training import methods, models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LORA = methods.LORA.variant("lora-r4", "LoRA r=4", peft_config={"r": 4, "lora_dropout": 0.0})
+
+
+# --- what facts hold --------------------------------------------------------------------------------------------------
+
+
+def test_random_facts_have_different_keys_and_independent_values() -> None:
+    found = random_facts(20_000, 0)
+
+    assert len({tuple(key) for key in found.keys.tolist()}) == 20_000
+    assert {int(found.keys.min()), int(found.keys.max()), int(found.values.max())} == {0, TOKENS - 1}
+    frequencies = torch.bincount(found.values, minlength=TOKENS) / len(found)
+    assert float(-(frequencies * frequencies.log2()).sum()) == pytest.approx(BITS, abs=0.02)
+    assert torch.equal(found.values, random_facts(20_000, 0).values)
+    assert not torch.equal(found.values, random_facts(20_000, 1).values)
+
+
+def test_composed_facts_follow_one_rule_that_held_out_pairs_share() -> None:
+    trained, held_out = composed_facts(4096, 512, 0)
+
+    assert not {tuple(key) for key in trained.keys.tolist()} & {tuple(key) for key in held_out.keys.tolist()}
+    upper = {int(key[0]): int(value) // HALF for key, value in zip(trained.keys, trained.values, strict=True)}
+    lower = {int(key[1]): int(value) % HALF for key, value in zip(trained.keys, trained.values, strict=True)}
+    for key, value in zip(held_out.keys.tolist(), held_out.values.tolist(), strict=True):
+        assert value == HALF * upper[key[0]] + lower[key[1]]
+
+
+@pytest.mark.parametrize("number", [0, TOKENS**2 + 1])
+def test_an_impossible_number_of_facts_is_an_error(number: int) -> None:
+    with pytest.raises(GaugeError, match="number of facts from 1 to 65536"):
+        random_facts(number, 0)
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+class Sure(nn.Module):
+    """Gives the value of every key the probability ``sure``, and the others the rest in equal parts."""
+
+    def __init__(self, known: FactSet, sure: float) -> None:
+        super().__init__()
+        self.known = {tuple(key): int(value) for key, value in zip(known.keys.tolist(), known.values, strict=True)}
+        self.sure = sure
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
+        logits = torch.full((len(input_ids), 1, TOKENS), math.log((1 - self.sure) / (TOKENS - 1)))
+        for row, key in enumerate(input_ids.tolist()):
+            logits[row, 0, self.known[tuple(key)]] = math.log(self.sure)
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(("sure", "bits", "right"), [(1 / TOKENS, 8.0, 0.0), (0.5, 1.0, 1.0), (0.125, 3.0, 1.0)])
+def test_bits_left_are_those_of_the_probabilities(sure: float, bits: float, right: float) -> None:
+    known = random_facts(700, 0)
+
+    left, exact = facts._bits(Sure(known, sure), {"input_ids": known.keys}, known.values)
+
+    assert left == pytest.approx(bits, abs=1e-5)
+    assert exact == right if sure > 1 / TOKENS else exact < 0.02
+
+
+# --- the last layers --------------------------------------------------------------------------------------------------
+
+
+def toy(layers: int = 4, **changes: Any) -> PreTrainedModel:
+    record = models.resolve("toy-llama")
+    config = {**record.config, "num_hidden_layers": layers, **changes}
+    return models.build(replace(record, config_json=json.dumps(config)))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_last_layers_continue_the_first_ones(layers: int, tied: bool) -> None:
+    whole = toy(tie_word_embeddings=tied)
+    ids = torch.randint(0, 64, (3, 7))
+    last = facts._cut(whole, layers)
+
+    found = last(inputs_embeds=facts._activations(whole, ids, layers), use_cache=False).logits
+
+    assert len(facts._blocks(last)) == layers
+    assert len(facts._blocks(whole)) == 4
+    torch.testing.assert_close(found, whole(input_ids=ids, use_cache=False).logits)
+
+
+def test_a_cut_that_leaves_other_layers_is_noticed() -> None:
+    whole = toy()
+    other = facts._cut(toy(initializer_range=0.3), 2)
+    with pytest.raises(GaugeError, match="do not continue its first ones"):
+        facts._check_continues(whole, other, torch.randint(0, 64, (1, 7)), 2)
+
+
+def test_training_the_last_layers_is_training_them_within_the_whole_model() -> None:
+    """LoRA in the last two of four layers: losses and weights of ten steps."""
+    whole, keys = toy(), torch.randint(0, 64, (8, 2))
+    values = torch.randint(0, 64, (8,))
+    in_whole = LORA.variant("l", "l", peft_config={"layers_to_transform": [2, 3]})
+    last = facts._cut(whole, 2)
+    activations = facts._activations(whole, keys, 2)
+    trained = {
+        "whole": (methods.attach(copy.deepcopy(whole), in_whole, seed=3), {"input_ids": keys}),
+        "last": (methods.attach(copy.deepcopy(last), LORA, seed=3), {"inputs_embeds": activations}),
+    }
+    starts = [parameter for parameter in trained["whole"][0].parameters() if parameter.requires_grad]
+    with torch.no_grad():  # the two draw their weights in another order
+        for to, start in zip(
+            (each for each in trained["last"][0].parameters() if each.requires_grad), starts, strict=True
+        ):
+            to.copy_(start)
+
+    losses: dict[str, list[float]] = {}
+    for name, (model, inputs) in trained.items():
+        recall, optimizer = Recall(model), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        losses[name] = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = recall(values, **inputs).loss
+            loss.backward()
+            optimizer.step()
+            losses[name].append(float(loss.detach()))
+
+    assert losses["whole"][-1] < losses["whole"][0] - 1e-3
+    assert losses["last"] == pytest.approx(losses["whole"], abs=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 4, 9])
+def test_a_number_of_layers_that_leaves_nothing_frozen_is_an_error(layers: int) -> None:
+    with pytest.raises(GaugeError, match="train from 1 to 3 of them"):
+        facts._cut(toy(), layers)
+
+
+def test_a_model_without_a_tokenizer_has_no_facts() -> None:
+    with pytest.raises(GaugeError, match="needs? pretrained weights"):
+        LastLayers(models.resolve("toy-llama"), 1).loaded()
+
+
+# --- the decoder, and training on it ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A decoder that is pretrained on 64 facts in seconds."""
+    monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path))
+    for name, value in {"PRETRAINED_FACTS": 64, "PRETRAINING_STEPS": 60, "PRETRAINING_BATCH": 64}.items():
+        monkeypatch.setattr(facts, name, value)
+    facts._loaded.cache_clear()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_decoder_is_pretrained_once_and_stores_facts(tmp_path: Path) -> None:
+    task = Facts(Decoder(0), seed=0, number=32, steps=80, batch=32)
+    prepared = task.prepared()
+
+    (folder,) = (tmp_path / "facts").iterdir()
+    written = folder.stat().st_mtime_ns
+    assert prepared.base.known(prepared.base.model, None) < 0.1, "it does not know its old facts"
+    job = prepared.job(methods.FULL)
+    before = prepared.validation_loss(job)
+    curve = train(job, Schedule(task.steps, 1e-3))
+    scores = prepared.scores(job)
+
+    assert before > BITS, "new facts are a surprise"
+    assert curve.divergence is None
+    assert scores["bits_left"] < 0.2
+    assert scores["quality"] == pytest.approx(BITS - scores["bits_left"])
+    assert scores["exact_match"] == 1
+    assert scores["forgetting"] > 0.1
+    facts._loaded.cache_clear()
+    assert task.prepared().base.known(task.prepared().base.model, None) < 0.1
+    assert folder.stat().st_mtime_ns == written
+
+
+@pytest.mark.usefixtures("hasty")
+def test_every_method_trains_on_facts() -> None:
+    task = Facts(Decoder(0), seed=0, number=64, steps=2, batch=16, held_out=16)
+    prepared = task.prepared()
+    for method in methods.DEFAULT_METHODS:
+        job = prepared.job(method)
+        train(job, Schedule(task.steps, 1e-3))
+        scores = prepared.scores(job)
+        assert scores.keys() >= {"bits_left", "trained_bits_left", "exact_match", "forgetting"}, method.name
+        assert all(math.isfinite(score) for score in scores.values()), method.name
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_order_is_the_same_for_every_method_and_shows_each_fact_once_a_pass() -> None:
+    prepared = Facts(Decoder(0), seed=0, number=64, steps=8, batch=16).prepared()
+    full, lora = (prepared.job(method).batches for method in (methods.FULL, LORA))
+
+    keys = [tuple(key) for place in range(4) for key in full[place]["input_ids"].tolist()]
+    assert len(set(keys)) == 64
+    for place in range(8):
+        assert torch.equal(full[place]["input_ids"], lora[place]["input_ids"])
+        assert torch.equal(full[place]["labels"], lora[place]["labels"])
+    assert not torch.equal(full[0]["input_ids"], full[4]["input_ids"]), "each pass has an order of its own"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_best_run_of_a_search_of_the_same_length_is_the_training() -> None:
+    prepared = Facts(Decoder(0), seed=0, number=32, steps=6, batch=16).prepared()
+    setting = Setting("lora", LORA, 1e-2)
+
+    searched = train_setting(prepared, setting, 0, Lengths(6, 6))
+    again = train_setting(prepared, setting, 0, Lengths(6, 6), searched.search)
+
+    assert searched.scores == again.scores
+    assert searched.curve is not None
+    assert again.curve is not None
+    assert searched.curve.losses == again.curve.losses
+    assert searched.trainable_params == again.trainable_params
+
+
+@pytest.mark.usefixtures("hasty")
+def test_lora_plus_trains_b_at_a_multiple_of_the_rate() -> None:
+    prepared = Facts(Decoder(0), seed=0, number=32, steps=4, batch=16).prepared()
+    job = Setting("lora+", LORA, 1e-2, loraplus_ratio=16).job(prepared)
+
+    train(job, Schedule(4, 1e-3))
+
+    names = {id(parameter): name for name, parameter in job.model.named_parameters()}
+    rates = {
+        "lora_B" if "lora_B" in names[id(parameter)] else "lora_A": group["lr"]
+        for group in job.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert rates["lora_B"] == pytest.approx(16 * rates["lora_A"])
+    assert rates["lora_A"] == pytest.approx(Schedule(4, 1e-3).rate(3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "at least 1 step"),
+        ({"number": 65_536, "held_out": 1}, "1 to 65535"),
+        ({"number": 0}, "from 1 to"),
+    ],
+)
+def test_a_task_that_cannot_be_is_an_error(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(GaugeError, match=message):
+        Facts(Decoder(0), **fields)
