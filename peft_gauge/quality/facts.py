@@ -10,8 +10,8 @@ the key, so every bit of it is about the facts; there is no format to learn firs
   tokens that were never trained show whether the rule was learned.
 
 Two bases. `Decoder` is small and pretrained here, on other random facts: it calibrates the procedure, since several
-of them can be drawn. `LastLayers` is a real model of which the last layers are trained. What lies before them is
-frozen, so its activations are computed once for each key; the result is the same as with the whole model.
+of them can be drawn. `LastLayers` trains the last layers of a real model. The layers before them are frozen, so their
+activations are computed once for each key; the result is the same as with the whole model.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ BITS = 8.0
 
 HALF = 16
 """Values of one half of a composed fact, of 4 bits."""
+
+ALIKE = 0.01
+"""Bits left that do not differ by as much are alike."""
 
 CLIP = 1.0
 """Maximum gradient norm."""
@@ -114,7 +117,7 @@ class Loaded:
 
     ``model``: what is trained, with an output layer of one row per value. ``inputs(keys, quantized)``: the arguments of
     its call for keys of shape (facts, 2), from a base that ``quantized`` quantizes (``None``: as it is).
-    ``known(model, quantized)``: bits that ``model``, trained, needs per element of what the base knew before.
+    ``known(model, quantized)``: bits that ``model``, trained, leaves of an old fact or of a token of known text.
     """
 
     model: PreTrainedModel
@@ -164,7 +167,7 @@ class Decoder:
         return replace(toy, name=self.name, config_json=json.dumps(config), seed=self.seed)
 
     def old_facts(self) -> FactSet:
-        """What it was pretrained on."""
+        """The facts of its pretraining."""
         return random_facts(PRETRAINED_FACTS, PRETRAINING_SEED + self.seed)
 
     def loaded(self) -> Loaded:
@@ -330,7 +333,7 @@ class _Reached(Exception):
 
 
 def _activations(model: PreTrainedModel, ids: Tensor, layers: int) -> Tensor:
-    """What the last ``layers`` take, of shape (rows, tokens, width), for tokens of shape (rows, tokens)."""
+    """The activations before the last ``layers``, of shape (rows, tokens, width), for tokens of shape (rows, tokens)."""
     block = _blocks(model)[-layers]
     found: list[Tensor] = []
 
@@ -457,8 +460,9 @@ class PreparedFacts:
         return FactsJob(attached, self.task, self.facts, self.base.inputs, quantized)
 
     def validation_loss(self, job: TrainingJob) -> float:
-        """Bits left, for the choice of a learning rate: there are no other facts to choose it by."""
-        return self._left(job)[0]
+        """Bits left to the precision of `ALIKE`, for the choice of a learning rate: there are no other facts to choose
+        it by, and where several rates store everything, the lowest is chosen."""
+        return round(self._left(job)[0] / ALIKE) * ALIKE
 
     def scores(self, job: TrainingJob) -> dict[str, float]:
         """``bits_left`` per fact, ``quality`` (the bits stored: 8 minus those left), and ``exact_match``, the share of

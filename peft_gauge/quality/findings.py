@@ -179,9 +179,9 @@ def capacity_decides(
 ) -> Finding:
     """Whether rank matters only where the data exceeds an adapter's capacity.
 
-    ``full`` and ``ranks``: results by the number of random facts, which ask for 8 bits each. A setting suffices if it
+    ``full`` and ``ranks``: results by the number of random facts, which take 8 bits each. A setting suffices if it
     leaves at most ``margin`` bits per fact more than full fine-tuning over the whole interval, and is short if it
-    leaves more. The claim holds if one number of bits asked per parameter separates the two up to the factor
+    leaves more. The claim holds if one number of bits required per parameter separates the two up to the factor
     ``within``: the most that sufficed is at most so many times the least that fell short. It is refuted if it is more,
     or if a higher rank falls short where a lower one suffices.
     """
@@ -192,21 +192,21 @@ def capacity_decides(
         groups = sorted(by_label(results).values(), key=lambda group: group[0].trainable_params)
         was_enough = False
         for group in groups:
-            asked = BITS * number / group[0].trainable_params
+            required = BITS * number / group[0].trainable_params
             where = f"{group[0].label} for {number}"
             extra = _difference(full[number], group, "bits_left") if not _missing({"": group}, least=0) else None
             if extra is not None and extra.high <= margin:
-                sufficed[asked] = where
+                sufficed[required] = where
                 was_enough = True
             elif extra is None or extra.low > margin:
-                short[asked] = where
+                short[required] = where
                 crossed += [where] * was_enough
     conditions = f"random facts, {', '.join(map(str, ranks))} of them; {BITS:g} bits each; against full fine-tuning"
     if not sufficed or not short:
         return Finding.of(None, "all settings suffice, or none does: no capacity was reached", conditions)
     most, least = max(sufficed), min(short)
     metric = (
-        f"within {margin:g} bits of full fine-tuning up to {most:.2f} bits asked per parameter ({sufficed[most]}), "
+        f"within {margin:g} bits of full fine-tuning up to {most:.2f} bits required per parameter ({sufficed[most]}), "
         f"short of it from {least:.2f} ({short[least]})"
     )
     if crossed:

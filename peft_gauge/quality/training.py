@@ -161,7 +161,8 @@ def search_rate(
 
     def best() -> float | None:
         usable = {exponent: loss for exponent, loss in found.items() if loss is not None}
-        return min(usable, key=usable.__getitem__) if usable else None
+        # Of equal losses the lowest rate: it moves the weights least.
+        return min(usable, key=lambda exponent: (usable[exponent], exponent)) if usable else None
 
     for first in (0, -1, 1):
         look(first)

@@ -173,6 +173,23 @@ def test_where_all_diverge_lower_rates_are_tried() -> None:
     assert [loss for _, loss in lost.tried] == [None] * 5
 
 
+def test_a_finer_search_looks_half_a_step_to_both_sides_of_the_best() -> None:
+    best = 1e-3 * RATE_FACTOR**0.5
+
+    search = search_rate(distance_from(best), 1e-3, finer=True)
+
+    assert search.chosen == pytest.approx(best, rel=0.02)
+    assert not search.at_edge
+    assert len(search.tried) == 5
+
+
+def test_of_rates_that_are_alike_the_lowest_is_chosen() -> None:
+    search = search_rate(lambda rate: 0.0 if rate > 2e-4 else 1.0, 1e-3)
+
+    assert search.chosen == pytest.approx(1e-3 / RATE_FACTOR, rel=0.02)
+    assert not search.at_edge
+
+
 def test_dropout_is_off_inside_and_as_it_was_outside() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2), nn.Dropout(0.5))
     model[2].training = False
