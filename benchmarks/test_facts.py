@@ -2,8 +2,9 @@
 
 A task decides such a question only if its seeds differ by less than its settings. With random facts they do: the loss
 has nothing else in it, and the number of facts sets how much room they take (`peft_gauge.quality.facts`). Each question
-is put to small decoders, one pretrained for each seed, and to the last layers of SmolLM2-135M's real weights. Every setting has the learning rate that is best for it at the full length of the training, data and order are
-the same for all, and seeds are added until the interval decides or there are eight.
+is put to small decoders, one pretrained for each seed, and to the last layers of SmolLM2-135M's real weights. Every
+setting has the learning rate that is best for it at the full length of the training, data and order are the same for
+all, and seeds are added until the interval decides or there are eight.
 
 Facts measure how much a method can store. Composed facts measure whether it learns a rule: they are scored on pairs of
 tokens that were never trained.

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -271,14 +271,17 @@ class LastLayers:
         def frozen(quantized: Method | None) -> PreTrainedModel:
             return whole if quantized is None else methods.prepare_base(copy.deepcopy(whole), quantized)
 
+        @lru_cache(maxsize=4)
+        def known_inputs(quantized: Method | None) -> Tensor:
+            return _activations(frozen(quantized), ids, self.layers)
+
         def inputs(keys: Tensor, quantized: Method | None) -> dict[str, Tensor]:
             as_tokens = torch.stack([first[keys[:, 0]], second[keys[:, 1]]], dim=1)
             return {"inputs_embeds": _activations(frozen(quantized), as_tokens, self.layers)}
 
         def known(trained: nn.Module, quantized: Method | None) -> float:
-            activations = _activations(frozen(quantized), ids, self.layers)
             with _full_head(trained, head), torch.no_grad(), without_dropout(trained):
-                logits = trained(inputs_embeds=activations, use_cache=False).logits[:, :-1].float()
+                logits = trained(inputs_embeds=known_inputs(quantized), use_cache=False).logits[:, :-1].float()
             nats = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             return float(nats) / math.log(2)
 
@@ -333,7 +336,7 @@ class _Reached(Exception):
 
 
 def _activations(model: PreTrainedModel, ids: Tensor, layers: int) -> Tensor:
-    """The activations before the last ``layers``, of shape (rows, tokens, width), for tokens of shape (rows, tokens)."""
+    """The activations before the last ``layers``, of shape (rows, tokens, width), of tokens of shape (rows, tokens)."""
     block = _blocks(model)[-layers]
     found: list[Tensor] = []
 
@@ -451,13 +454,14 @@ class PreparedFacts:
     facts: FactSet
     held_out: FactSet | None
     notes: tuple[str, ...] = ()
+    kept: dict[tuple[int, Method | None], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def job(self, method: Method) -> FactsJob:
         """Training by ``method`` on a fresh copy of the base, before its first step."""
         attached = methods.attach(copy.deepcopy(self.base.model), method, seed=self.task.seed)
         torch.manual_seed(self.task.seed)  # for dropout, if the method has it
-        quantized = method if method.quantization is not None else None
-        return FactsJob(attached, self.task, self.facts, self.base.inputs, quantized)
+        quantized = _quantized(method)
+        return FactsJob(attached, self.task, self.facts, self._inputs(self.facts, quantized), quantized)
 
     def validation_loss(self, job: TrainingJob) -> float:
         """Bits left to the precision of `ALIKE`, for the choice of a learning rate: there are no other facts to choose
@@ -467,7 +471,8 @@ class PreparedFacts:
     def scores(self, job: TrainingJob) -> dict[str, float]:
         """``bits_left`` per fact, ``quality`` (the bits stored: 8 minus those left), and ``exact_match``, the share of
         facts whose value is the most likely one; of held-out facts, if they are composed, with ``trained_bits_left``
-        for the trained ones. ``forgetting``: the increase of bits per old fact (decoder) or per token of known text.
+        for the trained ones. ``forgetting``: the increase of bits per old fact (decoder) or per token of known text,
+        over the base before any rounding.
         For LoRA, ``update_norm``.
         """
         assert isinstance(job, FactsJob)
@@ -475,8 +480,7 @@ class PreparedFacts:
         scores = {"bits_left": left, "quality": BITS - left, "exact_match": right}
         if self.held_out is not None:
             scores["trained_bits_left"] = self._bits(job, self.facts)[0]
-        before = self.base.known(self.base.model, job.quantized)
-        scores["forgetting"] = self.base.known(job.model.model, job.quantized) - before
+        scores["forgetting"] = self.base.known(job.model.model, job.quantized) - self._known_before
         update_norm = lora_update_norm(job.model)
         return scores if update_norm is None else {**scores, "update_norm": update_norm}
 
@@ -485,7 +489,25 @@ class PreparedFacts:
 
     def _bits(self, job: TrainingJob, facts: FactSet) -> tuple[float, float]:
         assert isinstance(job, FactsJob)
-        return _bits(job.model.model, self.base.inputs(facts.keys, job.quantized), facts.values)
+        return _bits(job.model.model, self._inputs(facts, job.quantized), facts.values)
+
+    def _inputs(self, facts: FactSet, quantized: Method | None) -> Mapping[str, Tensor]:
+        """Computed once: frozen layers take longer than the trained ones."""
+        key = id(facts), quantized
+        if key not in self.kept:
+            self.kept[key] = self.base.inputs(facts.keys, quantized)
+        return self.kept[key]
+
+    @cached_property
+    def _known_before(self) -> float:
+        return self.base.known(self.base.model, None)
+
+
+def _quantized(method: Method) -> Method | None:
+    """A method that quantizes the frozen layers as ``method`` does, equal for all that quantize alike."""
+    if method.quantization is None:
+        return None
+    return methods.QLORA.variant("quantized", "quantized", quantization=method.quantization)
 
 
 class FactsJob(TrainingJob):
@@ -498,11 +520,11 @@ class FactsJob(TrainingJob):
         model: nn.Module,
         task: Facts,
         facts: FactSet,
-        inputs: Callable[[Tensor, Method | None], Mapping[str, Tensor]],
+        inputs: Mapping[str, Tensor],
         quantized: Method | None,
     ) -> None:
         self.quantized = quantized
-        order = _Order(facts, inputs(facts.keys, quantized), task.steps, task.batch, task.seed)
+        order = _Order(facts, inputs, task.steps, task.batch, task.seed)
         super().__init__(Recall(model), order, task.settings)
 
 
