@@ -63,16 +63,17 @@ def lora(
     settings = {"r": rank, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": TARGETS[targets], **config}
     label = label or f"r{rank}"
     base = methods.QLORA if quantized else methods.LORA
-    method = base.variant(f"lora {targets} {label}", f"LoRA {label} on {targets}", peft_config=settings)
+    # Named without the label: sweeps share equal trainings.
+    method = base.variant(f"{base.name} {targets} r{rank}", f"{base.title} r={rank} on {targets}", peft_config=settings)
     return Setting(label, method, rate or (1e-2 if targets == "q,v" else 3e-3), loraplus_ratio)
 
 
 # --- rank -------------------------------------------------------------------------------------------------------------
 
 RANKED = {
-    "fact-decoder-128": (FactTask(DECODER, 128, STEPS), "q,v"),
-    "fact-decoder-512": (FactTask(DECODER, 512, STEPS), "q,v"),
-    "fact-decoder-1024": (FactTask(DECODER, 1024, 2 * STEPS), "q,v"),
+    "fact-decoder-128": (FactTask(DECODER, 128, STEPS, finer=True), "q,v"),
+    "fact-decoder-512": (FactTask(DECODER, 512, STEPS, finer=True), "q,v"),
+    "fact-decoder-1024": (FactTask(DECODER, 1024, 2 * STEPS, finer=True), "q,v"),
     "smollm2-135m-qv": (FactTask(REAL, 256, REAL_STEPS), "q,v"),
     "smollm2-135m": (FactTask(REAL, 256, REAL_STEPS), "all-linear"),
 }
@@ -112,7 +113,10 @@ def test_capacity(decide: Decide, record: Callable[..., None], say: Callable[[st
 # --- learning rates ---------------------------------------------------------------------------------------------------
 
 
-RATED = {DECODER: FactTask(DECODER, 1024, STEPS // 2), REAL: FactTask(REAL, 256, REAL_STEPS // 4)}
+RATED = {
+    DECODER: FactTask(DECODER, 1024, STEPS // 2, finer=True),
+    REAL: FactTask(REAL, 256, REAL_STEPS // 4, finer=True),
+}
 """So short that no setting stores everything: then its best rate is well determined."""
 
 
@@ -137,7 +141,7 @@ PARAMS_PER_RANK = {
     # the last two layers: q_proj and o_proj 576×576, k_proj and v_proj 576×192, the others 576×1536
     REAL: {"q,v": 3840, "q,k,v,o": 7680, "all-linear": 20352},
 }
-TARGET_TASKS = {DECODER: (FactTask(DECODER, 768, STEPS), 14), REAL: (FactTask(REAL, 256, REAL_STEPS), 16)}
+TARGET_TASKS = {DECODER: (FactTask(DECODER, 768, STEPS, finer=True), 14), REAL: (FactTask(REAL, 256, REAL_STEPS), 16)}
 """The number of facts, and the rank on q,v whose parameters all sets have."""
 
 
@@ -177,7 +181,7 @@ def test_all_linear_layers(name: str, fact_sweep: FactSweep, decide: Decide) -> 
 
 # --- QLoRA, forgetting, variants --------------------------------------------------------------------------------------
 
-LEARNED = {DECODER: FactTask(DECODER, 512, STEPS), REAL: FactTask(REAL, 256, REAL_STEPS)}
+LEARNED = {DECODER: FactTask(DECODER, 512, STEPS, finer=True), REAL: FactTask(REAL, 256, REAL_STEPS)}
 
 
 @pytest.mark.claim("qlora-quality")
@@ -240,7 +244,7 @@ def test_variants(name: str, fact_sweep: FactSweep, decide: Decide) -> None:
 
 def test_rule(fact_sweep: FactSweep) -> None:
     """The seven methods learn a rule, and are scored on pairs of tokens that were never trained."""
-    task = FactTask(DECODER, 4096, STEPS, held_out=1024)
+    task = FactTask(DECODER, 4096, STEPS, held_out=1024, finer=True)
     settings = [
         FULL,
         lora(16, "q,k,v,o", label="lora"),
