@@ -443,6 +443,19 @@ def test_transformers_models_can_be_marked_as_loaded_in_4_bit() -> None:
     assert model.hf_quantizer.is_trainable
 
 
+def test_accelerate_collects_no_garbage_where_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    collected: list[Any] = []
+    monkeypatch.setattr("gc.collect", lambda *_: collected.append("all"))
+    accelerator = SimpleNamespace(_schedulers=[], _optimizers=[], _models=[], _dataloaders=[])
+    with from_accelerate.without_collection():
+        Accelerator.free_memory(accelerator)
+    assert collected == []
+    Accelerator.free_memory(accelerator)
+    assert collected == ["all"]
+
+
 def test_accelerate_scales_losses_on_a_cpu_if_told_to() -> None:
     from peft_gauge.training.trainers import alone
 
