@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from peft_gauge.plan.policies.patches import Patches
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
-_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.", "peft_gauge._internals.torch.")  # modules between the operator and its caller
+# Modules between the operator and its caller.
+_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.", "peft_gauge._internals.torch.")
 
 
 class Answers:
