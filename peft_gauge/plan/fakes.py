@@ -16,6 +16,7 @@ from peft_gauge._internals import bitsandbytes as bnb_internals
 from peft_gauge._internals.torch import (
     FakeTensor,
     FakeTensorMode,
+    QuickFakeTensorMode,
     buffers_of,
     hooks_of,
     parameters_of,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def fake_mode() -> FakeTensorMode:
     """A fake mode that accepts small real tensors (constants of a closure) among fake ones."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return QuickFakeTensorMode(allow_non_fake_inputs=True)
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_gauge._internals import moved
-from peft_gauge._internals.accelerate import scale_losses
+from peft_gauge._internals.accelerate import scale_losses, without_collection
 from peft_gauge._internals.liger import has_liger, liger_on_fakes
 from peft_gauge._internals.torch import (
     is_fake,
@@ -119,6 +119,7 @@ def follow_trainer(
             stack.enter_context(fused_head_on_fakes() if fake else contextlib.nullcontext())
         trainer.data_collator = _Batches(request, model, tracker, trainer.data_collator, fake=fake)
         stack.enter_context(no_collector())
+        stack.enter_context(without_collection())
         stack.enter_context(places or contextlib.nullcontext())
         stack.enter_context(tracker)
         with contextlib.suppress(_Traced):

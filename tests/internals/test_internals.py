@@ -79,6 +79,39 @@ def test_torch_fake_tensors_have_shapes_and_no_data() -> None:
         made.nonzero()
 
 
+def test_torch_keys_of_its_cache_tell_fakes_apart() -> None:
+    """By torch's own check, which computes anew each output that the cache gives, and raises where they differ."""
+    from_torch.FakeTensorMode.cache_clear()
+    with torch._dynamo.config.patch(fake_tensor_cache_crosscheck_enabled=True):
+        mode = from_torch.QuickFakeTensorMode()
+    with mode:
+        alike = {
+            "plain": torch.empty(6, 4),
+            "narrower": torch.empty(6, 4, dtype=torch.bfloat16),
+            "as narrow": torch.empty(6, 4, dtype=torch.float16),
+            "whole numbers": torch.empty(6, 4, dtype=torch.int32),
+            "rows of more": torch.empty(9, 4)[:6],
+            "fewer rows of more": torch.empty(9, 4)[:5],
+            "later rows of more": torch.empty(9, 4)[1:7],
+            "by columns": torch.empty(4, 6).t(),
+            "every other row": torch.empty(12, 4)[::2],
+            "trained": torch.empty(6, 4, requires_grad=True),
+            "negative": torch._neg_view(torch.empty(6, 4)),
+        }
+        for _ in range(2):
+            for tensor in alike.values():
+                for number in (2, 2.0, True):
+                    tensor * number
+                torch.add(tensor, tensor, alpha=2)
+                torch.cat([tensor, tensor])
+                torch.empty_like(tensor)
+                tensor[1:].clone()
+                tensor.sum(dim=0, keepdim=True, dtype=torch.float32)
+    found = from_torch.FakeTensorMode.cache_info()
+    assert found.hits > 8 * len(alike)
+    assert found.misses > 5 * len(alike)
+
+
 def test_torch_shape_rules_can_be_lent_and_taken_back() -> None:
     table, operator = from_torch.shape_rules(), torch.ops.aten.nonzero.default
     with fakes.fake_mode(), patch.dict(table, {operator: lambda mode, func, tensor: torch.empty(7, 1)}):
@@ -408,6 +441,19 @@ def test_transformers_models_can_be_marked_as_loaded_in_4_bit() -> None:
     from_transformers.mark_loaded(model, "nf4", double_quant=True)
     assert model.is_loaded_in_4bit
     assert model.hf_quantizer.is_trainable
+
+
+def test_accelerate_collects_no_garbage_where_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    collected: list[Any] = []
+    monkeypatch.setattr("gc.collect", lambda *_: collected.append("all"))
+    accelerator = SimpleNamespace(_schedulers=[], _optimizers=[], _models=[], _dataloaders=[])
+    with from_accelerate.without_collection():
+        Accelerator.free_memory(accelerator)
+    assert collected == []
+    Accelerator.free_memory(accelerator)
+    assert collected == ["all"]
 
 
 def test_accelerate_scales_losses_on_a_cpu_if_told_to() -> None:

@@ -56,7 +56,6 @@ class _Reader:
 
     def __init__(self, path: str, tree: ast.AST, first_line: int = 1) -> None:
         self.path = path
-        self.tree = tree
         self.first_line = first_line
         self.names: dict[str, str | Result] = dict(MODULES)
         self.own: dict[tuple[int, str], str | Result] = {}
@@ -66,13 +65,14 @@ class _Reader:
         self.functions: dict[int, ast.AST] = {}
         self.bound: dict[int, set[str]] = {}
         self._find_functions(tree, None)
+        self.nodes = list(ast.walk(tree))
         for _ in range(3):  # what is known of one name makes others known
-            for node in ast.walk(tree):
+            for node in self.nodes:
                 self._learn(node)
 
     def uses(self) -> Iterator[Use]:
-        calls = {id(node.func): node for node in ast.walk(self.tree) if isinstance(node, ast.Call)}
-        for node in ast.walk(self.tree):
+        calls = {id(node.func): node for node in self.nodes if isinstance(node, ast.Call)}
+        for node in self.nodes:
             line = getattr(node, "lineno", 1) + self.first_line - 1
             if isinstance(node, ast.Attribute):
                 name = self._whole(node)
@@ -226,7 +226,9 @@ def read(paths: Iterable[Path], root: Path) -> tuple[list[Use], list[Use]]:
 
 
 def read_text(source: str, path: str) -> tuple[list[Use], list[Use]]:
-    """Likewise, in one file's text."""
+    """Likewise, in one file's text; one that names neither module's last part has none, and is not parsed."""
+    if "cuda" not in source and "pynvml" not in source:
+        return [], []
     reader = _Reader(path, ast.parse(source))
     found = sorted(set(reader.uses()), key=lambda use: (use.line, str(use)))
     # `a.b.c` holds `a.b`, which is looked up on the way.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from peft_gauge.plan.policies.patches import Patches
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
-_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.")  # modules between the operator and its caller
+# Modules between the operator and its caller.
+_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.", "peft_gauge._internals.torch.")
 
 
 class Answers:
@@ -138,7 +139,7 @@ def _asked_by() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] != "torch" and not module.startswith(_BETWEEN):
+        if module.partition(".")[0] != "torch" and not f"{module}.".startswith(_BETWEEN):
             return f"{module}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "the step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,7 @@ from peft_gauge.plan import adaptation, fakes, kernels
 from peft_gauge.plan.autocast import as_on_cuda
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.policies import stepping
-from peft_gauge.plan.record import PlanRequest
+from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.plan.trainer_step import follow_trainer
 from peft_gauge.training import methods, models
 from peft_gauge.training.loops import step_settings
@@ -153,7 +154,7 @@ def with_arguments(arguments: dict[str, Any]) -> PlanRequest:
 def test_each_loss_of_sft_is_planned_as_itself_or_named(name: str) -> None:
     pytest.importorskip("trl", reason="trl comes with the extra trl")
     arguments, expected = SFT_LOSSES[name]
-    default, found = plan(with_arguments({})), plan(with_arguments(arguments))
+    default, found = plan_of_defaults(), plan(with_arguments(arguments))
     logits = BATCH * SEQ * TOY.vocab_size * 2  # in bfloat16, under TRL's autocast
     traced = largest_logits(with_arguments(arguments))
     assert (traced >= logits) == (expected == FULL_LOGITS)
@@ -164,6 +165,11 @@ def test_each_loss_of_sft_is_planned_as_itself_or_named(name: str) -> None:
     named = [each for each in found.warnings if " is left out of this plan: " in each]
     assert [each.partition(" ")[0] for each in named] == (list(arguments) if expected == LEFT_OUT else [])
     assert len(found.warnings) == len(named)
+
+
+@cache
+def plan_of_defaults() -> Plan:
+    return plan(with_arguments({}))
 
 
 def largest_logits(asked: PlanRequest) -> int:
