@@ -104,8 +104,8 @@ def test_more_gpus_come_last_alone_and_with_checkpointing() -> None:
     found = advice.advise(asked, base, plan_shared)
     two = "2 GPUs by FSDP2"
     assert [(each.gpus, each.changes) for each in found] == [(2, (two,)), (2, ("gradient checkpointing", two))]
-    # Half of weights and state; 3 × 4 bytes a parameter.
-    assert found[0].saved_bytes == pytest.approx(3 * 4 * base.total_params / 2, rel=0.15)
+    # Half of weights, gradients, state and the update's temporaries: 5 × 4 bytes a parameter.
+    assert found[0].saved_bytes == pytest.approx(5 * 4 * base.total_params / 2, rel=0.1)
 
 
 def test_what_cannot_be_planned_or_saves_nothing_is_left_out() -> None:
