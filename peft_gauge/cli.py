@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from peft_gauge.commands.ab import ab
+from peft_gauge.commands.accuracy import accuracy
 from peft_gauge.commands.bench import EXTRA, bench
 from peft_gauge.commands.bisect import bisect
 from peft_gauge.commands.bundle import bundle
@@ -43,6 +44,7 @@ app.command(short_help="Show each claim with its newest measured verdict.")(clai
 app.command(short_help="Compare saved runs with a base run.")(compare)
 app.command(short_help="Join the saved shards of one run.")(merge)
 app.command(short_help="Plot planned memory against sequence length.")(memory_curve)
+app.command(short_help="Plot planned against measured memory.")(accuracy)
 app.command(short_help="Show saved runs as a page, plots or Markdown.")(report)
 app.command(short_help="Compare a recorded step's allocations with its plan.")(trace)
 
