@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from peft_gauge.history.schema import Run
+    from peft_gauge.history.reader import Run
 
 SIZE = 420
 """Width and height in pixels: equal scales make the line of equality a diagonal."""
