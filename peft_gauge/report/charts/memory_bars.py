@@ -174,7 +174,8 @@ def _panel(
     last: bool,
 ) -> Any:
     """The bars of one method. The first panel has the names of GPUs above it, the last one the axis's labels."""
-    parts, ends = [], []
+    parts: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
     for plan in plans:
         begin = 0.0
         for place, (segment, nbytes) in enumerate(segments(plan).items()):
