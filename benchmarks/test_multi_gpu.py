@@ -67,7 +67,8 @@ def steps(case: Case, config: pytest.Config) -> list[PlanRequest]:
 @pytest.mark.plans(steps=steps)
 def test_shared_step(case: Case, pytestconfig: pytest.Config, plans: Plans, record: Callable[..., None]) -> None:
     sharding = sharding_of(case, pytestconfig)
-    skip_without_gpus(case, sharding)
+    if sharding.ranks < 2:
+        pytest.skip("one GPU shares no step; use --gpus 2 or more, or --device cpu")
     if case.loop != "plain":
         pytest.skip(f"--loop {case.loop} is not shared over several GPUs here; use --loop plain")
     (plan,) = plans(steps(case, pytestconfig))
@@ -109,15 +110,6 @@ def assert_planned(tracked: int, planned: int) -> None:
     assert (1 - TOLERANCE) * planned - BLOCKS <= tracked <= (1 + TOLERANCE) * planned
 
 
-def skip_without_gpus(case: Case, sharding: Sharding) -> None:
-    if sharding.ranks < 2:
-        pytest.skip("one GPU shares no step; use --gpus 2 or more, or --device cpu")
-    if case.device == "cuda":
-        there = len(machine.accelerators())
-        if sharding.ranks > there:
-            pytest.skip(f"--gpus {sharding.ranks} needs as many GPUs; torch sees {there}")
-
-
 def launched(case: Case, sharding: Sharding | None, config: pytest.Config) -> list[dict[str, Any]]:
     """The record of each rank; ends the test if a rank failed."""
     ranks = 1 if sharding is None else sharding.ranks
@@ -129,7 +121,9 @@ def launched(case: Case, sharding: Sharding | None, config: pytest.Config) -> li
         seed=case.seed,
     )
     rounds = config.getoption("--rounds") or ROUNDS
-    shared = SharedCase(case, stored_base(case.model, case.dtype), stream, sharding, rounds, limit)
+    shared = SharedCase(
+        case, stored_base(case.model, case.dtype), stream, sharding, rounds, limit, config.getoption("--rank-port")
+    )
     outcome = isolation.run(
         "peft_gauge.measure.ranks:launch", shared, limit_seconds=limit, environment=environment(case, ranks)
     )

@@ -7,12 +7,14 @@ CUDA also read from the allocator; steps are timed between barriers, so that eac
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge import __version__, machine
 from peft_gauge._internals.distributed import AXIS, gathered
 from peft_gauge.counting import quantization_constants
 from peft_gauge.errors import GaugeError, one_line
@@ -34,8 +36,13 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS = 2
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+STEP_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed")
 COMMUNICATION = ("nccl", "gloo:")
 """Beginnings of the names of a profiler's events for collectives: of kernels, and of a CPU's backend."""
+
+
+REFUSED = f"{GaugeError.__name__}: "
+"""Beginning of the message of a rank that refuses its work."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class SharedCase:
         sharding: ``None`` for one process, which others are compared with.
         rounds: timed steps.
         limit_seconds: how long a collective may wait for other ranks.
+        port: of the ranks' rendezvous; 0 is a free one.
     """
 
     case: Case
@@ -57,6 +65,7 @@ class SharedCase:
     sharding: Sharding | None
     rounds: int
     limit_seconds: float
+    port: int = 0
 
     @property
     def ranks(self) -> int:
@@ -66,9 +75,11 @@ class SharedCase:
 def launch(shared: SharedCase) -> list[dict[str, Any]]:
     """Run the ranks of ``shared``, and return the record of each (`rank`), in their order.
 
-    When a rank fails, the launcher ends the others. Raises `RuntimeError` with the rank and the reason; a time limit is
-    the caller's (`peft_gauge.isolation.run`).
+    When a rank fails, the launcher ends the others. Raises `RuntimeError` with the rank and the reason, and
+    `GaugeError` before any rank starts if they cannot share a step here (`check`); a time limit is the caller's
+    (`peft_gauge.isolation.run`).
     """
+    check(shared.case.device, shared.ranks, shared.port)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -76,8 +87,10 @@ def launch(shared: SharedCase) -> list[dict[str, Any]]:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=shared.ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port
+        # c10d finds free ports; the ranks of static meet at the given one.
+        rdzv_backend="static" if shared.port else "c10d",
+        rdzv_endpoint=f"localhost:{shared.port}",
+        rdzv_configs={"rank": 0} if shared.port else {},
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
@@ -87,9 +100,62 @@ def launch(shared: SharedCase) -> list[dict[str, Any]]:
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         signal = failure.signal_name() if failure.exitcode < 0 else ""
-        reason = f"killed by {signal}" if signal and signal != "<N/A>" else one_line(_message(failure), 300)
+        message = _message(failure)
+        if message.startswith(REFUSED):
+            raise GaugeError(message.removeprefix(REFUSED)) from None
+        reason = f"killed by {signal}" if signal and signal != "<N/A>" else one_line(message, 300)
         raise RuntimeError(f"rank {number} of {shared.ranks}: {reason}") from None
     return [found[number] for number in sorted(found)]
+
+
+def check(device: str, ranks: int, port: int) -> None:
+    """Raise `GaugeError` if ``ranks`` processes on ``device`` cannot share a step on this machine.
+
+    Without this, a port in use makes each rank wait for a minute for a server that is not the launcher's, and a rank
+    without a GPU ends with CUDA's "invalid device ordinal".
+    """
+    import torch
+    import torch.distributed as dist
+
+    backend = BACKENDS[device]
+    if not dist.is_available() or not dist.is_backend_available(backend):
+        raise GaugeError(
+            f"torch {torch.__version__} has no backend {backend}, by which ranks on {device} communicate; install a "
+            "build of torch with it (for nccl: one for CUDA on Linux)"
+        )
+    if device == "cuda" and ranks > torch.cuda.device_count():
+        raise GaugeError(
+            f"{ranks} ranks need as many GPUs, and torch sees {torch.cuda.device_count()}; use fewer --gpus"
+        )
+    if not 0 <= port < 2**16:
+        raise GaugeError(f"--rank-port must be from 0 (a free one) to 65535, got {port}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the launcher's server: no wait after a run
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise GaugeError(
+                f"the ranks cannot meet at port {port}: {error.strerror or error}; choose another --rank-port, or 0"
+            ) from error
+
+
+def versions() -> dict[str, str]:
+    """The versions of this process that change a step, by name."""
+    found = {"peft-gauge": __version__, **{name: machine.installed_version(name) for name in STEP_LIBRARIES}}
+    return {name: version or "not installed" for name, version in found.items()}
+
+
+def check_same(by_rank: list[dict[str, str]]) -> None:
+    """Raise `GaugeError` if ranks have different `versions`: their steps, and the bytes that they expect of each
+    other, would differ."""
+    for name in by_rank[0]:
+        found = [each.get(name) for each in by_rank]
+        other = next((rank for rank, version in enumerate(found) if version != found[0]), None)
+        if other is not None:
+            raise GaugeError(
+                f"ranks have different versions of {name}: {found[0]} on rank 0, {found[other]} on rank {other}; "
+                "install the same everywhere"
+            )
 
 
 def _message(failure: Any) -> str:
@@ -123,6 +189,9 @@ def _rank(shared: SharedCase) -> dict[str, Any]:
         torch.cuda.set_device(number)
     dist.init_process_group(BACKENDS[device], timeout=timedelta(seconds=shared.limit_seconds))
     try:
+        everyone: list[dict[str, str]] = [{}] * shared.ranks
+        dist.all_gather_object(everyone, versions())
+        check_same(everyone)
         mesh = init_device_mesh(device, (shared.ranks,), mesh_dim_names=(AXIS,))
         job, constants = _job(shared, mesh)
         found = {"rank": dist.get_rank(), **_timed(shared, job), **_followed(shared, job, constants)}
