@@ -283,7 +283,11 @@ def _followed(shared: SharedCase, job: TrainingJob, constants: list[Tensor]) -> 
 
 
 def summary(records: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Metrics over all ranks: ``tokens`` are those of one rank's step."""
+    """Metrics over all ranks: ``tokens`` are those of one rank's step.
+
+    Peaks and sent bytes are of a step whose storages are followed; ``rank_communication_seconds`` is the longest time
+    of a rank in collectives, in one step.
+    """
     if not records:
         raise GaugeError("there is no rank to summarize")
     peaks = [each["peak_bytes"] for each in records]
@@ -293,6 +297,8 @@ def summary(records: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         "rank_peak_bytes": max(peaks),
         "rank_peak_bytes_sum": sum(peaks),
         "imbalance": max(peaks) / statistics.mean(peaks) - 1,
+        "rank_sent_bytes": max(sum(one["sent_bytes"] for one in each["communication"].values()) for each in records),
+        "rank_communication_seconds": max(each["communication_seconds"] for each in records),
         "rank_step_seconds": seconds,
-        "tokens_per_second": tokens * len(records) / seconds,
+        "ranks_tokens_per_second": tokens * len(records) / seconds,
     }

@@ -69,7 +69,9 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
     found = summary([first, second], BATCH * SEQ)
     slowest = sorted(map(max, zip(first["step_seconds"], second["step_seconds"], strict=True)))
     assert found["rank_step_seconds"] == sum(slowest) / 2
-    assert found["tokens_per_second"] == 2 * BATCH * SEQ / found["rank_step_seconds"]
+    assert found["ranks_tokens_per_second"] == 2 * BATCH * SEQ / found["rank_step_seconds"]
+    assert found["rank_sent_bytes"] == sum(each["sent_bytes"] for each in first["communication"].values())
+    assert found["rank_communication_seconds"] == max(each["communication_seconds"] for each in (first, second))
     peaks = (first["peak_bytes"], second["peak_bytes"])
     assert (found["ranks"], found["rank_peak_bytes"], found["rank_peak_bytes_sum"]) == (2, max(peaks), sum(peaks))
     assert found["imbalance"] == pytest.approx(2 * max(peaks) / sum(peaks) - 1)
