@@ -15,10 +15,11 @@ AXIS = "fsdp"
 
 
 @contextmanager
-def group_of_one_rank(ranks: int) -> Iterator[Any]:
+def group_of_one_rank(ranks: int, device: str = "cpu") -> Iterator[Any]:
     """A mesh of ``ranks`` ranks in this process, which is rank 0; collectives return at once and move no data.
 
-    It is torch's own backend for tests (``fake``). Enter it outside any fake mode. Guarded by a contract test.
+    It is torch's own backend for tests (``fake``), on any ``device``. Enter it outside any fake mode. Guarded by a
+    contract test.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,7 @@ def group_of_one_rank(ranks: int) -> Iterator[Any]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield init_device_mesh("cpu", (ranks,), mesh_dim_names=(AXIS,))
+        yield init_device_mesh(device, (ranks,), mesh_dim_names=(AXIS,))
     finally:
         dist.destroy_process_group()
 

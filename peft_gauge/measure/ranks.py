@@ -1,4 +1,4 @@
-"""Measure a step that several processes share, one per GPU: started by torchrun's launcher, sharded by accelerate.
+"""Measure a step that several processes share, one per GPU: started by torchrun's launcher, sharded as by accelerate.
 
 Each rank trains on data of its own. Its memory is followed storage by storage, as the planner follows its rank, and on
 CUDA also read from the allocator; steps are timed between barriers, so that each takes as long as the slowest rank.
@@ -10,24 +10,34 @@ import os
 import socket
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge import __version__, machine
-from peft_gauge._internals.distributed import AXIS, gathered
+from peft_gauge._internals.distributed import AXIS, gathered, group_of_one_rank
 from peft_gauge.counting import quantization_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.measure.memory import empty_cache, tracked_step
 from peft_gauge.measure.passes import quiet, trains_base
-from peft_gauge.memory.categories import GATHERED_WEIGHTS, QUANTIZATION_CONSTANTS
+from peft_gauge.memory.categories import (
+    ADAPTER_WEIGHTS,
+    BACKWARD,
+    BASE_WEIGHTS,
+    FORWARD,
+    GATHERED_WEIGHTS,
+    QUANTIZATION_CONSTANTS,
+)
 from peft_gauge.memory.sharded_tracker import ShardedTracker
 from peft_gauge.memory.tracker import no_collector
 from peft_gauge.training import cases, methods, models
-from peft_gauge.training.sharding import packed_dtype, shard
+from peft_gauge.training.sharding import compute_dtype, packed_dtype, shard
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from peft_gauge.training.cases import Case
     from peft_gauge.training.models import ModelRecord
@@ -192,28 +202,57 @@ def _rank(shared: SharedCase) -> dict[str, Any]:
         everyone: list[dict[str, str]] = [{}] * shared.ranks
         dist.all_gather_object(everyone, versions())
         check_same(everyone)
-        mesh = init_device_mesh(device, (shared.ranks,), mesh_dim_names=(AXIS,))
-        job, constants = _job(shared, mesh)
-        found = {"rank": dist.get_rank(), **_timed(shared, job), **_followed(shared, job, constants)}
-        job.close()
-        return found
+        with ExitStack() as stack:
+            if shared.sharding is not None and shared.sharding.is_zero:
+                job, followed = _followed_from_the_start(shared, stack)
+                found = {**_timed(shared, job), **followed}
+            else:
+                mesh = init_device_mesh(device, (shared.ranks,), mesh_dim_names=(AXIS,))
+                job, constants = _prepared(shared, mesh)
+                found = {**_timed(shared, job), **_followed(shared, job, constants)}
+            job.close()
+        return {"rank": dist.get_rank(), **found}
     finally:
         dist.destroy_process_group()
 
 
-def _timed(shared: SharedCase, job: TrainingJob) -> dict[str, Any]:
+def lone(shared: SharedCase) -> dict[str, Any]:
+    """The memory of rank 0 of ``shared``, on a device without the other ranks: as `rank`, but no losses and no times.
+
+    Collectives return at once and move no data, so that gathered weights, and all that is computed from them, are
+    arbitrary. Memory does not depend on values.
+    """
+    quiet()
+    with group_of_one_rank(shared.ranks, shared.case.device) as mesh:
+        job, constants = _prepared(shared, mesh)
+        job.warm_up(WARM_UP_STEPS)
+        found = {"rank": 0, **_allocated(shared, job), **_followed(shared, job, constants)}
+        job.close()
+        return found
+
+
+def _allocated(shared: SharedCase, job: TrainingJob) -> dict[str, int]:
+    """The allocator's peaks in one step; nothing on a CPU."""
+    if shared.case.device != "cuda":
+        return {}
     import torch
+
+    empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    job.step()
+    job.clear()
+    return {
+        "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def _timed(shared: SharedCase, job: TrainingJob) -> dict[str, Any]:
     import torch.distributed as dist
 
     job.warm_up(WARM_UP_STEPS)
     found: dict[str, Any] = {"losses": job.losses}
-    if shared.case.device == "cuda":
-        empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        job.step()
-        job.clear()
-        found["allocated_peak_bytes"] = torch.cuda.max_memory_allocated()
-        found["reserved_peak_bytes"] = torch.cuda.max_memory_reserved()
+    found |= _allocated(shared, job)
     seconds = []
     for _ in range(shared.rounds):
         dist.barrier()
@@ -229,7 +268,73 @@ def _timed(shared: SharedCase, job: TrainingJob) -> dict[str, Any]:
     return found
 
 
-def _job(shared: SharedCase, mesh: Any) -> tuple[TrainingJob, list[Tensor]]:
+def _prepared(shared: SharedCase, mesh: Any) -> tuple[TrainingJob, list[Tensor]]:
+    """This rank's job by FSDP2 or DDP, or that of a process alone; otherwise as `_job`."""
+    from peft_gauge.training.step import TrainingJob
+
+    def make(model: nn.Module, batches: list[dict[str, Tensor]]) -> TrainingJob:
+        settings, sharding = shared.case.settings, shared.sharding
+        return TrainingJob(model if sharding is None else shard(model, sharding, settings, mesh), batches, settings)
+
+    return _job(shared, make)
+
+
+def _followed_from_the_start(shared: SharedCase, stack: ExitStack) -> tuple[TrainingJob, dict[str, Any]]:
+    """This rank's job by DeepSpeed's ZeRO, and the metrics of its third step, in which every storage is tracked.
+
+    The engine keeps tensors that only the tracker can find, from when it creates them on. It ends with ``stack``.
+    """
+    import torch.distributed as dist
+
+    from peft_gauge._internals.deepspeed import bucket_elements
+    from peft_gauge.training import zero
+
+    case, sharding = shared.case, shared.sharding
+    assert sharding is not None
+    tracker = _tracker(shared)
+    dtype = compute_dtype(case.dtype, case.settings.mixed_precision)
+
+    def make(model: nn.Module, batches: list[dict[str, Tensor]]) -> TrainingJob:
+        zero.cast(model, dtype)
+        tracker.bucket_elements = bucket_elements()
+        engine = zero.zero_job(
+            model,
+            batches,
+            case.settings,
+            strategy=sharding.strategy,
+            dtype=dtype,
+            rank=dist.get_rank(),
+            ranks=sharding.ranks,
+            device=case.device,
+        )
+        with tracker:
+            job = stack.enter_context(engine)
+        zero.adopt_engine(tracker, model, job.engine, category_of)
+        return job
+
+    def category_of(name: str, parameter: nn.Parameter) -> str:
+        return BASE_WEIGHTS if trains_base(case) or not parameter.requires_grad else ADAPTER_WEIGHTS
+
+    with tracker.resizing():
+        job, constants = _job(shared, make)
+        tracker.adopt(constants, QUANTIZATION_CONSTANTS)
+        for _ in range(zero.STEPS_BEFORE):
+            with tracker:
+                for _ in range(case.settings.grad_accumulation):
+                    with tracker.phase(FORWARD):
+                        job.forward()
+                    with tracker.phase(BACKWARD):
+                        job.backward()
+                    job.clear()
+                job.optimizer_step()
+        with no_collector():
+            found = tracked_step(job, trains_base(case), tracker)[1]
+    return job, {**found, "communication": _communication(tracker)}
+
+
+def _job(
+    shared: SharedCase, make: Callable[[nn.Module, list[dict[str, Tensor]]], TrainingJob]
+) -> tuple[TrainingJob, list[Tensor]]:
     """This rank's job, and the constants of its packed weights, which lose them when they are sharded."""
     import torch.distributed as dist
 
@@ -239,9 +344,8 @@ def _job(shared: SharedCase, mesh: Any) -> tuple[TrainingJob, list[Tensor]]:
     base = methods.prepare_base(base, case.method, device=case.device, storage=storage)
     constants = [tensor for parameter in base.parameters() for tensor in quantization_constants(parameter)]
     own = cases.BATCHES * case.settings.batch * case.settings.seq
-    stream = shared.stream[dist.get_rank() * own :][:own]
-    wrap = None if sharding is None else lambda model: shard(model, sharding, case.settings, mesh)
-    return cases.build_job(case, base=base, prepared=True, stream=stream, wrap=wrap), constants
+    stream = shared.stream[dist.get_rank() * own :][:own].clone()  # without the other ranks' data
+    return cases.build_job(case, base=base, prepared=True, stream=stream, make=make), constants
 
 
 def _synchronize(device: str) -> None:
@@ -271,15 +375,28 @@ def _followed(shared: SharedCase, job: TrainingJob, constants: list[Tensor]) -> 
     sharding = shared.sharding
     if sharding is None:
         return tracked_step(job, trains_base(shared.case))[1]
-    tracker = ShardedTracker(
-        ranks=sharding.ranks, reduces=sharding.strategy == "fsdp2", vocabulary=shared.case.model.vocab_size
-    )
+    tracker = _tracker(shared)
     tracker.adopt(constants, QUANTIZATION_CONSTANTS)
     tracker.adopt(gathered(job.model), GATHERED_WEIGHTS)
     with tracker.resizing(), no_collector():
         found = tracked_step(job, trains_base(shared.case), tracker)[1]
-    communication = {name: {"calls": n, "sent_bytes": tracker.sent_bytes[name]} for name, n in tracker.calls.items()}
-    return {**found, "communication": communication}
+    return {**found, "communication": _communication(tracker)}
+
+
+def _tracker(shared: SharedCase) -> ShardedTracker:
+    sharding = shared.sharding
+    assert sharding is not None
+    return ShardedTracker(
+        ranks=sharding.ranks,
+        reduces=sharding.shards_weights,
+        gathers_in_place=sharding.strategy == "zero3",
+        vocabulary=shared.case.model.vocab_size,
+        device_type=shared.case.device if sharding.is_zero else None,  # DeepSpeed also makes tensors on meta
+    )
+
+
+def _communication(tracker: ShardedTracker) -> dict[str, dict[str, int]]:
+    return {name: {"calls": calls, "sent_bytes": tracker.sent_bytes[name]} for name, calls in tracker.calls.items()}
 
 
 def summary(records: list[dict[str, Any]], tokens: int) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="PORT",
         help="port at which the ranks of -m multigpu meet (default: 0, a free one)",
     )
-    add("--strategy", default="fsdp2", help="fsdp2 or ddp: how they share it (default: fsdp2)")
+    add("--strategy", default="fsdp2", help="fsdp2, ddp, zero1, zero2 or zero3: how they share it (default: fsdp2)")
     add(
         "--dataset",
         metavar="SOURCE",
