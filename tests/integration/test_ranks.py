@@ -63,6 +63,13 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
     # gloo's thread can release the last buffer of a collective late, so that it counts in the peak.
     assert abs(first["peak_bytes"] - second["peak_bytes"]) <= BLOCK_BYTES
     assert abs(first["resident_bytes"] - second["resident_bytes"]) <= BLOCK_BYTES
+    alone = run("peft_gauge.measure.ranks:lone")
+    assert alone.ended == "done", alone.reason
+    assert alone.value["communication"] == first["communication"]
+    assert 0 <= first["peak_bytes"] - alone.value["peak_bytes"] <= BLOCK_BYTES
+    assert 0 <= first["resident_bytes"] - alone.value["resident_bytes"] <= BLOCK_BYTES
+    for category in ("base_weights", "adapter_weights", "optimizer_state", "inputs"):
+        assert alone.value["resident_by_category"][category] == first["resident_by_category"][category] > 0
     # All-gathers and reductions of every step, and of none more.
     assert first["communication"]["reduce_scatter"]["calls"] == 2
     assert 0 < first["communication_seconds"] < 60

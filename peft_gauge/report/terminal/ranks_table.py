@@ -20,10 +20,38 @@ METHOD_WIDTH = 14  # columns; longer names take two lines, so that the table has
 
 def summary(cases: Iterable[CaseRecord], width: int) -> str:
     """A table for each model, device, number of ranks and strategy, as text; empty without shared steps."""
+    cases = list(cases)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in (case.metrics for case in cases if case.outcome == "passed" and "rank_peak_bytes" in case.metrics):
         groups.setdefault(tuple(row.get(name) for name in ("model", "device", "ranks", "strategy")), []).append(row)
-    return as_text([_table(rows, *group) for group, rows in groups.items()], width)
+    lone = [case.metrics for case in cases if case.outcome == "passed" and "lone_peak_bytes" in case.metrics]
+    for row in lone:
+        groups.setdefault((row["model"], row["device"], row["lone_ranks"]), []).append(row)
+    tables = [_table(rows, *group) if len(group) == 4 else _lone_table(rows, *group) for group, rows in groups.items()]
+    return as_text(tables, width)
+
+
+LONE = {
+    "tensors": ("lone_peak_bytes", "planned_lone_peak_bytes"),
+    "allocated": ("lone_allocated_peak_bytes", "planned_lone_allocated_bytes"),
+    "reserved": ("lone_reserved_peak_bytes", "planned_lone_reserved_bytes"),
+}
+"""Heading -> the measured metric of a rank without the others, and the planned one."""
+
+
+def _lone_table(rows: list[Mapping[str, Any]], model: str, device: str, ranks: int) -> Table:
+    title = f"{model} on {device}, one of {ranks} ranks (fsdp2) without the others, "
+    table = Table(title=title + step_conditions(rows[0]["settings"]), title_justify="left")
+    table.add_column("method", max_width=METHOD_WIDTH, overflow="fold")
+    for heading in LONE:
+        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("of plan", justify="right", no_wrap=True)
+    for row in rows:
+        cells = []
+        for measured, planned in ((row.get(a), row.get(b)) for a, b in LONE.values()):
+            cells += [shown_bytes(measured), shown(measured and planned and 100 * measured / planned, "{:.1f} %")]
+        table.add_row(label(row), *cells)
+    return table
 
 
 def _table(rows: list[Mapping[str, Any]], model: str, device: str, ranks: int, strategy: str) -> Table:

@@ -67,6 +67,27 @@ def test_missing_values_are_dashes_and_failed_cases_are_left_out() -> None:
     assert ranks_table.summary([CaseRecord("a", "m", "failed", "killed", {"method": "lora"})], 80) == ""
 
 
+def test_a_rank_without_the_others_is_next_to_its_plan() -> None:
+    metrics = {
+        "method": "lora",
+        "model": "toy",
+        "device": "cuda",
+        "settings": {"batch": 4, "seq": 768, "dtype": "bfloat16", "grad_checkpointing": False},
+        "strategy": "fsdp2",
+        "lone_ranks": 8,
+        "lone_peak_bytes": 2 * 10**9,
+        "planned_lone_peak_bytes": 10**9,
+        "lone_allocated_peak_bytes": None,
+        "planned_lone_allocated_bytes": 10**9,
+        "lone_reserved_peak_bytes": 3 * 10**9,
+        "planned_lone_reserved_bytes": 4 * 10**9,
+    }
+    text = ranks_table.summary([CaseRecord("a", "test_one_rank", "passed", None, metrics)], 80)
+    assert cells(text) == [["lora", "2.00 GB", "200.0 %", "–", "–", "3.00 GB", "75.0 %"]]
+    assert "one of 8 ranks" in text
+    assert max(map(len, map(str.rstrip, text.splitlines()))) <= 100
+
+
 @pytest.mark.parametrize("method", sorted(METHODS, key=len)[-3:])
 def test_the_table_has_at_most_100_columns(method: str) -> None:
     settings = {"batch": 4, "seq": 768, "dtype": "bfloat16", "grad_checkpointing": True}
