@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge import __version__, machine
-from peft_gauge._internals.distributed import AXIS, gathered, group_of_one_rank
+from peft_gauge._internals.distributed import gathered, group_of_one_rank, mesh_of
 from peft_gauge.counting import quantization_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.measure.memory import empty_cache, tracked_step
@@ -191,7 +191,6 @@ def rank(shared: SharedCase) -> dict[str, Any]:
 def _rank(shared: SharedCase) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
     quiet()
     number, device = int(os.environ["LOCAL_RANK"]), shared.case.device
@@ -207,8 +206,7 @@ def _rank(shared: SharedCase) -> dict[str, Any]:
                 job, followed = _followed_from_the_start(shared, stack)
                 found = {**_timed(shared, job), **followed}
             else:
-                mesh = init_device_mesh(device, (shared.ranks,), mesh_dim_names=(AXIS,))
-                job, constants = _prepared(shared, mesh)
+                job, constants = _prepared(shared, mesh_of(device, shared.ranks))
                 found = {**_timed(shared, job), **_followed(shared, job, constants)}
             job.close()
         return {"rank": dist.get_rank(), **found}

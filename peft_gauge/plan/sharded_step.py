@@ -82,7 +82,9 @@ def follow_sharded(
         on_fakes = mesh is None
         if on_fakes:
             with unset_fake_temporarily():
-                mesh = stack.enter_context(group_of_one_rank(request.sharding.ranks))
+                mesh = stack.enter_context(
+                    group_of_one_rank(request.sharding.ranks, replicas=request.sharding.replicas)
+                )
         if on_fakes and request.method.quantization is not None:
             stack.enter_context(quant_states_of_modules())
         places = ModuleAttribution(model, fold=False) if located else None

@@ -91,8 +91,14 @@ def label(plan: Plan) -> str:
     if not sharding:
         return "1 GPU"
     ranks, strategy = sharding["gpus"] * sharding["nodes"], str(sharding["strategy"]).upper()
-    kept = "" if sharding["reshard_after_forward"] else ", kept"
-    return f"{ranks} GPUs, {strategy.replace('ZERO', 'ZeRO-')}{kept}{', offloaded' if sharding.get('offload') else ''}"
+    parts = {
+        f"{ranks} GPUs": True,
+        strategy.replace("ZERO", "ZeRO-"): True,
+        f"{sharding.get('replicas')} replicas": sharding.get("replicas", 1) > 1,
+        "kept": not sharding["reshard_after_forward"],
+        "offloaded": sharding.get("offload"),
+    }
+    return ", ".join(part for part, is_given in parts.items() if is_given)
 
 
 def cards_of(plans: Sequence[Plan]) -> list[Card]:

@@ -80,6 +80,7 @@ def test_a_real_plan_of_ranks_adds_up_and_no_segment_is_negative() -> None:
         ({"gpus": 8, "nodes": 2}, "16 GPUs, FSDP2"),
         ({"gpus": 8, "strategy": "zero3"}, "8 GPUs, ZeRO-3"),
         ({"gpus": 2, "offload": True}, "2 GPUs, FSDP2, offloaded"),
+        ({"gpus": 8, "nodes": 2, "replicas": 2}, "16 GPUs, FSDP2, 2 replicas"),
         ({"gpus": 2, "reshard_after_forward": False}, "2 GPUs, FSDP2, kept"),
     ],
 )
