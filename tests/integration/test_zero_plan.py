@@ -84,7 +84,10 @@ def test_the_bytes_of_a_step_are_those_of_its_collectives() -> None:
     assert found.communication["all_gather"].sent_bytes == pytest.approx(weights * 3 / 4, rel=0.01)
 
 
-MEASURED = [(method, strategy) for strategy in ("zero1", "zero2", "zero3") for method in ("full", "lora")]
+MEASURED = [
+    *((method, strategy) for strategy in ("zero1", "zero2", "zero3") for method in ("full", "lora")),
+    ("qlora", "zero3"),
+]
 
 
 @needs_deepspeed
