@@ -10,6 +10,7 @@
 #   tests       the instruments against what is known beforehand (pytest tests/gpu)
 #   suite       pytest -m gpu within a budget, in the order of the cases' worth
 #   large       the plan of a 7B against its measured LoRA and QLoRA step
+#   rank        one rank of an FSDP2 step for 8 GPUs, without the other seven, against its plan (LoRA)
 #   traces      the allocator's log of a step of each case beside its plan: where a plan is wrong, if it is
 #   compare     the suite's run with the newest one of this machine in the checkout's results/, where there is one
 #   answers     the newest answers as Markdown
@@ -106,6 +107,8 @@ if [ "$device" = cuda ]; then
 else
     skipped large "a step of $large on a CPU takes too long"
 fi
+part rank 20 15 "$python" -m pytest benchmarks/test_one_rank.py::test_lone_rank --gpus=8 --device="$device" \
+    --model="$model" --method=lora --results="$out/results" ${weights:+--weights="$weights"}
 if compgen -G "$out/results/$machine/traces/*.json.gz" > /dev/null; then
     part traces 20 5 bash -c 'at=$1; shift; for file in "$at"/*.json.gz; do echo "== ${file##*/}"; "$@" "$file"; done' _ \
         "$out/results/$machine/traces" "${gauge[@]}" trace --top 5

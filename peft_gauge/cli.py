@@ -18,6 +18,7 @@ from peft_gauge.commands.calibrate import calibrate
 from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
+from peft_gauge.commands.memory_bars import memory_bars
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.merge import merge
 from peft_gauge.commands.plan import plan
@@ -43,6 +44,7 @@ app.command(short_help="Check or rewrite the memory ceilings.")(ceilings)
 app.command(short_help="Show each claim with its newest measured verdict.")(claims)
 app.command(short_help="Compare saved runs with a base run.")(compare)
 app.command(short_help="Join the saved shards of one run.")(merge)
+app.command(short_help="Plot saved plans as bars, by category.")(memory_bars)
 app.command(short_help="Plot planned memory against sequence length.")(memory_curve)
 app.command(short_help="Plot planned against measured memory.")(accuracy)
 app.command(short_help="Show saved runs as a page, plots or Markdown.")(report)

@@ -38,8 +38,8 @@ def without_collection() -> Iterator[None]:
 
 
 def prepare_fsdp2(model: Any, mesh: Any, *, mixed_precision: str, packed: bool, reshard_after_forward: bool) -> Any:
-    """accelerate's own preparation of a model for FSDP2, with its transformer-based wrapping, over ``mesh`` (one
-    dimension).
+    """accelerate's own preparation of a model for FSDP2, with its transformer-based wrapping, over ``mesh``, of one
+    dimension or, for hybrid sharding, two.
 
     An `Accelerator` on a CPU silently ignores its FSDP plugin and takes DDP, so its function is called with the
     attributes that it reads. ``packed``: whether the model has packed 4-bit weights, with which accelerate casts no
@@ -58,11 +58,10 @@ def prepare_fsdp2(model: Any, mesh: Any, *, mixed_precision: str, packed: bool, 
     )
     if mixed_precision != "no":
         plugin.set_mixed_precision(mixed_precision)
-    (name,) = mesh.mesh_dim_names
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         torch_device_mesh=mesh,
-        parallelism_config=SimpleNamespace(fsdp_dim_names=[name]),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=[*mesh.mesh_dim_names]),
         device=next(model.parameters()).device,
         mixed_precision="no" if packed else mixed_precision,  # read for casts only
         is_main_process=False,  # no remarks

@@ -45,16 +45,23 @@ def zero_config(stage: int, *, dtype: torch.dtype, clip_grad_norm: float | None,
 
 @contextmanager
 def engine_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, rank: int, ranks: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    *,
+    rank: int,
+    ranks: int,
+    device: str = "cpu",
 ) -> Iterator[Any]:
     """DeepSpeed's engine over ``model``, in the process group that exists. Its global state ends with the block.
 
-    It runs on the CPU, whose kernels for shared memory are not compiled. Guarded by a contract test.
+    On ``device`` "cpu" its kernels for shared memory are not compiled; "cuda" is the accelerator that DeepSpeed finds.
+    Guarded by a contract test.
     """
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, environment))
-        deepspeed = _imported()
+        deepspeed = _imported(device)
         from deepspeed.accelerator import get_accelerator, set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
         from deepspeed.comm import comm
@@ -62,9 +69,10 @@ def engine_of(
 
         for module in (comm, groups):
             stack.enter_context(_restored(module))
-        stack.callback(set_accelerator, get_accelerator())
-        set_accelerator(CPU_Accelerator())
-        stack.enter_context(patch("deepspeed.comm.torch.build_shm_op", lambda: None))
+        if device == "cpu":
+            stack.callback(set_accelerator, get_accelerator())
+            set_accelerator(CPU_Accelerator())
+            stack.enter_context(patch("deepspeed.comm.torch.build_shm_op", lambda: None))
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -107,11 +115,11 @@ def bucket_elements() -> int:
     return int(DeepSpeedZeroConfig().reduce_bucket_size)
 
 
-def _imported() -> Any:
+def _imported(device: str = "cpu") -> Any:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # its remarks would look like this program's output
     try:
-        with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        with patch.dict(os.environ, {"DS_ACCELERATOR": device}):
             import deepspeed
     finally:
         logging.disable(disabled)

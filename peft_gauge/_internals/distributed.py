@@ -10,23 +10,32 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-AXIS = "fsdp"
-"""The name of the mesh's only dimension."""
+AXES = ("replicate", "fsdp")
+"""The names of the mesh's dimensions; the second is its only one without replicas."""
+
+
+def mesh_of(device: str, ranks: int, replicas: int = 1) -> Any:
+    """A `DeviceMesh` of all ``ranks`` of the process group that exists: of ``replicas`` groups, or one dimension."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if replicas == 1:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=AXES[1:])
+    return init_device_mesh(device, (replicas, ranks // replicas), mesh_dim_names=AXES)
 
 
 @contextmanager
-def group_of_one_rank(ranks: int) -> Iterator[Any]:
+def group_of_one_rank(ranks: int, device: str = "cpu", replicas: int = 1) -> Iterator[Any]:
     """A mesh of ``ranks`` ranks in this process, which is rank 0; collectives return at once and move no data.
 
-    It is torch's own backend for tests (``fake``). Enter it outside any fake mode. Guarded by a contract test.
+    It is torch's own backend for tests (``fake``), on any ``device``. Enter it outside any fake mode. Guarded by a
+    contract test.
     """
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield init_device_mesh("cpu", (ranks,), mesh_dim_names=(AXIS,))
+        yield mesh_of(device, ranks, replicas)
     finally:
         dist.destroy_process_group()
 

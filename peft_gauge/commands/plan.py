@@ -121,7 +121,12 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option("--gpus", help="GPUs (on each node) that share the step; --batch is that of each.")
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Nodes with --gpus each; all ranks are one group.")] = 1,
+    nodes: Annotated[
+        int, typer.Option(help="Nodes with --gpus each; all ranks are one group, unless --replicate.")
+    ] = 1,
+    replicate: Annotated[
+        int, typer.Option(help="FSDP2: groups of GPUs that each hold all shards (HSDP), usually one per node.")
+    ] = 1,
     strategy: Annotated[
         str | None, typer.Option(help="fsdp2, ddp, zero1, zero2 or zero3: how --gpus share the step (default: fsdp2).")
     ] = None,
@@ -168,7 +173,7 @@ def plan(
     from peft_gauge.training.loops import key_values
 
     cards = _checked_gpus(gpu or [], find)
-    sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, find)
+    sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, replicate, find)
     if find is not None and (advise or timeline or timeline_file is not None):
         other = "--advise" if advise else "--timeline"
         raise GaugeError(f"{other} and --find exclude each other; drop one of them")
@@ -398,6 +403,7 @@ def _sharding(
     strategy: str | None,
     reshard_after_forward: bool,
     offload: str | None,
+    replicate: int,
     find: str | None,
 ) -> Sharding | None:
     """The GPUs that share the step; ``None`` for one."""
@@ -411,16 +417,26 @@ def _sharding(
     if find == "gpus":
         if gpus is not None:
             raise GaugeError("--find gpus searches their number; drop --gpus")
+        if replicate != 1:
+            raise GaugeError("--find gpus searches groups of one replica; drop --replicate")
         return Sharding(2, strategy or "fsdp2", nodes, reshard_after_forward, offload is not None)  # type: ignore[arg-type]
     if gpus is None:
         given = {"--nodes": nodes != 1, "--strategy": strategy is not None}
         given["--no-reshard-after-forward"] = not reshard_after_forward
         given["--offload"] = offload is not None
+        given["--replicate"] = replicate != 1
         for option, is_given in given.items():
             if is_given:
                 raise GaugeError(f"{option} needs --gpus: how many GPUs share the step")
         return None
-    found = Sharding(gpus, strategy or "fsdp2", nodes, reshard_after_forward, offload is not None)  # type: ignore[arg-type]
+    found = Sharding(
+        gpus,
+        strategy or "fsdp2",  # type: ignore[arg-type]
+        nodes,
+        reshard_after_forward,
+        offload is not None,
+        replicate,
+    )
     return found if found.ranks > 1 else None
 
 

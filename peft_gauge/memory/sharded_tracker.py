@@ -44,7 +44,7 @@ class ShardedTracker(StorageTracker):
     """A `StorageTracker` of one rank. A `DTensor` counts with this rank's part.
 
     Attributes:
-        ranks: processes of the group.
+        ranks: processes in all; replicas: groups of them that each hold all shards (FSDP2's hybrid sharding).
         calls, sent_bytes: by collective, since `start_over`: how often it was called, and the bytes that this rank
             sends by the ring algorithm.
         reduces: whether gradients of whole weights exist next to this rank's shard (FSDP2, ZeRO-3).
@@ -54,9 +54,12 @@ class ShardedTracker(StorageTracker):
         bucket_elements: size of the buffers in which ZeRO's gradients wait to be reduced; 0 without any.
     """
 
-    def __init__(self, *, ranks: int, reduces: bool, gathers_in_place: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, ranks: int, reduces: bool, gathers_in_place: bool = False, replicas: int = 1, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.ranks = ranks
+        self.replicas = replicas
         self.reduces = reduces
         self.gathers_in_place = gathers_in_place
         self.bucket_elements = 0
@@ -100,7 +103,11 @@ class ShardedTracker(StorageTracker):
         """Count a call of ``collective`` over ``whole``, its unsharded side, whose storages are buffers for it."""
         self.calls[collective] += 1
         nbytes = sum(buffer.nbytes for buffer in whole)
-        self.sent_bytes[collective] += ROUNDS[collective] * nbytes * (self.ranks - 1) // self.ranks
+        averages_replicas = collective == ALL_REDUCE and self.replicas > 1
+        members = self.replicas if averages_replicas else self.ranks // self.replicas
+        self.sent_bytes[collective] += ROUNDS[collective] * nbytes * (members - 1) // members
+        if averages_replicas:
+            return  # in place, of this rank's gradients
         gathers_weights = self.gathers_in_place and collective == ALL_GATHER
         category = GATHERED_WEIGHTS if gathers_weights else COMMUNICATION_BUFFERS
         self.label([buffer for buffer in whole if not self._is_weight(buffer)], category)

@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import is_tensor
 
 from peft_gauge._internals.bitsandbytes import quant_states_of_modules
-from peft_gauge._internals.deepspeed import (
-    bucket_elements,
-    gradient_shards,
-    master_weights,
-    release,
-    shards_of,
-    zero_on_fakes,
-)
+from peft_gauge._internals.deepspeed import bucket_elements, release, zero_on_fakes
 from peft_gauge._internals.distributed import ddp_on_fakes, gathered, group_of_one_rank
 from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
 from peft_gauge.counting import quantization_constants
@@ -32,12 +25,9 @@ from peft_gauge.memory.categories import (
     ADAPTER_WEIGHTS,
     BACKWARD,
     BASE_WEIGHTS,
-    BUFFERS,
     FORWARD,
     GATHERED_WEIGHTS,
-    GRADIENTS,
     HOST,
-    OPTIMIZER_STATE,
     QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.sharded_tracker import ALL_REDUCE, ShardedTracker
@@ -69,9 +59,6 @@ if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.training.step import TrainingJob
 
-ZERO_STEPS_BEFORE = 2
-"""Steps before the traced one: ZeRO-3 notes the order of modules in the first, and fetches ahead from the second on."""
-
 
 def follow_sharded(
     request: PlanRequest,
@@ -95,7 +82,9 @@ def follow_sharded(
         on_fakes = mesh is None
         if on_fakes:
             with unset_fake_temporarily():
-                mesh = stack.enter_context(group_of_one_rank(request.sharding.ranks))
+                mesh = stack.enter_context(
+                    group_of_one_rank(request.sharding.ranks, replicas=request.sharding.replicas)
+                )
         if on_fakes and request.method.quantization is not None:
             stack.enter_context(quant_states_of_modules())
         places = ModuleAttribution(model, fold=False) if located else None
@@ -180,7 +169,7 @@ def _zero_job(
     rank: int,
     notes: list[str],
 ) -> Iterator[tuple[TrainingJob, ModelCall]]:
-    """The job of a rank under ZeRO, with the optimizer's state, after `ZERO_STEPS_BEFORE` steps."""
+    """The job of a rank under ZeRO, with the optimizer's state, after `zero.STEPS_BEFORE` steps."""
     assert request.sharding is not None
     settings = replace(
         request.settings, grad_accumulation=min(request.settings.grad_accumulation, TRACED_MICRO_BATCHES)
@@ -206,14 +195,10 @@ def _zero_job(
                 )
             )
             call = cast("ModelCall", job.model)
-        for name, parameter in model.named_parameters():
-            category = BASE_WEIGHTS if name in base_names else ADAPTER_WEIGHTS
-            tracker.adopt([parameter, *shards_of(parameter)], category)
-            tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
-        tracker.adopt(model.buffers(), BUFFERS)
-        tracker.adopt(master_weights(job.engine), OPTIMIZER_STATE)
-        tracker.adopt(gradient_shards(job.engine), GRADIENTS)
-        for _ in range(ZERO_STEPS_BEFORE):
+        zero.adopt_engine(
+            tracker, model, job.engine, lambda name, _: BASE_WEIGHTS if name in base_names else ADAPTER_WEIGHTS
+        )
+        for _ in range(zero.STEPS_BEFORE):
             for _ in range(settings.grad_accumulation):
                 _first_step(job, call, tracker)
             with tracker:

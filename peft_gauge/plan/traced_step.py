@@ -126,6 +126,7 @@ def new_tracker(request: PlanRequest, places: ModuleAttribution | None = None) -
         options["device_type"] = "cpu"
     return ShardedTracker(
         ranks=request.sharding.ranks,
+        replicas=request.sharding.replicas,
         reduces=request.sharding.shards_weights,
         gathers_in_place=request.sharding.strategy == "zero3",
         **options,

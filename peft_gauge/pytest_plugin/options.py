@@ -77,7 +77,14 @@ def add_options(parser: pytest.Parser) -> None:
         type=int,
         help="GPUs that share each step of -m multigpu (default: all; with --device cpu two processes)",
     )
-    add("--strategy", default="fsdp2", help="fsdp2 or ddp: how they share it (default: fsdp2)")
+    add(
+        "--rank-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="port at which the ranks of -m multigpu meet (default: 0, a free one)",
+    )
+    add("--strategy", default="fsdp2", help="fsdp2, ddp, zero1, zero2 or zero3: how they share it (default: fsdp2)")
     add(
         "--dataset",
         metavar="SOURCE",

@@ -24,7 +24,7 @@ from peft_gauge.pytest_plugin.selection import CASES, unusable_adapters
 from peft_gauge.pytest_plugin.shards import record_of
 from peft_gauge.pytest_plugin.workers import is_worker
 from peft_gauge.report.comparison import as_terminal
-from peft_gauge.report.terminal import memory_table, plan_table, published_table, summary, sweep_table
+from peft_gauge.report.terminal import memory_table, plan_table, published_table, ranks_table, summary, sweep_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -183,6 +183,7 @@ class Recorder:
             width = width_of(terminalreporter)
             terminalreporter.write(summary.summary(self.cases, self.claims, width))
             terminalreporter.write(memory_table.summary(self.cases, width))
+            terminalreporter.write(ranks_table.summary(self.cases, width))
             terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))
             terminalreporter.write(sweep_table.summary(self.cases, width))

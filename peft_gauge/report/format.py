@@ -60,8 +60,9 @@ def sharded(settings: Mapping[str, Any]) -> str:
         return ""
     nodes = f" on {found['nodes']} nodes" if found["nodes"] > 1 else ""
     kept = "" if found["reshard_after_forward"] else " without resharding after forward"
+    replicas = f", {found['replicas']} replicas" if found.get("replicas", 1) > 1 else ""
     offloaded = ", offloaded to host memory" if found.get("offload") else ""
-    return f"{found['gpus'] * found['nodes']} GPUs{nodes} by {found['strategy'].upper()}{kept}{offloaded}"
+    return f"{found['gpus'] * found['nodes']} GPUs{nodes} by {found['strategy'].upper()}{replicas}{kept}{offloaded}"
 
 
 def step_conditions(settings: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def build_job(
     base: PreTrainedModel | None = None,
     prepared: bool = False,
     stream: Tensor | None = None,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    make: Callable[[nn.Module, list[dict[str, Tensor]]], TrainingJob] | None = None,
 ) -> TrainingJob:
     """The training job of ``case``, on its device.
 
@@ -66,7 +66,7 @@ def build_job(
         base: a freshly built base model, changed in place (default: build one).
         prepared: whether ``base`` has been through `methods.prepare_base` already.
         stream: token ids to train on, of one dimension (default: tokenized or drawn here).
-        wrap: called with the model before its optimizer is built; returns the model to train (`sharding.shard`).
+        make: called with the model and its batches; returns the job (default: a `TrainingJob`, or the trainer's).
     """
     import torch
 
@@ -96,8 +96,10 @@ def build_job(
     data = cut(stream, batch=settings.batch, seq=settings.seq, device=case.device)
     # Dropout uses the global generator: with the same seed, every run of a case gets the same masks.
     torch.manual_seed(case.seed)
+    if make is not None:
+        return make(model, data)
     if plain:
-        return TrainingJob(model if wrap is None else wrap(model), data, settings)
+        return TrainingJob(model, data, settings)
     from peft_gauge.training import trainers
     from peft_gauge.training.trainer_job import TrainerJob
 

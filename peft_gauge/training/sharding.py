@@ -30,11 +30,13 @@ class Sharding:
             one unit per decoder block, embedding and head, as accelerate's transformer-based wrapping has it),
             ``"ddp"`` (a whole copy each, with gradients averaged in buckets), or a stage of DeepSpeed's ZeRO:
             ``"zero1"`` (optimizer state in shards), ``"zero2"`` (gradients too), ``"zero3"`` (weights too).
-        nodes: machines. All ranks share one group: no hybrid sharding.
+        nodes: machines. All ranks share one group, unless there are ``replicas``.
         reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
             gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
         offload: for FSDP2, whether shards of weights and gradients and the optimizer's state stay in host memory, where
             the update runs (`torch.distributed.fsdp.CPUOffloadPolicy`).
+        replicas: for FSDP2, groups of ranks that each hold all shards (hybrid sharding, HSDP): weights are gathered
+            within a group, and gradients averaged over the groups, which usually are the nodes.
 
     Raises `GaugeError` for numbers that no launcher accepts.
     """
@@ -44,6 +46,7 @@ class Sharding:
     nodes: int = 1
     reshard_after_forward: bool = True
     offload: bool = False
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -57,11 +60,27 @@ class Sharding:
             raise GaugeError(f"--no-reshard-after-forward is for --strategy fsdp2, not for {self.strategy}")
         if self.strategy != "fsdp2" and self.offload:
             raise GaugeError(f"--offload params is planned for --strategy fsdp2, not for {self.strategy} yet")
+        if self.replicas != 1:
+            self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        if self.strategy != "fsdp2":
+            raise GaugeError(f"--replicate is for --strategy fsdp2, not for {self.strategy}")
+        if self.replicas < 1 or self.ranks % self.replicas or self.shards < 2:
+            raise GaugeError(
+                f"--replicate must divide the number of GPUs into groups of at least 2: {self.ranks} GPUs, "
+                f"--replicate {self.replicas}"
+            )
 
     @property
     def ranks(self) -> int:
         """Processes in all."""
         return self.gpus * self.nodes
+
+    @property
+    def shards(self) -> int:
+        """Ranks of a group, each with one of its shards."""
+        return self.ranks // self.replicas
 
     @property
     def is_zero(self) -> bool:
@@ -75,7 +94,7 @@ class Sharding:
 
 
 def shard(model: nn.Module, sharding: Sharding, settings: StepSettings, mesh: Any) -> nn.Module:
-    """``model``, prepared for one rank of ``mesh`` (a `torch.distributed.DeviceMesh` of one dimension).
+    """``model``, prepared for one rank of ``mesh`` (`peft_gauge._internals.distributed.mesh_of`).
 
     The process group must exist. FSDP2 changes the model in place; its parameters become `DTensor`, in float32 where
     they are trained under mixed precision, as accelerate does it. Raises `GaugeError` if no block was wrapped, which

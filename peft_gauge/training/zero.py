@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from peft_gauge._internals.deepspeed import engine_of, has_deepspeed, zero_config
+from peft_gauge._internals.deepspeed import (
+    engine_of,
+    gradient_shards,
+    has_deepspeed,
+    master_weights,
+    shards_of,
+    zero_config,
+)
+from peft_gauge.counting import quantization_constants
 from peft_gauge.errors import GaugeError
+from peft_gauge.memory.categories import BUFFERS, GRADIENTS, OPTIMIZER_STATE, QUANTIZATION_CONSTANTS
 from peft_gauge.training.step import StepSettings, TrainingJob, build_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
+
+    from peft_gauge.memory.tracker import StorageTracker
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 """Strategy -> the stage: optimizer state in shards; gradients too; weights too."""
@@ -61,6 +72,7 @@ def zero_job(
     rank: int,
     ranks: int,
     wrapped: Any = None,
+    device: str = "cpu",
 ) -> Iterator[ZeroJob]:
     """The job of one rank over ``model``, whose weights all have ``dtype`` (`cast`), in the process group that exists.
 
@@ -71,8 +83,25 @@ def zero_job(
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, settings, model)
-    with engine_of(model, optimizer, config, rank=rank, ranks=ranks) as engine:
+    with engine_of(model, optimizer, config, rank=rank, ranks=ranks, device=device) as engine:
         yield ZeroJob(engine if wrapped is None else wrapped(engine), batches, settings, engine)
+
+
+STEPS_BEFORE = 2
+"""Steps before a steady one: ZeRO-3 notes the order of modules in the first, and fetches ahead from the second on."""
+
+
+def adopt_engine(
+    tracker: StorageTracker, model: nn.Module, engine: Any, category_of: Callable[[str, nn.Parameter], str]
+) -> None:
+    """Track the tensors that a rank keeps between steps, but for the optimizer's state; ``category_of`` a parameter,
+    by its name."""
+    for name, parameter in model.named_parameters():
+        tracker.adopt([parameter, *shards_of(parameter)], category_of(name, parameter))
+        tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
+    tracker.adopt(model.buffers(), BUFFERS)
+    tracker.adopt(master_weights(engine), OPTIMIZER_STATE)
+    tracker.adopt(gradient_shards(engine), GRADIENTS)
 
 
 class ZeroJob(TrainingJob):

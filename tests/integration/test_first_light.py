@@ -31,7 +31,7 @@ def light(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 def lit(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """A dry run over one method, with more time than it takes on a busy machine."""
     out = tmp_path_factory.mktemp("light") / "out"
-    arguments = ["--device", "cpu", "--model", "toy-llama", "--seconds", "1200", "--out", str(out)]
+    arguments = ["--device", "cpu", "--model", "toy-llama", "--seconds", "2400", "--out", str(out)]
     return light(*arguments, PYTEST_ADDOPTS="--method=ia3 --rounds=2"), out
 
 
@@ -41,11 +41,22 @@ def parts(out: Path) -> dict[str, str]:
 
 def test_every_part_has_its_line(lit: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     done, out = lit
-    assert [*parts(out)] == ["doctor", "calibrate", "tests", "suite", "large", "traces", "compare", "answers", "report"]
+    assert [*parts(out)] == [
+        "doctor",
+        "calibrate",
+        "tests",
+        "suite",
+        "large",
+        "rank",
+        "traces",
+        "compare",
+        "answers",
+        "report",
+    ]
     assert parts(out)["calibrate"].startswith("skipped: a CPU has no CUDA context")
     assert parts(out)["large"].startswith("skipped: ")
     assert done.returncode == 0, done.stdout
-    for name in ("doctor", "tests", "suite", "answers"):
+    for name in ("doctor", "tests", "suite", "rank", "answers"):
         assert parts(out)[name].endswith("  done"), (out / "summary.txt").read_text() + done.stdout
 
 
@@ -53,13 +64,28 @@ def test_the_suite_keeps_to_its_budget_and_is_saved(lit: tuple[subprocess.Comple
     _, out = lit
     (told,) = out.glob("*_suite.txt")
     text = told.read_text()
-    assert "peft-gauge: a budget of 540 s" in text
+    assert "peft-gauge: a budget of 1080 s" in text
     (saved,) = out.glob("results/*/0001_*.json")
     cases = json.loads(saved.read_text())["peft_gauge"]["cases"]
     passed = {case["id"].rpartition("::")[2] for case in cases if case["outcome"] == "passed"}
     assert {"test_peak[ia3-toy-llama-cpu]", "test_step[ia3-toy-llama-cpu]"} <= passed
     assert all("toy-llama-cpu" in case["id"] for case in cases)
     assert "## " in next(out.glob("*_answers.txt")).read_text()
+
+
+def test_one_rank_of_eight_is_next_to_its_plan(lit: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    _, out = lit
+    (text,) = (file.read_text() for file in out.glob("*_rank.txt"))
+    assert "one of 8 ranks (fsdp2) without the others" in text
+    (saved,) = out.glob("results/*/0002_*.json")
+    metrics = {
+        case["metrics"]["method"]: case["metrics"]
+        for case in json.loads(saved.read_text())["peft_gauge"]["cases"]
+        if case["outcome"] == "passed"
+    }
+    found = metrics["lora"]
+    assert found["lone_ranks"] == found["plan"]["settings"]["sharding"]["gpus"] == 8
+    assert 0.9 < found["lone_peak_bytes"] / found["planned_lone_peak_bytes"] < 1.1  # a CPU's kernels, and CUDA's
 
 
 def test_what_it_brings_home_is_small(lit: tuple[subprocess.CompletedProcess[str], Path]) -> None:
@@ -103,7 +129,7 @@ def test_a_part_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     done = light("--device", "cpu", "--out", str(out), PYTHON=str(python))
     assert done.returncode == 1
     failed = [name for name, line in parts(out).items() if line.endswith("exit code 3: it cannot")]
-    assert failed == ["doctor", "tests", "suite", "answers", "report"]
+    assert failed == ["doctor", "tests", "suite", "rank", "answers", "report"]
 
 
 def test_help_is_what_stands_at_the_head_of_the_script() -> None:

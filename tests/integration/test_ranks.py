@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from peft_gauge import isolation
-from peft_gauge.measure.ranks import SharedCase, summary
+from peft_gauge import isolation, machine
+from peft_gauge.errors import GaugeError
+from peft_gauge.machine import installed_version
+from peft_gauge.measure.ranks import SharedCase, check, check_same, summary, versions
+from peft_gauge.pytest_plugin.selection import check_shared_steps
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
 from peft_gauge.training.sharding import Sharding
 from peft_gauge.training.step import StepSettings
 from tests.support import planted_ranks
+from tests.support.facts import lacking
 from tests.support.paths import ROOT
 from tests.support.sharded_child import BATCH, GRADIENTS, SEQ, gradients_of, request
 
@@ -30,16 +37,16 @@ BLOCK_BYTES = 4 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) * 2
 CASE = Case(TOY, methods.LORA, StepSettings(BATCH, SEQ), "cpu", "float32")
 
 
-def shared(case: Case = CASE, ranks: int = 2) -> SharedCase:
+def shared(case: Case = CASE, ranks: int = 2, port: int = 0) -> SharedCase:
     stream = torch.arange(ranks * BATCHES * BATCH * SEQ) * 7 % 251
-    return SharedCase(case, TOY, stream, Sharding(ranks), rounds=2, limit_seconds=60.0)
+    return SharedCase(case, TOY, stream, Sharding(ranks), rounds=2, limit_seconds=60.0, port=port)
 
 
-def run(function: str, limit_seconds: float = 120.0, **environment: str) -> isolation.ProcessOutcome:
+def run(function: str, limit_seconds: float = 120.0, port: int = 0, **environment: str) -> isolation.ProcessOutcome:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return isolation.run(
         function,
-        shared(),
+        shared(port=port),
         limit_seconds=limit_seconds,
         environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
     )
@@ -56,13 +63,22 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
     # gloo's thread can release the last buffer of a collective late, so that it counts in the peak.
     assert abs(first["peak_bytes"] - second["peak_bytes"]) <= BLOCK_BYTES
     assert abs(first["resident_bytes"] - second["resident_bytes"]) <= BLOCK_BYTES
+    alone = run("peft_gauge.measure.ranks:lone")
+    assert alone.ended == "done", alone.reason
+    assert alone.value["communication"] == first["communication"]
+    assert 0 <= first["peak_bytes"] - alone.value["peak_bytes"] <= BLOCK_BYTES
+    assert 0 <= first["resident_bytes"] - alone.value["resident_bytes"] <= BLOCK_BYTES
+    for category in ("base_weights", "adapter_weights", "optimizer_state", "inputs"):
+        assert alone.value["resident_by_category"][category] == first["resident_by_category"][category] > 0
     # All-gathers and reductions of every step, and of none more.
     assert first["communication"]["reduce_scatter"]["calls"] == 2
     assert 0 < first["communication_seconds"] < 60
     found = summary([first, second], BATCH * SEQ)
     slowest = sorted(map(max, zip(first["step_seconds"], second["step_seconds"], strict=True)))
     assert found["rank_step_seconds"] == sum(slowest) / 2
-    assert found["tokens_per_second"] == 2 * BATCH * SEQ / found["rank_step_seconds"]
+    assert found["ranks_tokens_per_second"] == 2 * BATCH * SEQ / found["rank_step_seconds"]
+    assert found["rank_sent_bytes"] == sum(each["sent_bytes"] for each in first["communication"].values())
+    assert found["rank_communication_seconds"] == max(each["communication_seconds"] for each in (first, second))
     peaks = (first["peak_bytes"], second["peak_bytes"])
     assert (found["ranks"], found["rank_peak_bytes"], found["rank_peak_bytes_sum"]) == (2, max(peaks), sum(peaks))
     assert found["imbalance"] == pytest.approx(2 * max(peaks) / sum(peaks) - 1)
@@ -74,15 +90,22 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
         ("is killed", "crashed", "rank 1 of 2: killed by SIGKILL"),
         ("has no memory", "out-of-memory", "rank 1 of 2"),
         ("hangs", "timed-out", "20 s"),
+        ("has another PEFT", "refused", f"peft: {installed_version('peft')} on rank 0, 0.0.1 on rank 1"),
     ],
 )
 def test_a_rank_that_fails_ends_all_within_the_limit(way: str, ended: str, words: str) -> None:
     before = {process.pid for process in psutil.process_iter()}
     begin = time.monotonic()
-    outcome = run("tests.support.planted_ranks:launch", 20.0, **{planted_ranks.FAILS: way})
-    assert time.monotonic() - begin < 40
+    limit = 20.0 if way == "hangs" else 60.0
+    outcome = run("tests.support.planted_ranks:launch", limit, 0, **{planted_ranks.FAILS: way})
+    assert time.monotonic() - begin < limit + 20
     assert outcome.ended == ended, outcome.reason
     assert words in str(outcome.reason)
+    assert_all_ended(before)
+
+
+def assert_all_ended(before: set[int]) -> None:
+    """No planted rank that was not there ``before`` is alive, and none holds a port."""
     left = [
         process
         for process in psutil.process_iter(["pid", "environ", "status"])
@@ -92,6 +115,84 @@ def test_a_rank_that_fails_ends_all_within_the_limit(way: str, ended: str, words
     ]
     _, alive = psutil.wait_procs(left, timeout=10)  # killed, perhaps not yet gone
     assert alive == [], "a rank, and with it its port, outlived the case"
+
+
+def test_a_port_in_use_is_one_line_before_any_rank_starts() -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = run("tests.support.planted_ranks:launch", 60.0, port, **{planted_ranks.FAILS: "hangs"})
+    assert (outcome.ended, outcome.value) == ("refused", None)
+    assert f"port {port}: Address already in use" in str(outcome.reason)
+    assert "--rank-port" in str(outcome.reason)
+    assert "\n" not in str(outcome.reason)
+    assert_all_ended(before)
+
+
+def test_ranks_meet_at_the_requested_port_whatever_the_environment_names() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # as of another program that torchrun started
+        left_over = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "5"}
+        environment = {planted_ranks.FAILS: "shows its port", **left_over}
+        outcome = run("tests.support.planted_ranks:launch", 60.0, port, **environment)
+    assert outcome.value == [{"rank": 0, "port": port}, {"rank": 1, "port": port}], outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "port", "backend", "words"),
+    [
+        ("cuda", 2, 0, False, ("nccl", torch.__version__)),
+        ("cpu", 2, 0, False, ("gloo", torch.__version__)),
+        ("cuda", 3, 0, True, ("3 ranks", "torch sees 2", "--gpus")),
+        ("cpu", 2, 2**16, True, ("--rank-port", "65535", "65536")),
+    ],
+)
+def test_ranks_that_cannot_start_here_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, port: int, backend: bool, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_backend_available", lambda name: backend)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(GaugeError) as raised:
+        check(device, ranks, port)
+    assert lacking(str(raised.value), *words) == []
+    check("cpu", 64, 0) if backend else None
+
+
+def test_versions_are_those_of_the_libraries_that_change_a_step() -> None:
+    found = versions()
+    assert found["torch"] == installed_version("torch")
+    assert {"peft-gauge", "torch", "transformers", "peft"} <= found.keys()
+    check_same([found, dict(found)])
+    for name in found:
+        with pytest.raises(GaugeError, match=rf"of {name}: .* on rank 0, 9\.9 on rank 2"):
+            check_same([found, found, {**found, name: "9.9"}])
+
+
+# --- before a session starts
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        ({"--gpus": 3}, {}, ("--gpus 3", "torch sees 2")),
+        ({"--rank-port": -1}, {}, ("--rank-port", "-1")),
+        ({}, {"TORCHELASTIC_RUN_ID": "1"}, ("torchrun",)),
+    ],
+)
+def test_a_session_that_cannot_share_steps_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], environment: dict[str, str], words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(machine, "accelerators", lambda: ("a GPU", "another"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = {"markexpr": "multigpu", "--gpus": None, "--rank-port": 0, **options}
+    config: Any = SimpleNamespace(getoption=given.__getitem__)
+    with pytest.raises(GaugeError) as raised:
+        check_shared_steps(config, "cuda")
+    assert lacking(str(raised.value), *words) == []
+    given["markexpr"] = "gpu"
+    check_shared_steps(config, "cuda")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -72,6 +73,30 @@ def sent(trace: dict[str, Any]) -> int:
 
 def planned(gpus: int, method: str = "full", **further: Any) -> Plan:
     return plan(replace(request(method, "fsdp2", gpus, {}, **further), gpus=("24GB",)))
+
+
+def test_hybrid_sharding_is_that_of_four_real_processes(tmp_path: Path) -> None:
+    """Two groups of two: as `CASES`."""
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        ("full", "fsdp2", {"replicas": 2}),
+        ("lora", "fsdp2", {"replicas": 2}),
+    ]
+    real = traces_of_real_ranks(cases, 4, tmp_path)
+    for number, case in enumerate(cases):
+        assert_same_rank(json.loads(json.dumps(trace_on_fakes(*case, 4))), real[0][number], LATE_BYTES)
+
+
+def test_replicas_hold_the_shards_of_a_group_and_average_them() -> None:
+    """A rank of 2 groups of 4 holds what a rank of 4 holds, and sends the average of its gradients to the other group:
+    2 (N-1)/N of a shard, with N = 2."""
+    alone, hybrid = planned(4), planned(8, replicas=2)
+    assert hybrid.resident_by_category == alone.resident_by_category
+    assert hybrid.peak_by_category["gradients"] == alone.peak_by_category["gradients"]
+    for collective in ("all_gather", "reduce_scatter"):
+        assert hybrid.communication[collective] == alone.communication[collective]
+    shard = 4 * hybrid.total_params / 4
+    assert "all_reduce" not in alone.communication
+    assert hybrid.communication["all_reduce"].sent_bytes == pytest.approx(shard, rel=0.01)
 
 
 def test_ranks_share_weights_gradients_and_state_by_zero_3() -> None:
@@ -167,6 +192,11 @@ def test_the_fewest_gpus_hold_the_step_and_one_less_does_not(usable: int, fewest
         (["--gpus", "2", "--offload", "optimizer"], "--offload must be params"),
         (["--gpus", "2", "--strategy", "ddp", "--offload", "params"], "not for ddp"),
         (["--offload", "params"], "--gpus"),
+        (["--replicate", "2"], "--gpus"),
+        (["--gpus", "4", "--replicate", "3"], "4 GPUs, --replicate 3"),
+        (["--gpus", "4", "--replicate", "4"], "at least 2"),
+        (["--gpus", "4", "--replicate", "0"], "--replicate 0"),
+        (["--gpus", "4", "--strategy", "ddp", "--replicate", "2"], "not for ddp"),
         (["--gpus", "2", "--loop", "trainer"], "--loop plain"),
         (["--gpus", "2", "--find", "gpus", "--gpu", "24GB"], "drop --gpus"),
     ],

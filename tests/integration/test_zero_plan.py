@@ -8,11 +8,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+from peft_gauge import isolation
 from peft_gauge._internals.deepspeed import has_deepspeed
+from peft_gauge.measure.ranks import SharedCase, summary
 from peft_gauge.plan.planner import plan
-from tests.support.sharded_child import request
+from peft_gauge.training.cases import BATCHES, Case
+from tests.support.sharded_child import BATCH, SEQ, request
 from tests.support.sharded_ranks import assert_same_rank, trace_on_fakes, traces_of_real_ranks
+from tests.support.suite import sessions
 
 if TYPE_CHECKING:
     from tests.conftest import Run
@@ -77,6 +82,50 @@ def test_the_bytes_of_a_step_are_those_of_its_collectives() -> None:
     weights = 2 * found.total_params
     assert found.communication["all_reduce"].sent_bytes == pytest.approx(2 * weights * 3 / 4, rel=0.01)
     assert found.communication["all_gather"].sent_bytes == pytest.approx(weights * 3 / 4, rel=0.01)
+
+
+MEASURED = [
+    *((method, strategy) for strategy in ("zero1", "zero2", "zero3") for method in ("full", "lora")),
+    ("qlora", "zero3"),
+]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("method", "strategy"), MEASURED)
+def test_measured_ranks_are_the_planned_one(method: str, strategy: str) -> None:
+    """Ranks of `-m multigpu`: the collectives, and the memory up to buffers that gloo's thread releases late."""
+    asked = request(method, strategy, RANKS, {})
+    case = Case(asked.model, asked.method, asked.settings, "cpu", asked.dtype, attention=asked.attention)
+    stream = torch.arange(RANKS * BATCHES * BATCH * SEQ) * 7 % 251
+    assert asked.sharding is not None
+    outcome = isolation.run(
+        "peft_gauge.measure.ranks:launch",
+        SharedCase(case, asked.model, stream, asked.sharding, rounds=2, limit_seconds=60.0),
+        limit_seconds=300.0,
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+    assert outcome.ended == "done", outcome.reason
+    found = plan(asked)
+    planned = {name: {"calls": each.calls, "sent_bytes": each.sent_bytes} for name, each in found.communication.items()}
+    for each in outcome.value:
+        assert each["communication"] == planned
+        # A plan counts blocks of 512 bytes, a measured rank bytes, and a batch that it has trained on.
+        assert found.peak_bytes - 200_000 <= each["peak_bytes"] <= found.peak_bytes + 2 * 430_000
+        for category in ("base_weights", "adapter_weights", "optimizer_state", "gradients"):
+            whole, own = (by.get(category, 0) for by in (found.resident_by_category, each["resident_by_category"]))
+            assert 0 <= whole - own <= 512 * 100
+        assert len(each["step_seconds"]) == 2
+    first, second = (each["losses"] for each in outcome.value)
+    assert first != second
+    assert summary(outcome.value, BATCH * SEQ)["rank_communication_seconds"] > 0
+
+
+@pytest.mark.skipif(has_deepspeed(), reason="DeepSpeed is installed")
+def test_a_session_without_deepspeed_is_one_line() -> None:
+    (done,) = sessions(["-m", "multigpu", "--device=cpu", "--model=toy-llama", "--strategy=zero2", "--no-save"])
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = done.stderr.strip().splitlines()
+    assert "pip install deepspeed" in line
 
 
 @pytest.mark.skipif(has_deepspeed(), reason="DeepSpeed is installed")

@@ -10,6 +10,7 @@ from typing import Any
 from peft_gauge.measure import ranks
 
 FAILS = "PLANTED_RANK_FAILS"
+RANK = ranks.rank
 
 
 def launch(shared: ranks.SharedCase) -> list[dict[str, Any]]:
@@ -19,6 +20,13 @@ def launch(shared: ranks.SharedCase) -> list[dict[str, Any]]:
 
 def planted(shared: ranks.SharedCase) -> dict[str, Any]:
     """Rank 1 fails; rank 0 waits for it, as in a collective."""
+    if os.environ[FAILS] == "shows its port":
+        return {"rank": int(os.environ["RANK"]), "port": int(os.environ["MASTER_PORT"])}
+    if os.environ[FAILS] == "has another PEFT":
+        if os.environ["RANK"] == "1":
+            own = ranks.versions()
+            ranks.versions = lambda: {**own, "peft": "0.0.1"}
+        return RANK(shared)
     from torch.distributed.elastic.multiprocessing.errors import record
 
     recorded: Any = record(_fail)

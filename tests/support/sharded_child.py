@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from peft_gauge._internals.distributed import mesh_of
 from peft_gauge.counting import count
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.sharded_step import follow_sharded
@@ -27,9 +28,10 @@ BATCH, SEQ = 2, 16
 
 
 def request(method: str, strategy: str, ranks: int, settings: dict[str, Any], **further: Any) -> PlanRequest:
-    """``settings``: of the step, and its ``dtype``."""
+    """``settings``: of the step, its ``dtype``, and ``replicas`` of its sharding."""
     settings = dict(settings)
     dtype = settings.pop("dtype", "float32")
+    further = {"replicas": settings.pop("replicas", 1), **further}
     return PlanRequest(
         models.resolve("toy-llama"),
         methods.get(method),
@@ -82,14 +84,15 @@ def gradients_of(asked: PlanRequest, rank: int, mesh: Any) -> dict[str, torch.Te
 def main() -> None:
     warnings.simplefilter("ignore")  # DeepSpeed uses names that torch no longer likes
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("fsdp",))
+    mesh = mesh_of("cpu", ranks)
     found = []
     for method, strategy, settings in json.loads(sys.argv[4]):
         asked = request(method, strategy, ranks, settings)
+        assert asked.sharding is not None
+        mesh = mesh_of("cpu", ranks, asked.sharding.replicas)
         base = models.build(asked.model, dtype=asked.dtype, attn_implementation=asked.attention)
         own = list(base.parameters())
         model = methods.attach(base, asked.method, grad_checkpointing=asked.settings.grad_checkpointing)
