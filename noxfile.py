@@ -1,5 +1,5 @@
 """Checks that need environments of their own: `nox -s reference`, `matrix`, `torch`, `liger`, `cce`, `torchao`,
-`tools`."""
+`tools`, `docs`."""
 
 from __future__ import annotations
 
@@ -134,6 +134,13 @@ def tools(session: nox.Session, tool: str) -> None:
     mode = [] if "--write" in session.posargs else ["--check"]
     quiet = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     session.run("python", "tests/tools/make_answers.py", tool, "tests/tools", *mode, env=quiet)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation as a site in ``site/``; a broken link fails."""
+    session.install("mkdocs-material")
+    session.run("mkdocs", "build", "--site-dir", "site", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

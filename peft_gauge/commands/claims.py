@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft_gauge.history.ledger import Source, Standing
 
 DEFAULT_RUNS = Path("results")
-START, END = "<!-- claims: made by peft-gauge claims --write README.md -->", "<!-- end of claims -->"
+START, END = "<!-- claims: made by peft-gauge claims --write docs/claims.md -->", "<!-- end of claims -->"
 """The marker lines around the table in a file. The text after the first marker's colon is free."""
 
 HEADINGS = ("claim", "model", "verdict", "metric", "conditions", "date", "machine")

@@ -154,7 +154,7 @@ def files() -> list[Path]:
     """Every file whose prose a user or a contributor reads; the tests' own is not checked."""
     folders = ("peft_gauge", "fixtures", "benchmarks")
     code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    documents = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    documents = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
     return sorted([*code, *documents, ROOT / "conftest.py"])
 
 
