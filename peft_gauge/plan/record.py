@@ -246,6 +246,30 @@ class Plan:
     communication: Mapping[str, Collective] = field(default_factory=dict)
     host_bytes: int | None = None
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: the totals, the peak by category, and each GPU."""
+        from html import escape
+
+        tokens = "×".join(str(self.settings[name]) for name in ("batch", "seq") if name in self.settings)
+        rows = [
+            ("peak", self.peak_bytes),
+            *((f"· {name}", size) for name, size in sorted(self.peak_by_category.items(), key=lambda each: -each[1])),
+            ("between steps", self.resident_bytes),
+            ("reserved", self.reserved_bytes_estimate),
+            ("device", self.device_bytes_estimate),
+        ]
+        cells = "".join(
+            f"<tr><td>{escape(name)}</td><td style='text-align:right'>{size / 1e9:,.3f} GB</td></tr>"
+            for name, size in rows
+            if size
+        )
+        for fit in self.gpus:
+            left = f"{abs(fit.headroom_bytes) / 1e9:,.3f} GB {'left' if fit.fits else 'too much'}"
+            mark = "✓" if fit.fits else "✗"
+            cells += f"<tr><td>{mark} {escape(fit.gpu)}</td><td style='text-align:right'>{left}</td></tr>"
+        title = f"{self.method} on {self.model}, {tokens} tokens, peak in {self.phase_of_peak}"
+        return f"<table><caption>{escape(title)}</caption>{cells}</table>"
+
     @property
     def fits(self) -> bool:
         """Whether the step fits every requested GPU."""
