@@ -88,8 +88,8 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "--dataset",
         metavar="SOURCE",
-        help="prompt/response or text examples for the slow quality sweeps: a file, a saved folder or a Hub id "
-        "(default: generated)",
+        help="prompt/response or text examples for the slow sweeps over texts: a file, a saved folder or a Hub id "
+        "(default: none, and they skip)",
     )
     add("--seed", type=int, default=0, help="seed of random weights, adapters and token ids (default: 0)")
     add(

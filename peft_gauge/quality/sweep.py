@@ -304,7 +304,8 @@ def _file_name(task: Task, setting: Setting, seed: int, lengths: Lengths, search
     search = searches.get(setting.label)
     key = {
         "task": task.identity(),
-        "method": asdict(setting.method),  # not the label: two sweeps share equal trainings
+        # Neither label nor title: two sweeps share equal trainings.
+        "method": {name: value for name, value in asdict(setting.method).items() if name != "title"},
         "start_rate": setting.start_rate,
         "loraplus_ratio": setting.loraplus_ratio,
         "lengths": asdict(lengths),
