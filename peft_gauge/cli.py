@@ -18,6 +18,7 @@ from peft_gauge.commands.calibrate import calibrate
 from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
+from peft_gauge.commands.lists import gpus, methods, models, runs
 from peft_gauge.commands.memory_bars import memory_bars
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.merge import merge
@@ -30,7 +31,7 @@ from peft_gauge.history import store
 app = typer.Typer(
     help="Measure, predict and compare parameter-efficient fine-tuning.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # plain help: in 80 columns the boxes cut option names off
     pretty_exceptions_enable=False,
 )
@@ -43,6 +44,10 @@ app.command(short_help="Collect this project and its wheels for an offline node.
 app.command(short_help="Check or rewrite the memory ceilings.")(ceilings)
 app.command(short_help="Show each claim with its newest measured verdict.")(claims)
 app.command(short_help="Compare saved runs with a base run.")(compare)
+app.command(short_help="List the models that --model knows by name.")(models)
+app.command(short_help="List the methods that --method knows.")(methods)
+app.command(short_help="List the GPUs that --gpu knows by name.")(gpus)
+app.command(short_help="List saved runs.")(runs)
 app.command(short_help="Join the saved shards of one run.")(merge)
 app.command(short_help="Plot saved plans as bars, by category.")(memory_bars)
 app.command(short_help="Plot planned memory against sequence length.")(memory_curve)

@@ -1,0 +1,143 @@
+"""``peft-gauge models``, ``methods``, ``gpus`` and ``runs``: the names that other commands take."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path  # typer reads the annotations at run time
+from typing import Annotated, Any
+
+import typer
+
+from peft_gauge.errors import GaugeError
+from peft_gauge.history import store
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON list.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
+
+
+def models(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
+    """List the models that --model knows by name, smallest first; it also takes a folder, a file or a Hub id."""
+    from peft_gauge.training.models import logical_params, record_names, resolve
+
+    found = []
+    for name in record_names():
+        record = resolve(name, weights="random")
+        config = record.config
+        found.append(
+            {
+                "model": name,
+                "parameters": logical_params(record),
+                "layers": config.get("num_hidden_layers"),
+                "width": config.get("hidden_size"),
+                "positions": record.max_positions,
+            }
+        )
+    _print(sorted(found, key=lambda row: row["parameters"]), as_json, as_csv, as_markdown)
+
+
+def methods(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
+    """List the methods that --method knows; the first seven are the default."""
+    from peft_gauge.training.methods import DEFAULT_METHODS, METHODS
+
+    default = {method.name for method in DEFAULT_METHODS}
+    rows = [
+        {"method": name, "description": method.title, "default": "yes" if name in default else ""}
+        for name, method in METHODS.items()
+    ]
+    _print(rows, as_json, as_csv, as_markdown)
+
+
+def gpus(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
+    """List the GPUs that --gpu knows by name, smallest first; it also takes a size, such as 24GB."""
+    from peft_gauge.memory.gpus import table
+
+    rows = [
+        {
+            "gpu": gpu.name,
+            "sold as": gpu.marketing_memory,
+            "usable bytes": gpu.usable_bytes,
+            "usable is": "of the data sheet" if gpu.nominal else "reported by a driver",
+        }
+        for gpu in table()
+    ]
+    _print(rows, as_json, as_csv, as_markdown)
+
+
+def runs(
+    results: Annotated[
+        Path, typer.Argument(help="Folder or address of saved runs.", metavar="DIR", parser=store.place)
+    ] = Path("results"),
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
+) -> None:
+    """List the saved runs under a folder, machine by machine, the newest last."""
+    from peft_gauge.history.reader import read_run, runs_in
+
+    rows, broken = [], []
+    for path in runs_in(results):
+        try:
+            run = read_run(path)
+        except GaugeError as error:
+            broken.append(str(error))
+            continue
+        passed = sum(case.outcome == "passed" for case in run.cases)
+        rows.append(
+            {
+                "machine": path.parent.name,
+                "run": path.stem.partition("_")[0],
+                "when": f"{run.when:%Y-%m-%d %H:%M}",
+                "cases": len(run.cases),
+                "passed": passed,
+                "torch": run.libraries.get("torch"),
+            }
+        )
+    _print(rows, as_json, as_csv, as_markdown)
+    for line in broken:
+        print(f"peft-gauge: {line}", file=sys.stderr)
+    if broken and not rows:
+        raise typer.Exit(2)
+
+
+def _print(rows: Sequence[dict[str, Any]], as_json: bool, as_csv: bool, as_markdown: bool) -> None:
+    """Print ``rows``, which have the same keys, in the requested form or as a table."""
+    if as_json + as_csv + as_markdown > 1:
+        raise GaugeError("--json, --csv and --markdown exclude each other; give one of them")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    names = list(rows[0]) if rows else []
+    if as_csv:
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    cells = [[_shown(row[name]) for name in names] for row in rows]
+    if as_markdown:
+        print("\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *cells]))
+        return
+    _table(names, cells)
+
+
+def _table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for place, name in enumerate(names):
+        numbers = all(line[place].replace(",", "").isdigit() for line in cells if line[place] not in ("", "–"))
+        table.add_column(name, justify="right" if numbers and place else "left", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", r"\|")
