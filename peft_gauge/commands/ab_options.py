@@ -55,7 +55,7 @@ def cases_of(
     record.check_sequence(tokens)
     if dtype is None:
         dtype = "float32" if loop == "sft" else models.default_dtype(device)
-    models.check_dtype(dtype)
+    dtype = models.dtype_named(dtype)
     check_loop(loop)
     arguments = key_values(changes)
     if arguments and loop == "plain":

@@ -68,7 +68,7 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
     from peft_gauge.training import methods, models
     from peft_gauge.training.step import StepSettings
 
-    models.check_dtype(dtype)
+    dtype = models.dtype_named(dtype)
     chosen = [methods.get(name) for name in method_names] or methods.DEFAULT_METHODS
     record = models.resolve(model)
     record.check_sequence(seqs[-1])

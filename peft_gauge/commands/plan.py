@@ -27,10 +27,14 @@ FINDABLE = ("batch", "seq", "rank", "gpus")
 
 
 def plan(
-    model: Annotated[
+    base: Annotated[
         str | None,
-        typer.Option(help="Name of a model record, folder or file with a config, or Hub id (default: the recipe's)."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Name of a model record, folder or file with a config, or Hub id (default: the recipe's).",
+        ),
     ] = None,
+    model: Annotated[str | None, typer.Option(help="The same as MODEL.")] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -42,6 +46,12 @@ def plan(
     adapter: Annotated[
         list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA's rank, in place of the method's.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's α, in place of the method's.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="LoRA's target modules, comma-separated, or all-linear.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA's dropout, in place of the method's.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Quantize the base model to nf4, fp4 or int8.")] = None,
     double_quant: Annotated[
         bool | None, typer.Option(help="Quantize the quantization constants of a 4-bit base too.")
@@ -172,6 +182,10 @@ def plan(
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import key_values
 
+    if base is not None and model is not None:
+        raise GaugeError(f"the model is given twice: {base} and --model {model}; give it once")
+    model = model or base
+    lora = lora_settings(rank, alpha, target_modules, dropout)
     cards = _checked_gpus(gpu or [], find)
     sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, replicate, find)
     if find is not None and (advise or timeline or timeline_file is not None):
@@ -201,6 +215,10 @@ def plan(
         "loss": loss,
         "method": method or None,
         "adapter": adapter or None,
+        "rank": rank,
+        "alpha": alpha,
+        "target_modules": target_modules,
+        "dropout": dropout,
         "quantize": quantize,
         "double_quant": double_quant,
         "autocast_adapter_dtype": autocast_adapter_dtype,
@@ -230,7 +248,8 @@ def plan(
     chosen: Sequence[Method] = [*map(methods.get, method or []), *adapters]
     if found is not None and found.method is not None:
         chosen = [found.method]
-    requests = [request(each) for each in (chosen if chosen or unusable else methods.DEFAULT_METHODS)]
+    chosen = with_lora_settings(chosen or ([] if unusable else methods.DEFAULT_METHODS), lora, bool(chosen))
+    requests = [request(each) for each in chosen]
     if timeline_file is not None and len(requests) != 1:
         raise GaugeError("--timeline-file draws one step; choose it with --method or --adapter")
     if find is not None:
@@ -240,6 +259,38 @@ def plan(
     advice = _advice(requests, outcomes) if advise else {}
     drawn = timelines(requests, outcomes, timeline_file) if timeline or timeline_file is not None else {}
     _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {})
+
+
+def lora_settings(
+    rank: int | None, alpha: float | None, target_modules: str | None, dropout: float | None
+) -> dict[str, Any]:
+    """The settings of a LoRA config that are given. Raises `GaugeError` for impossible values."""
+    if rank is not None and rank < 1:
+        raise GaugeError(f"--rank must be at least 1, got {rank}")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise GaugeError(f"--dropout must be at least 0 and below 1, got {dropout}")
+    names = None if target_modules is None else [name.strip() for name in target_modules.split(",") if name.strip()]
+    if names == []:
+        raise GaugeError("--target-modules names no module; give names such as q_proj,v_proj, or all-linear")
+    targets = "all-linear" if names == ["all-linear"] else names
+    given = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": dropout}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def with_lora_settings(methods: Sequence[Method], settings: Mapping[str, Any], named: bool) -> list[Method]:
+    """``methods`` with these settings of LoRA; of methods that the user did not name, only those that are LoRA change.
+
+    Raises `GaugeError` if the user ``named`` another method, or if all are others.
+    """
+    if not settings:
+        return list(methods)
+    others = [method.name for method in methods if method.peft_config.get("peft_type") != "LORA"]
+    if len(others) == len(methods) or (named and others):
+        raise GaugeError(f"--rank, --alpha, --target-modules and --dropout are LoRA's, which {others[0]} is not")
+    return [
+        method if method.name in others else method.variant(method.name, method.title, peft_config=dict(settings))
+        for method in methods
+    ]
 
 
 def _advice(requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome]) -> dict[int, list[dict[str, Any]]]:
@@ -255,7 +306,8 @@ def _advice(requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome]) ->
     }
 
 
-OF_METHOD = ("method", "adapter", "quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
+OF_LORA = ("rank", "alpha", "target_modules", "dropout")
+OF_METHOD = ("method", "adapter", *OF_LORA, "quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
 OF_TRAINER = ("batch", "grad_accumulation", "optimizer", "grad_checkpointing", "clip_grad_norm", "mixed_precision")
 
 
@@ -283,7 +335,7 @@ def described_step(given: Mapping[str, Any], recipe: Recipe | None, arguments: M
     fields |= {} if recipe is None else recipe.fields
     dtype = str(values["dtype"] or ("float32" if loop == "sft" else "bfloat16"))
     if dtype != recipes.STORED:
-        models.check_dtype(dtype)
+        dtype = models.dtype_named(dtype)
     values |= {"dtype": dtype, "loss": values["loss"] or "full"}
     settings, further = step_settings(loop, fields, arguments)
     return {**values, "loop": loop, "settings": settings, "trainer_arguments": further}

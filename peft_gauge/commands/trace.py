@@ -174,8 +174,7 @@ def request_of(settings: Mapping[str, Any], adapter: Path | None = None) -> Plan
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import step_settings
 
-    dtype = str(settings.get("dtype") or "bfloat16")
-    models.check_dtype(dtype)
+    dtype = models.dtype_named(str(settings.get("dtype") or "bfloat16"))
     attention = settings.get("attention")
     if attention is not None and attention not in models.ATTENTIONS:
         raise unknown("attention", str(attention), models.ATTENTIONS)

@@ -21,6 +21,7 @@ _UNITS = {"b": 1} | {
 }
 _SIZE = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.ASCII)
 _CAPABILITY = re.compile(r"(.*\S)\s+sm_(\d{1,2})(\d)[a-z]?", re.ASCII | re.IGNORECASE)
+_ONE = re.compile(r"^\s*1\s*[x×]\s*(?=\S)", re.IGNORECASE)
 _SOLD = re.compile(r"(\d{1,5})\s*gb", re.ASCII)
 _LEAST_SHARE_REPORTED = 0.97  # of the advertised memory, for GPUs without ECC
 _MAKER_WORDS = ("nvidia", "geforce", "tesla", "quadro")
@@ -60,10 +61,11 @@ def lookup(text: str) -> Gpu:
 
     A whole number of `GB`, such as `24GB`, is an advertised size: the median usable memory of the table's GPUs with
     that size. Any other size is exact: `24GiB` (2³⁰), `25300MB` (10⁶), or plain bytes: `80e9`, `17179869184`. A
-    compute capability can follow, as in `24GB sm_90`; CUDA context and workspaces depend on it.
+    compute capability can follow, as in `24GB sm_90`; CUDA context and workspaces depend on it. `1x24GB` is `24GB`.
 
     Raises `GaugeError` for an unknown name (with the nearest names) and for an invalid size.
     """
+    text = _ONE.sub("", text)
     key = _key(text)
     gpu = _by_key().get(key)
     if gpu is not None:

@@ -15,7 +15,14 @@ from peft_gauge.training.models.architecture import (
     remarks,
 )
 from peft_gauge.training.models.construction import build, check_measurable, kept, logical_params, stored, tokenizer
-from peft_gauge.training.models.defaults import DTYPES, check_dtype, default_dtype, default_model, torch_dtype
+from peft_gauge.training.models.defaults import (
+    DTYPES,
+    check_dtype,
+    default_dtype,
+    default_model,
+    dtype_named,
+    torch_dtype,
+)
 from peft_gauge.training.models.records import ModelRecord, hf_config, record_names, resolve, stored_dtype
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "check_measurable",
     "default_dtype",
     "default_model",
+    "dtype_named",
     "hf_config",
     "is_recurrent",
     "kept",

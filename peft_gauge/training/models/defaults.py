@@ -13,6 +13,19 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
+
+
+def dtype_named(name: str) -> str:
+    """The dtype in `DTYPES` that ``name`` stands for: itself, or a short form such as ``bf16``.
+
+    Raises `GaugeError` for any other.
+    """
+    found = _SHORT.get(name, name.removeprefix("torch."))
+    check_dtype(found)
+    return found
+
+
 def check_dtype(name: str) -> None:
     """Raise `GaugeError` for a dtype that is not in `DTYPES`."""
     if name not in DTYPES:

@@ -302,3 +302,48 @@ def test_the_adapted_modules_stand_below_the_table(run: Run, in_process: list[Pl
 
 def test_no_plans_are_no_table() -> None:
     assert plan_table.render([]) == []
+
+
+def test_a_model_can_be_named_without_an_option(in_process: list[PlanRequest], run_command: Run) -> None:
+    assert run_command("plan", "toy-llama", "--method", "lora", "--seq", "8", "--dtype", "bf16", "--json")[0] == 0
+    assert (in_process[0].model.name, in_process[0].dtype) == ("toy-llama", "bfloat16")
+
+    code, _, complaint = run_command("plan", "toy-llama", "--model", "toy-llama")
+    assert code == 2
+    assert "the model is given twice" in complaint
+
+
+def test_loras_settings_are_options(in_process: list[PlanRequest], run: Run) -> None:
+    given = ("--rank", "3", "--alpha", "6", "--target-modules", "q_proj, v_proj", "--dropout", "0")
+
+    code, printed, _ = run("--method", "lora", *given, "--json")
+
+    assert code == 0
+    config = in_process[0].method.peft_config
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert json.loads(printed)[0]["trainable_params"] == 2 * 3 * (64 + 64 + 64 + 32)  # v_proj is half as wide
+
+
+def test_loras_settings_change_only_lora_among_the_default_methods(in_process: list[PlanRequest], run: Run) -> None:
+    assert run("--rank", "2", "--json")[0] == 0
+    ranks = {request.method.name: request.method.peft_config.get("r") for request in in_process}
+    assert ranks == {name: 2 if name in ("lora", "qlora") else None for name in ranks}
+    assert len(ranks) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "ia3", "--rank", "4"), "which ia3 is not"),
+        (("--method", "lora", "--rank", "0"), "--rank must be at least 1"),
+        (("--method", "lora", "--dropout", "1"), "--dropout must be at least 0 and below 1"),
+        (("--method", "lora", "--target-modules", ","), "names no module"),
+        (("--method", "lora", "--dtype", "bf17"), "unknown dtype"),
+    ],
+)
+def test_impossible_settings_of_lora_are_one_line(arguments: tuple[str, ...], message: str, run: Run) -> None:
+    code, _, complaint = run(*arguments)
+    assert code == 2
+    assert message in complaint
+    assert complaint.count("\n") == 1

@@ -262,3 +262,10 @@ def test_broken_calibration_is_one_line_with_the_file(
         overheads_for("L4", tmp_path)
     assert str(path) in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"), [("1x24GB", "24GB"), ("1 × 24GB", "24GB"), ("1X RTX 4090", "GeForce RTX 4090")]
+)
+def test_one_gpu_can_be_counted(text: str, same: str) -> None:
+    assert gpus.lookup(text).usable_bytes == gpus.lookup(same).usable_bytes
