@@ -166,6 +166,9 @@ def plan(
     timeline_file: Annotated[
         Path | None, typer.Option(help="Save that drawing as .svg or .png, and its data next to it as .csv.")
     ] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Show all columns, also where the terminal is too narrow for them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per case.")] = False,
 ) -> None:
     """Predict the memory of a training step: peak, resident and device bytes by category.
@@ -258,7 +261,7 @@ def plan(
     outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
     advice = _advice(requests, outcomes) if advise else {}
     drawn = timelines(requests, outcomes, timeline_file) if timeline or timeline_file is not None else {}
-    _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {})
+    _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {}, wide)
 
 
 def lora_settings(
@@ -510,6 +513,7 @@ def _show(
     recipe: Recipe | None,
     advice: Mapping[int, list[dict[str, Any]]],
     drawn: Mapping[int, tuple[str, Mapping[str, Any]]],
+    wide: bool,
 ) -> None:
     from peft_gauge.plan.record import PlanFailure
 
@@ -529,7 +533,7 @@ def _show(
         from peft_gauge.report.terminal.plan_table import show, show_recipe
         from peft_gauge.report.terminal.timeline_picture import show_timeline
 
-        show([each for each in objects if "error" not in each])
+        show([each for each in objects if "error" not in each], wide=wide)
         for each in objects:
             if "advice" in each:
                 show_advice(each)

@@ -38,17 +38,34 @@ LOOKS = {
     "other": ("other", "·", "bright_black"),
 }
 BAR_WIDTH = 60
-LEAST_WIDTH = 100  # columns, or the table's width: wrapped lines read better than truncated numbers
+LEAST_WIDTH = 100  # columns in a file, or the table's width: wrapped lines read better than truncated numbers
+LEAST_WORTH = ("activations\nper token", "peak in", "resident", "trainable", "device")
+"""Columns that a narrow terminal leaves out, in this order."""
 
 
-def show(plans: Sequence[Mapping[str, Any]]) -> None:
-    """Print ``plans`` on standard output."""
+def show(plans: Sequence[Mapping[str, Any]], *, wide: bool = False) -> None:
+    """Print ``plans`` on standard output.
+
+    A terminal that is too narrow for the table leaves out columns, unless ``wide``; a file or a pipe has all.
+    """
     console = Console(highlight=False)
+    least = 0 if console.is_terminal else LEAST_WIDTH
+    left_out: tuple[str, ...] = ()
     shown_as = render(plans)
-    without_limit = console.options.update(width=10_000)
-    widths = [Measurement.get(console, without_limit, part).maximum for part in shown_as if isinstance(part, Table)]
-    console.width = max(console.width, LEAST_WIDTH, *widths)
+    while console.is_terminal and not wide and len(left_out) < len(LEAST_WORTH):
+        if _width(console, shown_as) <= console.width:
+            break
+        left_out = LEAST_WORTH[: len(left_out) + 1]
+        shown_as = render(plans, left_out=left_out)
+    console.width = max(console.width, least, _width(console, shown_as))
     console.print(*shown_as, sep="\n")
+
+
+def _width(console: Console, parts: Iterable[RenderableType]) -> int:
+    """The columns of the widest table, or 0."""
+    without_limit = console.options.update(width=10_000)
+    tables = (part for part in parts if isinstance(part, Table))
+    return max((Measurement.get(console, without_limit, table).maximum for table in tables), default=0)
 
 
 def summary(cases: Iterable[CaseRecord], width: int) -> str:
@@ -60,12 +77,14 @@ def summary(cases: Iterable[CaseRecord], width: int) -> str:
     return as_text(map(_table, groups.values()), width)
 
 
-def render(plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH) -> list[RenderableType]:
-    """The renderables for ``plans`` (objects as printed by `--json`): table, adapted modules, bars with legend,
-    warnings."""
+def render(
+    plans: Sequence[Mapping[str, Any]], width: int = BAR_WIDTH, left_out: Sequence[str] = ()
+) -> list[RenderableType]:
+    """The renderables for ``plans`` (objects as printed by `--json`): table without the columns ``left_out``, adapted
+    modules, bars with legend, warnings."""
     if not plans:
         return []
-    return [_table(plans), *_adapted(plans), *_communication(plans), *_bars(plans, width), *_warnings(plans)]
+    return [_table(plans, left_out), *_adapted(plans), *_communication(plans), *_bars(plans, width), *_warnings(plans)]
 
 
 def _communication(plans: Sequence[Mapping[str, Any]]) -> list[Text]:
@@ -114,27 +133,30 @@ def _joined(parent: str, names: Sequence[str]) -> str:
     return f"{parent}.{names[0]}" if len(names) == 1 else f"{parent}.({', '.join(names)})"
 
 
-def _table(plans: Sequence[Mapping[str, Any]]) -> Table:
+def _table(plans: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> Table:
     table = Table(title=_title(plans), title_justify="left", caption_justify="left")
     table.caption = "peak, resident: by memory_allocated; device: estimate with CUDA context and workspaces"
     if any(plan["settings"].get("sharding") for plan in plans):
         table.caption += "; each for one of the GPUs"
     if plans[0]["gpus"]:
-        table.caption += "; on a GPU: memory used, + left or − missing"
+        table.caption += "; on a GPU: ✓ fits or ✗ does not, memory used, + left or − missing"
         if any(fit["retries"] for plan in plans for fit in plan["gpus"] if fit["fits"]):
             table.caption += "; *: fits after the allocator frees cached segments, which costs time"
-    table.add_column("method", no_wrap=True)
-    table.add_column("peak in", no_wrap=True)
+    if left_out:
+        names = ", ".join(name.replace("\n", " ") for name in left_out)
+        table.caption += f"; left out for this width: {names} (--wide shows them)"
     searched = "find" in plans[0]
     sizes = ["trainable", "peak", "resident", "activations\nper token", "device"]
     largest = "fewest" if searched and plans[0]["find"]["quantity"] == "gpus" else "largest"
-    for heading in [*([largest] if searched else []), *sizes]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for fit in plans[0]["gpus"]:
-        table.add_column(f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})", justify="right", no_wrap=True)
+    cards = [f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})" for fit in plans[0]["gpus"]]
+    headings = ["method", "peak in", *([largest] if searched else []), *sizes, *cards]
+    kept = [place for place, heading in enumerate(headings) if heading not in left_out]
+    for place in kept:
+        table.add_column(headings[place], justify="right" if place > 1 else "left", no_wrap=True)
     for plan in plans:
         found = [_found(plan["find"])] if searched else []
-        table.add_row(plan["method"], plan["phase_of_peak"], *found, *_cells(plan))
+        cells = [plan["method"], plan["phase_of_peak"], *found, *_cells(plan)]
+        table.add_row(*(cells[place] for place in kept))
     return table
 
 
@@ -161,13 +183,14 @@ def _cells(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(fit: Mapping[str, Any]) -> str:
-    """Memory used on the GPU, and memory left (+) or missing (−), in the unit of its heading.
+    """Whether the step fits, memory used on the GPU, and memory left (+) or missing (−), in the unit of its heading.
 
     The second is the difference of the rounded sizes, so that the shown numbers add up.
     """
     unit = next(size for size in (1e9, 1e6, 1e3) if fit["usable_bytes"] >= size)
     device, usable = (round(fit[name] / unit, 2) for name in ("device_bytes", "usable_bytes"))
-    return f"{device:.2f} {'+' if fit['fits'] else '−'}{abs(usable - device):.2f}{'*' if fit['retries'] else ''}"
+    mark, sign = ("✓", "+") if fit["fits"] else ("✗", "−")
+    return f"{mark} {device:.2f} {sign}{abs(usable - device):.2f}{'*' if fit['retries'] else ''}"
 
 
 def _found(found: Mapping[str, Any]) -> str:

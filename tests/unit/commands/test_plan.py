@@ -347,3 +347,48 @@ def test_impossible_settings_of_lora_are_one_line(arguments: tuple[str, ...], me
     assert code == 2
     assert message in complaint
     assert complaint.count("\n") == 1
+
+
+@pytest.fixture
+def printed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """``printed_at(columns, …)`` is the plan of two methods as a terminal of this width shows it."""
+    settings = StepSettings(batch=1, seq=8)
+    requests = [PlanRequest(TOY, methods.get(name), settings, gpus=("24GB", "560MB")) for name in ("lora", "full")]
+    plans = [plan.as_json() for plan in map(planner.plan, requests) if isinstance(plan, Plan)]
+
+    def shown(columns: int, *, terminal: bool = True, wide: bool = False) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=columns, force_terminal=terminal, color_system=None, highlight=False)
+        monkeypatch.setattr(plan_table, "Console", lambda **_: console)
+        plan_table.show(plans, wide=wide)
+        return out.getvalue()
+
+    return shown
+
+
+@pytest.mark.parametrize(("columns", "left_out"), [(80, ["per token", "peak in"]), (100, ["per token", "peak in"]), (140, [])])
+def test_a_narrow_terminal_leaves_out_the_columns_of_least_worth(
+    columns: int, left_out: list[str], printed_at: Callable[..., str]
+) -> None:
+    printed = printed_at(columns)
+    table = [line for line in printed.splitlines() if line.startswith(("┏", "┃", "│"))]
+
+    assert max(map(len, table)) <= columns
+    for heading in ("per token", "peak in"):
+        assert (heading in "".join(table)) == (heading not in left_out)
+    assert ("--wide" in printed) == bool(left_out)
+
+
+def test_all_columns_are_shown_on_request_and_in_a_file(printed_at: Callable[..., str]) -> None:
+    for printed in (printed_at(80, wide=True), printed_at(80, terminal=False)):
+        assert all(heading in printed for heading in ("per token", "peak in", "resident", "trainable"))
+        assert "--wide" not in printed
+
+
+def test_a_mark_shows_whether_it_fits(printed_at: Callable[..., str]) -> None:
+    lora, full = (
+        next(line for line in printed_at(140).splitlines() if line.startswith(f"│ {name}")) for name in ("lora", "full")
+    )
+    assert re.search(r"✓ 0\.5\d \+24\.\d\d", lora)
+    assert re.search(r"✓ 559\.\d\d \+0\.\d\d", lora)
+    assert re.search(r"✗ 562\.\d\d −2\.\d\d", full)
