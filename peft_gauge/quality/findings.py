@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from peft_gauge.quality.sweep import Trained
 
 LEAST_STORED = BITS / 2
+LEAST_LEFT = 0.1
+"""Bits left per fact below which rates are alike."""
 
 
 def best_rank(results: Sequence[Trained], conditions: str, *, margin: float, least: float = LEAST_STORED) -> Finding:
@@ -156,7 +158,8 @@ def ten_times_the_rate(
     """Whether the best LoRA rate is ``times`` full fine-tuning's, and nearly independent of rank.
 
     A rate was searched for each setting. The claim holds if every rank's is ``times`` full's, and the highest of the
-    ranks' is the lowest, both within the factor ``within``; otherwise it is refuted.
+    ranks' is the lowest, both within the factor ``within``; otherwise it is refuted. It is inconclusive where a setting
+    stored nearly everything, since then several rates are as good.
     """
     of_full = full[0].search.chosen
     chosen = {label: group[0].search.chosen for label, group in by_label(ranks).items()}
@@ -166,6 +169,12 @@ def ten_times_the_rate(
     searches = [full[0].search, *(group[0].search for group in by_label(ranks).values())]
     if of_full is None or any(rate is None for rate in chosen.values()) or any(each.at_edge for each in searches):
         return Finding.of(None, f"{shown}; a best rate is at the edge of its search", conditions)
+    trained = (each for each in (*full, *ranks) if each.scores)
+    complete = list(dict.fromkeys(each.label for each in trained if each.scores["bits_left"] < LEAST_LEFT))
+    if complete:
+        return Finding.of(
+            None, f"{shown}; {', '.join(complete)} stored nearly everything, at more than one rate", conditions
+        )
     rates = [rate for rate in chosen.values() if rate is not None]
     off = max(max(rate / of_full / times, of_full * times / rate) for rate in rates)
     spread = max(rates) / min(rates)

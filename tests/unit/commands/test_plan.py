@@ -366,7 +366,9 @@ def printed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return shown
 
 
-@pytest.mark.parametrize(("columns", "left_out"), [(80, ["per token", "peak in"]), (100, ["per token", "peak in"]), (140, [])])
+@pytest.mark.parametrize(
+    ("columns", "left_out"), [(80, ["per token", "peak in"]), (100, ["per token", "peak in"]), (140, [])]
+)
 def test_a_narrow_terminal_leaves_out_the_columns_of_least_worth(
     columns: int, left_out: list[str], printed_at: Callable[..., str]
 ) -> None:

@@ -182,7 +182,7 @@ def test_forgetting_at_unequal_learning_is_inconclusive() -> None:
     ],
 )
 def test_rates(rates: Sequence[float], verdict: str) -> None:
-    full = trained("full", about(0.1), found=search(1e-3))
+    full = trained("full", about(0.2), found=search(1e-3))
     ranks = [each for place, rate in enumerate(rates) for each in trained(f"r{place}", about(1), found=search(rate))]
     assert findings.ten_times_the_rate(full, ranks, "planted", times=10, within=3.2).verdict == verdict
 
@@ -191,6 +191,13 @@ def test_a_rate_at_the_edge_of_its_search_decides_nothing() -> None:
     full = trained("full", about(0.1), found=search(1e-3, at_edge=True))
     ranks = trained("r2", about(1), found=search(1e-2))
     assert findings.ten_times_the_rate(full, ranks, "planted", times=10, within=3.2).verdict == "inconclusive"
+
+
+def test_a_setting_that_stored_everything_has_no_best_rate() -> None:
+    full = trained("full", about(0.01), found=search(1e-3))
+    finding = findings.ten_times_the_rate(full, trained("r2", about(1), found=search(1e-2)), "", times=10, within=3.2)
+    assert finding.verdict == "inconclusive"
+    assert "; full stored nearly everything" in finding.metric
 
 
 def capacity(few: Sequence[float], many: Sequence[float]) -> str:
