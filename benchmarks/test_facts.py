@@ -225,7 +225,11 @@ VARIANTS = {
         lora(4, "q,v"),
         lora(4, "q,v", label="PiSSA r4", init_lora_weights="pissa"),
     ),
-    "lora-plus": (RANKED["fact-decoder-1024"][0], lora(4, "q,v"), lora(4, "q,v", label="LoRA+ r4", loraplus_ratio=16)),
+    "lora-plus": (
+        RANKED["fact-decoder-1024"][0],
+        lora(4, "q,v"),
+        lora(4, "q,v", label="LoRA+ r4", loraplus_ratio=16, rate=1e-3),
+    ),
 }
 
 
