@@ -141,8 +141,11 @@ PARAMS_PER_RANK = {
     # the last two layers: q_proj and o_proj 576×576, k_proj and v_proj 576×192, the others 576×1536
     REAL: {"q,v": 3840, "q,k,v,o": 7680, "all-linear": 20352},
 }
-TARGET_TASKS = {DECODER: (FactTask(DECODER, 768, STEPS, finer=True), 14), REAL: (FactTask(REAL, 256, REAL_STEPS), 16)}
-"""The number of facts, and the rank on q,v whose parameters all sets have."""
+TARGET_TASKS = {
+    DECODER: (FactTask(DECODER, 2048, 2 * STEPS, finer=True), 10),
+    REAL: (FactTask(REAL, 256, REAL_STEPS), 4),
+}
+"""Tasks that leave bits to gain, and the rank on q,v whose parameters all sets have."""
 
 
 def at_equal_parameters(name: str) -> list[Setting]:
