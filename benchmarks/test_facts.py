@@ -115,7 +115,7 @@ def test_capacity(decide: Decide, record: Callable[..., None], say: Callable[[st
 
 RATED = {
     DECODER: FactTask(DECODER, 1024, STEPS // 5, finer=True),
-    REAL: FactTask(REAL, 256, REAL_STEPS // 8, finer=True),
+    REAL: FactTask(REAL, 1024, REAL_STEPS // 8, finer=True),
 }
 """So short that no setting stores everything: then its best rate is well determined."""
 
