@@ -259,11 +259,13 @@ def test_variants(name: str, fact_sweep: FactSweep, decide: Decide) -> None:
 
 
 def test_rule(fact_sweep: FactSweep) -> None:
-    """The seven methods learn a rule, and are scored on pairs of tokens that were never trained."""
+    """The seven methods, and LoRA on all linear layers, learn a rule, and are scored on pairs of tokens that were never
+    trained."""
     task = FactTask(DECODER, 4096, STEPS // 2, held_out=1024)
     settings = [
         FULL,
         lora(16, "q,k,v,o", label="lora"),
+        lora(16, "all-linear", label="lora all-linear"),
         lora(16, "q,k,v,o", label="qlora", quantized=True),
         Setting("bottleneck", methods.BOTTLENECK, 3e-3),
         Setting("prefix", methods.PREFIX, 3e-2),
