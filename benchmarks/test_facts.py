@@ -114,7 +114,7 @@ def test_capacity(decide: Decide, record: Callable[..., None], say: Callable[[st
 
 
 RATED = {
-    DECODER: FactTask(DECODER, 1024, STEPS // 5, finer=True),
+    DECODER: FactTask(DECODER, 2048, STEPS // 5, finer=True),
     REAL: FactTask(REAL, 1024, REAL_STEPS // 8, finer=True),
 }
 """So short that no setting stores everything: then its best rate is well determined."""
