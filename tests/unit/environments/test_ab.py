@@ -729,7 +729,7 @@ def test_the_smallest_difference_is_found_as_often_as_is_said() -> None:
         ((".", ".", "--method", "lora,lora"), "--method lora is given twice"),
         ((".", ".", "--model", "toy-lama"), "unknown model 'toy-lama'; did you mean toy-llama"),
         ((".", ".", "--device", "gpu"), "unknown device 'gpu'"),
-        ((".", ".", "--dtype", "bf16"), "unknown dtype 'bf16'"),
+        ((".", ".", "--dtype", "bf17"), "unknown dtype 'bf17'"),
         ((".", ".", "--threads", "0"), "--threads must be at least 1, got 0"),
         ((".", ".", "--batch", "0"), "--batch must be at least 1, got 0"),
         ((".", ".", "--seq", "1"), "--seq must be at least 2, got 1"),

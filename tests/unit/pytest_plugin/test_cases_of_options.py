@@ -23,6 +23,7 @@ DEFAULTS = {
     "--strategy": "fsdp2",
     "--seed": 0,
     "--time-limit": 900.0,
+    "--markexpr": "",
 }
 
 
