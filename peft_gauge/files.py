@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,6 +28,21 @@ def write_whole(target: Path, content: str | bytes, *, durable: bool = True) -> 
     except BaseException:  # Ctrl-C too must leave no partial file
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def make_once(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Make ``folder`` whole or not at all: ``fill`` gets the path of a new folder next to it, which is then renamed.
+
+    Another process may be first; its folder stays. Raises `OSError` if it cannot be made.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
+        copy = Path(unfinished) / "copy"
+        fill(copy)
+        try:
+            copy.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
 
 
 def check_folder(folder: Path) -> Path:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
+from peft_gauge.files import make_once
 from peft_gauge.quality.training import Schedule, train, without_dropout
 from peft_gauge.quality.updates import lora_update_norm
 from peft_gauge.training import batches, methods, models
@@ -142,7 +142,6 @@ class Decoder:
     seed: int = 0
 
     name = "fact-decoder"
-    layers = LAYERS
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the base, as JSON."""
@@ -204,15 +203,8 @@ def _pretrained(base: Decoder) -> ModelRecord:
 def _keep(model: PreTrainedModel, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
-            copied = Path(unfinished) / "copy"
-            with without_progress_bars():
-                model.save_pretrained(copied)
-            try:
-                copied.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was first
-                    raise
+        with without_progress_bars():
+            make_once(folder, model.save_pretrained)
     except OSError as error:
         raise GaugeError(
             f"cannot save a pretrained decoder under {folder.parent}: {error.strerror or error}; set PEFT_GAUGE_CACHE "
@@ -414,11 +406,6 @@ class Facts:
             raise GaugeError("facts need at least 1 step and 1 fact in a batch, and no negative number held out")
         if not 1 <= self.number <= TOKENS**2 - self.held_out:
             raise GaugeError(f"a number of facts from 1 to {TOKENS**2 - self.held_out} is possible, not {self.number}")
-
-    @property
-    def exposures(self) -> float:
-        """How often each fact is trained on."""
-        return self.steps * self.batch / self.number
 
     @property
     def settings(self) -> StepSettings:

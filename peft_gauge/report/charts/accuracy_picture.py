@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.report.charts.memory_picture import GB, GREY, LOOKS, save_plot
+from peft_gauge.report.charts.memory_picture import GB, GREY, LOOKS, as_csv, save_plot
 from peft_gauge.report.charts.plots import altair
 
 if TYPE_CHECKING:
@@ -58,15 +56,6 @@ def steps_of(run: Run, methods: Sequence[str]) -> list[Step]:
 def save(steps: Sequence[Step], titles: dict[str, str], where: str, out: Path) -> Path:
     """Draw ``steps`` to ``out`` and save their data next to it; returns the path of the data, a CSV file."""
     return save_plot(draw(steps, titles, where), as_csv(steps), out)
-
-
-def as_csv(steps: Sequence[Step]) -> str:
-    """The exact data of the plot, one row per step."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Step)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(step) for step in steps)
-    return text.getvalue()
 
 
 def draw(steps: Sequence[Step], titles: dict[str, str], where: str) -> Any:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from _typeshed import DataclassInstance
+
 FORMATS = (".svg", ".png")
 GB = 1e9
 
@@ -84,10 +86,10 @@ def save_plot(chart: Any, data: str, out: Path) -> Path:
     return file
 
 
-def as_csv(points: Sequence[Point]) -> str:
-    """The exact data of the plot, one row per point."""
+def as_csv(points: Sequence[DataclassInstance]) -> str:
+    """The exact data of a plot, one row per point: dataclasses of one kind, at least one."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(points[0])], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(point) for point in points)
     return text.getvalue()

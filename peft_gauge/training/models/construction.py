@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge import paths
 from peft_gauge._internals.transformers import forget_origin
 from peft_gauge.errors import GaugeError, one_line
+from peft_gauge.files import make_once
 from peft_gauge.training.models.architecture import auto_class, check_attention, model_class
 from peft_gauge.training.models.defaults import torch_dtype
 from peft_gauge.training.models.records import ModelRecord, hf_config
@@ -151,13 +151,7 @@ def kept(record: ModelRecord, dtype: str) -> ModelRecord:
     kind = f"{gguf.stat().st_mtime_ns:x}-{dtype}-transformers-{metadata.version('transformers')}"
     copy = gguf.with_name(f"{gguf.stem}-{kind}")
     if not copy.is_dir():
-        with tempfile.TemporaryDirectory(dir=gguf.parent, prefix="unfinished-") as folder:
-            stored(record, dtype, Path(folder) / "copy")
-            try:
-                (Path(folder) / "copy").rename(copy)
-            except OSError:
-                if not copy.is_dir():  # otherwise another process was first, with the same bytes
-                    raise
+        make_once(copy, lambda folder: stored(record, dtype, folder))
         copies = sorted(gguf.parent.glob(f"{gguf.stem}-*-transformers-*"), key=lambda each: each.stat().st_mtime)
         for old in copies[:-KEPT_COPIES]:
             shutil.rmtree(old, ignore_errors=True)
