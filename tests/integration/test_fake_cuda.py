@@ -73,6 +73,8 @@ def test_tensors_are_where_they_were_asked_for(seen: Seen) -> None:
     found = seen["place_tensors"]
     on_host = {"cpu", "to cpu", "host", "pinned host"}
     assert found["devices"] == {name: "cpu" if name in on_host else "cuda:0" for name in found["devices"]}
+    # transformers asks so whether it builds without memory, and then computes the buffers that no file holds.
+    assert found["in a context of meta"] == ["meta", "cuda:0", "cpu"]
     assert found["is_cuda"] == [True, False, 0, False, -1]
     assert found["same"]
     assert found["not the same"]

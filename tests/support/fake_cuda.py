@@ -60,7 +60,9 @@ def settings(folder: Path, *, total_bytes: int = 2 * GIB, others_bytes: int = 0)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     card = {TOTAL_VARIABLE: str(total_bytes), OTHERS_VARIABLE: str(others_bytes)}
     # A toy's operators are too small to be shared out: on a busy machine threads would wait for each other most of all.
-    return {**inherited, **card, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # Fresh memory is never zero, so a weight or buffer that nothing wrote shows in the loss.
+    how = {"OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "1", "MALLOC_MMAP_THRESHOLD_": str(32 * MIB)}
+    return {**inherited, **card, **how, "PYTHONPATH": path}
 
 
 # The device -----------------------------------------------------------------------------------------------------------
@@ -723,6 +725,12 @@ def _is_cuda(asked: Any) -> bool:
 
 def _maker(real: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        if kwargs.get("device") is None and torch._C._len_torch_function_stack() > 0:
+            # A device context fills in its device for torch's own function, and does not know this one.
+            here = torch.empty(0).device
+            kwargs |= {} if here.type == "cpu" else {"device": here}
         if not _is_cuda(kwargs.get("device")):
             return real(*args, **kwargs)
         device, requires_grad = kwargs.pop("device"), kwargs.pop("requires_grad", False)

@@ -100,9 +100,14 @@ def place_tensors() -> dict[str, Any]:
     }
     x = torch.ones(3, device="cuda")
     with torch.device("cuda"):
-        inside = torch.ones(3)
+        made["in a context"] = torch.ones(3)
+        made["from a list in a context"] = torch.tensor([1.0])
+        made["from a tensor in a context"] = torch.as_tensor(torch.ones(3, device="cpu"))
+    with torch.device("meta"):
+        on_meta = [torch.tensor([]), torch.tensor([1.0], device="cuda"), torch.tensor([1.0], device="cpu")]
     return {
-        "devices": {name: str(tensor.device) for name, tensor in {**made, "in a context": inside}.items()},
+        "devices": {name: str(tensor.device) for name, tensor in made.items()},
+        "in a context of meta": [str(tensor.device) for tensor in on_meta],
         "is_cuda": [x.is_cuda, x.is_cpu, x.get_device(), torch.ones(1).is_cuda, torch.ones(1).get_device()],
         "same": x.to("cuda") is x,
         "not the same": x.cpu().data_ptr() != x.data_ptr(),
