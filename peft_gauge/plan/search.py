@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SMALLEST = {"batch": 1, "seq": 2, "rank": 1}  # the loss predicts the next token, so a sequence has two
 MOST_GPUS = 1024
 LARGEST = 2**24  # too large for any device; ends a search without another limit
+GROWTH = 1024  # a guess is at most so many times a value that fits: memory is not known to stay a line far beyond
 
 
 def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], Plan]) -> Found:
@@ -36,8 +38,14 @@ def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], P
         plans[value] = planner(request.with_value(quantity, value))
         return plans[value].fits
 
+    def room(value: int) -> float:
+        """Without what the allocator keeps in reserve, which it gives back before a step fails."""
+        found = plans[value]
+        outside_bytes = found.device_bytes_estimate - found.reserved_bytes_estimate
+        return found.gpus[0].usable_bytes - outside_bytes - found.allocated_bytes_estimate
+
     smallest, limit = SMALLEST[quantity], _limit(request, quantity)
-    value, at_limit = largest_that_fits(fits, smallest, limit)
+    value, at_limit = largest_that_fits(fits, smallest, limit, room)
     return Found(
         quantity=quantity,
         gpu=request.gpus[0],
@@ -89,23 +97,57 @@ def find_each(request: PlanRequest, quantity: str, planner: Callable[[PlanReques
     return [search(replace(request, gpus=(gpu,))) for gpu in request.gpus]
 
 
-def largest_that_fits(fits: Callable[[int], bool], smallest: int, limit: int) -> tuple[int | None, bool]:
-    """The largest value in [``smallest``, ``limit``] for which ``fits`` holds, and whether it is ``limit`` itself.
+def largest_that_fits(
+    fits: Callable[[int], bool], smallest: int, limit: int, room: Callable[[int], float] | None = None
+) -> tuple[int | None, bool]:
+    """The largest value in [``smallest``, ``limit``] for which ``fits`` holds, and whether it is ``limit`` itself;
+    ``None`` if no value fits.
 
-    Doubles until a value does not fit, then bisects; ``None`` if no value fits.
+    ``room(value)``: the bytes left at a value that was tried. A step's memory is close to a line in its batch, sequence
+    or rank, so the search begins where that line leaves nothing; without ``room`` it doubles from ``smallest``. Then it
+    bisects, to the same value.
     """
     if not fits(smallest):
         return None, False
-    good, bad = smallest, limit + 1
-    while good < limit:
-        value = min(2 * good, limit) if bad > limit else (good + bad) // 2
-        if value == good:
-            break
-        if fits(value):
-            good = value
-        else:
-            bad = value
+    good, bad = _enclosed(fits, smallest, limit, room)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good, good == limit
+
+
+def _enclosed(
+    fits: Callable[[int], bool], smallest: int, limit: int, room: Callable[[int], float] | None
+) -> tuple[int, int]:
+    """A value that fits, and a larger one that does not, or is beyond ``limit``."""
+    before, good = smallest, smallest
+    while good < limit:
+        value = min(2 * good, limit) if room is None or before == good else _meets_0(before, good, room, limit)
+        if not fits(value):
+            return _walked_down(fits, good, value) if room is not None else (good, value)
+        before, good = good, value
+    return good, limit + 1
+
+
+def _meets_0(low: int, high: int, room: Callable[[int], float], limit: int) -> int:
+    """The value above ``high`` at which the line through ``low`` and ``high`` leaves nothing, `GROWTH` times ``high``
+    and ``limit`` at most."""
+    most = min(GROWTH * high, limit)
+    fall = (room(low) - room(high)) / (high - low)
+    if fall <= 0:
+        return most
+    return min(max(math.floor(high + min(room(high) / fall, most)), high + 1), most)
+
+
+def _walked_down(fits: Callable[[int], bool], good: int, bad: int) -> tuple[int, int]:
+    """Closer bounds: from ``bad`` down in steps that double, since ``bad`` is near the limit."""
+    step = max(1, bad // 128)
+    while bad - good > 1:
+        value = max(bad - step, good + 1)
+        if fits(value):
+            return value, bad
+        bad, step = value, 2 * step
+    return good, bad
 
 
 def _limit(request: PlanRequest, quantity: str) -> int:

@@ -503,6 +503,40 @@ def test_bisection_agrees_with_brute_force(limit: int, threshold: int) -> None:
     assert largest_that_fits(lambda value: value <= threshold, 1, limit) == (expected, expected == limit)
 
 
+@given(
+    threshold=st.integers(0, 5000),
+    limit=st.integers(1, 6000),
+    optimism=st.integers(0, 400),
+    bend=st.floats(-0.5, 2.0),
+    slope=st.floats(0, 1e9),
+)
+def test_a_guess_from_a_line_changes_the_number_of_plans_and_not_the_value(
+    threshold: int, limit: int, optimism: int, bend: float, slope: float
+) -> None:
+    """Whatever the line: too optimistic, bent, flat, or rising."""
+
+    def room(value: int) -> float:
+        return slope * (threshold + optimism - value) * (1 + bend * value / 5000)
+
+    plain = largest_that_fits(lambda value: value <= threshold, 1, limit)
+    assert largest_that_fits(lambda value: value <= threshold, 1, limit, room) == plain
+
+
+@pytest.mark.parametrize(
+    ("threshold", "optimism", "most_plans"), [(12, 0, 4), (37, 1, 4), (100, 0, 4), (1000, 5, 8), (16_000, 100, 13)]
+)
+def test_a_search_along_a_line_takes_about_a_third_of_the_plans(threshold: int, optimism: int, most_plans: int) -> None:
+    """Doubling and bisection take 8, 12, 14, 20 and 28."""
+    tried: list[int] = []
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return value <= threshold
+
+    assert largest_that_fits(fits, 1, 2**24, lambda value: threshold + optimism + 0.5 - value)[0] == threshold
+    assert len(tried) == len(set(tried)) <= most_plans
+
+
 def test_the_found_batch_is_the_one_that_trying_all_gives() -> None:
     longer = request("lora", settings=replace(SETTINGS, seq=128))
     middle = plan(longer.with_value("batch", 5))
