@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.facts import DECODER, REAL, FactTask, swept
+from fixtures.facts import CROWDED, DECODER, REAL, FactTask, swept
 from peft_gauge.claims import Finding, ledger
 from peft_gauge.quality import findings
-from peft_gauge.quality.facts import LAYERS, WIDTH
+from peft_gauge.quality.fact_bases import LAYERS, WIDTH
 from peft_gauge.quality.sweep import Setting, by_label
 from peft_gauge.training import methods
 
@@ -206,6 +206,27 @@ def test_qlora(name: str, fact_sweep: FactSweep, decide: Decide) -> None:
     decide("qlora-quality", name, decided(results))
     first = [[each.curve.losses[0] for each in group if each.curve] for group in by_label(results).values()]
     assert first[0] != first[1], "QLoRA's base is LoRA's: nothing was rounded"
+
+
+RECOVERED = {"crowded-fact-decoder-r2": 2, "crowded-fact-decoder-r16": 16}
+
+
+@pytest.mark.claim("lora-recovers-rounding")
+@pytest.mark.parametrize("name", RECOVERED)
+def test_recovery_from_rounding(name: str, fact_sweep: FactSweep, decide: Decide) -> None:
+    """LoRA and QLoRA train on the facts that the base knows already: QLoRA's has lost bits of them to rounding."""
+    task = FactTask(CROWDED, 16_384, 2 * STEPS, old=True)
+    rank = RECOVERED[name]
+    plain = lora(rank, "all-linear", rate=1e-3)
+    quantized = lora(rank, "all-linear", label=f"QLoRA r{rank}", rate=1e-3, quantized=True)
+    bounds = ledger()["lora-recovers-rounding"].bounds
+
+    def decided(results: Sequence[Trained]) -> Finding:
+        groups = by_label(results)
+        conditions = f"{task.conditions}, all-linear; NF4 with double quantization, computing in float32"
+        return findings.recovers(groups[plain.label], groups[quantized.label], conditions, **bounds)
+
+    decide("lora-recovers-rounding", name, decided(fact_sweep(task, [plain, quantized], decided)))
 
 
 @pytest.mark.claim("forgets-less")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, MARGIN_BITS, OWN_LENGTHS, SEEDS
+from fixtures.sweeps import FULL, LORA_RATE, MARGIN_BITS, MOST_WRONG, OWN_LENGTHS, REPETITIONS, SEEDS, new_seeds
 from peft_gauge.quality import findings, non_inferiority, sweep
+from peft_gauge.quality.repetition import error_rate
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.training import Schedule, train
@@ -108,20 +109,9 @@ def test_planted_drop_in_quality(record: Callable[..., None]) -> None:
     LoRA on queries and values cannot undo the rounding of all other layers, and such a small model has no capacity to
     spare.
     """
-    base: dict[int, float | None] = {}
-    redrawn: dict[int, float | None] = {}
-    rounded: dict[int, float | None] = {}
-    synthetic_qlora = methods.QLORA.variant("qlora-qv", "QLoRA on q,v", peft_config=PLANTED_LORA.peft_config)
-    for seed in VERDICT_SEEDS:
-        task = WiderSynthetic(seed, batches=VERDICT_STEPS).prepared()
-        anew = replace(task, task=replace(task.task, seed=1000 + seed))  # the same data, the adapter of another seed
-        base[seed] = synthetic_quality(task, PLANTED_LORA)
-        redrawn[seed] = synthetic_quality(anew, PLANTED_LORA)
-        rounded[seed] = synthetic_quality(task, synthetic_qlora)
+    base, redrawn, rounded = paired_qualities(VERDICT_SEEDS)
 
-    margin = PLANTED_MARGIN
-    of_redrawn = non_inferiority.compare(base, redrawn, margin=margin, names=("LoRA", "LoRA drawn anew"))
-    of_rounded = non_inferiority.compare(base, rounded, margin=margin, names=("LoRA", "QLoRA"))
+    of_redrawn, of_rounded = paired_verdicts(base, redrawn, rounded)
     record(
         model=WiderSynthetic().record.name,
         task="planted",
@@ -131,6 +121,53 @@ def test_planted_drop_in_quality(record: Callable[..., None]) -> None:
     assert base != redrawn, "the same draw twice shows nothing"
     assert of_redrawn.holds, of_redrawn.metric
     assert of_rounded.holds is False, of_rounded.metric
+
+
+@pytest.mark.slow
+def test_planted_drop_error_rate(record: Callable[..., None], say: Callable[[str], None]) -> None:
+    """How often is the paired verdict over four seeds wrong: a loss where there is none, or none where there is one?"""
+    kept: list[bool | None] = []
+    lost: list[bool | None] = []
+    for repetition in range(REPETITIONS):
+        of_redrawn, of_rounded = paired_verdicts(*paired_qualities(new_seeds(repetition, len(VERDICT_SEEDS))))
+        kept.append(of_redrawn.holds)
+        lost.append(None if of_rounded.holds is None else not of_rounded.holds)
+        say(f"[{repetition + 1}/{REPETITIONS}] {of_redrawn.metric}; {of_rounded.metric}")
+
+    without_loss, with_loss = error_rate(kept), error_rate(lost)
+    rates = {"without_loss": without_loss.as_json(), "with_loss": with_loss.as_json()}
+    record(model=WiderSynthetic().record.name, task="planted", error_rate=rates)
+    assert without_loss.wrong_at_most <= MOST_WRONG
+    assert with_loss.wrong_at_most <= MOST_WRONG
+
+
+Qualities = dict[int, float | None]
+
+
+def paired_qualities(seeds: Sequence[int]) -> tuple[Qualities, Qualities, Qualities]:
+    """By seed: LoRA, LoRA with newly drawn weights on the same data, and QLoRA."""
+    base: Qualities = {}
+    redrawn: Qualities = {}
+    rounded: Qualities = {}
+    synthetic_qlora = methods.QLORA.variant("qlora-qv", "QLoRA on q,v", peft_config=PLANTED_LORA.peft_config)
+    for seed in seeds:
+        task = WiderSynthetic(seed, batches=VERDICT_STEPS).prepared()
+        anew = replace(task, task=replace(task.task, seed=1000 + seed))  # the same data, the adapter of another seed
+        base[seed] = synthetic_quality(task, PLANTED_LORA)
+        redrawn[seed] = synthetic_quality(anew, PLANTED_LORA)
+        rounded[seed] = synthetic_quality(task, synthetic_qlora)
+    return base, redrawn, rounded
+
+
+def paired_verdicts(
+    base: Qualities, redrawn: Qualities, rounded: Qualities
+) -> tuple[non_inferiority.NonInferiority, non_inferiority.NonInferiority]:
+    """The verdicts on LoRA drawn anew and on QLoRA, each against LoRA."""
+    margin = PLANTED_MARGIN
+    return (
+        non_inferiority.compare(base, redrawn, margin=margin, names=("LoRA", "LoRA drawn anew")),
+        non_inferiority.compare(base, rounded, margin=margin, names=("LoRA", "QLoRA")),
+    )
 
 
 def synthetic_quality(task: PreparedSynthetic, method: Method) -> float | None:

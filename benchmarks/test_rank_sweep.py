@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import FULL, LORA_RATE, MARGIN_BITS, OWN_LENGTHS, SEEDS
+from fixtures.sweeps import FULL, LORA_RATE, MARGIN_BITS, MOST_WRONG, OWN_LENGTHS, REPETITIONS, SEEDS, new_seeds
+from peft_gauge import paths
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import findings, sweep
+from peft_gauge.quality.repetition import error_rate
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.training import methods
@@ -32,6 +34,9 @@ PLANTED_RANKS = (2, 3, 4, 8)
 REACHED = 0.9
 """Share of the base's error that training must remove at the planted rank, and cannot remove below it
 (`tests/unit/quality/test_synthetic.py` has the metrics)."""
+
+SURE = 0.95
+"""Share of resamples that have to agree on a knee."""
 
 
 @pytest.mark.slow
@@ -56,6 +61,31 @@ def test_planted_rank(seeds: Sequence[int], record: Callable[..., None]) -> None
             assert row["quality_low"] > REACHED, f"rank {rank} can hold an update of rank {PLANTED_RANK}"
     knee = metrics["knees"]["trainable_params"]
     assert (knee["knee"], knee["knee_share"]) == (f"r{PLANTED_RANK}", 1.0), "the sweep misses the planted rank"
+
+
+@pytest.mark.slow
+def test_planted_rank_error_rate(record: Callable[..., None], say: Callable[[str], None]) -> None:
+    """How often does a sweep over three seeds put the knee at another rank than the planted one?
+
+    A knee is a verdict if `SURE` of the resamples of seeds agree, and otherwise inconclusive.
+    """
+    settings = [synthetic_lora(rank) for rank in PLANTED_RANKS]
+    verdicts: list[bool | None] = []
+    for repetition in range(REPETITIONS):
+        results = sweep.sweep(
+            lambda seed: Synthetic(seed, batches=PLANTED_LENGTHS.steps),
+            settings,
+            new_seeds(repetition, len(SEEDS)),
+            PLANTED_LENGTHS,
+            cache=paths.cache() / "quality",
+        )
+        knee = sweep.knees(results, sweep.pareto_rows(results, {}))["trainable_params"]
+        verdicts.append(knee.label == f"r{PLANTED_RANK}" if knee.share >= SURE else None)
+        say(f"[{repetition + 1}/{REPETITIONS}] knee at {knee.label} in {knee.share:.0%} of resamples")
+
+    found = error_rate(verdicts)
+    record(model="toy-llama-half", task="planted", error_rate=found.as_json())
+    assert found.wrong_at_most <= MOST_WRONG
 
 
 @pytest.mark.slow

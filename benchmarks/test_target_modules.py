@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fixtures.sweeps import LORA_RATE, OWN_LENGTHS, SEEDS
+from fixtures.sweeps import LORA_RATE, MOST_WRONG, OWN_LENGTHS, REPETITIONS, SEEDS, new_seeds
+from peft_gauge import paths
 from peft_gauge.claims import ledger
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.quality import findings, sweep
+from peft_gauge.quality.repetition import error_rate
 from peft_gauge.quality.sweep import Lengths, Setting
 from peft_gauge.quality.synthetic import PLANTED_RANK, Synthetic, small_decoder
 from peft_gauge.quality.training import Schedule, train
@@ -66,6 +68,33 @@ def test_planted_targets(record: Callable[..., None]) -> None:
         assert by_label[setting.label]["quality_low"] > REACHED, f"{setting.label} holds the planted update"
     for setting in at_equal_budget:
         assert by_label[setting.label]["quality_high"] < REACHED, f"{setting.label} cannot hold the planted update"
+
+
+@pytest.mark.slow
+def test_planted_targets_error_rate(record: Callable[..., None], say: Callable[[str], None]) -> None:
+    """How often is one of six sets judged sufficient that is not, or the reverse? One seed decides each time."""
+    sufficient = [lora(name, targets, PLANTED_RANK) for name, targets in ENOUGH.items()]
+    insufficient = [*at_the_budget_of(sufficient[0], small_decoder()), lora("k,o", ("k_proj", "o_proj"), PLANTED_RANK)]
+    verdicts: list[bool | None] = []
+    for repetition in range(REPETITIONS):
+        results = sweep.sweep(
+            lambda seed: Synthetic(seed, batches=LENGTHS.steps),
+            [*sufficient, *insufficient],
+            new_seeds(repetition, 1),
+            LENGTHS,
+            cache=paths.cache() / "quality",
+        )
+        enough = {setting.label for setting in sufficient}
+        right = [
+            None if each.divergence else (each.scores["quality"] > REACHED) == (each.label in enough)
+            for each in results
+        ]
+        verdicts.append(None if None in right else all(right))
+        say(f"[{repetition + 1}/{REPETITIONS}] {right.count(True)} of {len(right)} sets judged right")
+
+    found = error_rate(verdicts)
+    record(model="toy-llama-half", task="planted", error_rate=found.as_json())
+    assert found.wrong_at_most <= MOST_WRONG
 
 
 @pytest.mark.slow

@@ -117,6 +117,38 @@ def keeps(
     return Finding.of(compared.holds, compared.metric, conditions)
 
 
+def recovers(
+    unrounded: Sequence[Trained],
+    rounded: Sequence[Trained],
+    conditions: str,
+    *,
+    least_share: float,
+    least_lost_bits: float,
+) -> Finding:
+    """Whether training over a rounded base recovers the bits that rounding lost of what the base knew.
+
+    Both were trained alike on that knowledge. Recovered is the share of the rounding loss (before training) by which
+    ``rounded`` (after it) comes closer to ``unrounded``. The claim holds if the whole interval of the share is at least
+    ``least_share``, and is refuted if all of it is below. It is inconclusive where rounding costs less than
+    ``least_lost_bits`` per fact: nothing was lost.
+    """
+    groups = {"unrounded": list(unrounded), "rounded": list(rounded)}
+    shown = f"bits left: {_means(by_label([*unrounded, *rounded]))}"
+    missing = _missing(groups, least=0)
+    if missing:
+        return Finding.of(None, f"{shown}; {missing}", conditions)
+    lost = {each.seed: each.scores["rounding_loss"] for each in rounded}
+    shown += f"; rounding alone loses {statistics.fmean(lost.values()):.3f}"
+    if min(lost.values()) < least_lost_bits:
+        return Finding.of(None, f"{shown}, less than {least_lost_bits:g} under a seed: nothing to recover", conditions)
+    before = {each.seed: each.scores["bits_left"] for each in unrounded}
+    shares = {each.seed: 1 - (each.scores["bits_left"] - before[each.seed]) / lost[each.seed] for each in rounded}
+    found = non_inferiority.difference(dict.fromkeys(shares, 0.0), shares, error=LOOK_ERROR)
+    verdict = True if found.low >= least_share else False if found.high < least_share else None
+    metric = f"{shown}; recovered {found.mean:.0%} ({found.low:.0%} to {found.high:.0%}) over {found.pairs} seeds"
+    return Finding.of(verdict, metric, conditions)
+
+
 def learns_more(base: Sequence[Trained], new: Sequence[Trained], conditions: str, *, margin: float) -> Finding:
     """Whether ``new`` leaves fewer bits than ``base``: it is refuted if the whole interval of the gain is below
     ``margin`` bits per fact (a gain that does not matter, or none), or if only ``new`` diverged; otherwise it holds if

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from peft_gauge.training.step import TrainingJob
 
 DIVERGED_OVER_START = 3.0
-"""A loss this many times the first one has diverged: batches differ by less, and a good schedule stays below."""
+"""A loss this many times the first one, or that of chance, has diverged: batches differ by less, and a good schedule
+stays below."""
 
 ROUNDING = 1e-6
 """A loss below this is rounding error, for example if teacher and student are equal; its ratios are meaningless."""
@@ -93,12 +94,17 @@ class Curve:
 
 
 def train(job: TrainingJob, schedule: Schedule, *, after_step: Callable[[int], None] | None = None) -> Curve:
-    """Take ``schedule.steps`` steps of ``job``, or fewer if it diverges; ``after_step`` is called with each number."""
+    """Take ``schedule.steps`` steps of ``job``, or fewer if it diverges; ``after_step`` is called with each number.
+
+    A job may state the loss of guessing as ``chance_loss``.
+    """
     for group in job.optimizer.param_groups:
         group["weight_decay"] = schedule.weight_decay
     losses: list[float] = []
     seconds: list[float] = []
     divergence = None
+    # A model that knows the task already begins near 0, and any update multiplies that.
+    least = max(ROUNDING, getattr(job, "chance_loss", 0.0))
     for step in range(schedule.steps):
         for group in job.optimizer.param_groups:
             group["lr"] = schedule.rate(step) * group.get("rate_factor", 1.0)
@@ -107,7 +113,7 @@ def train(job: TrainingJob, schedule: Schedule, *, after_step: Callable[[int], N
         assert job.loss is not None, "a step leaves its loss"
         loss = float(job.loss)  # waits for the device
         seconds.append(time.perf_counter() - begun)
-        if not math.isfinite(loss) or (losses and loss > DIVERGED_OVER_START * max(losses[0], ROUNDING)):
+        if not math.isfinite(loss) or (losses and loss > DIVERGED_OVER_START * max(losses[0], least)):
             divergence = Divergence(step, schedule.peak_rate, loss if math.isfinite(loss) else None)
             break
         losses.append(loss)

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality import facts
+from peft_gauge.quality import fact_bases, fact_tasks
+from peft_gauge.quality.fact_bases import Decoder, LastLayers
+from peft_gauge.quality.fact_tasks import Facts
 from peft_gauge.quality.facts import (
     BITS,
     HALF,
     TOKENS,
-    Decoder,
-    Facts,
     FactSet,
-    LastLayers,
     Recall,
+    bits_left,
     composed_facts,
     random_facts,
 )
@@ -90,7 +90,7 @@ class Sure(nn.Module):
 def test_bits_left_are_those_of_the_probabilities(sure: float, bits: float, right: float) -> None:
     known = random_facts(700, 0)
 
-    left, exact = facts._bits(Sure(known, sure), {"input_ids": known.keys}, known.values)
+    left, exact = bits_left(Sure(known, sure), {"input_ids": known.keys}, known.values)
 
     assert left == pytest.approx(bits, abs=1e-5)
     assert exact == right if sure > 1 / TOKENS else exact < 0.02
@@ -110,20 +110,20 @@ def toy(layers: int = 4, **changes: Any) -> PreTrainedModel:
 def test_the_last_layers_continue_the_first_ones(layers: int, tied: bool) -> None:
     whole = toy(tie_word_embeddings=tied)
     ids = torch.randint(0, 64, (3, 7))
-    last = facts._cut(whole, layers)
+    last = fact_bases._cut(whole, layers)
 
-    found = last(inputs_embeds=facts._activations(whole, ids, layers), use_cache=False).logits
+    found = last(inputs_embeds=fact_bases._activations(whole, ids, layers), use_cache=False).logits
 
-    assert len(facts._blocks(last)) == layers
-    assert len(facts._blocks(whole)) == 4
+    assert len(fact_bases._blocks(last)) == layers
+    assert len(fact_bases._blocks(whole)) == 4
     torch.testing.assert_close(found, whole(input_ids=ids, use_cache=False).logits)
 
 
 def test_a_cut_that_leaves_other_layers_is_noticed() -> None:
     whole = toy()
-    other = facts._cut(toy(initializer_range=0.3), 2)
+    other = fact_bases._cut(toy(initializer_range=0.3), 2)
     with pytest.raises(GaugeError, match="do not continue its first ones"):
-        facts._check_continues(whole, other, torch.randint(0, 64, (1, 7)), 2)
+        fact_bases._check_continues(whole, other, torch.randint(0, 64, (1, 7)), 2)
 
 
 def test_training_the_last_layers_is_training_them_within_the_whole_model() -> None:
@@ -131,8 +131,8 @@ def test_training_the_last_layers_is_training_them_within_the_whole_model() -> N
     whole, keys = toy(), torch.randint(0, 64, (8, 2))
     values = torch.randint(0, 64, (8,))
     in_whole = LORA.variant("l", "l", peft_config={"layers_to_transform": [2, 3]})
-    last = facts._cut(whole, 2)
-    activations = facts._activations(whole, keys, 2)
+    last = fact_bases._cut(whole, 2)
+    activations = fact_bases._activations(whole, keys, 2)
     trained = {
         "whole": (methods.attach(copy.deepcopy(whole), in_whole, seed=3), {"input_ids": keys}),
         "last": (methods.attach(copy.deepcopy(last), LORA, seed=3), {"inputs_embeds": activations}),
@@ -162,7 +162,7 @@ def test_training_the_last_layers_is_training_them_within_the_whole_model() -> N
 @pytest.mark.parametrize("layers", [0, 4, 9])
 def test_a_number_of_layers_that_leaves_nothing_frozen_is_an_error(layers: int) -> None:
     with pytest.raises(GaugeError, match="train from 1 to 3 of them"):
-        facts._cut(toy(), layers)
+        fact_bases._cut(toy(), layers)
 
 
 def test_a_model_without_a_tokenizer_has_no_facts() -> None:
@@ -173,18 +173,21 @@ def test_a_model_without_a_tokenizer_has_no_facts() -> None:
 # --- the decoder, and training on it ----------------------------------------------------------------------------------
 
 
+HASTY = Decoder(0, facts=64, steps=60)
+"""Pretrained in seconds."""
+
+
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A decoder that is pretrained on 64 facts in seconds."""
+    """The decoder `HASTY` in a cache of its own."""
     monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path))
-    for name, value in {"PRETRAINED_FACTS": 64, "PRETRAINING_STEPS": 60, "PRETRAINING_BATCH": 64}.items():
-        monkeypatch.setattr(facts, name, value)
-    facts._loaded.cache_clear()
+    monkeypatch.setattr(fact_bases, "PRETRAINING_BATCH", 64)
+    fact_tasks._loaded.cache_clear()
 
 
 @pytest.mark.usefixtures("hasty")
 def test_a_decoder_is_pretrained_once_and_stores_facts(tmp_path: Path) -> None:
-    task = Facts(Decoder(0), seed=0, number=32, steps=80, batch=32)
+    task = Facts(HASTY, seed=0, number=32, steps=80, batch=32)
     prepared = task.prepared()
 
     (folder,) = (tmp_path / "facts").iterdir()
@@ -201,14 +204,14 @@ def test_a_decoder_is_pretrained_once_and_stores_facts(tmp_path: Path) -> None:
     assert scores["quality"] == pytest.approx(BITS - scores["bits_left"])
     assert scores["exact_match"] == 1
     assert scores["forgetting"] > 0.1
-    facts._loaded.cache_clear()
+    fact_tasks._loaded.cache_clear()
     assert task.prepared().base.known(task.prepared().base.model, None) < 0.1
     assert folder.stat().st_mtime_ns == written
 
 
 @pytest.mark.usefixtures("hasty")
 def test_every_method_trains_on_facts() -> None:
-    task = Facts(Decoder(0), seed=0, number=64, steps=2, batch=16, held_out=16)
+    task = Facts(HASTY, seed=0, number=64, steps=2, batch=16, held_out=16)
     prepared = task.prepared()
     for method in methods.DEFAULT_METHODS:
         job = prepared.job(method)
@@ -219,8 +222,31 @@ def test_every_method_trains_on_facts() -> None:
 
 
 @pytest.mark.usefixtures("hasty")
+def test_of_old_facts_the_loss_by_rounding_is_known_before_training() -> None:
+    task = Facts(HASTY, seed=0, number=64, steps=30, batch=64, old=True)
+    prepared = task.prepared()
+    assert torch.equal(prepared.facts.values, HASTY.old_facts().values)
+    before = prepared.base.known(prepared.base.model, None)
+    rounded = methods.prepare_base(copy.deepcopy(prepared.base.model), methods.QLORA)
+    lost = prepared.base.known(rounded, None) - before
+    assert lost > 0, "rounding costs nothing: this base is no test"
+
+    scores = {}
+    for method in (LORA, methods.QLORA):
+        job = prepared.job(method)
+        assert train(job, Schedule(task.steps, 1e-3)).divergence is None
+        scores[method] = prepared.scores(job)
+
+    assert scores[LORA]["rounding_loss"] == pytest.approx(0, abs=1e-7)
+    assert scores[methods.QLORA]["rounding_loss"] == pytest.approx(lost, rel=0.05)  # it computes in float16
+    assert scores[methods.QLORA]["bits_left"] - before < lost, "training recovers some of it"
+    # The facts that are trained are those that are forgotten.
+    assert scores[LORA]["forgetting"] == pytest.approx(scores[LORA]["bits_left"] - before, abs=1e-6)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_the_order_is_the_same_for_every_method_and_shows_each_fact_once_a_pass() -> None:
-    prepared = Facts(Decoder(0), seed=0, number=64, steps=8, batch=16).prepared()
+    prepared = Facts(HASTY, seed=0, number=64, steps=8, batch=16).prepared()
     full, lora = (prepared.job(method).batches for method in (methods.FULL, LORA))
 
     keys = [tuple(key) for place in range(4) for key in full[place]["input_ids"].tolist()]
@@ -233,7 +259,7 @@ def test_the_order_is_the_same_for_every_method_and_shows_each_fact_once_a_pass(
 
 @pytest.mark.usefixtures("hasty")
 def test_the_best_run_of_a_search_of_the_same_length_is_the_training() -> None:
-    prepared = Facts(Decoder(0), seed=0, number=32, steps=6, batch=16).prepared()
+    prepared = Facts(HASTY, seed=0, number=32, steps=6, batch=16).prepared()
     setting = Setting("lora", LORA, 1e-2)
 
     searched = train_setting(prepared, setting, 0, Lengths(6, 6))
@@ -248,7 +274,7 @@ def test_the_best_run_of_a_search_of_the_same_length_is_the_training() -> None:
 
 @pytest.mark.usefixtures("hasty")
 def test_lora_plus_trains_b_at_a_multiple_of_the_rate() -> None:
-    prepared = Facts(Decoder(0), seed=0, number=32, steps=4, batch=16).prepared()
+    prepared = Facts(HASTY, seed=0, number=32, steps=4, batch=16).prepared()
     job = Setting("lora+", LORA, 1e-2, loraplus_ratio=16).job(prepared)
 
     train(job, Schedule(4, 1e-3))
@@ -269,8 +295,9 @@ def test_lora_plus_trains_b_at_a_multiple_of_the_rate() -> None:
         ({"steps": 0}, "at least 1 step"),
         ({"number": 65_536, "held_out": 1}, "1 to 65535"),
         ({"number": 0}, "from 1 to"),
+        ({"number": 32, "old": True}, "old facts are all those"),
     ],
 )
 def test_a_task_that_cannot_be_is_an_error(fields: dict[str, int], message: str) -> None:
     with pytest.raises(GaugeError, match=message):
-        Facts(Decoder(0), **fields)
+        Facts(HASTY, **fields)

@@ -29,6 +29,7 @@ def trained(
     *,
     found: RateSearch | None = None,
     forgetting: Sequence[float] = (0.0, 0.0, 0.0),
+    rounding_loss: float = 0.0,
 ) -> list[Trained]:
     """One training for each number of bits left, under seeds 0, 1, …; ``None``: it diverged."""
     found = found or search()
@@ -42,7 +43,12 @@ def trained(
             found,
             CURVE,
             None,
-            {"bits_left": left, "quality": BITS - left, "forgetting": forgetting[seed]},
+            {
+                "bits_left": left,
+                "quality": BITS - left,
+                "forgetting": forgetting[seed],
+                "rounding_loss": rounding_loss,
+            },
         )
         for seed, left in enumerate(bits)
     ]
@@ -241,3 +247,36 @@ def test_scaling(sizes: Mapping[float, float], verdict: str) -> None:
     found = findings.scaling_sets_size(sizes, {0.25: None, 8: math.pi}, alike=1.25, grows=2.0)
     assert found.verdict == verdict
     assert "0.25: diverged, 8: 3.14" in found.metric
+
+
+# --- recovery from rounding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("left", "verdict"),
+    [
+        ((0.002, 0.003, 0.001), "holds"),  # 99 % of 0.2 recovered
+        ((0.05, 0.055, 0.045), "refuted"),  # 75 %
+        ((0.0, 0.04, 0.02), "inconclusive"),  # 80 to 100 %
+        ((0.001, None, 0.001), "inconclusive"),  # diverged under a seed
+        ((0.21, 0.22, 0.2), "refuted"),  # training made it worse
+    ],
+)
+def test_recovery_is_a_share_of_the_bits_that_rounding_lost(left: Sequence[float | None], verdict: str) -> None:
+    unrounded = trained("r2", (0.0, 0.001, 0.0))
+    rounded = trained("QLoRA r2", left, rounding_loss=0.2)
+    found = findings.recovers(unrounded, rounded, "here", least_share=0.9, least_lost_bits=0.05)
+    assert found.verdict == verdict, found.metric
+
+
+def test_the_share_that_a_reader_sees_is_the_one_of_the_scores() -> None:
+    rounded = trained("QLoRA r2", (0.05, 0.05, 0.05), rounding_loss=0.2)
+    found = findings.recovers(trained("r2", (0.0, 0.0, 0.0)), rounded, "", least_share=0.9, least_lost_bits=0.05)
+    assert "recovered 75% (75% to 75%) over 3 seeds" in found.metric
+    assert "rounding alone loses 0.200" in found.metric
+
+
+def test_where_rounding_costs_nothing_there_is_nothing_to_recover() -> None:
+    rounded = trained("QLoRA r2", (0.0, 0.0, 0.0), rounding_loss=0.01)
+    found = findings.recovers(trained("r2", (0.0, 0.0, 0.0)), rounded, "", least_share=0.9, least_lost_bits=0.05)
+    assert (found.verdict, "nothing to recover" in found.metric) == ("inconclusive", True)

@@ -102,6 +102,16 @@ def test_a_loss_that_is_no_number_is_an_outcome_that_json_can_hold() -> None:
     json.dumps(curve.as_json(), allow_nan=False)
 
 
+def test_a_loss_below_that_of_chance_is_no_divergence_wherever_it_began() -> None:
+    """A model that knows the task: its loss begins at 0.0001 and multiplies, as it does for every learner."""
+    for chance, diverges in ((0.0, True), (9.0, False), (0.1, True)):
+        job = slope_job(target=0.01)
+        job.chance_loss = chance  # type: ignore[attr-defined]
+        curve = train(job, Schedule(steps=2, peak_rate=30.0, warm_up_share=0))
+        assert curve.losses[0][1] == pytest.approx(1e-4)
+        assert (curve.divergence is not None) == diverges, chance
+
+
 def test_rounding_around_a_loss_of_zero_is_no_divergence() -> None:
     job = slope_job(target=0.0)
     later = {"input_ids": torch.ones(1, 1), "labels": torch.full((1, 1), 1e-4)}
