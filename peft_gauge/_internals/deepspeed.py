@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,15 +27,29 @@ def release() -> str:
     return f"DeepSpeed {version('deepspeed')}"
 
 
-def zero_config(stage: int, *, dtype: torch.dtype, clip_grad_norm: float | None, micro_batches: int) -> dict[str, Any]:
+def zero_config(
+    stage: int,
+    *,
+    dtype: torch.dtype,
+    clip_grad_norm: float | None,
+    micro_batches: int,
+    offload: Collection[str] = (),
+) -> dict[str, Any]:
     """DeepSpeed's configuration as accelerate's `DeepSpeedPlugin` makes it from its defaults (``zero_stage``), so that
-    buckets have DeepSpeed's own sizes. ``dtype``: of the weights in training, bfloat16 or float32."""
+    buckets have DeepSpeed's own sizes. ``dtype``: of the weights in training, bfloat16 or float32. ``offload``:
+    ``"params"``, ``"optimizer"``; the optimizer stays torch's, with the same state as DeepSpeed's own for CPUs."""
     import torch
 
+    kinds = {"optimizer": "offload_optimizer", "params": "offload_param"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": False},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            **{kinds[each]: {"device": "cpu"} for each in offload},
+        },
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": clip_grad_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 10**9,
@@ -103,6 +117,24 @@ def master_weights(engine: Any) -> list[torch.Tensor]:
 def gradient_shards(engine: Any) -> list[torch.Tensor]:
     """The buffer for this rank's part of the gradients, which ZeRO-3 keeps. Guarded by a contract test."""
     found = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    return [] if found is None else [found]
+
+
+def host_buffers(engine: Any) -> list[torch.Tensor]:
+    """What a rank keeps in host memory for an offloaded update, beside float32 weights and the optimizer's state:
+    gradients, and buffers to copy through. Guarded by a contract test."""
+    optimizer = engine.optimizer
+    found = [weights.grad for weights in master_weights(engine) if weights.grad is not None]
+    found += getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    found += getattr(optimizer, "accumulated_grads_in_cpu", {}).values()
+    buffer = getattr(optimizer, "temp_grad_buffer_for_cpu_offload", None)
+    return [*found, *([] if buffer is None else [buffer]), *gradient_shards(engine)]
+
+
+def accumulation_buffers(engine: Any) -> list[torch.Tensor]:
+    """The buffer on the GPU, of the largest parameter's size, through which ZeRO-1 and -2 add up gradients that are in
+    host memory. Guarded by a contract test."""
+    found = getattr(engine.optimizer, "temp_grad_buffer_for_gpu_offload", None)
     return [] if found is None else [found]
 
 

@@ -142,7 +142,10 @@ def plan(
     ] = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="FSDP2: params keeps shards, gradients and the optimizer's state in host memory."),
+        typer.Option(
+            help="Keep in host memory: params (FSDP2: shards, gradients and the optimizer's state; ZeRO-3: shards of "
+            "weights), optimizer (ZeRO: its state, float32 weights and gradients), or both (ZeRO-3): params,optimizer."
+        ),
     ] = None,
     reshard_after_forward: Annotated[
         bool, typer.Option(help="FSDP2: release a block's gathered weights after its forward.")
@@ -464,17 +467,13 @@ def _sharding(
     """The GPUs that share the step; ``None`` for one."""
     from peft_gauge.training.sharding import Sharding
 
-    if offload not in (None, "params"):
-        raise GaugeError(
-            f"--offload must be params, not {offload!r}: FSDP2 keeps shards of weights, their gradients and the "
-            "optimizer's state in host memory together"
-        )
+    kinds = _offloaded(offload)
     if find == "gpus":
         if gpus is not None:
             raise GaugeError("--find gpus searches their number; drop --gpus")
         if replicate != 1:
             raise GaugeError("--find gpus searches groups of one replica; drop --replicate")
-        return Sharding(2, strategy or "fsdp2", nodes, reshard_after_forward, offload is not None)  # type: ignore[arg-type]
+        return Sharding(2, strategy or "fsdp2", nodes, reshard_after_forward, kinds)  # type: ignore[arg-type]
     if gpus is None:
         given = {"--nodes": nodes != 1, "--strategy": strategy is not None}
         given["--no-reshard-after-forward"] = not reshard_after_forward
@@ -489,10 +488,20 @@ def _sharding(
         strategy or "fsdp2",  # type: ignore[arg-type]
         nodes,
         reshard_after_forward,
-        offload is not None,
+        kinds,
         replicate,
     )
     return found if found.ranks > 1 else None
+
+
+def _offloaded(given: str | None) -> tuple[str, ...]:
+    from peft_gauge.training.sharding import OPTIMIZER, PARAMS
+
+    found = {part.strip() for part in (given or "").split(",") if part.strip()}
+    wrong = sorted(found - {PARAMS, OPTIMIZER})
+    if wrong or (given is not None and not found):
+        raise GaugeError(f"--offload must be params, optimizer or both, not {given!r}")
+    return tuple(each for each in (PARAMS, OPTIMIZER) if each in found)
 
 
 def _checked_seq(seq: int) -> int:

@@ -299,15 +299,14 @@ def _followed_from_the_start(shared: SharedCase, stack: ExitStack) -> tuple[Trai
             model,
             batches,
             case.settings,
-            strategy=sharding.strategy,
+            sharding=sharding,
             dtype=dtype,
             rank=dist.get_rank(),
-            ranks=sharding.ranks,
             device=case.device,
         )
         with tracker:
             job = stack.enter_context(engine)
-        zero.adopt_engine(tracker, model, job.engine, category_of)
+        zero.adopt_engine(tracker, model, job.engine, sharding, category_of)
         return job
 
     def category_of(name: str, parameter: nn.Parameter) -> str:

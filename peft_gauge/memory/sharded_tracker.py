@@ -49,8 +49,9 @@ class ShardedTracker(StorageTracker):
             sends by the ring algorithm.
         reduces: whether gradients of whole weights exist next to this rank's shard (FSDP2, ZeRO-3).
         gathers_in_place: whether the buffers of an all-gather become the gathered weights (ZeRO-3).
-        offloads: whether shards of weights, gradients and the optimizer's state are in host memory (FSDP2's
-            `CPUOffloadPolicy`), and with them all that the update allocates.
+        offloads_shards: whether shards of weights are in host memory: each gather copies one to the GPU.
+        offloads_gradients: whether their gradients are, too, as soon as they are reduced (FSDP2's `CPUOffloadPolicy`).
+        offloads_update: whether all that the update allocates is in host memory.
         bucket_elements: size of the buffers in which ZeRO's gradients wait to be reduced; 0 without any.
     """
 
@@ -63,7 +64,7 @@ class ShardedTracker(StorageTracker):
         self.reduces = reduces
         self.gathers_in_place = gathers_in_place
         self.bucket_elements = 0
-        self.offloads = False
+        self.offloads_shards = self.offloads_gradients = self.offloads_update = False
         self.calls: Counter[str] = Counter()
         self.sent_bytes: Counter[str] = Counter()
 
@@ -140,12 +141,12 @@ class ShardedTracker(StorageTracker):
         whole = args[1] if collective == REDUCE_SCATTER else args[0]
         self.note_collective(collective, list(whole) if isinstance(whole, (list, tuple)) else [whole])
         if collective == REDUCE_SCATTER:
-            self.label(args[0], HOST if self.offloads else GRADIENTS)
-        if collective == ALL_GATHER and self.offloads:  # this rank's part was copied to the GPU for it
+            self.label(args[0], HOST if self.offloads_gradients else GRADIENTS)
+        if collective == ALL_GATHER and self.offloads_shards:  # this rank's part was copied to the GPU for it
             self._ledger.end(self._ledger.note(args[1].nbytes, COMMUNICATION_BUFFERS, plan.name))
 
     def _category(self, tensor: torch.Tensor, plan: OperatorPlan, args: Sequence[Any]) -> str:
-        if self.offloads and self._ledger.phase == OPTIMIZER:
+        if self.offloads_update and self._ledger.phase == OPTIMIZER:
             return HOST
         return super()._category(tensor, plan, args)
 

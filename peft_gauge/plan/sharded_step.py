@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import is_tensor
 
 from peft_gauge._internals.bitsandbytes import quant_states_of_modules
-from peft_gauge._internals.deepspeed import bucket_elements, release, zero_on_fakes
+from peft_gauge._internals.deepspeed import bucket_elements, host_buffers, release, zero_on_fakes
 from peft_gauge._internals.distributed import ddp_on_fakes, gathered, group_of_one_rank
 from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
 from peft_gauge.counting import quantization_constants
@@ -100,9 +100,9 @@ def follow_sharded(
         tracker.adopt(constants, QUANTIZATION_CONSTANTS)  # of weights that no longer have them: each rank holds all
         stack.enter_context(no_collector())
         stack.enter_context(places or contextlib.nullcontext())
-        if request.sharding.offload:
-            _offload(job, model, tracker)
         if not request.sharding.is_zero:
+            if request.sharding.offload:
+                _offload(job, model, tracker)
             _first_step(job, call, tracker)
         tracker.adopt(gathered(model), GATHERED_WEIGHTS)
         if places is not None:
@@ -145,9 +145,13 @@ def _offload(job: TrainingJob, model: nn.Module, tracker: ShardedTracker) -> Non
     The policy itself would do nothing here: the fakes are on the CPU already.
     """
     tracker.adopt(model.parameters(), HOST)
+    _offload_state(job, tracker)
+    tracker.offloads_shards = tracker.offloads_gradients = tracker.offloads_update = True
+
+
+def _offload_state(job: TrainingJob, tracker: ShardedTracker) -> None:
     for state in job.optimizer.state.values():
         tracker.adopt((value for value in state.values() if is_tensor(value)), HOST)
-    tracker.offloads = True
 
 
 def _first_step(job: TrainingJob, call: ModelCall, tracker: ShardedTracker) -> None:
@@ -187,23 +191,31 @@ def _zero_job(
                     model,
                     [batch],
                     settings,
-                    strategy=request.sharding.strategy,
+                    sharding=request.sharding,
                     dtype=dtype,
                     rank=rank,
-                    ranks=request.sharding.ranks,
                     wrapped=partial(call_of, request),
                 )
             )
             call = cast("ModelCall", job.model)
         zero.adopt_engine(
-            tracker, model, job.engine, lambda name, _: BASE_WEIGHTS if name in base_names else ADAPTER_WEIGHTS
+            tracker,
+            model,
+            job.engine,
+            request.sharding,
+            lambda name, _: BASE_WEIGHTS if name in base_names else ADAPTER_WEIGHTS,
         )
+        tracker.offloads_shards = request.sharding.offloads_shards
+        tracker.offloads_update = request.sharding.offloads_update
         for _ in range(zero.STEPS_BEFORE):
             for _ in range(settings.grad_accumulation):
                 _first_step(job, call, tracker)
             with tracker:
                 job.optimizer_step()
         adopt_state(job.optimizer, tracker, settings, notes)
+        if request.sharding.offloads_update:
+            _offload_state(job, tracker)
+            tracker.adopt(host_buffers(job.engine), HOST)  # some are made in the first step
         yield job, call
 
 
@@ -222,9 +234,14 @@ def _remarks(request: PlanRequest, model: nn.Module) -> Iterator[str]:
             f"{nbytes / 1e9:g} GB whatever the model's size (reduce_bucket_size); a smaller size saves the difference"
         )
     if request.sharding.offload:
+        parts = {
+            "shards of weights": request.sharding.offloads_shards,
+            "gradients, and the update with its state": request.sharding.offloads_update,
+        }
+        gathers = "; each gather copies one shard to the GPU" if request.sharding.offloads_shards else ""
         yield (
-            "offloaded by analysis: shards of weights and gradients, and the update with its state, are counted in "
-            "host memory; each gather copies one shard to the GPU"
+            f"offloaded by analysis: {' and '.join(part for part, is_there in parts.items() if is_there)} are counted "
+            f"in host memory{gathers}"
         )
     if request.sharding.strategy == "fsdp2":
         blocks = len(sharding.units(model))

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 Strategy = Literal["fsdp2", "ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
+PARAMS, OPTIMIZER = "params", "optimizer"
+OFFLOADS: dict[Strategy, tuple[tuple[str, ...], ...]] = {
+    "fsdp2": ((PARAMS,),),
+    "zero1": ((OPTIMIZER,),),
+    "zero2": ((OPTIMIZER,),),
+    "zero3": ((OPTIMIZER,), (PARAMS,), (PARAMS, OPTIMIZER)),
+}
+"""What each strategy can keep in host memory."""
+
 MOST_RANKS = 65_536
 
 
@@ -33,8 +42,10 @@ class Sharding:
         nodes: machines. All ranks share one group, unless there are ``replicas``.
         reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
             gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
-        offload: for FSDP2, whether shards of weights and gradients and the optimizer's state stay in host memory, where
-            the update runs (`torch.distributed.fsdp.CPUOffloadPolicy`).
+        offload: what stays in host memory. ``("params",)`` under FSDP2: shards of weights and gradients and the
+            optimizer's state, and the update runs there (`torch.distributed.fsdp.CPUOffloadPolicy`). Under ZeRO
+            ``"optimizer"``: the optimizer's state, with float32 weights and their gradients, and the update
+            (``offload_optimizer``); under ZeRO-3 also ``"params"``: shards of weights (``offload_param``).
         replicas: for FSDP2, groups of ranks that each hold all shards (hybrid sharding, HSDP): weights are gathered
             within a group, and gradients averaged over the groups, which usually are the nodes.
 
@@ -45,7 +56,7 @@ class Sharding:
     strategy: Strategy = "fsdp2"
     nodes: int = 1
     reshard_after_forward: bool = True
-    offload: bool = False
+    offload: tuple[str, ...] = ()
     replicas: int = 1
 
     def __post_init__(self) -> None:
@@ -58,10 +69,18 @@ class Sharding:
             )
         if self.strategy != "fsdp2" and not self.reshard_after_forward:
             raise GaugeError(f"--no-reshard-after-forward is for --strategy fsdp2, not for {self.strategy}")
-        if self.strategy != "fsdp2" and self.offload:
-            raise GaugeError(f"--offload params is planned for --strategy fsdp2, not for {self.strategy} yet")
+        if self.offload:
+            self._check_offload()
         if self.replicas != 1:
             self._check_replicas()
+
+    def _check_offload(self) -> None:
+        possible = [",".join(each) for each in OFFLOADS.get(self.strategy, ())]
+        if ",".join(self.offload) not in possible:
+            raise GaugeError(
+                f"--offload {','.join(self.offload)} is not possible with --strategy {self.strategy}, which offloads "
+                f"{' or '.join(possible) or 'nothing'}"
+            )
 
     def _check_replicas(self) -> None:
         if self.strategy != "fsdp2":
@@ -81,6 +100,16 @@ class Sharding:
     def shards(self) -> int:
         """Ranks of a group, each with one of its shards."""
         return self.ranks // self.replicas
+
+    @property
+    def offloads_shards(self) -> bool:
+        """Whether shards of weights stay in host memory."""
+        return PARAMS in self.offload
+
+    @property
+    def offloads_update(self) -> bool:
+        """Whether the update runs in host memory."""
+        return OPTIMIZER in self.offload or (self.strategy == "fsdp2" and self.offloads_shards)
 
     @property
     def is_zero(self) -> bool:

@@ -10,16 +10,25 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from peft_gauge._internals.deepspeed import (
+    accumulation_buffers,
     engine_of,
     gradient_shards,
     has_deepspeed,
+    host_buffers,
     master_weights,
     shards_of,
     zero_config,
 )
 from peft_gauge.counting import quantization_constants
 from peft_gauge.errors import GaugeError
-from peft_gauge.memory.categories import BUFFERS, GRADIENTS, OPTIMIZER_STATE, QUANTIZATION_CONSTANTS
+from peft_gauge.memory.categories import (
+    BUFFERS,
+    COMMUNICATION_BUFFERS,
+    GRADIENTS,
+    HOST,
+    OPTIMIZER_STATE,
+    QUANTIZATION_CONSTANTS,
+)
 from peft_gauge.training.step import StepSettings, TrainingJob, build_optimizer
 
 if TYPE_CHECKING:
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from peft_gauge.memory.tracker import StorageTracker
+    from peft_gauge.training.sharding import Sharding
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 """Strategy -> the stage: optimizer state in shards; gradients too; weights too."""
@@ -67,10 +77,9 @@ def zero_job(
     batches: Sequence[Mapping[str, Tensor]],
     settings: StepSettings,
     *,
-    strategy: str,
+    sharding: Sharding,
     dtype: torch.dtype,
     rank: int,
-    ranks: int,
     wrapped: Any = None,
     device: str = "cpu",
 ) -> Iterator[ZeroJob]:
@@ -79,11 +88,15 @@ def zero_job(
     ``settings``: of each rank's step. ``wrapped``: called with the engine; returns the module that the job calls.
     """
     config = zero_config(
-        STAGES[strategy], dtype=dtype, clip_grad_norm=settings.clip_grad_norm, micro_batches=settings.grad_accumulation
+        STAGES[sharding.strategy],
+        dtype=dtype,
+        clip_grad_norm=settings.clip_grad_norm,
+        micro_batches=settings.grad_accumulation,
+        offload=sharding.offload,
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trained, settings, model)
-    with engine_of(model, optimizer, config, rank=rank, ranks=ranks, device=device) as engine:
+    with engine_of(model, optimizer, config, rank=rank, ranks=sharding.ranks, device=device) as engine:
         yield ZeroJob(engine if wrapped is None else wrapped(engine), batches, settings, engine)
 
 
@@ -92,16 +105,25 @@ STEPS_BEFORE = 2
 
 
 def adopt_engine(
-    tracker: StorageTracker, model: nn.Module, engine: Any, category_of: Callable[[str, nn.Parameter], str]
+    tracker: StorageTracker,
+    model: nn.Module,
+    engine: Any,
+    sharding: Sharding,
+    category_of: Callable[[str, nn.Parameter], str],
 ) -> None:
     """Track the tensors that a rank keeps between steps, but for the optimizer's state; ``category_of`` a parameter,
     by its name."""
     for name, parameter in model.named_parameters():
-        tracker.adopt([parameter, *shards_of(parameter)], category_of(name, parameter))
+        category = category_of(name, parameter)
+        tracker.adopt(parameter, category)
+        tracker.adopt(shards_of(parameter), HOST if sharding.offloads_shards else category)
         tracker.adopt(quantization_constants(parameter), QUANTIZATION_CONSTANTS)
     tracker.adopt(model.buffers(), BUFFERS)
-    tracker.adopt(master_weights(engine), OPTIMIZER_STATE)
+    tracker.adopt(master_weights(engine), HOST if sharding.offloads_update else OPTIMIZER_STATE)
     tracker.adopt(gradient_shards(engine), GRADIENTS)
+    if sharding.offloads_update:
+        tracker.adopt(host_buffers(engine), HOST)
+        tracker.adopt(accumulation_buffers(engine), COMMUNICATION_BUFFERS)
 
 
 class ZeroJob(TrainingJob):

@@ -131,7 +131,7 @@ def test_ddp_sends_each_gradient_to_all() -> None:
 def test_offloaded_shards_and_state_are_in_host_memory() -> None:
     """In float32: 4 bytes of weights, 4 of gradients and 8 of two averages per parameter, over 4 ranks; the update of
     one list of tensors adds temporaries there."""
-    kept, offloaded = planned(4), planned(4, offload=True)
+    kept, offloaded = planned(4), planned(4, offload=("params",))
     assert not {"base_weights", "optimizer_state", "gradients"} & set(offloaded.resident_by_category)
     assert kept.host_bytes is None
     assert offloaded.host_bytes is not None
@@ -189,8 +189,9 @@ def test_the_fewest_gpus_hold_the_step_and_one_less_does_not(usable: int, fewest
         (["--gpus", "0"], "at least 1"),
         (["--gpus", "2", "--strategy", "fsdp3"], "fsdp2"),
         (["--gpus", "2", "--strategy", "ddp", "--no-reshard-after-forward"], "fsdp2"),
-        (["--gpus", "2", "--offload", "optimizer"], "--offload must be params"),
-        (["--gpus", "2", "--strategy", "ddp", "--offload", "params"], "not for ddp"),
+        (["--gpus", "2", "--offload", "optimizer"], "--strategy fsdp2, which offloads params"),
+        (["--gpus", "2", "--offload", "weights"], "--offload must be params, optimizer or both, not 'weights'"),
+        (["--gpus", "2", "--strategy", "ddp", "--offload", "params"], "--strategy ddp, which offloads nothing"),
         (["--offload", "params"], "--gpus"),
         (["--replicate", "2"], "--gpus"),
         (["--gpus", "4", "--replicate", "3"], "4 GPUs, --replicate 3"),

@@ -34,6 +34,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("lora", "zero3", {"grad_checkpointing": True, "dtype": "bfloat16"}),
     ("full", "zero2", {"clip_grad_norm": 1.0, "grad_accumulation": 2}),
     ("lora", "zero3", {"clip_grad_norm": 1.0, "grad_accumulation": 2, "dtype": "bfloat16"}),
+    *(("full", strategy, {"offload": ["optimizer"], "dtype": "bfloat16"}) for strategy in ("zero1", "zero2", "zero3")),
+    ("full", "zero2", {"offload": ["optimizer"], "grad_accumulation": 2}),
+    ("full", "zero3", {"offload": ["params"], "dtype": "bfloat16"}),
+    ("lora", "zero3", {"offload": ["params", "optimizer"], "grad_accumulation": 2, "dtype": "bfloat16"}),
 ]
 
 
@@ -49,7 +53,7 @@ def planned_case(number: int) -> dict[str, Any]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join([*CASES[n][:2], *CASES[n][2]]))
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-" + "-".join([*CASES[n][:2], *CASES[n][2]]))
 def test_a_planned_rank_is_a_real_one_without_its_numbers(number: int, real_ranks: list[list[dict[str, Any]]]) -> None:
     """The most that may be released late is a bucket of all gradients and its copy."""
     assert_same_rank(planned_case(number), real_ranks[0][number], 2 * 430_000)
@@ -73,6 +77,37 @@ def test_each_stage_shards_its_part(strategy: str, weights: int, state: int) -> 
     assert resident["optimizer_state"] == pytest.approx(12 * parameters / state, rel=0.02)
     bucket = 2 * 500_000_000  # DeepSpeed's default, whatever the model's size
     assert found.peak_by_category["communication_buffers"] == bucket
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("strategy", "offload", "moved"),
+    [
+        ("zero1", ("optimizer",), {"optimizer_state"}),
+        ("zero2", ("optimizer",), {"optimizer_state"}),
+        ("zero3", ("optimizer",), {"optimizer_state", "gradients"}),
+        ("zero3", ("params",), {"base_weights"}),
+        ("zero3", ("params", "optimizer"), {"base_weights", "optimizer_state", "gradients"}),
+    ],
+)
+def test_offloading_moves_its_part_to_host_memory(strategy: str, offload: tuple[str, ...], moved: set[str]) -> None:
+    """Ren et al. 2021, ZeRO-Offload: 16 bytes per parameter of a shard leave the GPU with the update: float32 weights,
+    gradients and two averages; and 2 bytes of weights."""
+    settings = {"dtype": "bfloat16"}
+    kept, found = (
+        plan(replace(request("full", strategy, 8, {**settings, "offload": each}), attention=None))
+        for each in ((), offload)
+    )
+    assert kept.resident_by_category.keys() - found.resident_by_category.keys() == moved | (
+        {"optimizer_temporaries"} if "optimizer" in offload else set()
+    )
+    share = found.total_params / 8
+    least = 16 * share * ("optimizer" in offload) + 2 * share * ("params" in offload)
+    buffers = 2 * 64 * 256  # of the largest parameter
+    assert found.host_bytes is not None
+    assert least <= found.host_bytes <= least + 8 * share + buffers  # 16-bit copies; temporaries of torch's update
+    assert found.communication["all_gather"] == kept.communication["all_gather"]
+    assert any("in host memory" in note for note in found.warnings)
 
 
 @needs_deepspeed

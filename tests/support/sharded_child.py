@@ -28,10 +28,10 @@ BATCH, SEQ = 2, 16
 
 
 def request(method: str, strategy: str, ranks: int, settings: dict[str, Any], **further: Any) -> PlanRequest:
-    """``settings``: of the step, its ``dtype``, and ``replicas`` of its sharding."""
+    """``settings``: of the step, its ``dtype``, and ``replicas`` and ``offload`` of its sharding."""
     settings = dict(settings)
     dtype = settings.pop("dtype", "float32")
-    further = {"replicas": settings.pop("replicas", 1), **further}
+    further = {"replicas": settings.pop("replicas", 1), "offload": tuple(settings.pop("offload", ())), **further}
     return PlanRequest(
         models.resolve("toy-llama"),
         methods.get(method),
