@@ -298,6 +298,6 @@ def test_lora_plus_trains_b_at_a_multiple_of_the_rate() -> None:
         ({"number": 32, "old": True}, "old facts are all those"),
     ],
 )
-def test_a_task_that_cannot_be_is_an_error(fields: dict[str, int], message: str) -> None:
+def test_a_task_that_cannot_be_is_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(GaugeError, match=message):
         Facts(HASTY, **fields)
