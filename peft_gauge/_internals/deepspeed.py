@@ -121,7 +121,7 @@ def gradient_shards(engine: Any) -> list[torch.Tensor]:
 
 
 def host_buffers(engine: Any) -> list[torch.Tensor]:
-    """What a rank keeps in host memory for an offloaded update, beside float32 weights and the optimizer's state:
+    """Tensors that an offloaded update has in host memory, in addition to float32 weights and the optimizer's state:
     gradients, and buffers to copy through. Guarded by a contract test."""
     optimizer = engine.optimizer
     found = [weights.grad for weights in master_weights(engine) if weights.grad is not None]

@@ -39,7 +39,7 @@ def find(request: PlanRequest, quantity: str, planner: Callable[[PlanRequest], P
         return plans[value].fits
 
     def room(value: int) -> float:
-        """Without what the allocator keeps in reserve, which it gives back before a step fails."""
+        """Cached blocks count as left: the allocator releases them before a step fails."""
         found = plans[value]
         outside_bytes = found.device_bytes_estimate - found.reserved_bytes_estimate
         return found.gpus[0].usable_bytes - outside_bytes - found.allocated_bytes_estimate
@@ -119,7 +119,7 @@ def largest_that_fits(
 def _enclosed(
     fits: Callable[[int], bool], smallest: int, limit: int, room: Callable[[int], float] | None
 ) -> tuple[int, int]:
-    """A value that fits, and a larger one that does not, or is beyond ``limit``."""
+    """A value that fits, and a larger value that does not fit or is beyond ``limit``."""
     before, good = smallest, smallest
     while good < limit:
         value = min(2 * good, limit) if room is None or before == good else _meets_0(before, good, room, limit)

@@ -125,7 +125,7 @@ def recovers(
     least_share: float,
     least_lost_bits: float,
 ) -> Finding:
-    """Whether training over a rounded base recovers the bits that rounding lost of what the base knew.
+    """Whether training over a rounded base recovers the bits of the base's knowledge that rounding lost.
 
     Both were trained alike on that knowledge. Recovered is the share of the rounding loss (before training) by which
     ``rounded`` (after it) comes closer to ``unrounded``. The claim holds if the whole interval of the share is at least

@@ -24,7 +24,7 @@ OFFLOADS: dict[Strategy, tuple[tuple[str, ...], ...]] = {
     "zero2": ((OPTIMIZER,),),
     "zero3": ((OPTIMIZER,), (PARAMS,), (PARAMS, OPTIMIZER)),
 }
-"""What each strategy can keep in host memory."""
+"""Strategy -> the choices of ``offload``."""
 
 MOST_RANKS = 65_536
 
@@ -42,7 +42,7 @@ class Sharding:
         nodes: machines. All ranks share one group, unless there are ``replicas``.
         reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
             gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
-        offload: what stays in host memory. ``("params",)`` under FSDP2: shards of weights and gradients and the
+        offload: the parts that stay in host memory. ``("params",)`` under FSDP2: shards of weights and gradients and the
             optimizer's state, and the update runs there (`torch.distributed.fsdp.CPUOffloadPolicy`). Under ZeRO
             ``"optimizer"``: the optimizer's state, with float32 weights and their gradients, and the update
             (``offload_optimizer``); under ZeRO-3 also ``"params"``: shards of weights (``offload_param``).
