@@ -208,15 +208,18 @@ def test_qlora(name: str, fact_sweep: FactSweep, decide: Decide) -> None:
     assert first[0] != first[1], "QLoRA's base is LoRA's: nothing was rounded"
 
 
-RECOVERED = {"crowded-fact-decoder-r2": 2, "crowded-fact-decoder-r16": 16}
+RECOVERED = {
+    "crowded-fact-decoder-r2": (FactTask(CROWDED, 16_384, 2 * STEPS, old=True), 2),
+    "crowded-fact-decoder-r16": (FactTask(CROWDED, 16_384, 2 * STEPS, old=True), 16),
+    "smollm2-135m": (FactTask(REAL, 256, REAL_STEPS // 2, old=True), 16),
+}
 
 
 @pytest.mark.claim("lora-recovers-rounding")
 @pytest.mark.parametrize("name", RECOVERED)
 def test_recovery_from_rounding(name: str, fact_sweep: FactSweep, decide: Decide) -> None:
     """LoRA and QLoRA train on the facts that the base knows already: QLoRA's has lost bits of them to rounding."""
-    task = FactTask(CROWDED, 16_384, 2 * STEPS, old=True)
-    rank = RECOVERED[name]
+    task, rank = RECOVERED[name]
     plain = lora(rank, "all-linear", rate=1e-3)
     quantized = lora(rank, "all-linear", label=f"QLoRA r{rank}", rate=1e-3, quantized=True)
     bounds = ledger()["lora-recovers-rounding"].bounds

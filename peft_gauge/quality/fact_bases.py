@@ -57,6 +57,7 @@ class Loaded:
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
 PRETRAINING_BATCH = 128
+LEARNING_BATCH = 64
 PRETRAINING_SEED = 1_000_003
 
 
@@ -125,14 +126,32 @@ def _pretrained(base: Decoder) -> ModelRecord:
         head = model.lm_head
         _answer_with(model, range(TOKENS, 2 * TOKENS))
         old = base.old_facts()
-        order = Order(old, _as_ids(old.keys, None), base.steps, PRETRAINING_BATCH, base.seed)
-        job = TrainingJob(Recall(model), order, StepSettings(PRETRAINING_BATCH, 2, clip_grad_norm=CLIP))
-        train(job, Schedule(base.steps, base.rate))
+        _learn(model, old, _as_ids(old.keys, None), base.steps, PRETRAINING_BATCH, base.seed, base.rate)
         with torch.no_grad():
             head.weight[TOKENS:] = model.lm_head.weight
         model.lm_head = head
         _keep(model, folder)
     return replace(base.record(), source="folder", weights="real", location=str(folder))
+
+
+def _learn(
+    model: nn.Module,
+    facts: FactSet,
+    inputs: Mapping[str, Tensor],
+    steps: int,
+    batch: int,
+    seed: int,
+    rate: float,
+) -> None:
+    order = Order(facts, inputs, steps, batch, seed)
+    train(TrainingJob(Recall(model), order, StepSettings(batch, 2, clip_grad_norm=CLIP)), Schedule(steps, rate))
+
+
+def _in_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, of which only the layers are trained."""
+    model.requires_grad_(False)
+    _blocks(model).requires_grad_(True)
+    return model
 
 
 def _keep(model: PreTrainedModel, folder: Path) -> None:
@@ -154,12 +173,17 @@ def _keep(model: PreTrainedModel, folder: Path) -> None:
 class LastLayers:
     """The last ``layers`` of ``model``; keys and values are words of its vocabulary.
 
-    ``stored``: a record with equal weights that loads faster.
+    ``facts``: random facts, drawn from ``seed``, that these layers learn first, in ``steps`` steps of full fine-tuning
+    at the peak rate ``rate``. ``stored``: a record with equal weights that loads faster.
     """
 
     model: ModelRecord
     layers: int
     stored: ModelRecord | None = field(default=None, compare=False)
+    facts: int = 0
+    seed: int = 0
+    steps: int = 400
+    rate: float = 3e-4
 
     @property
     def name(self) -> str:
@@ -168,7 +192,12 @@ class LastLayers:
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the base, as JSON."""
-        return {"base": "last layers", "layers": self.layers, "model": asdict(self.model)}
+        learned = {"learned": [self.facts, self.seed, self.steps, self.rate]} if self.facts else {}
+        return {"base": "last layers", "layers": self.layers, "model": asdict(self.model), **learned}
+
+    def old_facts(self) -> FactSet:
+        """The facts that it learned first. Raises `GaugeError` if there are none."""
+        return random_facts(self.facts, PRETRAINING_SEED + self.seed)
 
     def loaded(self) -> Loaded:
         """The last layers, with a reader for the frozen ones.
@@ -215,6 +244,9 @@ class LastLayers:
         _check_continues(whole, last, ids, self.layers)
         _answer_with(last, values)
         last.set_input_embeddings(nn.Embedding(1, whole.get_input_embeddings().embedding_dim))  # unused; saves copies
+        if self.facts:
+            old = self.old_facts()
+            _learn(_in_layers(last), old, inputs(old.keys, None), self.steps, LEARNING_BATCH, self.seed, self.rate)
         return Loaded(last, inputs, known)
 
 

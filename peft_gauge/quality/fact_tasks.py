@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.fact_bases import Decoder
 from peft_gauge.quality.facts import BITS, CLIP, TOKENS, FactSet, Order, Recall, bits_left, composed_facts, random_facts
 from peft_gauge.quality.updates import lora_update_norm
 from peft_gauge.training import methods
 from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
-    from peft_gauge.quality.fact_bases import LastLayers, Loaded
+    from peft_gauge.quality.fact_bases import Decoder, LastLayers, Loaded
     from peft_gauge.training.methods import Method
 
 ALIKE = 0.01
@@ -32,7 +31,7 @@ class Facts:
     """``number`` facts, drawn and ordered by ``seed``, to train ``base`` on in ``steps`` steps of ``batch``.
 
     ``held_out``: 0 for random facts; otherwise the facts are composed, and this many others are scored. ``old``: the
-    facts are those of the pretraining of ``base``, all of them, to see whether training recovers what rounding lost.
+    facts are those that ``base`` learned before, all of them, to see whether training recovers what rounding lost.
     """
 
     base: Decoder | LastLayers
@@ -44,8 +43,8 @@ class Facts:
     old: bool = False
 
     def __post_init__(self) -> None:
-        if self.old and (self.held_out or not isinstance(self.base, Decoder) or self.number != self.base.facts):
-            raise GaugeError("old facts are all those of a decoder's pretraining, and none is held out")
+        if self.old and (self.held_out or self.number != self.base.facts):
+            raise GaugeError("old facts are all those that the base learned before, and none is held out")
         if min(self.steps, self.batch) < 1 or self.held_out < 0:
             raise GaugeError("facts need at least 1 step and 1 fact in a batch, and no negative number held out")
         if not 1 <= self.number <= TOKENS**2 - self.held_out:
@@ -68,7 +67,6 @@ class Facts:
         if self.held_out:
             facts, held_out = composed_facts(self.number, self.held_out, self.seed)
         elif self.old:
-            assert isinstance(self.base, Decoder), "checked on construction"
             facts = self.base.old_facts()
         else:
             facts = random_facts(self.number, self.seed)
@@ -117,8 +115,7 @@ class PreparedFacts:
             scores["trained_bits_left"] = self._bits(job, self.facts)[0]
         scores["forgetting"] = self.base.known(job.model.model, job.quantized) - self._known_before
         if self.task.old:
-            untrained = methods.attach(copy.deepcopy(self.base.model), job.method, seed=self.task.seed)
-            scores["rounding_loss"] = self.base.known(untrained, job.quantized) - self._known_before
+            scores["rounding_loss"] = self._bits(self.job(job.method), self.facts)[0] - self._old_before
         update_norm = lora_update_norm(job.model)
         return scores if update_norm is None else {**scores, "update_norm": update_norm}
 
@@ -140,6 +137,10 @@ class PreparedFacts:
     def _alike(self) -> float:
         """Rounding costs less than new facts do."""
         return ALIKE / 10 if self.task.old else ALIKE
+
+    @cached_property
+    def _old_before(self) -> float:
+        return bits_left(self.base.model, self._inputs(self.facts, None), self.facts.values)[0]
 
     @cached_property
     def _known_before(self) -> float:

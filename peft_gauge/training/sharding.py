@@ -42,8 +42,8 @@ class Sharding:
         nodes: machines. All ranks share one group, unless there are ``replicas``.
         reshard_after_forward: for FSDP2, whether a block's gathered weights are released after its forward and
             gathered again for its backward (ZeRO-3), or kept in between (ZeRO-2).
-        offload: the parts that stay in host memory. ``("params",)`` under FSDP2: shards of weights and gradients and the
-            optimizer's state, and the update runs there (`torch.distributed.fsdp.CPUOffloadPolicy`). Under ZeRO
+        offload: the parts that stay in host memory. ``("params",)`` under FSDP2: shards of weights and gradients and
+            the optimizer's state, and the update runs there (`torch.distributed.fsdp.CPUOffloadPolicy`). Under ZeRO
             ``"optimizer"``: the optimizer's state, with float32 weights and their gradients, and the update
             (``offload_optimizer``); under ZeRO-3 also ``"params"``: shards of weights (``offload_param``).
         replicas: for FSDP2, groups of ranks that each hold all shards (hybrid sharding, HSDP): weights are gathered

@@ -170,6 +170,29 @@ def test_a_model_without_a_tokenizer_has_no_facts() -> None:
         LastLayers(models.resolve("toy-llama"), 1).loaded()
 
 
+def test_layers_that_learned_facts_know_them_and_the_frozen_ones_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_record = models.resolve("toy-llama")
+    config = {**toy_record.config, "vocab_size": 3 * TOKENS, "num_hidden_layers": 3, "initializer_range": 0.3}
+    record = replace(toy_record, config_json=json.dumps(config))
+    words = torch.arange(3 * TOKENS).split(TOKENS)
+    ids = torch.randint(0, 3 * TOKENS, (2, 8))
+    monkeypatch.setattr(fact_bases, "_words", lambda tokenizer: words)
+    monkeypatch.setattr(fact_bases.models, "tokenizer", lambda model: object())
+    monkeypatch.setattr(fact_bases.batches, "batches", lambda *_, **__: [{"input_ids": ids}])
+
+    knowing = LastLayers(record, 2, facts=16, steps=150, rate=1e-2)
+    old = knowing.old_facts()
+    left = {}
+    for base in (replace(knowing, facts=0), knowing):
+        loaded = base.loaded()
+        left[base.facts] = bits_left(loaded.model, loaded.inputs(old.keys, None), old.values)[0]
+
+    assert left[0] > 7, "nothing was learned yet"
+    assert left[16] < 2
+    prepared = Facts(knowing, number=16, steps=1, batch=8, old=True).prepared()
+    assert torch.equal(prepared.facts.values, old.values)
+
+
 # --- the decoder, and training on it ----------------------------------------------------------------------------------
 
 
