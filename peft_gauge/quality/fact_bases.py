@@ -148,7 +148,7 @@ def _learn(
 
 
 def _in_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """``model``, of which only the layers are trained."""
+    """``model``, with only its layers trained."""
     model.requires_grad_(False)
     _blocks(model).requires_grad_(True)
     return model
