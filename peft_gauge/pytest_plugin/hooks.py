@@ -21,7 +21,9 @@ from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.resumption import Resumption, resumable
 from peft_gauge.history.writer import commit_info
 from peft_gauge.pytest_plugin.budget import BUDGET, Budget, budget_of, put_in_order
+from peft_gauge.pytest_plugin.digest import Digest
 from peft_gauge.pytest_plugin.options import add_options, run_options
+from peft_gauge.pytest_plugin.progress import ProgressLine
 from peft_gauge.pytest_plugin.recorder import BASELINE, RESUMPTION, Recorder
 from peft_gauge.pytest_plugin.selection import (
     CASES,
@@ -63,7 +65,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Recorder(config), "peft-gauge-recorder")
+    recorder = Recorder(config)
+    config.pluginmanager.register(recorder, "peft-gauge-recorder")
+    config.pluginmanager.register(Digest(config, recorder), "peft-gauge-digest")
+    config.pluginmanager.register(ProgressLine(config), "peft-gauge-progress")
+    if not config.getoption("--details"):
+        config.option.benchmark_quiet = True  # of pytest-benchmark, which reads it after this
 
 
 @pytest.hookimpl(tryfirst=True)

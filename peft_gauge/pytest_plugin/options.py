@@ -144,6 +144,7 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="compare with a saved run, by default this machine's last one; fail on a regression",
     )
+    add("--details", action="store_true", help="show all tables, each skip and pytest-benchmark's table at the end")
     add(
         "--resume",
         action="store_true",

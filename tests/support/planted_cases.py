@@ -181,7 +181,7 @@ class PlantedPlanning:
         begun(list(requests))
         self._outcomes = [outcome_of(request) for request in requests]
 
-    def outcome(self, index: int) -> PlanOutcome:
+    def outcome(self, index: int, waiting: object = None) -> PlanOutcome:
         return self._outcomes[index]
 
     def end(self) -> None:
