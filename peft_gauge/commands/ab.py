@@ -19,10 +19,10 @@ from peft_gauge.history import store
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from peft_gauge.commands.progress import Display
     from peft_gauge.environments.build import Environment
     from peft_gauge.environments.measurement import Keep, MethodResult, ProcessPair, Setting
     from peft_gauge.environments.pairs import PairRule
-    from peft_gauge.environments.progress import Display
     from peft_gauge.environments.state import Kept
     from peft_gauge.environments.worker import CaseSpec
     from peft_gauge.history.comparison import RunComparison
@@ -75,10 +75,10 @@ def ab(
     1 means that identical code was judged worse or better.
     """
     from peft_gauge.commands import ab_options
+    from peft_gauge.commands.progress import bar
     from peft_gauge.environments import decision
     from peft_gauge.environments.build import overlays, prepare
     from peft_gauge.environments.pairs import PairRule
-    from peft_gauge.environments.progress import bar
     from peft_gauge.environments.requirements import parse_side
     from peft_gauge.environments.state import Kept
     from peft_gauge.history.rules import read_rules
@@ -93,9 +93,9 @@ def ab(
     setting = ab_options.setting_of(threads, cases[0].device)
     work = {"self_check": pairs} if self_check else {}
     checks: list[str] = []
-    with bar(len(sides) + len(cases)) as display:
+    with bar(len(cases)) as display:
         environments = prepare(sides[0], say=display.say), prepare(sides[1], say=display.say)
-        display.advance(len(sides))
+        display.begin()
         kept = Kept("ab", {**_work(environments, cases, rule, threads), **work})
         older = kept.unused()
         if older is not None:

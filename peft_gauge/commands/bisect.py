@@ -13,8 +13,8 @@ from peft_gauge.errors import GaugeError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from peft_gauge.commands.progress import Display
     from peft_gauge.environments.bisection import BisectionResult, Probe
-    from peft_gauge.environments.progress import Display
 
 NOT_WORSE, FOUND = 0, 1
 CHANGE = {True: "worse", False: "different"}
@@ -53,10 +53,10 @@ def bisect(
     Exit code 0: LAST is not worse; 1: found the release; 2: inconclusive, or invalid input.
     """
     from peft_gauge.commands import ab_options
+    from peft_gauge.commands.progress import bar
     from peft_gauge.environments import bisection, probe
     from peft_gauge.environments.build import overlays
     from peft_gauge.environments.pairs import PairRule
-    from peft_gauge.environments.progress import bar
     from peft_gauge.environments.requirements import parse_library, parse_side
 
     asked, name, side = probe.parse_metric(metric), parse_library(library), parse_side(beside)

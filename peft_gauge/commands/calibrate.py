@@ -58,15 +58,17 @@ def calibrate(
 def _measured() -> dict[str, Any]:
     """The result of `peft_gauge.measure.calibration.calibrate` for the first visible GPU, run in its own process."""
     from peft_gauge import isolation, machine
+    from peft_gauge.commands.progress import bar
 
     reason = machine.why_no_cuda()
     if reason is not None:
         raise GaugeError(f"there is no GPU to calibrate: {reason}")
     # Measure torch's own allocator sizes, whatever the caller configured.
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
-    outcome = isolation.run(
-        "peft_gauge.measure.calibration:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings
-    )
+    with bar(1, "measuring the GPU's overheads"):
+        outcome = isolation.run(
+            "peft_gauge.measure.calibration:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings
+        )
     if outcome.ended == "out-of-memory":
         raise GaugeError(f"not enough free GPU memory to calibrate ({outcome.reason}); wait for other processes to end")
     if outcome.ended != "done":

@@ -69,6 +69,7 @@ def ceilings(
 
 def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
     """Ceilings of the default methods on each of ``models``, planned now in a separate process."""
+    from peft_gauge.commands.progress import bar
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.training import methods
@@ -83,7 +84,9 @@ def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
         for settings, further in [step_settings(loop, {"batch": batch, "seq": seq, "mixed_precision": precision}, {})]
         for method in methods.DEFAULT_METHODS
     ]
-    return {_key(request): Margins().ceiling(plan) for request, plan in zip(requests, sweep(requests), strict=True)}
+    with bar(len(requests), "planning") as display:
+        plans = sweep(requests, display.advance)
+    return {_key(request): Margins().ceiling(plan) for request, plan in zip(requests, plans, strict=True)}
 
 
 def _steps(model: str) -> Iterator[tuple[str, str, int, int]]:

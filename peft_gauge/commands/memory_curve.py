@@ -62,6 +62,7 @@ def card(name: str) -> Card:
 
 def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, method_names: list[str]) -> list[Point]:
     """The default methods, or those named, on ``model`` at each length, planned in a separate process."""
+    from peft_gauge.commands.progress import bar
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.report.charts.memory_picture import Point
@@ -73,6 +74,8 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
     record = models.resolve(model)
     record.check_sequence(seqs[-1])
     requests = [PlanRequest(record, method, StepSettings(batch, seq), dtype=dtype) for method in chosen for seq in seqs]
+    with bar(len(requests), "planning") as display:
+        plans = sweep(requests, display.advance)
     return [
         Point(
             model=plan.model,
@@ -86,5 +89,5 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
             resident_bytes=plan.resident_bytes,
             device_bytes_estimate=plan.device_bytes_estimate,
         )
-        for request, plan in zip(requests, sweep(requests), strict=True)
+        for request, plan in zip(requests, plans, strict=True)
     ]

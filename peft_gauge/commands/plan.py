@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,10 +179,10 @@ def plan(
     if (strategy or "").startswith("zero") and has_deepspeed():
         # transformers imports DeepSpeed, which would look for a GPU and remark on it; a plan needs none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from peft_gauge.commands.progress import bar, plan_with_bar
     from peft_gauge.commands.timelines import timelines
     from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
-    from peft_gauge.plan.worker import plan_all, plan_in_parallel
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import key_values
 
@@ -258,9 +259,13 @@ def plan(
     if find is not None:
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
-    outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
-    advice = _advice(requests, outcomes) if advise else {}
-    drawn = timelines(requests, outcomes, timeline_file) if timeline or timeline_file is not None else {}
+    text = "planning" if find is None else f"searching {'the fewest' if find == 'gpus' else 'the largest'} {find}"
+    outcomes = plan_with_bar(requests, text, find=find, quiet=as_json)
+    advice = _advice(requests, outcomes, quiet=as_json) if advise else {}
+    drawn = {}
+    if timeline or timeline_file is not None:
+        with bar(len(requests), "tracing the timeline", quiet=as_json) as display:
+            drawn = timelines(requests, outcomes, timeline_file, display.advance)
     _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {}, wide)
 
 
@@ -296,14 +301,17 @@ def with_lora_settings(methods: Sequence[Method], settings: Mapping[str, Any], n
     ]
 
 
-def _advice(requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome]) -> dict[int, list[dict[str, Any]]]:
+def _advice(
+    requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome], *, quiet: bool
+) -> dict[int, list[dict[str, Any]]]:
     """The advice for each planned step, by its place."""
+    from peft_gauge.commands.progress import plan_with_bar
     from peft_gauge.plan import advice
     from peft_gauge.plan.record import Plan
-    from peft_gauge.plan.worker import plan_in_parallel
 
+    plan_all = partial(plan_with_bar, text="planning changes", quiet=quiet)
     return {
-        place: [each.as_json() for each in advice.advise(request, outcome, plan_in_parallel)]
+        place: [each.as_json() for each in advice.advise(request, outcome, plan_all)]
         for place, (request, outcome) in enumerate(zip(requests, outcomes, strict=True))
         if isinstance(outcome, Plan)
     }

@@ -103,12 +103,14 @@ def trace(
     measured = reader.step_log(recording, step)
     steps = len(recording.steps())
 
+    from peft_gauge.commands.progress import bar
     from peft_gauge.plan.planner import step_log
     from peft_gauge.plan.worker import quiet
     from peft_gauge.traces.comparison import compare
 
     quiet()
-    planned, notes = step_log(request)
+    with bar(1, f"planning {request.name}", quiet=as_json):
+        planned, notes = step_log(request)
     found = compare(planned, measured)
     record = {
         "file": str(file),
