@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.main
 
 from peft_gauge.commands.ab import ab
 from peft_gauge.commands.accuracy import accuracy
@@ -18,6 +19,7 @@ from peft_gauge.commands.calibrate import calibrate
 from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
+from peft_gauge.commands.defaults import defaults
 from peft_gauge.commands.lists import gpus, methods, models, runs
 from peft_gauge.commands.memory_bars import memory_bars
 from peft_gauge.commands.memory_curve import memory_curve
@@ -87,9 +89,9 @@ def doctor(
     ] = Path("results"),
 ) -> None:
     """Check what this machine can run; for each missing part, print how to install it."""
-    from peft_gauge.commands.doctor import examine
+    from peft_gauge.commands.doctor import config_line, examine
 
-    lines = list(examine(results))
+    lines = [config_line(commands()), *examine(results)]
     for line in lines:
         print(f"{line.status:9}{line.subject:18}{line.text}")
     if any(line.status == "missing" for line in lines):
@@ -109,11 +111,17 @@ def fetch(
     print(prepare(weights))
 
 
+def commands() -> dict[str, Any]:
+    """All commands by name."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
 def main() -> None:
     """The entry point: bad input is one line on standard error and exit code 2."""
     try:
         with file_errors():
-            app()
+            app(default_map=defaults(sys.argv[1:], commands()))
     except GaugeError as error:
         print(f"peft-gauge: {error}", file=sys.stderr)
         sys.exit(2)

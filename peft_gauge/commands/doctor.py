@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft_gauge import machine, paths
 from peft_gauge.errors import GaugeError, one_line
@@ -48,6 +48,21 @@ def examine(results: Path) -> Iterator[Line]:
     yield _tried("NF4 training", _train_nf4, "bitsandbytes quantizes and trains here", "upgrade bitsandbytes")
     yield _weights()
     yield _disk(results)
+
+
+def config_line(commands: Mapping[str, Any]) -> Line:
+    """Which file gives options their defaults, and whether it is valid; ``commands``: of Typer, by name."""
+    from peft_gauge import config_file
+    from peft_gauge.commands.defaults import check
+
+    try:
+        found = config_file.find()
+        names = [] if found is None else check(found, commands)
+    except GaugeError as error:
+        return Line("config file", "missing", str(error))
+    if found is None:
+        return Line("config file", "ok", "none: neither peft-gauge.toml nor [tool.peft-gauge] in pyproject.toml")
+    return Line("config file", "ok", f"{found.path}: {', '.join(names) or 'no section'}")
 
 
 def _library(name: str, minimum: str) -> Line:

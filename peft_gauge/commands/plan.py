@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_gauge._internals.deepspeed import has_deepspeed
+from peft_gauge.commands.defaults import is_from_file
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ FINDABLE = ("batch", "seq", "rank", "gpus")
 
 
 def plan(
+    context: typer.Context,
     base: Annotated[
         str | None,
         typer.Argument(
@@ -186,10 +188,12 @@ def plan(
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import key_values
 
+    from_file = partial(is_from_file, context)
+    if base is not None and from_file("model"):
+        model = None
     if base is not None and model is not None:
         raise GaugeError(f"the model is given twice: {base} and --model {model}; give it once")
     model = model or base
-    lora = lora_settings(rank, alpha, target_modules, dropout)
     cards = _checked_gpus(gpu or [], find)
     sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, replicate, find)
     if find is not None and (advise or timeline or timeline_file is not None):
@@ -228,8 +232,11 @@ def plan(
         "autocast_adapter_dtype": autocast_adapter_dtype,
         "prepare_kbit": prepare_kbit,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found = None if recipe is None else read(recipe, key_values(changes or []))
+    if found is not None:  # the recipe takes precedence over the file's defaults
+        given = {name: value for name, value in given.items() if name not in decided(found) or not from_file(name)}
+    lora = lora_settings(*map(given.get, OF_LORA))
     step = described_step(given, found, {} if recipe is not None else key_values(changes or []))
     record = models.resolve(base_of(model, found))
     step = in_stored_dtype(step, record)
@@ -237,7 +244,7 @@ def plan(
     def request(each: Method) -> PlanRequest:
         return PlanRequest(
             model=record,
-            method=adjusted(each, quantize, double_quant, autocast_adapter_dtype, prepare_kbit),
+            method=adjusted(each, *map(given.get, OF_BASE)),
             loss_chunk=loss_chunk,
             padded=padded,
             use_cache=use_cache,
@@ -248,8 +255,8 @@ def plan(
             **step,
         )
 
-    adapters, unusable = _adapters(adapter or [], record.name)
-    chosen: Sequence[Method] = [*map(methods.get, method or []), *adapters]
+    adapters, unusable = _adapters(given.get("adapter", []), record.name)
+    chosen: Sequence[Method] = [*map(methods.get, given.get("method", [])), *adapters]
     if found is not None and found.method is not None:
         chosen = [found.method]
     chosen = with_lora_settings(chosen or ([] if unusable else methods.DEFAULT_METHODS), lora, bool(chosen))
@@ -318,7 +325,8 @@ def _advice(
 
 
 OF_LORA = ("rank", "alpha", "target_modules", "dropout")
-OF_METHOD = ("method", "adapter", *OF_LORA, "quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
+OF_BASE = ("quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
+OF_METHOD = ("method", "adapter", *OF_LORA, *OF_BASE)
 OF_TRAINER = ("batch", "grad_accumulation", "optimizer", "grad_checkpointing", "clip_grad_norm", "mixed_precision")
 
 
@@ -374,14 +382,17 @@ STEP_OPTIONS = (
 """Options that are fields of `StepSettings`."""
 
 
+def decided(recipe: Recipe) -> set[str]:
+    """The options whose values ``recipe`` decides."""
+    found = {"loop", *recipe.fields, *(OF_TRAINER if recipe.loop != "plain" else ())}
+    found |= {*(OF_METHOD if recipe.method is not None else ())}
+    found |= {name for name in ("dtype", "attention") if getattr(recipe, name) is not None}
+    return found | ({"loss"} if recipe.loss != "full" else set())
+
+
 def _check_undecided(given: Mapping[str, Any], recipe: Recipe) -> None:
-    decided = {"loop", *recipe.fields, *(OF_TRAINER if recipe.loop != "plain" else ())}
-    decided |= {*(OF_METHOD if recipe.method is not None else ())}
-    decided |= {name for name in ("dtype", "attention") if getattr(recipe, name) is not None}
-    if recipe.loss != "full":
-        decided.add("loss")
     for name in given:
-        if name in decided:
+        if name in decided(recipe):
             option = name.replace("_", "-")
             raise GaugeError(f"--{option} is decided by the {recipe.tool} recipe; change its key with --set KEY=VALUE")
 

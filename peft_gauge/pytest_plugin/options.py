@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge import config_file
+from peft_gauge.config_file import Option
 from peft_gauge.history.schema import Selection, Shards
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     import pytest
 
 DEVICES = ("cpu", "cuda")
 
 
-def add_options(parser: pytest.Parser) -> None:
-    """Add the suite's own options."""
+def file_options() -> dict[str, Option]:
+    """The suite's options that the user's file can set, by name with dashes."""
+    added: list[tuple[str, dict[str, Any]]] = []
+    _add_options(lambda name, **attributes: added.append((name, attributes)))
+    return {name.removeprefix("--"): _file_option(name, attributes) for name, attributes in added}
+
+
+def _file_option(name: str, attributes: dict[str, Any]) -> Option:
+    kind = attributes.get("type", bool if attributes.get("action") == "store_true" else str)
+    is_path = name in ("--results", "--traces", "--adapter")
+    dest = attributes.get("dest", name.removeprefix("--").replace("-", "_"))
+    return Option(dest, Path if is_path else kind, attributes.get("action") == "append")
+
+
+def add_options(parser: pytest.Parser, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Add the suite's own options. ``defaults``: from the user's file, by dest; those of repeatable options have to be
+    filled in after parsing (`fill_in`), since argparse would add to them."""
     group = parser.getgroup("peft-gauge", "peft-gauge: choose the measured cases, and where results are saved")
-    add = group.addoption
+
+    def add(name: str, **attributes: Any) -> None:
+        option = _file_option(name, attributes)
+        if option.name in defaults and not option.many:
+            attributes["default"] = defaults[option.name]
+        group.addoption(name, **attributes)
+
+    _add_options(add)
+
+
+def fill_in(config: pytest.Config, defaults: Mapping[str, Any]) -> None:
+    """Set the repeatable options that the command line does not name to their ``defaults``."""
+    for option in file_options().values():
+        if option.many and option.name in defaults and getattr(config.option, option.name) is None:
+            setattr(config.option, option.name, defaults[option.name])
+
+
+def defaults_of_file() -> dict[str, Any]:
+    """The defaults that the user's file gives, by dest. Raises `GaugeError` for an invalid file."""
+    found = config_file.find()
+    return {} if found is None else found.values(config_file.PYTEST, file_options())
+
+
+def _add_options(add: Callable[..., object]) -> None:
     add(
         "--model",
         help="a record's name, a folder, a GGUF file or a Hub id (default: by device); for a path: --model=PATH",
