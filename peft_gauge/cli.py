@@ -26,6 +26,7 @@ from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.merge import merge
 from peft_gauge.commands.plan import plan
 from peft_gauge.commands.report import report
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of
 from peft_gauge.commands.trace import trace
 from peft_gauge.errors import GaugeError, file_errors
 from peft_gauge.history import store
@@ -87,13 +88,16 @@ def doctor(
     results: Annotated[
         Path, typer.Option(help="Folder or address to save runs to.", metavar="DIR", parser=store.place)
     ] = Path("results"),
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Check what this machine can run; for each missing part, print how to install it."""
-    from peft_gauge.commands.doctor import config_line, examine
+    from peft_gauge.commands.doctor import config_line, examine, print_lines
 
+    form = form_of(as_json, as_csv, as_markdown)
     lines = [config_line(commands()), *examine(results)]
-    for line in lines:
-        print(f"{line.status:9}{line.subject:18}{line.text}")
+    print_lines(lines, form)
     if any(line.status == "missing" for line in lines):
         raise typer.Exit(1)
 

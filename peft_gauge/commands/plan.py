@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,8 @@ import typer
 
 from peft_gauge._internals.deepspeed import has_deepspeed
 from peft_gauge.commands.defaults import is_from_file
+from peft_gauge.commands.plan_output import show
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -172,7 +172,9 @@ def plan(
     wide: Annotated[
         bool, typer.Option("--wide", help="Show all columns, also where the terminal is too narrow for them.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per case.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Predict the memory of a training step: peak, resident and device bytes by category.
 
@@ -188,6 +190,10 @@ def plan(
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import key_values
 
+    form = form_of(as_json, as_csv, as_markdown)
+    if form in ("csv", "markdown") and (advise or timeline):
+        raise GaugeError(f"--{form} prints one table, without {'--advise' if advise else '--timeline'}; use --json")
+    quiet = form is not None
     from_file = partial(is_from_file, context)
     if base is not None and from_file("model"):
         model = None
@@ -267,13 +273,13 @@ def plan(
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
     text = "planning" if find is None else f"searching {'the fewest' if find == 'gpus' else 'the largest'} {find}"
-    outcomes = plan_with_bar(requests, text, find=find, quiet=as_json)
-    advice = _advice(requests, outcomes, quiet=as_json) if advise else {}
+    outcomes = plan_with_bar(requests, text, find=find, quiet=quiet)
+    advice = _advice(requests, outcomes, quiet=quiet) if advise else {}
     drawn = {}
     if timeline or timeline_file is not None:
-        with bar(len(requests), "tracing the timeline", quiet=as_json) as display:
+        with bar(len(requests), "tracing the timeline", quiet=quiet) as display:
             drawn = timelines(requests, outcomes, timeline_file, display.advance)
-    _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {}, wide)
+    show([*outcomes, *unusable], form, found, advice, drawn if timeline else {}, wide)
 
 
 def lora_settings(
@@ -524,52 +530,3 @@ def _checked_norm(norm: float | None) -> float | None:
     if norm is not None and not norm >= 0:
         raise GaugeError(f"--clip-grad-norm must be positive, or 0 for no clipping, got {norm}")
     return norm
-
-
-def _show(
-    outcomes: Sequence[PlanOutcome],
-    as_json: bool,
-    recipe: Recipe | None,
-    advice: Mapping[int, list[dict[str, Any]]],
-    drawn: Mapping[int, tuple[str, Mapping[str, Any]]],
-    wide: bool,
-) -> None:
-    from peft_gauge.plan.record import PlanFailure
-
-    failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]
-    objects = [outcome.as_json() for outcome in outcomes]
-    for place, found in advice.items():
-        objects[place]["advice"] = found
-    if as_json:
-        for place, (_, timeline) in drawn.items():
-            objects[place]["timeline"] = timeline
-    if recipe is not None:
-        objects = [{**each, "recipe": recipe.as_json()} for each in objects]
-    if as_json:
-        print(json.dumps(objects, indent=2))
-    else:
-        from peft_gauge.report.terminal.advice_table import show_advice
-        from peft_gauge.report.terminal.plan_table import show, show_recipe
-        from peft_gauge.report.terminal.timeline_picture import show_timeline
-
-        show([each for each in objects if "error" not in each], wide=wide)
-        for each in objects:
-            if "advice" in each:
-                show_advice(each)
-        for title, timeline in drawn.values():
-            show_timeline(title, timeline)
-        if recipe is not None:
-            show_recipe(recipe.as_json())
-    unread = [] if recipe is None else [f"unknown key {each} in the {recipe.tool} recipe" for each in recipe.unknown]
-    for sentence in unread:
-        print(f"peft-gauge: {sentence}; planned without it", file=sys.stderr)
-    for failure in failures:
-        print(f"peft-gauge: {failure.error}", file=sys.stderr)
-    if failures or unread:
-        raise typer.Exit(2)
-    if not all(_fits(each) for each in objects):
-        raise typer.Exit(1)
-
-
-def _fits(record: dict[str, Any]) -> bool:
-    return all(record["fits"].values())

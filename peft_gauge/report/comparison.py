@@ -272,6 +272,36 @@ def in_markdown(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+CSV_COLUMNS = (
+    "base",
+    "new",
+    "test",
+    "metric",
+    "verdict",
+    "label",
+    "before",
+    "after",
+    "ratio",
+    "judged_ratio",
+    "judged_low",
+    "judged_high",
+    "relative_to",
+    "cause",
+    "note",
+)
+
+
+def csv_rows(comparisons: Iterable[RunComparison]) -> list[dict[str, Any]]:
+    """Every metric of every comparison with its raw values, by `CSV_COLUMNS`."""
+    rows = []
+    for comparison in comparisons:
+        for row in comparison.rows:
+            judged = {} if row.judged is None else asdict(row.judged)
+            about = {f"judged_{name}": judged.get(name) for name in ("ratio", "low", "high")}
+            rows.append({**asdict(row), **about, "base": comparison.base, "new": comparison.new})
+    return rows
+
+
 def as_json(comparisons: Iterable[RunComparison], *, strict: bool = False) -> str:
     """The full comparison for programs::
 
