@@ -20,6 +20,7 @@ from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
 from peft_gauge.commands.defaults import defaults
+from peft_gauge.commands.groups import GroupedCommand
 from peft_gauge.commands.lists import gpus, methods, models, runs
 from peft_gauge.commands.memory_bars import memory_bars
 from peft_gauge.commands.memory_curve import memory_curve
@@ -38,15 +39,15 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: in 80 columns the boxes cut option names off
     pretty_exceptions_enable=False,
 )
-app.command(short_help="Predict the memory of a training step.")(plan)
+app.command(short_help="Predict the memory of a training step.", cls=GroupedCommand)(plan)
 app.command(short_help="Run the benchmarks, from a checkout or an installed wheel.", context_settings=EXTRA)(bench)
-app.command(short_help="A/B-test a training step under two sets of package versions.")(ab)
-app.command(short_help="Find the release of a library that made a step worse.")(bisect)
+app.command(short_help="A/B-test a training step under two sets of package versions.", cls=GroupedCommand)(ab)
+app.command(short_help="Find the release of a library that made a step worse.", cls=GroupedCommand)(bisect)
 app.command(short_help="Measure a GPU's memory overheads and speed for plans.")(calibrate)
-app.command(short_help="Collect this project and its wheels for an offline node.")(bundle)
+app.command(short_help="Collect this project and its wheels for an offline node.", cls=GroupedCommand)(bundle)
 app.command(short_help="Check or rewrite the memory ceilings.")(ceilings)
 app.command(short_help="Show each claim with its newest measured verdict.")(claims)
-app.command(short_help="Compare saved runs with a base run.")(compare)
+app.command(short_help="Compare saved runs with a base run.", cls=GroupedCommand)(compare)
 app.command(short_help="List the models that --model knows by name.")(models)
 app.command(short_help="List the methods that --method knows.")(methods)
 app.command(short_help="List the GPUs that --gpu knows by name.")(gpus)
@@ -56,7 +57,7 @@ app.command(short_help="Plot saved plans as bars, by category.")(memory_bars)
 app.command(short_help="Plot planned memory against sequence length.")(memory_curve)
 app.command(short_help="Plot planned against measured memory.")(accuracy)
 app.command(short_help="Show saved runs as a page, plots or Markdown.")(report)
-app.command(short_help="Compare a recorded step's allocations with its plan.")(trace)
+app.command(short_help="Compare a recorded step's allocations with its plan.", cls=GroupedCommand)(trace)
 
 
 def _print_versions(given: bool) -> None:

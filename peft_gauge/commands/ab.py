@@ -37,7 +37,7 @@ def ab(
     ] = None,
     b: Annotated[str | None, typer.Argument(help="Requirements of side B.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Method; repeatable or comma-separated (default: lora).")
+        list[str] | None, typer.Option(help="Methods, comma-separated or repeated (default: lora).")
     ] = None,
     model: AnyModel = "toy-llama",
     batch: Batch = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_gauge.commas import listed
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.plan import ceilings as table_file
 from peft_gauge.plan.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
@@ -35,7 +36,9 @@ def ceilings(
     write: Annotated[bool, typer.Option("--write/--check", help="Write the file, or only list the changes.")] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"{' or '.join(SHAPES)}; repeatable (default: all). Ceilings of other models are kept."),
+        typer.Option(
+            help=f"{' or '.join(SHAPES)}, comma-separated or repeated (default: all). Other models' ceilings are kept."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="File of ceilings (default: fixtures/ceilings.toml).")] = None,
 ) -> None:
@@ -43,6 +46,7 @@ def ceilings(
 
     Exit code 1: the file is out of date and --write is not given.
     """
+    model = listed(model) or None
     for name in model or []:
         if name not in SHAPES:
             raise unknown("model with ceilings", name, SHAPES)

@@ -102,7 +102,7 @@ COLUMNS = ("claim", "model", "verdict", "recorded", "metric", "conditions", "dat
 
 
 def rows_of(standings: Iterable[Standing]) -> list[dict[str, Any]]:
-    """One row per claim and model; ``None`` for what no run has decided."""
+    """One row per claim and model; ``None`` where no run has decided it."""
     return [
         {
             "claim": one.id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft_gauge._internals.deepspeed import has_deepspeed
 from peft_gauge.commands.defaults import is_from_file
 from peft_gauge.commands.plan_output import show
 from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of
+from peft_gauge.commas import listed, listed_paths
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -45,9 +47,12 @@ def plan(
             "the step that it describes."
         ),
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Methods, comma-separated or repeated (default: all seven; peft-gauge methods lists them)."),
+    ] = None,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")
+        list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; comma-separated or repeated.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA's rank, in place of the method's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's α, in place of the method's.")] = None,
@@ -73,10 +78,15 @@ def plan(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16; sft: float32).")
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16: of base weights and compute (default: bfloat16; sft: float32)."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 4).")] = None,
-    seq: Annotated[int | None, typer.Option(help="Sequence length in tokens (default: 768).")] = None,
+    seq: Annotated[
+        int | None, typer.Option(help="Sequence length in tokens (default: 768, or the model's limit).")
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
@@ -127,8 +137,8 @@ def plan(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help="GPU name or memory size; repeatable. 24GB is a GPU sold with 24 GB (25.25·10⁹ bytes usable); "
-            "24GiB, 25300MB and plain bytes are exact."
+            help="GPU names or memory sizes, comma-separated or repeated. 24GB is a GPU sold with 24 GB "
+            "(25.25·10⁹ bytes usable); 24GiB, 25300MB and plain bytes are exact."
         ),
     ] = None,
     gpus: Annotated[
@@ -200,7 +210,8 @@ def plan(
     if base is not None and model is not None:
         raise GaugeError(f"the model is given twice: {base} and --model {model}; give it once")
     model = model or base
-    cards = _checked_gpus(gpu or [], find)
+    method, adapter = listed(method), listed_paths(adapter)
+    cards = _checked_gpus(listed(gpu), find)
     sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, replicate, find)
     if find is not None and (advise or timeline or timeline_file is not None):
         other = "--advise" if advise else "--timeline"
@@ -246,6 +257,9 @@ def plan(
     step = described_step(given, found, {} if recipe is not None else key_values(changes or []))
     record = models.resolve(base_of(model, found))
     step = in_stored_dtype(step, record)
+    default_seq = step["settings"].seq
+    if "seq" not in given and (found is None or "seq" not in found.fields):
+        step = within_positions(step, record)
 
     def request(each: Method) -> PlanRequest:
         return PlanRequest(
@@ -272,6 +286,8 @@ def plan(
     if find is not None:
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
+    if step["settings"].seq != default_seq and find != "seq":
+        print(f"peft-gauge: planned at {record.max_positions} tokens, the limit of {record.name}", file=sys.stderr)
     text = "planning" if find is None else f"searching {'the fewest' if find == 'gpus' else 'the largest'} {find}"
     outcomes = plan_with_bar(requests, text, find=find, quiet=quiet)
     advice = _advice(requests, outcomes, quiet=quiet) if advise else {}
@@ -372,6 +388,14 @@ def in_stored_dtype(step: Mapping[str, Any], record: ModelRecord) -> dict[str, A
     from peft_gauge.training import models
 
     return {**step, "dtype": models.stored_dtype(record) if step["dtype"] == recipes.STORED else step["dtype"]}
+
+
+def within_positions(step: Mapping[str, Any], record: ModelRecord) -> dict[str, Any]:
+    """``step`` with at most the positions of the model, for a sequence length that the user did not give."""
+    settings, most = step["settings"], record.max_positions
+    if most is None or settings.seq <= most:
+        return dict(step)
+    return {**step, "settings": replace(settings, seq=most)}
 
 
 FIELDS = {"batch": 4, "seq": 768}

@@ -45,7 +45,7 @@ def trace(
         bool | None, typer.Option(help="The quantization constants of the 4-bit base are quantized too.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16).")
+        str | None, typer.Option(help="float32, float16 or bfloat16: of base weights and compute (default: bfloat16).")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Micro-batch size.")] = None,
     seq: Annotated[int | None, typer.Option(help="Sequence length in tokens.")] = None,

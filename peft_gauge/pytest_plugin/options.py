@@ -12,11 +12,22 @@ from peft_gauge.history.schema import Selection, Shards
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import pytest
 
 DEVICES = ("cpu", "cuda")
+
+GROUPS: Mapping[str, Sequence[str]] = {
+    "measured cases": ("--model", "--weights", "--method", "--adapter", "--device", "--seed"),
+    "training step": (
+        *("--batch", "--seq", "--dtype", "--loop", "--set", "--mixed-precision", "--float32-outputs", "--attention"),
+    ),
+    "several GPUs (-m multigpu)": ("--gpus", "--strategy", "--rank-port"),
+    "measurement": ("--rounds", "--processes", "--budget", "--time-limit", "--dataset", "--no-plan-cache"),
+    "results": ("--results", "--no-save", "--resume", "--compare", "--shard", "--traces", "--details"),
+}
+"""The headings of the suite's options in ``pytest --help``, with their options in order."""
 
 
 def file_options() -> dict[str, Option]:
@@ -36,13 +47,17 @@ def _file_option(name: str, attributes: dict[str, Any]) -> Option:
 def add_options(parser: pytest.Parser, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Add the suite's own options. ``defaults``: from the user's file, by dest; those of repeatable options have to be
     filled in after parsing (`fill_in`), since argparse would add to them."""
-    group = parser.getgroup("peft-gauge", "peft-gauge: choose the measured cases, and where results are saved")
+    groups = {
+        name: parser.getgroup(f"peft-gauge {title}", f"peft-gauge: {title}")
+        for title, names in GROUPS.items()
+        for name in names
+    }
 
     def add(name: str, **attributes: Any) -> None:
         option = _file_option(name, attributes)
         if option.name in defaults and not option.many:
             attributes["default"] = defaults[option.name]
-        group.addoption(name, **attributes)
+        groups[name].addoption(name, **attributes)
 
     _add_options(add)
 
@@ -69,13 +84,14 @@ def _add_options(add: Callable[..., object]) -> None:
         "--method",
         action="append",
         metavar="NAME",
-        help="a method or variant; repeatable (default: seven methods)",
+        help="methods or variants, comma-separated or repeated (default: seven methods)",
     )
     add(
         "--adapter",
         action="append",
         metavar="FILE",
-        help="add the method of an adapter_config.json or its folder; write --adapter=FILE",
+        help="add the methods of adapter_config.json files or their folders, comma-separated or repeated; write "
+        "--adapter=FILE",
     )
     add("--device", help=f"{' or '.join(DEVICES)} (default: cuda if available)")
     add(

@@ -14,6 +14,7 @@ from peft_gauge.commands.defaults import options_of, sections
 from peft_gauge.commands.doctor import config_line
 from peft_gauge.pytest_plugin.options import file_options
 from tests.support.facts import lacking
+from tests.support.planted_cases import plan_in_process
 from tests.support.suite import command
 
 Run = Callable[..., tuple[int, str, str]]
@@ -187,7 +188,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def plan_in_parallel(requests: Any, waiting: Any = None) -> Any:
         found.extend(requests)
-        return [outcome for request in requests for outcome in worker._outcome(request, None)]
+        return plan_in_process(requests)
 
     monkeypatch.setattr(worker, "plan_in_parallel", plan_in_parallel)
     return found

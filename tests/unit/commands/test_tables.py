@@ -21,6 +21,7 @@ from peft_gauge.measure.calibration import Assumption
 from peft_gauge.plan import worker
 from tests.support.facts import lacking
 from tests.support.paths import ROOT
+from tests.support.planted_cases import plan_in_process
 
 Run = Callable[..., tuple[int, str, str]]
 RUNS = sorted((ROOT / "results" / "amd-epyc-2c-cpu").glob("*.json"))[:2]
@@ -63,17 +64,14 @@ def test_markdown_escapes(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def planned(run_command: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    def plan_in_parallel(requests: Any, waiting: Any = None) -> Any:
-        return [outcome for request in requests for outcome in worker._outcome(request, None)]
-
-    monkeypatch.setattr(worker, "plan_in_parallel", plan_in_parallel)
-    options = ("plan", "toy-llama", "--method", "lora", "--seq", "32", "--gpu", "24GB", "--gpu", "500000000")
+    monkeypatch.setattr(worker, "plan_in_parallel", plan_in_process)
+    options = ("plan", "toy-llama", "--method", "lora", "--seq", "32", "--gpu", "24GB", "--gpu", "3000000")
     return lambda *more: run_command(*options, *more)
 
 
 def test_a_plan_in_every_form_has_the_same_bytes(planned: Callable[..., tuple[int, str, str]]) -> None:
     code, text, _ = planned("--json")
-    assert code == 1  # it does not fit 500 MB
+    assert code == 1  # it does not fit 3 MB
     (record,) = json.loads(text)
     code, text, _ = planned("--csv")
     assert code == 1
@@ -81,8 +79,8 @@ def test_a_plan_in_every_form_has_the_same_bytes(planned: Callable[..., tuple[in
     for name in ("peak_bytes", "resident_bytes", "trainable_params", "device_bytes_estimate"):
         assert int(large[name]) == int(small[name]) == record[name]
     assert float(large["saved_activation_bytes_per_token"]) == record["saved_activation_bytes_per_token"]
-    assert (large["gpu"], large["fits"], small["gpu"], small["fits"]) == ("24GB", "true", "500000000", "false")
-    assert int(small["headroom_bytes"]) == record["headroom_bytes"]["500000000"] < 0
+    assert (large["gpu"], large["fits"], small["gpu"], small["fits"]) == ("24GB", "true", "3000000", "false")
+    assert int(small["headroom_bytes"]) == record["headroom_bytes"]["3000000"] < 0
     categories = [value for name, value in large.items() if name.startswith("peak_") and name != "peak_bytes"]
     assert sum(map(int, categories)) == record["peak_bytes"]
     code, text, _ = planned("--markdown")
