@@ -63,6 +63,11 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """By command: the heading of each group, and the names of its parameters; others are under "Options"."""
 
 
+def _with_plain_types(names: str) -> str:
+    """``names`` of an option as users know its type: a list is given by commas."""
+    return names.replace("<list[str]>", "NAME,...").replace("<list[Path]>", "FILE,...")
+
+
 class GroupedCommand(TyperCommand):
     """A command whose ``--help`` has a heading for each of its `GROUPS`."""
 
@@ -75,7 +80,7 @@ class GroupedCommand(TyperCommand):
             is_argument = parameter.param_type_name == "argument"
             heading = "Arguments" if is_argument else group_of.get(str(parameter.name), "Options")
             if record is not None:
-                lines[heading].append(record)
+                lines[heading].append((_with_plain_types(record[0]), record[1]))
         for heading, records in lines.items():
             if records:
                 with formatter.section(heading):

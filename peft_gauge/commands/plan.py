@@ -35,7 +35,7 @@ def plan(
     base: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Name of a model record, folder or file with a config, or Hub id (default: the recipe's).",
         ),
     ] = None,
@@ -74,7 +74,9 @@ def plan(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="KEY=VALUE: an argument of TrainingArguments or SFTConfig, or a key of --recipe; repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="An argument of TrainingArguments or SFTConfig, or a key of --recipe; repeatable.",
         ),
     ] = None,
     dtype: Annotated[
