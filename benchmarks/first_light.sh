@@ -99,15 +99,15 @@ fi
 part tests 30 10 "$python" -m pytest tests/gpu -m gpu -q -s
 rest=$(($(left) - reserve))
 [ $((rest * 3 / 4)) -lt "$suite_seconds" ] && suite_seconds=$((rest * 3 / 4))
-part suite 50 15 "$python" -m pytest benchmarks "${markers[@]}" --model="$model" --results="$out/results" \
+part suite 50 15 "$python" -m pytest benchmarks --details "${markers[@]}" --model="$model" --results="$out/results" \
     --budget="$suite_seconds" ${weights:+--weights="$weights"} ${resume[@]+"${resume[@]}"}
 if [ "$device" = cuda ]; then
-    part large 25 25 "$python" -m pytest benchmarks/test_memory.py "${markers[@]}" -k test_peak --model="$large" \
+    part large 25 25 "$python" -m pytest benchmarks/test_memory.py --details "${markers[@]}" -k test_peak --model="$large" \
         --weights=random-gpu --method=lora,qlora --batch=1 --seq=512 --results="$out/results"
 else
     skipped large "a step of $large on a CPU takes too long"
 fi
-part rank 20 15 "$python" -m pytest benchmarks/test_one_rank.py::test_lone_rank --gpus=8 --device="$device" \
+part rank 20 15 "$python" -m pytest benchmarks/test_one_rank.py::test_lone_rank --details --gpus=8 --device="$device" \
     --model="$model" --method=lora --results="$out/results" ${weights:+--weights="$weights"}
 if compgen -G "$out/results/$machine/traces/*.json.gz" > /dev/null; then
     part traces 20 5 bash -c 'at=$1; shift; for file in "$at"/*.json.gz; do echo "== ${file##*/}"; "$@" "$file"; done' _ \

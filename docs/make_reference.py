@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,10 @@ def pytest_page() -> str:
     """The suite's own options of pytest."""
     from _pytest.config.argparsing import Parser
 
-    from peft_gauge.pytest_plugin.options import add_options
+    from peft_gauge.pytest_plugin.options import GROUPS, add_options
 
     parser = Parser(_ispytest=True)
     add_options(parser)
-    group = parser.getgroup("peft-gauge")
     parts = [
         "# Options of pytest",
         MADE,
@@ -74,14 +73,19 @@ def pytest_page() -> str:
         "`--model=DIR`: pytest looks for its configuration near a separate path argument. "
         "`-m` and `-k` select as in pytest's manual, with two defaults: see [benchmarks](benchmarks.md).",
     ]
+    for title in GROUPS:
+        parts += [f"## {title[0].upper()}{title[1:]}", _pytest_table(parser.getgroup(f"peft-gauge {title}").options)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pytest_table(options: Iterable[Any]) -> str:
     rows = []
-    for option in group.options:
+    for option in options:
         attributes = option.attrs()
         value = attributes.get("metavar", "" if attributes.get("action") == "store_true" else "VALUE")
         names = ", ".join(f"`{name}{'=' + value if value else ''}`" for name in option.names())
         rows.append(f"| {names} | {_cell(str(attributes.get('help', '')))} |")
-    parts.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(["| option | meaning |", "|---|---|", *rows])
 
 
 PAGES = {"reference/cli.md": cli_page, "reference/pytest-options.md": pytest_page}

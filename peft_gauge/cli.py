@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.main
 
 from peft_gauge.commands.ab import ab
 from peft_gauge.commands.accuracy import accuracy
@@ -18,12 +19,15 @@ from peft_gauge.commands.calibrate import calibrate
 from peft_gauge.commands.ceilings import ceilings
 from peft_gauge.commands.claims import claims
 from peft_gauge.commands.compare import compare
+from peft_gauge.commands.defaults import defaults
+from peft_gauge.commands.groups import GroupedCommand
 from peft_gauge.commands.lists import gpus, methods, models, runs
 from peft_gauge.commands.memory_bars import memory_bars
 from peft_gauge.commands.memory_curve import memory_curve
 from peft_gauge.commands.merge import merge
 from peft_gauge.commands.plan import plan
 from peft_gauge.commands.report import report
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of
 from peft_gauge.commands.trace import trace
 from peft_gauge.errors import GaugeError, file_errors
 from peft_gauge.history import store
@@ -35,25 +39,27 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: in 80 columns the boxes cut option names off
     pretty_exceptions_enable=False,
 )
-app.command(short_help="Predict the memory of a training step.")(plan)
-app.command(short_help="Run the benchmarks, from a checkout or an installed wheel.", context_settings=EXTRA)(bench)
-app.command(short_help="A/B-test a training step under two sets of package versions.")(ab)
-app.command(short_help="Find the release of a library that made a step worse.")(bisect)
-app.command(short_help="Measure a GPU's memory overheads and speed for plans.")(calibrate)
-app.command(short_help="Collect this project and its wheels for an offline node.")(bundle)
-app.command(short_help="Check or rewrite the memory ceilings.")(ceilings)
-app.command(short_help="Show each claim with its newest measured verdict.")(claims)
-app.command(short_help="Compare saved runs with a base run.")(compare)
-app.command(short_help="List the models that --model knows by name.")(models)
-app.command(short_help="List the methods that --method knows.")(methods)
-app.command(short_help="List the GPUs that --gpu knows by name.")(gpus)
-app.command(short_help="List saved runs.")(runs)
-app.command(short_help="Join the saved shards of one run.")(merge)
-app.command(short_help="Plot saved plans as bars, by category.")(memory_bars)
-app.command(short_help="Plot planned memory against sequence length.")(memory_curve)
-app.command(short_help="Plot planned against measured memory.")(accuracy)
-app.command(short_help="Show saved runs as a page, plots or Markdown.")(report)
-app.command(short_help="Compare a recorded step's allocations with its plan.")(trace)
+app.command(short_help="Predict the memory of a training step.", cls=GroupedCommand)(plan)
+app.command(
+    short_help="Run the benchmarks, from a checkout or an installed wheel.", cls=GroupedCommand, context_settings=EXTRA
+)(bench)
+app.command(short_help="A/B-test a training step under two sets of package versions.", cls=GroupedCommand)(ab)
+app.command(short_help="Find the release of a library that made a step worse.", cls=GroupedCommand)(bisect)
+app.command(short_help="Measure a GPU's memory overheads and speed for plans.", cls=GroupedCommand)(calibrate)
+app.command(short_help="Collect this project and its wheels for an offline node.", cls=GroupedCommand)(bundle)
+app.command(short_help="Check or rewrite the memory ceilings.", cls=GroupedCommand)(ceilings)
+app.command(short_help="Show each claim with its newest measured verdict.", cls=GroupedCommand)(claims)
+app.command(short_help="Compare saved runs with a base run.", cls=GroupedCommand)(compare)
+app.command(short_help="List the models that --model knows by name.", cls=GroupedCommand)(models)
+app.command(short_help="List the methods that --method knows.", cls=GroupedCommand)(methods)
+app.command(short_help="List the GPUs that --gpu knows by name.", cls=GroupedCommand)(gpus)
+app.command(short_help="List saved runs.", cls=GroupedCommand)(runs)
+app.command(short_help="Join the saved shards of one run.", cls=GroupedCommand)(merge)
+app.command(short_help="Plot saved plans as bars, by category.", cls=GroupedCommand)(memory_bars)
+app.command(short_help="Plot planned memory against sequence length.", cls=GroupedCommand)(memory_curve)
+app.command(short_help="Plot planned against measured memory.", cls=GroupedCommand)(accuracy)
+app.command(short_help="Show saved runs as a page, plots or Markdown.", cls=GroupedCommand)(report)
+app.command(short_help="Compare a recorded step's allocations with its plan.", cls=GroupedCommand)(trace)
 
 
 def _print_versions(given: bool) -> None:
@@ -80,23 +86,26 @@ def common(
     """Measure, predict and compare parameter-efficient fine-tuning."""
 
 
-@app.command(short_help="Check what this machine can run and what is missing.")
+@app.command(short_help="Check what this machine can run and what is missing.", cls=GroupedCommand)
 def doctor(
     results: Annotated[
         Path, typer.Option(help="Folder or address to save runs to.", metavar="DIR", parser=store.place)
     ] = Path("results"),
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Check what this machine can run; for each missing part, print how to install it."""
-    from peft_gauge.commands.doctor import examine
+    from peft_gauge.commands.doctor import config_line, examine, print_lines
 
-    lines = list(examine(results))
-    for line in lines:
-        print(f"{line.status:9}{line.subject:18}{line.text}")
+    form = form_of(as_json, as_csv, as_markdown)
+    lines = [config_line(commands()), *examine(results)]
+    print_lines(lines, form)
     if any(line.status == "missing" for line in lines):
         raise typer.Exit(1)
 
 
-@app.command(short_help="Download pretrained weights.")
+@app.command(short_help="Download pretrained weights.", cls=GroupedCommand)
 def fetch(
     name: Annotated[str, typer.Argument(help="Weights to download: smollm2.")],
 ) -> None:
@@ -109,11 +118,17 @@ def fetch(
     print(prepare(weights))
 
 
+def commands() -> dict[str, Any]:
+    """All commands by name."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
 def main() -> None:
     """The entry point: bad input is one line on standard error and exit code 2."""
     try:
         with file_errors():
-            app()
+            app(default_map=defaults(sys.argv[1:], commands()))
     except GaugeError as error:
         print(f"peft-gauge: {error}", file=sys.stderr)
         sys.exit(2)

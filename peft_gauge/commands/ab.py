@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_gauge.commands.compare import print_comparisons
 from peft_gauge.commands.options import AnyModel, Batch, Changes, Device, Dtype, Loop, MixedPrecision, Seq, Threads
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from peft_gauge.commands.progress import Display
     from peft_gauge.environments.build import Environment
     from peft_gauge.environments.measurement import Keep, MethodResult, ProcessPair, Setting
     from peft_gauge.environments.pairs import PairRule
-    from peft_gauge.environments.progress import Display
     from peft_gauge.environments.state import Kept
     from peft_gauge.environments.worker import CaseSpec
     from peft_gauge.history.comparison import RunComparison
@@ -35,7 +37,7 @@ def ab(
     ] = None,
     b: Annotated[str | None, typer.Argument(help="Requirements of side B.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Method; repeatable or comma-separated (default: lora).")
+        list[str] | None, typer.Option(help="Methods, comma-separated or repeated (default: lora).")
     ] = None,
     model: AnyModel = "toy-llama",
     batch: Batch = None,
@@ -66,6 +68,9 @@ def ab(
         ),
     ] = False,
     pairs: Annotated[int, typer.Option(help="Number of process pairs for --self-check.")] = 16,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """A/B-test one training step under two sets of package versions.
 
@@ -75,14 +80,17 @@ def ab(
     1 means that identical code was judged worse or better.
     """
     from peft_gauge.commands import ab_options
+    from peft_gauge.commands.progress import bar
     from peft_gauge.environments import decision
     from peft_gauge.environments.build import overlays, prepare
     from peft_gauge.environments.pairs import PairRule
-    from peft_gauge.environments.progress import bar
     from peft_gauge.environments.requirements import parse_side
     from peft_gauge.environments.state import Kept
     from peft_gauge.history.rules import read_rules
 
+    form = form_of(as_json, as_csv, as_markdown)
+    if form is not None and self_check:
+        raise GaugeError(f"--self-check prints text only; drop --{form}")
     a, b = _asked_sides(a, b, self_check=self_check, pairs=pairs)
     sides = parse_side(a), parse_side(b)
     cases = ab_options.cases_of(
@@ -93,9 +101,9 @@ def ab(
     setting = ab_options.setting_of(threads, cases[0].device)
     work = {"self_check": pairs} if self_check else {}
     checks: list[str] = []
-    with bar(len(sides) + len(cases)) as display:
+    with bar(len(cases), quiet=form is not None) as display:
         environments = prepare(sides[0], say=display.say), prepare(sides[1], say=display.say)
-        display.advance(len(sides))
+        display.begin()
         kept = Kept("ab", {**_work(environments, cases, rule, threads), **work})
         older = kept.unused()
         if older is not None:
@@ -116,8 +124,11 @@ def ab(
     paths = decision.save(findings, sides, asked, results)
     kept.forget()
     comparison = decision.compared(findings, paths, judged_by)
-    _show(findings, comparison, everything)
-    if any(each.folder for each in environments):
+    if form is not None:
+        print_comparisons([comparison], form, everything=everything)
+    else:
+        _show(findings, comparison, everything)
+    if form is None and any(each.folder for each in environments):
         print(f"environments are kept in {overlays()}")
     if all(each.records[0].outcome != "passed" for each in findings):
         raise GaugeError(f"no case ran with A ({sides[0].name}): {findings[0].records[0].reason}")

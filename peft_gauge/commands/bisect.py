@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_gauge.commands.options import AnyModel, Batch, Changes, Device, Dtype, Loop, MixedPrecision, Seq, Threads
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_csv, print_json, print_markdown
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from peft_gauge.commands.progress import Display
+    from peft_gauge.commands.tables import Form
     from peft_gauge.environments.bisection import BisectionResult, Probe
-    from peft_gauge.environments.progress import Display
 
 NOT_WORSE, FOUND = 0, 1
 CHANGE = {True: "worse", False: "different"}
@@ -47,18 +49,22 @@ def bisect(
         float, typer.Option(help="Smallest relative change to report as worse (0.03 = 3 %).")
     ] = 0.03,
     threads: Threads = 1,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Find the first release that is worse than FIRST or, for a deterministic metric, differs from it.
 
     Exit code 0: LAST is not worse; 1: found the release; 2: inconclusive, or invalid input.
     """
     from peft_gauge.commands import ab_options
+    from peft_gauge.commands.progress import bar
     from peft_gauge.environments import bisection, probe
     from peft_gauge.environments.build import overlays
     from peft_gauge.environments.pairs import PairRule
-    from peft_gauge.environments.progress import bar
     from peft_gauge.environments.requirements import parse_library, parse_side
 
+    form = form_of(as_json, as_csv, as_markdown)
     asked, name, side = probe.parse_metric(metric), parse_library(library), parse_side(beside)
     case = ab_options.cases_of([asked.method], model, batch, seq, device, dtype, mixed_precision, loop, changes or ())[
         0
@@ -71,19 +77,21 @@ def bisect(
     older = prober.kept.unused()
     if older is not None:
         print(f"peft-gauge: {older}", file=sys.stderr)
-    print(f"{len(found)} releases of {name}, {found[0]} to {found[-1]}, by {metric}; environments in {overlays()}")
-    with bar(bisection.expected_probes(len(found))) as display:
+    heading = f"{len(found)} releases of {name}, {found[0]} to {found[-1]}, by {metric}; environments in {overlays()}"
+    print(heading, file=sys.stdout if form is None else sys.stderr)
+    with bar(bisection.expected_probes(len(found)), quiet=form is not None) as display:
+        show = display.print if form is None else lambda text: print(text, file=sys.stderr)
         prober.say = display.say
         try:
             outcome = bisection.bisect(
-                found, _telling(prober.is_usable, change, display), _telling(prober.probe, change, display)
+                found, _telling(prober.is_usable, change, display, show), _telling(prober.probe, change, display, show)
             )
         except KeyboardInterrupt:
             ab_options.tell_interrupted(prober.kept)
             raise typer.Exit(ab_options.INTERRUPTED) from None
     prober.kept.forget()
     code, text = conclusion(name, change, outcome)
-    print(text)
+    _print(outcome, text, form)
     raise typer.Exit(code)
 
 
@@ -103,13 +111,30 @@ def _releases(library: str, limits: str) -> list[str]:
     return found
 
 
-def _telling(question: Callable[[str], Probe], change: str, display: Display) -> Callable[[str], Probe]:
+def _print(outcome: BisectionResult, text: str, form: Form | None) -> None:
+    """The conclusion; in another form than text, the probes in their order, and JSON has both."""
+    rows = [{"release": each.release, "result": each.answer, "reason": each.why} for each in outcome.probes]
+    if form == "json":
+        first_bad = None if outcome.first_bad is None else outcome.first_bad.release
+        print_json({"first_bad": first_bad, "last_good": outcome.last_good, "conclusion": text, "probes": rows})
+    elif form == "csv":
+        print_csv(rows, ("release", "result", "reason"))
+    elif form == "markdown":
+        print_markdown(("release", "result", "reason"), [list(row.values()) for row in rows])
+        print(f"\n{text}")
+    else:
+        print(text)
+
+
+def _telling(
+    question: Callable[[str], Probe], change: str, display: Display, show: Callable[[str], None]
+) -> Callable[[str], Probe]:
     """``question``, with each result printed as it arrives."""
     words = {"good": f"not {change}", "bad": change.upper(), "unusable": "left out", "inconclusive": "inconclusive"}
 
     def ask(release: str) -> Probe:
         probe = question(release)
-        display.print(f"  {release:12}{words[probe.answer]:15}{probe.why}")
+        show(f"  {release:12}{words[probe.answer]:15}{probe.why}")
         display.advance()
         return probe
 

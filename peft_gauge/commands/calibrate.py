@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_csv, print_json, print_markdown
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
+    from peft_gauge.commands.tables import Form
     from peft_gauge.measure.calibration import Assumption
 
 LIMIT_SECONDS = 180.0
@@ -23,7 +24,9 @@ def calibrate(
         Path | None, typer.Option(help="Folder for the calibration (default: the user's, which plans read).")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Save the calibration, or only show it.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the calibration as JSON.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Measure a GPU's CUDA context, library workspaces, allocator sizes and speed; plans for this GPU then use them.
 
@@ -35,6 +38,7 @@ def calibrate(
     from peft_gauge.memory.gpus import lookup
     from peft_gauge.memory.overheads import default_overheads, write_calibration
 
+    form = form_of(as_json, as_csv, as_markdown)
     found = _measured()
     name = found.pop("gpu_name")
     try:
@@ -44,8 +48,8 @@ def calibrate(
     major, minor = found["allocator"]["compute_capability"]
     rows = assumptions(found, default_overheads((major, minor)), usable_bytes)
     file = write_calibration(folder or paths.calibrations(), name, **found) if keep else None
-    if as_json:
-        print(json.dumps({"gpu": name, **found, "differences": [row.name for row in rows if not row.holds]}, indent=2))
+    if form is not None:
+        _print(name, found, rows, form)
         return
     _show(name, found, rows)
     if file is not None:
@@ -55,18 +59,34 @@ def calibrate(
         print(f"saved {file}; {used}")
 
 
+def _print(name: str, found: dict[str, Any], rows: list[Assumption], form: Form) -> None:
+    """JSON has everything; the other forms have each overhead as assumed and as measured."""
+    columns = ("gpu", "overhead", "assumed_bytes", "measured_bytes", "holds")
+    table = [(name, row.name, row.planned, row.measured, row.holds) for row in rows]
+    if form == "json":
+        print_json({"gpu": name, **found, "differences": [row.name for row in rows if not row.holds]})
+    elif form == "csv":
+        print_csv([dict(zip(columns, line, strict=True)) for line in table], columns)
+    else:
+        lines = [[f"{row.planned:,}", f"{row.measured:,}", "same" if row.holds else "differs"] for row in rows]
+        cells = [[row.name, *line] for row, line in zip(rows, lines, strict=True)]
+        print_markdown(("overhead", "assumed", "measured", ""), cells)
+
+
 def _measured() -> dict[str, Any]:
     """The result of `peft_gauge.measure.calibration.calibrate` for the first visible GPU, run in its own process."""
     from peft_gauge import isolation, machine
+    from peft_gauge.commands.progress import bar
 
     reason = machine.why_no_cuda()
     if reason is not None:
         raise GaugeError(f"there is no GPU to calibrate: {reason}")
     # Measure torch's own allocator sizes, whatever the caller configured.
     settings = {name: "" for name in ALLOCATOR_SETTINGS if name in os.environ}
-    outcome = isolation.run(
-        "peft_gauge.measure.calibration:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings
-    )
+    with bar(1, "measuring the GPU's overheads"):
+        outcome = isolation.run(
+            "peft_gauge.measure.calibration:calibrate", limit_seconds=LIMIT_SECONDS, environment=settings
+        )
     if outcome.ended == "out-of-memory":
         raise GaugeError(f"not enough free GPU memory to calibrate ({outcome.reason}); wait for other processes to end")
     if outcome.ended != "done":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_gauge.commas import listed
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.plan import ceilings as table_file
 from peft_gauge.plan.ceilings import Ceiling, CeilingKey, CeilingTable, Margins
@@ -35,7 +36,9 @@ def ceilings(
     write: Annotated[bool, typer.Option("--write/--check", help="Write the file, or only list the changes.")] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"{' or '.join(SHAPES)}; repeatable (default: all). Ceilings of other models are kept."),
+        typer.Option(
+            help=f"{' or '.join(SHAPES)}, comma-separated or repeated (default: all). Other models' ceilings are kept."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="File of ceilings (default: fixtures/ceilings.toml).")] = None,
 ) -> None:
@@ -43,6 +46,7 @@ def ceilings(
 
     Exit code 1: the file is out of date and --write is not given.
     """
+    model = listed(model) or None
     for name in model or []:
         if name not in SHAPES:
             raise unknown("model with ceilings", name, SHAPES)
@@ -69,6 +73,7 @@ def ceilings(
 
 def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
     """Ceilings of the default methods on each of ``models``, planned now in a separate process."""
+    from peft_gauge.commands.progress import bar
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.training import methods
@@ -83,7 +88,9 @@ def planned(models: Sequence[str]) -> dict[CeilingKey, Ceiling]:
         for settings, further in [step_settings(loop, {"batch": batch, "seq": seq, "mixed_precision": precision}, {})]
         for method in methods.DEFAULT_METHODS
     ]
-    return {_key(request): Margins().ceiling(plan) for request, plan in zip(requests, sweep(requests), strict=True)}
+    with bar(len(requests), "planning") as display:
+        plans = sweep(requests, display.advance)
+    return {_key(request): Margins().ceiling(plan) for request, plan in zip(requests, plans, strict=True)}
 
 
 def _steps(model: str) -> Iterator[tuple[str, str, int, int]]:

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path  # typer reads the annotations at run time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peft_gauge.commands.tables import AsCsv, AsJson, form_of, print_csv, print_json
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 
@@ -37,6 +38,8 @@ def claims(
         ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table with conditions.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
     check: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check whether the table in this file is up to date.")
     ] = None,
@@ -49,8 +52,9 @@ def claims(
     Unreadable runs are listed on standard error and left out. Exit code 1: the table checked by --check is out of
     date; 2: no run or no marker line found.
     """
-    if sum((markdown, check is not None, write is not None)) > 1:
-        raise GaugeError("--markdown, --check and --write exclude each other; give one")
+    form = form_of(as_json, as_csv, markdown)
+    if sum((form is not None, check is not None, write is not None)) > 1:
+        raise GaugeError("--json, --csv, --markdown, --check and --write exclude each other; give one")
     file = check or write
     lines = _read(file) if file is not None else []
     place = _between_markers(file, lines) if file is not None else slice(0)
@@ -60,7 +64,11 @@ def claims(
         _check(check, lines[place], block, standings, runs or [])
     elif write is not None:
         _write(write, lines[: place.start] + block + lines[place.stop :])
-    elif markdown:
+    elif form == "json":
+        print_json(rows_of(standings))
+    elif form == "csv":
+        print_csv(rows_of(standings), COLUMNS)
+    elif form == "markdown":
         print("\n".join(as_markdown(standings)))
     else:
         print(_as_terminal(standings), end="")
@@ -89,6 +97,27 @@ def _standings(paths: list[Path]) -> list[Standing]:
 
 
 # The table
+
+COLUMNS = ("claim", "model", "verdict", "recorded", "metric", "conditions", "date", "machine", "run", "statement")
+
+
+def rows_of(standings: Iterable[Standing]) -> list[dict[str, Any]]:
+    """One row per claim and model; ``None`` where no run has decided it."""
+    return [
+        {
+            "claim": one.id,
+            "model": one.model,
+            "verdict": one.verdict,
+            "recorded": one.recorded,
+            "metric": one.metric,
+            "conditions": one.conditions,
+            "date": None if one.source is None else f"{one.source.ended:%Y-%m-%d}",
+            "machine": None if one.source is None else one.source.machine,
+            "run": None if one.source is None else one.source.run,
+            "statement": one.statement,
+        }
+        for one in standings
+    ]
 
 
 def as_markdown(standings: Sequence[Standing]) -> list[str]:

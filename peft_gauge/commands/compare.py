@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_gauge.commands.tables import AsCsv, Form, form_of, print_csv
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 
 if TYPE_CHECKING:
     from peft_gauge.history.comparison import RunComparison
     from peft_gauge.history.selection import Chosen
+
+STANDARD_OUTPUT = Path("-")
 
 
 def compare(
@@ -45,7 +48,11 @@ def compare(
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every metric, unchanged ones included.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for example for a CI summary.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the full comparison to this file.")] = None,
+    as_csv: AsCsv = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the full comparison to this file; - prints it instead."),
+    ] = None,
 ) -> None:
     """Compare each NEW with BASE: same, better, worse or inconclusive, with interval and likely cause.
 
@@ -59,9 +66,10 @@ def compare(
     base, *others = chosen.runs
     comparisons = [comparison.compare(base, new, judged_by, across_machines=across_machines) for new in others]
     comparisons = [replace(each, notes=(*chosen.passed_over, *each.notes)) for each in comparisons]
-    if json_file is not None:
+    form = form_of(json_file == STANDARD_OUTPUT, as_csv, markdown)
+    if json_file not in (None, STANDARD_OUTPUT):
         _write_json(json_file, comparisons, strict)
-    _print(comparisons, markdown, everything)
+    print_comparisons(comparisons, form, everything=everything, strict=strict)
     for each in comparisons:
         if each.incomparable is not None:
             raise GaugeError(_not_comparable(each, across_machines))
@@ -140,12 +148,19 @@ def _write_json(path: Path, comparisons: list[RunComparison], strict: bool) -> N
         raise GaugeError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _print(comparisons: list[RunComparison], markdown: bool, everything: bool) -> None:
+def print_comparisons(
+    comparisons: list[RunComparison], form: Form | None, *, everything: bool = False, strict: bool = False
+) -> None:
+    """Print ``comparisons``; JSON and comma-separated values have every metric, whatever ``everything`` is."""
     from rich.console import Console
 
     from peft_gauge.report import comparison
 
-    if markdown:
+    if form == "json":
+        print(comparison.as_json(comparisons, strict=strict), end="")
+    elif form == "csv":
+        print_csv(comparison.csv_rows(comparisons), comparison.CSV_COLUMNS)
+    elif form == "markdown":
         print(comparison.as_markdown(comparisons, everything=everything), end="")
     else:
         width = Console().width

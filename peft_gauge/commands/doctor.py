@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft_gauge import machine, paths
+from peft_gauge.commands.tables import Form, print_csv, print_json, print_markdown
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.files import check_folder
 from peft_gauge.history import store
@@ -48,6 +49,35 @@ def examine(results: Path) -> Iterator[Line]:
     yield _tried("NF4 training", _train_nf4, "bitsandbytes quantizes and trains here", "upgrade bitsandbytes")
     yield _weights()
     yield _disk(results)
+
+
+def print_lines(lines: Sequence[Line], form: Form | None) -> None:
+    """Print ``lines`` in ``form``, by default as text."""
+    rows = [{"status": line.status, "subject": line.subject, "text": line.text} for line in lines]
+    if form == "json":
+        print_json(rows)
+    elif form == "csv":
+        print_csv(rows, ("status", "subject", "text"))
+    elif form == "markdown":
+        print_markdown(("status", "subject", "text"), [list(row.values()) for row in rows])
+    else:
+        for line in lines:
+            print(f"{line.status:9}{line.subject:18}{line.text}")
+
+
+def config_line(commands: Mapping[str, Any]) -> Line:
+    """Which file gives options their defaults, and whether it is valid; ``commands``: of Typer, by name."""
+    from peft_gauge import config_file
+    from peft_gauge.commands.defaults import check
+
+    try:
+        found = config_file.find()
+        names = [] if found is None else check(found, commands)
+    except GaugeError as error:
+        return Line("config file", "missing", str(error))
+    if found is None:
+        return Line("config file", "ok", "none: neither peft-gauge.toml nor [tool.peft-gauge] in pyproject.toml")
+    return Line("config file", "ok", f"{found.path}: {', '.join(names) or 'no section'}")
 
 
 def _library(name: str, minimum: str) -> Line:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path  # typer reads the annotations at run time
@@ -11,12 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_csv, print_json, print_markdown
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON list.")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")]
-AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")]
 
 
 def models(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
@@ -105,22 +100,17 @@ def runs(
 
 def _print(rows: Sequence[dict[str, Any]], as_json: bool, as_csv: bool, as_markdown: bool) -> None:
     """Print ``rows``, which have the same keys, in the requested form or as a table."""
-    if as_json + as_csv + as_markdown > 1:
-        raise GaugeError("--json, --csv and --markdown exclude each other; give one of them")
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
+    form = form_of(as_json, as_csv, as_markdown)
     names = list(rows[0]) if rows else []
-    if as_csv:
-        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return
     cells = [[_shown(row[name]) for name in names] for row in rows]
-    if as_markdown:
-        print("\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *cells]))
-        return
-    _table(names, cells)
+    if form == "json":
+        print_json(rows)
+    elif form == "csv":
+        print_csv(rows, names)
+    elif form == "markdown":
+        print_markdown(names, cells)
+    else:
+        _table(names, cells)
 
 
 def _table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
@@ -140,4 +130,4 @@ def _table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
 def _shown(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", r"\|")
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

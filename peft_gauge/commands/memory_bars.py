@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peft_gauge.commas import listed
 from peft_gauge.errors import GaugeError
 
 
@@ -14,7 +15,8 @@ def memory_bars(
     plans: Annotated[list[Path], typer.Argument(help="Files that peft-gauge plan --json printed, in the bars' order.")],
     out: Annotated[Path, typer.Option(help="Plot to write, .svg or .png; its data is written next to it as .csv.")],
     gpu: Annotated[
-        list[str] | None, typer.Option(help="GPU to draw as a line; repeatable (default: those of the plans).")
+        list[str] | None,
+        typer.Option(help="GPUs to draw as lines, comma-separated or repeated (default: those of the plans)."),
     ] = None,
 ) -> None:
     """Plot the device memory of saved plans of one model and step by category, for example by number of GPUs."""
@@ -24,7 +26,7 @@ def memory_bars(
 
     check_destination(out)
     found = plot.read(plans)
-    cards = [card(name) for name in gpu] if gpu else plot.cards_of(found)
+    cards = [card(name) for name in listed(gpu)] if gpu else plot.cards_of(found)
     data = plot.save(found, {plan["method"]: _title(plan["method"]) for plan in found}, cards, out)
     print(f"wrote {out} and its data, {data}")
 

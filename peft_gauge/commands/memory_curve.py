@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_gauge.commas import listed
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
@@ -20,18 +21,21 @@ def memory_curve(
     out: Annotated[Path, typer.Option(help="Plot to write, .svg or .png; its data is written next to it as .csv.")],
     seqs: Annotated[str, typer.Option(help="Sequence lengths in tokens, comma-separated.")] = "128,256,512,1024,2048",
     batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Data type of base weights and compute.")] = "bfloat16",
-    method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16: of base weights and compute.")] = "bfloat16",
+    method: Annotated[
+        list[str] | None, typer.Option(help="Methods, comma-separated or repeated (default: all seven).")
+    ] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option(help=f"GPU to draw as a line; repeatable (default: {', '.join(CARDS)}).")
+        list[str] | None,
+        typer.Option(help=f"GPUs to draw as lines, comma-separated or repeated (default: {', '.join(CARDS)})."),
     ] = None,
 ) -> None:
     """Plan each method at each sequence length and plot the peak memory of a training step."""
     from peft_gauge.report.charts import memory_picture
 
     memory_picture.check_destination(out)
-    cards = [card(name) for name in gpu or CARDS]
-    points = planned_points(model, parse_seqs(seqs), batch, dtype, method or [])
+    cards = [card(name) for name in listed(gpu) or CARDS]
+    points = planned_points(model, parse_seqs(seqs), batch, dtype, listed(method))
     metrics = memory_picture.save(points, cards, out)
     print(f"wrote {out} and its data, {metrics}")
 
@@ -62,6 +66,7 @@ def card(name: str) -> Card:
 
 def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, method_names: list[str]) -> list[Point]:
     """The default methods, or those named, on ``model`` at each length, planned in a separate process."""
+    from peft_gauge.commands.progress import bar
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.report.charts.memory_picture import Point
@@ -73,6 +78,8 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
     record = models.resolve(model)
     record.check_sequence(seqs[-1])
     requests = [PlanRequest(record, method, StepSettings(batch, seq), dtype=dtype) for method in chosen for seq in seqs]
+    with bar(len(requests), "planning") as display:
+        plans = sweep(requests, display.advance)
     return [
         Point(
             model=plan.model,
@@ -86,5 +93,5 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
             resident_bytes=plan.resident_bytes,
             device_bytes_estimate=plan.device_bytes_estimate,
         )
-        for request, plan in zip(requests, sweep(requests), strict=True)
+        for request, plan in zip(requests, plans, strict=True)
     ]

@@ -12,7 +12,9 @@ Seq = Annotated[int | None, typer.Option(help="Sequence length in tokens (defaul
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if available).")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Data type of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."),
+    typer.Option(
+        help="float32, float16 or bfloat16: of base weights and compute (default: float32 on cpu, bfloat16 on cuda)."
+    ),
 ]
 MixedPrecision = Annotated[
     str | None,

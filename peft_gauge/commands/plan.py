@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peft_gauge._internals.deepspeed import has_deepspeed
+from peft_gauge.commands.defaults import is_from_file
+from peft_gauge.commands.plan_output import show
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of
+from peft_gauge.commas import listed, listed_paths
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
@@ -27,10 +31,11 @@ FINDABLE = ("batch", "seq", "rank", "gpus")
 
 
 def plan(
+    context: typer.Context,
     base: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Name of a model record, folder or file with a config, or Hub id (default: the recipe's).",
         ),
     ] = None,
@@ -42,9 +47,12 @@ def plan(
             "the step that it describes."
         ),
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Method; repeatable (default: all seven).")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Methods, comma-separated or repeated (default: all seven; peft-gauge methods lists them)."),
+    ] = None,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; repeatable.")
+        list[Path] | None, typer.Option(help="PEFT adapter_config.json or its folder; comma-separated or repeated.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA's rank, in place of the method's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's α, in place of the method's.")] = None,
@@ -66,14 +74,21 @@ def plan(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="KEY=VALUE: an argument of TrainingArguments or SFTConfig, or a key of --recipe; repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="An argument of TrainingArguments or SFTConfig, or a key of --recipe; repeatable.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16; sft: float32).")
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16: of base weights and compute (default: bfloat16; sft: float32)."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Micro-batch size (default: 4).")] = None,
-    seq: Annotated[int | None, typer.Option(help="Sequence length in tokens (default: 768).")] = None,
+    seq: Annotated[
+        int | None, typer.Option(help="Sequence length in tokens (default: 768, or the model's limit).")
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
@@ -124,8 +139,8 @@ def plan(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            help="GPU name or memory size; repeatable. 24GB is a GPU sold with 24 GB (25.25·10⁹ bytes usable); "
-            "24GiB, 25300MB and plain bytes are exact."
+            help="GPU names or memory sizes, comma-separated or repeated. 24GB is a GPU sold with 24 GB "
+            "(25.25·10⁹ bytes usable); 24GiB, 25300MB and plain bytes are exact."
         ),
     ] = None,
     gpus: Annotated[
@@ -172,7 +187,9 @@ def plan(
     wide: Annotated[
         bool, typer.Option("--wide", help="Show all columns, also where the terminal is too narrow for them.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object per case.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Predict the memory of a training step: peak, resident and device bytes by category.
 
@@ -181,18 +198,25 @@ def plan(
     if (strategy or "").startswith("zero") and has_deepspeed():
         # transformers imports DeepSpeed, which would look for a GPU and remark on it; a plan needs none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from peft_gauge.commands.progress import bar, plan_with_bar
     from peft_gauge.commands.timelines import timelines
     from peft_gauge.plan.recipes import read
     from peft_gauge.plan.record import PlanRequest
-    from peft_gauge.plan.worker import plan_all, plan_in_parallel
     from peft_gauge.training import methods, models
     from peft_gauge.training.loops import key_values
 
+    form = form_of(as_json, as_csv, as_markdown)
+    if form in ("csv", "markdown") and (advise or timeline):
+        raise GaugeError(f"--{form} prints one table, without {'--advise' if advise else '--timeline'}; use --json")
+    quiet = form is not None
+    from_file = partial(is_from_file, context)
+    if base is not None and from_file("model"):
+        model = None
     if base is not None and model is not None:
         raise GaugeError(f"the model is given twice: {base} and --model {model}; give it once")
     model = model or base
-    lora = lora_settings(rank, alpha, target_modules, dropout)
-    cards = _checked_gpus(gpu or [], find)
+    method, adapter = listed(method), listed_paths(adapter)
+    cards = _checked_gpus(listed(gpu), find)
     sharding = _sharding(gpus, nodes, strategy, reshard_after_forward, offload, replicate, find)
     if find is not None and (advise or timeline or timeline_file is not None):
         other = "--advise" if advise else "--timeline"
@@ -230,16 +254,22 @@ def plan(
         "autocast_adapter_dtype": autocast_adapter_dtype,
         "prepare_kbit": prepare_kbit,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     found = None if recipe is None else read(recipe, key_values(changes or []))
+    if found is not None:  # the recipe takes precedence over the file's defaults
+        given = {name: value for name, value in given.items() if name not in decided(found) or not from_file(name)}
+    lora = lora_settings(*map(given.get, OF_LORA))
     step = described_step(given, found, {} if recipe is not None else key_values(changes or []))
     record = models.resolve(base_of(model, found))
     step = in_stored_dtype(step, record)
+    default_seq = step["settings"].seq
+    if "seq" not in given and (found is None or "seq" not in found.fields):
+        step = within_positions(step, record)
 
     def request(each: Method) -> PlanRequest:
         return PlanRequest(
             model=record,
-            method=adjusted(each, quantize, double_quant, autocast_adapter_dtype, prepare_kbit),
+            method=adjusted(each, *map(given.get, OF_BASE)),
             loss_chunk=loss_chunk,
             padded=padded,
             use_cache=use_cache,
@@ -250,8 +280,8 @@ def plan(
             **step,
         )
 
-    adapters, unusable = _adapters(adapter or [], record.name)
-    chosen: Sequence[Method] = [*map(methods.get, method or []), *adapters]
+    adapters, unusable = _adapters(given.get("adapter", []), record.name)
+    chosen: Sequence[Method] = [*map(methods.get, given.get("method", [])), *adapters]
     if found is not None and found.method is not None:
         chosen = [found.method]
     chosen = with_lora_settings(chosen or ([] if unusable else methods.DEFAULT_METHODS), lora, bool(chosen))
@@ -261,10 +291,16 @@ def plan(
     if find is not None:
         for each in requests:
             each.with_value(find, 2)  # refused now, not after minutes of planning
-    outcomes = plan_in_parallel(requests) if find is None else list(plan_all(requests, find=find))
-    advice = _advice(requests, outcomes) if advise else {}
-    drawn = timelines(requests, outcomes, timeline_file) if timeline or timeline_file is not None else {}
-    _show([*outcomes, *unusable], as_json, found, advice, drawn if timeline else {}, wide)
+    if step["settings"].seq != default_seq and find != "seq":
+        print(f"peft-gauge: planned at {record.max_positions} tokens, the limit of {record.name}", file=sys.stderr)
+    text = "planning" if find is None else f"searching {'the fewest' if find == 'gpus' else 'the largest'} {find}"
+    outcomes = plan_with_bar(requests, text, find=find, quiet=quiet)
+    advice = _advice(requests, outcomes, quiet=quiet) if advise else {}
+    drawn = {}
+    if timeline or timeline_file is not None:
+        with bar(len(requests), "tracing the timeline", quiet=quiet) as display:
+            drawn = timelines(requests, outcomes, timeline_file, display.advance)
+    show([*outcomes, *unusable], form, found, advice, drawn if timeline else {}, wide)
 
 
 def lora_settings(
@@ -299,21 +335,25 @@ def with_lora_settings(methods: Sequence[Method], settings: Mapping[str, Any], n
     ]
 
 
-def _advice(requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome]) -> dict[int, list[dict[str, Any]]]:
+def _advice(
+    requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome], *, quiet: bool
+) -> dict[int, list[dict[str, Any]]]:
     """The advice for each planned step, by its place."""
+    from peft_gauge.commands.progress import plan_with_bar
     from peft_gauge.plan import advice
     from peft_gauge.plan.record import Plan
-    from peft_gauge.plan.worker import plan_in_parallel
 
+    plan_all = partial(plan_with_bar, text="planning changes", quiet=quiet)
     return {
-        place: [each.as_json() for each in advice.advise(request, outcome, plan_in_parallel)]
+        place: [each.as_json() for each in advice.advise(request, outcome, plan_all)]
         for place, (request, outcome) in enumerate(zip(requests, outcomes, strict=True))
         if isinstance(outcome, Plan)
     }
 
 
 OF_LORA = ("rank", "alpha", "target_modules", "dropout")
-OF_METHOD = ("method", "adapter", *OF_LORA, "quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
+OF_BASE = ("quantize", "double_quant", "autocast_adapter_dtype", "prepare_kbit")
+OF_METHOD = ("method", "adapter", *OF_LORA, *OF_BASE)
 OF_TRAINER = ("batch", "grad_accumulation", "optimizer", "grad_checkpointing", "clip_grad_norm", "mixed_precision")
 
 
@@ -355,6 +395,14 @@ def in_stored_dtype(step: Mapping[str, Any], record: ModelRecord) -> dict[str, A
     return {**step, "dtype": models.stored_dtype(record) if step["dtype"] == recipes.STORED else step["dtype"]}
 
 
+def within_positions(step: Mapping[str, Any], record: ModelRecord) -> dict[str, Any]:
+    """``step`` with at most the positions of the model, for a sequence length that the user did not give."""
+    settings, most = step["settings"], record.max_positions
+    if most is None or settings.seq <= most:
+        return dict(step)
+    return {**step, "settings": replace(settings, seq=most)}
+
+
 FIELDS = {"batch": 4, "seq": 768}
 STEP_OPTIONS = (
     "batch",
@@ -369,14 +417,17 @@ STEP_OPTIONS = (
 """Options that are fields of `StepSettings`."""
 
 
+def decided(recipe: Recipe) -> set[str]:
+    """The options whose values ``recipe`` decides."""
+    found = {"loop", *recipe.fields, *(OF_TRAINER if recipe.loop != "plain" else ())}
+    found |= {*(OF_METHOD if recipe.method is not None else ())}
+    found |= {name for name in ("dtype", "attention") if getattr(recipe, name) is not None}
+    return found | ({"loss"} if recipe.loss != "full" else set())
+
+
 def _check_undecided(given: Mapping[str, Any], recipe: Recipe) -> None:
-    decided = {"loop", *recipe.fields, *(OF_TRAINER if recipe.loop != "plain" else ())}
-    decided |= {*(OF_METHOD if recipe.method is not None else ())}
-    decided |= {name for name in ("dtype", "attention") if getattr(recipe, name) is not None}
-    if recipe.loss != "full":
-        decided.add("loss")
     for name in given:
-        if name in decided:
+        if name in decided(recipe):
             option = name.replace("_", "-")
             raise GaugeError(f"--{option} is decided by the {recipe.tool} recipe; change its key with --set KEY=VALUE")
 
@@ -514,52 +565,3 @@ def _checked_norm(norm: float | None) -> float | None:
     if norm is not None and not norm >= 0:
         raise GaugeError(f"--clip-grad-norm must be positive, or 0 for no clipping, got {norm}")
     return norm
-
-
-def _show(
-    outcomes: Sequence[PlanOutcome],
-    as_json: bool,
-    recipe: Recipe | None,
-    advice: Mapping[int, list[dict[str, Any]]],
-    drawn: Mapping[int, tuple[str, Mapping[str, Any]]],
-    wide: bool,
-) -> None:
-    from peft_gauge.plan.record import PlanFailure
-
-    failures = [outcome for outcome in outcomes if isinstance(outcome, PlanFailure)]
-    objects = [outcome.as_json() for outcome in outcomes]
-    for place, found in advice.items():
-        objects[place]["advice"] = found
-    if as_json:
-        for place, (_, timeline) in drawn.items():
-            objects[place]["timeline"] = timeline
-    if recipe is not None:
-        objects = [{**each, "recipe": recipe.as_json()} for each in objects]
-    if as_json:
-        print(json.dumps(objects, indent=2))
-    else:
-        from peft_gauge.report.terminal.advice_table import show_advice
-        from peft_gauge.report.terminal.plan_table import show, show_recipe
-        from peft_gauge.report.terminal.timeline_picture import show_timeline
-
-        show([each for each in objects if "error" not in each], wide=wide)
-        for each in objects:
-            if "advice" in each:
-                show_advice(each)
-        for title, timeline in drawn.values():
-            show_timeline(title, timeline)
-        if recipe is not None:
-            show_recipe(recipe.as_json())
-    unread = [] if recipe is None else [f"unknown key {each} in the {recipe.tool} recipe" for each in recipe.unknown]
-    for sentence in unread:
-        print(f"peft-gauge: {sentence}; planned without it", file=sys.stderr)
-    for failure in failures:
-        print(f"peft-gauge: {failure.error}", file=sys.stderr)
-    if failures or unread:
-        raise typer.Exit(2)
-    if not all(_fits(each) for each in objects):
-        raise typer.Exit(1)
-
-
-def _fits(record: dict[str, Any]) -> bool:
-    return all(record["fits"].values())

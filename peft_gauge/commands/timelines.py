@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 from peft_gauge.errors import GaugeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from peft_gauge.plan.record import PlanOutcome, PlanRequest
 
 
 def timelines(
-    requests: Sequence[PlanRequest], outcomes: Sequence[PlanOutcome], file: Path | None
+    requests: Sequence[PlanRequest],
+    outcomes: Sequence[PlanOutcome],
+    file: Path | None,
+    made: Callable[[], object] = lambda: None,
 ) -> dict[int, tuple[str, dict[str, Any]]]:
     """The title of each step that was planned and its timeline as JSON, by its place; saved to ``file``, if given.
+    ``made`` is called after each.
 
     Raises `GaugeError` if the traced peak is not the planned one.
     """
@@ -49,4 +53,5 @@ def timelines(
             data = timeline_plot.save(title, timeline(log, timeline_plot.COLUMNS).as_json(), file)
             print(f"wrote {file} and its data, {data}", file=sys.stderr)
         found[place] = title, drawn.as_json()
+        made()
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_gauge.commands.plan import STEP_OPTIONS, adjusted
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_csv, print_json, print_markdown
 from peft_gauge.errors import GaugeError, unknown
+from peft_gauge.report.format import ABSENT
 
 if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanRequest
@@ -44,7 +45,7 @@ def trace(
         bool | None, typer.Option(help="The quantization constants of the 4-bit base are quantized too.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Data type of base weights and compute (default: bfloat16).")
+        str | None, typer.Option(help="float32, float16 or bfloat16: of base weights and compute (default: bfloat16).")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Micro-batch size.")] = None,
     seq: Annotated[int | None, typer.Option(help="Sequence length in tokens.")] = None,
@@ -63,7 +64,9 @@ def trace(
     device: Annotated[int | None, typer.Option(help="CUDA device index (default: the only one recorded).")] = None,
     step: Annotated[int | None, typer.Option(help="Step of the trace, from 1 (default: the last).")] = None,
     top: Annotated[int, typer.Option(help="Number of differences to show in each table.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Compare a recorded step's allocations with the planned ones.
 
@@ -75,6 +78,7 @@ def trace(
     """
     from peft_gauge.traces import reader
 
+    form = form_of(as_json, as_csv, as_markdown)
     if top < 1:
         raise GaugeError(f"--top must be at least 1, got {top}")
     recording = reader.read(file, device)
@@ -103,12 +107,14 @@ def trace(
     measured = reader.step_log(recording, step)
     steps = len(recording.steps())
 
+    from peft_gauge.commands.progress import bar
     from peft_gauge.plan.planner import step_log
     from peft_gauge.plan.worker import quiet
     from peft_gauge.traces.comparison import compare
 
     quiet()
-    planned, notes = step_log(request)
+    with bar(1, f"planning {request.name}", quiet=form is not None):
+        planned, notes = step_log(request)
     found = compare(planned, measured)
     record = {
         "file": str(file),
@@ -124,12 +130,24 @@ def trace(
         *_shown_peak(recording.about, found.measured.peak_bytes),
         *notes,
     ]
-    if as_json:
-        print(json.dumps(record, indent=2))
+    if form == "json":
+        print_json(record)
+    elif form == "csv":
+        print_csv(record["rows"], BREAKDOWN)
+    elif form == "markdown":
+        print_markdown(BREAKDOWN, [[_cell(row[name]) for name in BREAKDOWN] for row in record["rows"]])
     else:
         from peft_gauge.report.terminal.trace_table import show
 
         show(record, top)
+
+
+BREAKDOWN = ("kind", "category", "operator", "module", "count", "bytes")
+"""Columns of the breakdown of the difference between the peaks, whose bytes add up to it."""
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value or ABSENT)
 
 
 def _settings(file: Path, told: Mapping[str, Any], given: Mapping[str, Any], adapter: Path | None) -> dict[str, Any]:

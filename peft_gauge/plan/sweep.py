@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
-
-import typer
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import worker
 from peft_gauge.plan.record import Plan, PlanFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from peft_gauge.plan.record import PlanRequest
 
 
-def sweep(requests: Sequence[PlanRequest]) -> list[Plan]:
-    """The plans of ``requests``, in their order, from one planning process, with progress on a terminal.
+def sweep(requests: Sequence[PlanRequest], made: Callable[[], object] = lambda: None) -> list[Plan]:
+    """The plans of ``requests``, in their order, from one planning process; ``made`` is called after each.
 
     Raises `GaugeError` for the first case that cannot be planned.
     """
-    if not sys.stderr.isatty():
-        return [_succeeded(outcome) for outcome in worker.plan_all(requests)]
-    with typer.progressbar(worker.plan_all(requests), len(requests), "planning", file=sys.stderr) as outcomes:
-        return [_succeeded(outcome) for outcome in outcomes]
+    plans = []
+    for outcome in worker.plan_all(requests):
+        plans.append(_succeeded(outcome))
+        made()
+    return plans
 
 
 def _succeeded(outcome: object) -> Plan:

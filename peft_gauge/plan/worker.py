@@ -14,7 +14,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -26,13 +26,17 @@ from peft_gauge.isolation.signals import signal_name
 from peft_gauge.plan.record import PlanFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from peft_gauge.plan.record import PlanOutcome, PlanRequest
+
+    Waiting = Callable[[int, int], object]
+    """Receives the number of finished requests and of all."""
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "peft_gauge.plan.worker")
 IMPORT_SECONDS = 120.0  # from a cold disk
+WAITING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,16 @@ def _plan_all(
 
 
 def plan_in_parallel(
-    requests: Sequence[PlanRequest], *, workers: int | None = None, preloaded: Preloaded | None = None
+    requests: Sequence[PlanRequest],
+    *,
+    workers: int | None = None,
+    preloaded: Preloaded | None = None,
+    waiting: Waiting | None = None,
 ) -> list[PlanOutcome]:
     """The outcomes of ``requests``, in their order, planned by several processes (`Planning`)."""
     planning = Planning(requests, workers=workers, preloaded=preloaded)
     try:
-        return [planning.outcome(index) for index in range(len(requests))]
+        return [planning.outcome(index, waiting) for index in range(len(requests))]
     finally:  # Ctrl-C reaches only this thread
         planning.end()
 
@@ -123,9 +131,13 @@ class Planning:
         for future in outcomes:
             future.cancel()  # without effect on those that are done
 
-    def outcome(self, index: int) -> PlanOutcome:
-        """Wait for the outcome of the request with this index."""
-        return self._outcomes[index].result()
+    def outcome(self, index: int, waiting: Waiting | None = None) -> PlanOutcome:
+        """Wait for the outcome of the request with this index; meanwhile, ``waiting`` is called with the number of
+        requests that are done, and of all, every `WAITING_SECONDS`."""
+        future = self._outcomes[index]
+        while waiting is not None and not wait([future], WAITING_SECONDS).done:
+            waiting(sum(each.done() for each in self._outcomes), len(self._outcomes))
+        return future.result()
 
     def end(self) -> None:
         """Kill the processes that still plan, and wait for them."""

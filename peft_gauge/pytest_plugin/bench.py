@@ -13,6 +13,7 @@ import pytest
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
+from peft_gauge.pytest_plugin.digest import TYPED
 
 BENCHMARKS = "benchmarks"
 
@@ -34,7 +35,7 @@ def bench(arguments: Sequence[str]) -> int:
     suite = paths.suite()
     # The plugin comes before conftest.py, so that its options are known and none of their values is read as a path.
     fixed = ["-c", str(suite / "pytest.ini"), "--rootdir", str(suite), "-p", "peft_gauge.pytest_plugin.hooks"]
-    in_suite = InSuite(suite)
+    in_suite = InSuite(suite, arguments)
     with tempfile.TemporaryDirectory(prefix="peft-gauge-bench-") as apart:
         # Keep the files of Hypothesis and pytest-benchmark out of the user's folder.
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", apart)
@@ -50,9 +51,13 @@ def bench(arguments: Sequence[str]) -> int:
 class InSuite:
     """Start pytest from another folder: locate its arguments in the suite, and report usage errors in one line."""
 
-    def __init__(self, suite: Path) -> None:
+    def __init__(self, suite: Path, arguments: Sequence[str] = ()) -> None:
         self._suite = suite
+        self._arguments = arguments
         self.by_hand = False
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.stash[TYPED] = ("peft-gauge", "bench", *self._arguments)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Distinguish Ctrl-C from an error in collection, after which pytest ends with the same exit code."""

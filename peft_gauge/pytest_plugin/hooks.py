@@ -8,6 +8,7 @@ tests, collection deselects slow cases and cases of another device and builds th
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,9 @@ from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.resumption import Resumption, resumable
 from peft_gauge.history.writer import commit_info
 from peft_gauge.pytest_plugin.budget import BUDGET, Budget, budget_of, put_in_order
-from peft_gauge.pytest_plugin.options import add_options, run_options
+from peft_gauge.pytest_plugin.digest import Digest
+from peft_gauge.pytest_plugin.options import add_options, defaults_of_file, fill_in, run_options
+from peft_gauge.pytest_plugin.progress import ProgressLine
 from peft_gauge.pytest_plugin.recorder import BASELINE, RESUMPTION, Recorder
 from peft_gauge.pytest_plugin.selection import (
     CASES,
@@ -59,11 +62,22 @@ EMPTY_SHARD = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add_options(parser)
+    try:
+        defaults = defaults_of_file()
+    except GaugeError:  # pytest_sessionstart reports it
+        defaults = {}
+    add_options(parser, defaults)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Recorder(config), "peft-gauge-recorder")
+    with suppress(GaugeError):
+        fill_in(config, defaults_of_file())
+    recorder = Recorder(config)
+    config.pluginmanager.register(recorder, "peft-gauge-recorder")
+    config.pluginmanager.register(Digest(config, recorder), "peft-gauge-digest")
+    config.pluginmanager.register(ProgressLine(config), "peft-gauge-progress")
+    if not config.getoption("--details"):
+        config.option.benchmark_quiet = True  # of pytest-benchmark, which reads it after this
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,6 +86,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     try:
         with file_errors():
+            defaults_of_file()
             config.stash[CASES] = selected_cases(config)
             config.stash[VARIED_CASES] = selected_variations(config)
             config.stash[DEVICE] = selected_device(config)

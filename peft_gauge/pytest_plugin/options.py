@@ -2,23 +2,80 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge import config_file
+from peft_gauge.config_file import Option
 from peft_gauge.history.schema import Selection, Shards
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import pytest
 
 DEVICES = ("cpu", "cuda")
 
+GROUPS: Mapping[str, Sequence[str]] = {
+    "measured cases": ("--model", "--weights", "--method", "--adapter", "--device", "--seed"),
+    "training step": (
+        *("--batch", "--seq", "--dtype", "--loop", "--set", "--mixed-precision", "--float32-outputs", "--attention"),
+    ),
+    "several GPUs (-m multigpu)": ("--gpus", "--strategy", "--rank-port"),
+    "measurement": ("--rounds", "--processes", "--budget", "--time-limit", "--dataset", "--no-plan-cache"),
+    "results": ("--results", "--no-save", "--resume", "--compare", "--shard", "--traces", "--details"),
+}
+"""The headings of the suite's options in ``pytest --help``, with their options in order."""
 
-def add_options(parser: pytest.Parser) -> None:
-    """Add the suite's own options."""
-    group = parser.getgroup("peft-gauge", "peft-gauge: choose the measured cases, and where results are saved")
-    add = group.addoption
+
+def file_options() -> dict[str, Option]:
+    """The suite's options that the user's file can set, by name with dashes."""
+    added: list[tuple[str, dict[str, Any]]] = []
+    _add_options(lambda name, **attributes: added.append((name, attributes)))
+    return {name.removeprefix("--"): _file_option(name, attributes) for name, attributes in added}
+
+
+def _file_option(name: str, attributes: dict[str, Any]) -> Option:
+    kind = attributes.get("type", bool if attributes.get("action") == "store_true" else str)
+    is_path = name in ("--results", "--traces", "--adapter")
+    dest = attributes.get("dest", name.removeprefix("--").replace("-", "_"))
+    return Option(dest, Path if is_path else kind, attributes.get("action") == "append")
+
+
+def add_options(parser: pytest.Parser, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Add the suite's own options. ``defaults``: from the user's file, by dest; those of repeatable options have to be
+    filled in after parsing (`fill_in`), since argparse would add to them."""
+    groups = {
+        name: parser.getgroup(f"peft-gauge {title}", f"peft-gauge: {title}")
+        for title, names in GROUPS.items()
+        for name in names
+    }
+
+    def add(name: str, **attributes: Any) -> None:
+        option = _file_option(name, attributes)
+        if option.name in defaults and not option.many:
+            attributes["default"] = defaults[option.name]
+        groups[name].addoption(name, **attributes)
+
+    _add_options(add)
+
+
+def fill_in(config: pytest.Config, defaults: Mapping[str, Any]) -> None:
+    """Set the repeatable options that the command line does not name to their ``defaults``."""
+    for option in file_options().values():
+        if option.many and option.name in defaults and getattr(config.option, option.name) is None:
+            setattr(config.option, option.name, defaults[option.name])
+
+
+def defaults_of_file() -> dict[str, Any]:
+    """The defaults that the user's file gives, by dest. Raises `GaugeError` for an invalid file."""
+    found = config_file.find()
+    return {} if found is None else found.values(config_file.PYTEST, file_options())
+
+
+def _add_options(add: Callable[..., object]) -> None:
     add(
         "--model",
         help="a record's name, a folder, a GGUF file or a Hub id (default: by device); for a path: --model=PATH",
@@ -27,13 +84,14 @@ def add_options(parser: pytest.Parser) -> None:
         "--method",
         action="append",
         metavar="NAME",
-        help="a method or variant; repeatable (default: seven methods)",
+        help="methods or variants, comma-separated or repeated (default: seven methods)",
     )
     add(
         "--adapter",
         action="append",
         metavar="FILE",
-        help="add the method of an adapter_config.json or its folder; write --adapter=FILE",
+        help="add the methods of adapter_config.json files or their folders, comma-separated or repeated; write "
+        "--adapter=FILE",
     )
     add("--device", help=f"{' or '.join(DEVICES)} (default: cuda if available)")
     add(
@@ -144,6 +202,7 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="compare with a saved run, by default this machine's last one; fail on a regression",
     )
+    add("--details", action="store_true", help="show all tables, each skip and pytest-benchmark's table at the end")
     add(
         "--resume",
         action="store_true",

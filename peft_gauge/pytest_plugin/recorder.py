@@ -18,12 +18,11 @@ from peft_gauge.history.resumption import Resumption, merged
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.selection import newest_base
 from peft_gauge.history.writer import write_run
-from peft_gauge.pytest_plugin.budget import BUDGET, Budget
 from peft_gauge.pytest_plugin.options import run_options, selection
 from peft_gauge.pytest_plugin.selection import CASES, unusable_adapters
 from peft_gauge.pytest_plugin.shards import record_of
 from peft_gauge.pytest_plugin.workers import is_worker
-from peft_gauge.report.comparison import as_terminal
+from peft_gauge.report.comparison import as_terminal, counts
 from peft_gauge.report.terminal import memory_table, plan_table, published_table, ranks_table, summary, sweep_table
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ class Recorder:
         self.claims: list[dict[str, Any]] = []
         self.timings: list[Any] = []  # pytest-benchmark's own records, which its hook turns into JSON
         self.notes: list[str] = []
+        self.comparison: str | None = None  # the whole one, as text
+        self.saved: Path | None = None
         self.deselected: set[str] | None = None  # unknown if workers deselect
 
     def pytest_collection_modifyitems(self) -> None:
@@ -110,7 +111,7 @@ class Recorder:
             self.notes.append(f"NOT SAVED: {error}")
             self._fail()
         else:
-            self.notes.append(f"saved {store.shown(path)}")
+            self.saved = path
             if self.config.getoption("--compare") is not None:
                 self._compare(path)
 
@@ -135,7 +136,8 @@ class Recorder:
         if comparison.incomparable is not None:
             self.notes.append(f"NOT COMPARED with {base.path.name}: {comparison.incomparable}")
         else:
-            self.notes.append(as_terminal(comparison, width=shutil.get_terminal_size().columns))
+            self.comparison = as_terminal(comparison, width=shutil.get_terminal_size().columns)
+            self.notes.append(f"compared with {base.path.name}: {counts(comparison)}")
         if comparison.exit_code() != 0:
             self._fail(pytest.ExitCode.TESTS_FAILED)
 
@@ -179,7 +181,10 @@ class Recorder:
             session.exitstatus = code
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.cases:
+        """All tables, with ``--details``; the comparison of ``--compare``. The digest is the last of a session
+        (`Digest`)."""
+        details = self.config.getoption("--details")
+        if self.cases and details:
             width = width_of(terminalreporter)
             terminalreporter.write(summary.summary(self.cases, self.claims, width))
             terminalreporter.write(memory_table.summary(self.cases, width))
@@ -187,9 +192,11 @@ class Recorder:
             terminalreporter.write(plan_table.summary(self.cases, width))
             terminalreporter.write(published_table.published_table(self.cases, width))
             terminalreporter.write(sweep_table.summary(self.cases, width))
-        budget: Budget | None = self.config.stash.get(BUDGET, None)
-        for note in [*([] if budget is None else [budget.ending()]), *self.notes]:
-            terminalreporter.write_line(note)
+        if self.comparison is not None:
+            terminalreporter.write(self.comparison)
+        if self.cases and not details and not any(arg.startswith("-r") for arg in self.config.invocation_params.args):
+            # The digest has skips by reason.
+            terminalreporter.reportchars = terminalreporter.reportchars.replace("s", "")
 
 
 def _metrics(report: pytest.TestReport) -> dict[str, Any]:

@@ -96,17 +96,21 @@ def _percent(ratio: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table: one row, or several similar ones."""
+    """One line of a table: one row, or several similar ones.
+
+    ``summary``: the text of a terminal's one line in place of the cells.
+    """
 
     rows: tuple[Row, ...]
     cells: Cells
+    summary: str = ""
 
 
 def shown_lines(comparison: RunComparison, *, everything: bool) -> list[Line]:
     """The lines of ``comparison``, worst first; with ``everything``, all rows one by one.
 
-    Otherwise unchanged rows are left out, more than `FEW` undecided times share a line, and so do more than `FEW` cases
-    with the same label for the same reason.
+    Otherwise unchanged rows are left out, inconclusive times share a line, and so do more than `FEW` cases with the
+    same label for the same reason.
     """
     if everything:
         return [Line((row,), cells(row)) for row in comparison.rows]
@@ -130,8 +134,12 @@ def _group(row: Row) -> Hashable:
 
 
 def _together(key: Hashable, rows: Sequence[Row]) -> list[Line]:
+    if key == UNDECIDED and len(rows) > 1:
+        found = _undecided(rows)
+        change = found.change.partition(OVER)[0]
+        return [Line(tuple(rows), found, f"{found.case}, {change}; --all shows each")]
     if len(rows) > FEW:
-        return [Line(tuple(rows), _undecided(rows) if key == UNDECIDED else _alike(rows))]
+        return [Line(tuple(rows), _alike(rows))]
     return [Line((row,), cells(row)) for row in rows]
 
 
@@ -197,19 +205,30 @@ def counts(comparison: RunComparison) -> str:
 
 
 def as_terminal(comparison: RunComparison, width: int, *, everything: bool = False) -> str:
-    """``comparison`` as text within ``width`` columns: for each verdict its subject, values and remarks."""
+    """``comparison`` as text within ``width`` columns: the overall verdict, then for each row's verdict its subject,
+    values and remarks."""
     width = max(width, NARROWEST)
     first, *rest = heading(comparison)
-    lines = [first, *(part for line in rest for part in _wrapped(line, width, hanging=2))]
-    shown = [line.cells for line in shown_lines(comparison, everything=everything)]
-    indent = max((len(told.verdict) for told in shown), default=0) + 2
-    for told in shown:
-        beside = told.verdict.ljust(indent)
-        for text in _told(told):
+    lines = [*_wrapped(overall(comparison), width, hanging=2), first]
+    lines += [part for line in rest for part in _wrapped(line, width, hanging=2)]
+    shown = shown_lines(comparison, everything=everything)
+    indent = max((len(line.cells.verdict) for line in shown), default=0) + 2
+    for line in shown:
+        beside = line.cells.verdict.ljust(indent)
+        for text in [line.summary] if line.summary else _told(line.cells):
             lines += [f"{beside}{part}" for part in _wrapped(text, width - indent, hanging=2)][:1]
             lines += [f"{' ' * indent}{part}" for part in _wrapped(text, width - indent, hanging=2)[1:]]
             beside = " " * indent
-    return "\n".join([*lines, counts(comparison)]) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def overall(comparison: RunComparison) -> str:
+    """One line: whether the runs are comparable and there is a regression, and the counts."""
+    if comparison.incomparable is not None:
+        verdict = "NOT COMPARABLE"
+    else:
+        verdict = "REGRESSION" if comparison.exit_code() else "no regression found"
+    return f"{verdict}: {counts(comparison)}"
 
 
 def _told(told: Cells) -> list[str]:
@@ -251,6 +270,36 @@ def in_markdown(text: str) -> str:
     for mark in ("\\", "|", "*", "_", "[", "]", "`", "~"):
         text = text.replace(mark, f"\\{mark}")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+CSV_COLUMNS = (
+    "base",
+    "new",
+    "test",
+    "metric",
+    "verdict",
+    "label",
+    "before",
+    "after",
+    "ratio",
+    "judged_ratio",
+    "judged_low",
+    "judged_high",
+    "relative_to",
+    "cause",
+    "note",
+)
+
+
+def csv_rows(comparisons: Iterable[RunComparison]) -> list[dict[str, Any]]:
+    """Every metric of every comparison with its raw values, by `CSV_COLUMNS`."""
+    rows = []
+    for comparison in comparisons:
+        for row in comparison.rows:
+            judged = {} if row.judged is None else asdict(row.judged)
+            about = {f"judged_{name}": judged.get(name) for name in ("ratio", "low", "high")}
+            rows.append({**asdict(row), **about, "base": comparison.base, "new": comparison.new})
+    return rows
 
 
 def as_json(comparisons: Iterable[RunComparison], *, strict: bool = False) -> str:

@@ -34,6 +34,13 @@ def shown_seconds(value: float | None) -> str:
     return f"{value / 1e-6:.2f} µs"
 
 
+def time_left(seconds: float) -> str:
+    """An estimate of the remaining time, in steps that it is worth: ``about 40 s left``."""
+    if seconds < 100:
+        return f"about {max(5, 5 * round(seconds / 5))} s left"
+    return f"about {round(seconds / 60)} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+
+
 LOOP_TITLES = {"trainer": "transformers.Trainer", "sft": "trl.SFTTrainer"}
 """Training loops of other libraries, by the names that plans give them."""
 

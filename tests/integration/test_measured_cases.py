@@ -22,10 +22,12 @@ from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
 from peft_gauge.pytest_plugin.workload import Asked, Job, Workload, start_imports
+from peft_gauge.report.terminal.digest import LINES
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
 from peft_gauge.training.step import StepSettings
 from tests.support.children import heed_ctrl_c
+from tests.support.facts import lacking
 from tests.support.paths import ROOT
 from tests.support.planted_cases import LAST, PLANNED_PEAK_BYTES, TENSOR_PEAK_BYTES, plan_of
 from tests.support.suite import Suite, by_benchmark, environment, outcomes
@@ -215,6 +217,17 @@ def test_a_crash_keeps_its_reason_and_the_last_known_figures(interrupted: Ended,
     assert case["metrics"]["planned_device_bytes"] == 3 * PLANNED_PEAK_BYTES
 
 
+def test_an_interrupted_run_ends_with_the_command_that_continues_it(interrupted: Ended) -> None:
+    last = [line for line in interrupted.output.splitlines() if line.strip()][-1]
+    assert last == "interrupted; to continue, repeat the command with --resume"  # the command itself is too long
+
+
+def test_the_digest_has_failures_and_skips_with_their_reasons(interrupted: Ended) -> None:
+    digest = " ".join(" ".join(interrupted.output.splitlines()[-LINES:]).split())
+    assert lacking(digest, "crashed: test_memory.py::test_peak[full-toy-llama-cpu]: crashed: killed by SIGKILL") == []
+    assert lacking(digest, "1 skipped: does not fit: planned 1000000.00 GB", "saved ") == []
+
+
 def test_the_interrupted_case_keeps_what_was_known(interrupted: Ended) -> None:
     case = by_benchmark(interrupted.saved)["test_peak bottleneck"]
     assert case["reason"].startswith("interrupted after ")
@@ -254,7 +267,8 @@ def test_the_resumed_run_holds_every_case_once(resumed: Ended) -> None:
     }
     assert resumed.saved["peft_gauge"]["interrupted"] is False
     assert resumed.saved["peft_gauge"]["resumed_from"].startswith("0001_")
-    shown = [line.split()[1] for line in resumed.output.splitlines() if line.startswith("│ ")]
+    digest = resumed.output.splitlines()[-LINES:]
+    shown = [line.split()[0] for line in digest if line.startswith("  ") and line.endswith(" %")]
     assert sorted(shown) == ["full", "ia3", "lora", "prefix"]
 
 

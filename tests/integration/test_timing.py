@@ -89,7 +89,7 @@ def planted_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
     (folder / "benchmarks" / "test_planted.py").write_text(PLANTED)
     (folder / "conftest.py").write_text((ROOT / "conftest.py").read_text())
     (folder / "pytest.ini").write_text((ROOT / "pytest.ini").read_text())
-    (done,) = sessions(["benchmarks", "-q", "--results", "out"], folder=folder)
+    (done,) = sessions(["benchmarks", "-q", "--details", "--results", "out"], folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = (folder / "out").glob("*/0001_*.json")
     return done.stdout, json.loads(saved.read_text())

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,7 +19,8 @@ import pytest
 from peft_gauge import isolation
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import fork_server, note
-from peft_gauge.plan.record import DeviceEstimate, Plan, PlanOutcome, PlanRequest
+from peft_gauge.memory import gpus
+from peft_gauge.plan.record import DeviceEstimate, GpuFit, Plan, PlanOutcome, PlanRequest
 from peft_gauge.training import models
 
 if TYPE_CHECKING:
@@ -68,6 +69,22 @@ def plan_of(request: PlanRequest, peak_bytes: int = PLANNED_PEAK_BYTES) -> Plan:
         saved_activation_bytes_per_token=512.0,
         flops_per_step=1000,
     )
+
+
+def plan_in_process(requests: Sequence[PlanRequest], waiting: object = None) -> list[PlanOutcome]:
+    """In place of `peft_gauge.plan.worker.plan_in_parallel`: plans at once, with each setting that a table shows."""
+    found: list[PlanOutcome] = []
+    for request in requests:
+        plan = plan_of(request)
+        fits = [gpus.lookup(name) for name in request.gpus]
+        settings = {**asdict(request.settings), "dtype": request.dtype, "loop": request.loop, "attention": "sdpa"}
+        room = [
+            GpuFit(gpu.name, gpu.usable_bytes, plan.device_bytes_estimate, left >= 0, left, 0)
+            for gpu in fits
+            for left in [gpu.usable_bytes - plan.device_bytes_estimate]
+        ]
+        found.append(replace(plan, settings=settings, gpus=tuple(room)))
+    return found
 
 
 def metrics_of(setup: CaseSetup) -> dict[str, Any]:
@@ -181,7 +198,7 @@ class PlantedPlanning:
         begun(list(requests))
         self._outcomes = [outcome_of(request) for request in requests]
 
-    def outcome(self, index: int) -> PlanOutcome:
+    def outcome(self, index: int, waiting: object = None) -> PlanOutcome:
         return self._outcomes[index]
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from docs import make_reference
 from peft_gauge import cli
-from peft_gauge.pytest_plugin.options import add_options
+from peft_gauge.pytest_plugin.options import GROUPS, add_options
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -67,7 +67,8 @@ def pytest_options() -> set[str]:
 
     parser = Parser(_ispytest=True)
     add_options(parser)
-    ours = {name for option in parser.getgroup("peft-gauge").options for name in option.names()}
+    groups = [parser.getgroup(f"peft-gauge {title}") for title in GROUPS]
+    ours = {name for group in groups for option in group.options for name in option.names()}
     return ours | {"--hypothesis-profile", "--benchmark-only", "--durations", "--pyargs", "--resume"}
 
 

@@ -60,12 +60,12 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        first_measured, first_planned = next(iter(compared.values()))
+        first_measured, _ = next(iter(compared.values()))
         table.add_row(
             label(row),
             shown_bytes(row.get("naive_after_loading_bytes")),
             *(shown_bytes(row.get(measured)) for measured, _ in compared.values()),
-            _share(row.get(first_measured), planned_bytes(row, first_planned)),
+            share_of_plan(row),
             shown_bytes((row.get("ceiling") or {}).get(first_measured)),
             shown_bytes(row.get("resident_bytes")),
             shown_bytes(row.get("saved_activation_bytes_per_token")),
@@ -75,7 +75,10 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def _share(measured: float | None, planned: float | None) -> str:
+def share_of_plan(row: Mapping[str, Any]) -> str:
+    """A case's measured peak in percent of the planned one; a dash if either is missing."""
+    first_measured, first_planned = next(iter((ON_CUDA if row["device"] == "cuda" else ON_CPU).values()))
+    measured, planned = row.get(first_measured), planned_bytes(row, first_planned)
     return ABSENT if measured is None or not planned else f"{100 * measured / planned:.1f} %"
 
 

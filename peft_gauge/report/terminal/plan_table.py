@@ -73,7 +73,7 @@ def summary(cases: Iterable[CaseRecord], width: int) -> str:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for case in cases:
         if "plan" in case.metrics:
-            groups.setdefault(_title([case.metrics["plan"]]), []).append(case.metrics["plan"])
+            groups.setdefault(title([case.metrics["plan"]]), []).append(case.metrics["plan"])
     return as_text(map(_table, groups.values()), width)
 
 
@@ -134,7 +134,7 @@ def _joined(parent: str, names: Sequence[str]) -> str:
 
 
 def _table(plans: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> Table:
-    table = Table(title=_title(plans), title_justify="left", caption_justify="left")
+    table = Table(title=title(plans), title_justify="left", caption_justify="left")
     table.caption = "peak, resident: by memory_allocated; device: estimate with CUDA context and workspaces"
     if any(plan["settings"].get("sharding") for plan in plans):
         table.caption += "; each for one of the GPUs"
@@ -145,22 +145,30 @@ def _table(plans: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> 
     if left_out:
         names = ", ".join(name.replace("\n", " ") for name in left_out)
         table.caption += f"; left out for this width: {names} (--wide shows them)"
+    headings, lines = columns(plans)
+    kept = [place for place, heading in enumerate(headings) if heading not in left_out]
+    for place in kept:
+        table.add_column(headings[place], justify="right" if place > 1 else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*(line[place] for place in kept))
+    return table
+
+
+def columns(plans: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The headings of the table of ``plans``, and a line of formatted cells for each."""
     searched = "find" in plans[0]
     sizes = ["trainable", "peak", "resident", "activations\nper token", "device"]
     largest = "fewest" if searched and plans[0]["find"]["quantity"] == "gpus" else "largest"
     cards = [f"on {fit['gpu']}\n({shown_bytes(fit['usable_bytes'])})" for fit in plans[0]["gpus"]]
     headings = ["method", "peak in", *([largest] if searched else []), *sizes, *cards]
-    kept = [place for place, heading in enumerate(headings) if heading not in left_out]
-    for place in kept:
-        table.add_column(headings[place], justify="right" if place > 1 else "left", no_wrap=True)
+    lines = []
     for plan in plans:
         found = [_found(plan["find"])] if searched else []
-        cells = [plan["method"], plan["phase_of_peak"], *found, *_cells(plan)]
-        table.add_row(*(cells[place] for place in kept))
-    return table
+        lines.append([plan["method"], plan["phase_of_peak"], *found, *_cells(plan)])
+    return headings, lines
 
 
-def _title(plans: Sequence[Mapping[str, Any]]) -> str:
+def title(plans: Sequence[Mapping[str, Any]]) -> str:
     settings = plans[0]["settings"]
     parts = step_parts(settings, tokens="find" not in plans[0])
     if settings.get("attention") not in (None, "none"):

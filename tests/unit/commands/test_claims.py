@@ -363,4 +363,4 @@ def test_a_run_that_cannot_be_read_is_named_and_passed_over(results: Path, run_c
 def test_one_thing_at_a_time(options: list[str], results: Path, run_command: Command) -> None:
     code, printed, complaint = run_command("claims", str(results), *options)
     assert (code, printed) == (2, "")
-    assert complaint == "peft-gauge: --markdown, --check and --write exclude each other; give one\n"
+    assert complaint == "peft-gauge: --json, --csv, --markdown, --check and --write exclude each other; give one\n"

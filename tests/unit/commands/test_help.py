@@ -10,6 +10,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from peft_gauge.cli import app
+from peft_gauge.commands.groups import GROUPS
+from peft_gauge.pytest_plugin.options import GROUPS as SUITE_GROUPS
+from peft_gauge.pytest_plugin.options import file_options
 
 COLUMNS = 80
 
@@ -33,6 +36,43 @@ def test_the_list_of_commands_is_not_cut_off() -> None:
 
     assert "..." not in listed
     assert all(name in listed for name in commands())
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_option_is_in_one_group(name: str) -> None:
+    grouped = [option for options in GROUPS[name].values() for option in options]
+    own = [each.name for each in commands()[name].params if each.param_type_name == "option"]
+    assert sorted(grouped) == sorted(own)
+    headings = [line for line in shown(name).splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert [heading for heading in GROUPS[name] if f"{heading}:" not in headings] == []
+
+
+CHOICES = {
+    "--dtype": ("float32", "float16", "bfloat16"),
+    "--device": ("cpu", "cuda"),
+    "--loop": ("plain", "trainer", "sft"),
+    "--mixed-precision": ("no", "bf16", "fp16"),
+    "--quantize": ("nf4", "fp4", "int8"),
+    "--attention": ("sdpa", "eager", "flash_attention_2"),
+    "--strategy": ("fsdp2", "ddp", "zero1", "zero2", "zero3"),
+    "--loss": ("full", "chunked", "cce"),
+    "--find": ("batch", "seq", "rank", "gpus"),
+    "--format": ("html", "png", "svg"),
+}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_choices_are_listed(name: str) -> None:
+    for parameter in commands()[name].params:
+        for option in parameter.opts:
+            integer = option == "--device" and name == "trace"  # the index of a CUDA device
+            choices = () if integer else CHOICES.get(option, ())
+            assert [choice for choice in choices if choice not in parameter.help] == [], f"{name} {option}"
+
+
+def test_every_option_of_the_suite_is_in_one_group() -> None:
+    grouped = [option for options in SUITE_GROUPS.values() for option in options]
+    assert sorted(grouped) == sorted(f"--{name}" for name in file_options())
 
 
 @pytest.mark.parametrize("name", commands())

@@ -46,7 +46,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[PlanRequest]:
 
     monkeypatch.setattr(worker, "plan_all", plan_all)
     # Several workers are several processes; two plans in one process would share its fake mode.
-    monkeypatch.setattr(worker, "plan_in_parallel", lambda requests: list(plan_all(requests)))
+    monkeypatch.setattr(worker, "plan_in_parallel", lambda requests, waiting=None: list(plan_all(requests)))
     return asked
 
 

@@ -147,8 +147,8 @@ def test_an_unknown_kind_of_attention_is_bad_input(run_command: Callable[..., tu
 
 def test_the_title_names_attention_and_a_stored_base(tmp_path: Path) -> None:
     plain = plan_of().as_json()
-    assert plan_table._title([plain]) == "toy-llama planned, 2×64 tokens, bfloat16, adamw, sdpa attention"
+    assert plan_table.title([plain]) == "toy-llama planned, 2×64 tokens, bfloat16, adamw, sdpa attention"
     config = {**TOY.config, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
     (tmp_path / "toy.json").write_text(json.dumps(config))
     stored = plan_of(models.resolve(str(tmp_path / "toy.json"))).as_json()
-    assert plan_table._title([stored]).endswith("sdpa attention\nbase: GPTQ 4 bit, from its config")
+    assert plan_table.title([stored]).endswith("sdpa attention\nbase: GPTQ 4 bit, from its config")

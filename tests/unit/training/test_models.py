@@ -223,6 +223,43 @@ def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     assert "\n" not in str(caught.value)
 
 
+class NoNetwork(Exception):
+    pass
+
+
+@pytest.fixture
+def requests_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that reach the hub's library, which has no network."""
+    made: list[str] = []
+
+    def fail(url: str, **options: object) -> None:
+        made.append(url)
+        raise NoNetwork("name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given: made.append("download"))
+    return made
+
+
+def test_without_network_there_is_one_request_and_no_download(requests_to_the_hub: list[str]) -> None:
+    with pytest.raises(
+        GaugeError, match=r"cannot reach some/model on the hub \(NoNetwork: name or service not known\)"
+    ):
+        models.resolve("some/model")
+    (url,) = requests_to_the_hub
+    assert url.endswith("/some/model/resolve/main/config.json")
+
+
+def test_without_network_a_config_in_the_cache_is_used(
+    requests_to_the_hub: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(models.resolve("toy-llama", weights="random").config_json)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: str(config))
+    assert models.resolve("some/model").config == models.resolve("toy-llama", weights="random").config
+    assert len(requests_to_the_hub) == 1
+
+
 def test_unknown_dtypes_name_the_known() -> None:
     with pytest.raises(GaugeError, match="unknown dtype 'float23'; did you mean float32"):
         models.torch_dtype("float23")

@@ -1,0 +1,62 @@
+"""Rows on standard output as JSON, comma-separated values or Markdown, for every command with a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from peft_gauge.errors import GaugeError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")]
+AsCsv = Annotated[
+    bool,
+    typer.Option(
+        "--csv",
+        help="Print comma-separated values: bytes and seconds as numbers, unavailable ones empty.",
+        rich_help_panel="Output",
+    ),
+]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel="Output")]
+
+Form = Literal["json", "csv", "markdown"]
+
+
+def form_of(as_json: bool, as_csv: bool, as_markdown: bool) -> Form | None:
+    """The requested form; ``None`` for the terminal's. Raises `GaugeError` for more than one."""
+    given: dict[Form, bool] = {"json": as_json, "csv": as_csv, "markdown": as_markdown}
+    if sum(given.values()) > 1:
+        raise GaugeError("--json, --csv and --markdown exclude each other; give one of them")
+    return next((form for form, is_given in given.items() if is_given), None)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raw values: ``None`` is an empty cell, a truth value ``true`` or ``false``, an object JSON."""
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _raw(row.get(name)) for name in names})
+
+
+def _raw(value: Any) -> Any:
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def print_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """``lines`` of formatted cells; characters that Markdown interprets are escaped."""
+    from peft_gauge.report.comparison import in_markdown
+
+    for line in (headings, *lines):
+        print("| " + " | ".join(in_markdown(cell).replace("\n", " ") for cell in line) + " |")
+        if line is headings:
+            print("| " + " | ".join(["---"] * len(headings)) + " |")
