@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,23 @@ from peft_gauge.traces import differences
 from peft_gauge.traces.comparison import TraceComparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
-PLAIN = ("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
-AUTOCAST = ("lora-autocast", "full-float32-autocast", "qlora-unprepared-autocast")
-TRAINERS = ("lora-trainer", "lora-trainer-checkpointing", "full-sft", "qlora-sft")
+REPEATED = {
+    "qlora",  # as with checkpointing
+    "lora-autocast",  # as full fine-tuning
+    "qlora-unprepared-autocast",
+    "lora-trainer-checkpointing",  # TRL checkpoints by default
+    "qlora-sft",  # as full fine-tuning; QLoRA under Trainer is in `test_plan_measured.py`
+}
+"""Traces that show what others show, too: these are slow, and run every week."""
+
+
+def traces(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in REPEATED else ()) for name in names]
+
+
+PLAIN = traces("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
+AUTOCAST = traces("lora-autocast", "full-float32-autocast", "qlora-unprepared-autocast")
+TRAINERS = traces("lora-trainer", "lora-trainer-checkpointing", "full-sft", "qlora-sft")
 LAYERS = 22
 
 
