@@ -6,15 +6,17 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_gauge.counting import count
-from peft_gauge.isolation import ProcessOutcome
 from peft_gauge.plan import adaptation, fakes
 from peft_gauge.plan.planner import stepping
 from peft_gauge.plan.sharded_step import follow_sharded
 from tests.support.forked import forked
 from tests.support.sharded_child import described, request
+
+if TYPE_CHECKING:
+    from peft_gauge.isolation import ProcessOutcome
 
 
 def run_ranks(cases: Sequence[tuple[str, str, dict[str, Any]]], ranks: int, folder: Path) -> None:

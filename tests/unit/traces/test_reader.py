@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,10 +18,12 @@ from peft_gauge.memory.categories import BACKWARD, FORWARD, OPTIMIZER, OUTSIDE
 from peft_gauge.traces.log import BEFORE, StepLog
 from peft_gauge.traces.phases import MARK_BYTES
 from peft_gauge.traces.reader import read, step_log
-from peft_gauge.traces.recording import Recording
 from peft_gauge.traces.sites import shortened, site_here, site_of
 from tests.support import paths
 from tests.support.snapshots import ADAM, EMBEDDING, GRADS, LINEAR, Device, one_step, snapshot
+
+if TYPE_CHECKING:
+    from peft_gauge.traces.recording import Recording
 
 TRACES = paths.DATA / "h200_traces"
 MIB = 1 << 20
