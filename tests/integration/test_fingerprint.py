@@ -1,4 +1,4 @@
-"""Fingerprints of all methods in two processes: the same records, to the last digit of the losses."""
+"""Fingerprints of methods in two processes: the same records, to the last digit of the losses."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def records_in_another_process() -> dict[str, Any]:
+def records_in_another_process(names: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return {method.name: fingerprint(build(method)) for method in reversed(methods.DEFAULT_METHODS)}
+    return {name: fingerprint(build(methods.get(name))) for name in reversed(names)}
 
 
-def test_all_methods_have_the_same_record_in_another_process() -> None:
-    here = {method.name: fingerprint(build(method)) for method in methods.DEFAULT_METHODS}
-    outcome = isolation.run(f"{__name__}:{records_in_another_process.__name__}", limit_seconds=300, preload=PRELOAD)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["lora", "qlora"], id="lora-qlora"),
+        pytest.param([method.name for method in methods.DEFAULT_METHODS], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_methods_have_the_same_record_in_another_process(names: list[str]) -> None:
+    here = {name: fingerprint(build(methods.get(name))) for name in names}
+    records = f"{__name__}:{records_in_another_process.__name__}"
+    outcome = isolation.run(records, names, limit_seconds=300, preload=PRELOAD)
     assert outcome.ended == "done", outcome.reason
     there = outcome.value
     assert there.keys() == here.keys()

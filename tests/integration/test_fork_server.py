@@ -161,6 +161,7 @@ def test_a_case_has_the_same_figures_in_either() -> None:
     assert abs(rss - rss_of_new) < 16 * children.MIB
 
 
+@pytest.mark.slow
 @pytest.mark.timing
 def test_it_costs_less_than_half_of_a_new_interpreter_with_the_same_imports() -> None:
     forked = [fork("import_what_is_measured_with", preload=PRELOAD) for _ in range(3)]

@@ -41,7 +41,11 @@ REPEATED = {
     "qlora-tinyllama-4x768-dtype=float32-loop=sft",  # `test_traces_h200.py`, to the byte
     "qlora-tinyllama-4x768-ckpt=False-dtype=float32-loop=sft",  # SFTTrainer without it: LoRA's packed rows
     "qlora-tinyllama-4x768-ckpt=True",  # `test_traces_h200.py`
-    "lora-smollm2-135m-2x256",  # as on toy-llama and TinyLlama
+    "lora-tinyllama-4x768-accum=2-ckpt=True-loop=trainer-mixed=bf16",  # parts of it: `test_trainer_step.py`
+    "ia3-tinyllama-4x768-loop=trainer-mixed=bf16",  # as LoRA's in `test_traces_h200.py`
+    "prompt-tinyllama-4x768-loop=trainer-mixed=bf16",  # as a prefix's
+    "full-smollm2-135m-2x256",  # as on toy-llama and TinyLlama
+    "lora-smollm2-135m-2x256",
     "qlora-smollm2-135m-2x256",
     "lora-tinyllama-4x768-activation_offloading=True-dtype=float32-loop=sft",  # as without checkpointing
 }

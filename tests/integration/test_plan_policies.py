@@ -138,6 +138,12 @@ TABLE = {
     "waveft": on("WAVEFT", "waveft", "positions", n_frequency=50),
     "xlora": row("XLORA", hidden_size=64, xlora_size=16, adapters={"0": "saved", "1": "saved"}),
 }
+REPEATED = {
+    *("lora-rslora", "lora-gaussian", "lora-orthogonal", "lora-replicated", "lora-bias", "lora-embedding"),
+    *("deft-qr", "oft-coft", "oft-exact", "osf-rank", "prefix-projection"),
+    *("prompt-vocabulary", "randlora-sparse", "supertuning-lora"),
+}
+"""Rows whose type, and whose policies, another row has, too: these are slow, and run every week."""
 WITHOUT_REALITY = {
     "ADAMSS": "needs scikit-learn's k-means; tested on shapes alone below",
 }
@@ -248,7 +254,17 @@ def test_every_type_has_a_row() -> None:
     assert {kind.value for kind in PeftType} <= {row.config["peft_type"] for row in TABLE.values()} | {*WITHOUT_REALITY}
 
 
-@pytest.mark.parametrize("name", TABLE)
+def test_a_repeated_row_needs_no_policy_of_its_own() -> None:
+    quick = [row for name, row in TABLE.items() if name not in REPEATED]
+    for repeated in map(TABLE.__getitem__, REPEATED):
+        of_type = [row for row in quick if row.config["peft_type"] == repeated.config["peft_type"]]
+        assert of_type
+        assert {*repeated.policies} <= {policy for row in of_type for policy in row.policies}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in REPEATED else ()) for name in TABLE]
+)
 def test_a_plan_is_the_step_it_stands_for(name: Any, as_on_cuda: Any, resolved: Any) -> None:
     case = TABLE[name]
     config = resolved(case.config)

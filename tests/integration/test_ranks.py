@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +21,10 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
 from peft_gauge.training.sharding import Sharding
 from peft_gauge.training.step import StepSettings
-from tests.support import planted_ranks
 from tests.support.facts import lacking
-from tests.support.paths import ROOT
+from tests.support.forked import forked
 from tests.support.sharded_child import BATCH, GRADIENTS, SEQ, gradients_of, request
+from tests.support.sharded_ranks import run_ranks
 
 TOY = models.resolve("toy-llama")
 BLOCK_BYTES = 4 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) * 2
@@ -42,18 +38,29 @@ def shared(case: Case = CASE, ranks: int = 2, port: int = 0) -> SharedCase:
     return SharedCase(case, TOY, stream, Sharding(ranks), rounds=2, limit_seconds=60.0, port=port)
 
 
-def run(function: str, limit_seconds: float = 120.0, port: int = 0, **environment: str) -> isolation.ProcessOutcome:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return isolation.run(
-        function,
-        shared(port=port),
-        limit_seconds=limit_seconds,
-        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
-    )
+def run_planted(
+    way: str, folder: Path, *, limit_seconds: float = 60.0, port: int = 0, start: str = "fork", **environment: str
+) -> isolation.ProcessOutcome:
+    """How ranks end that fail in a ``way`` (`tests.support.planted_ranks`), and leave their process ids in ``folder``;
+    none of them may outlive their case."""
+    arguments = (shared(port=port), way, str(folder), start, environment)
+    outcome = forked("tests.support.planted_ranks:launch", *arguments, limit_seconds=limit_seconds)
+    left = [process for process in map(process_of, folder.iterdir()) if process is not None]
+    _, alive = psutil.wait_procs(left, timeout=10)  # killed, perhaps not yet gone
+    assert alive == [], "a rank, and with it its port, outlived the case"
+    return outcome
+
+
+def process_of(file: Path) -> psutil.Process | None:
+    try:
+        process = psutil.Process(int(file.name))
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
 
 
 def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
-    outcome = run("peft_gauge.measure.ranks:launch")
+    outcome = forked("tests.support.planted_ranks:launch_on_one_thread", shared())
     assert outcome.ended == "done", outcome.reason
     first, second = outcome.value
     assert (first["rank"], second["rank"]) == (0, 1)
@@ -63,7 +70,7 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
     # gloo's thread can release the last buffer of a collective late, so that it counts in the peak.
     assert abs(first["peak_bytes"] - second["peak_bytes"]) <= BLOCK_BYTES
     assert abs(first["resident_bytes"] - second["resident_bytes"]) <= BLOCK_BYTES
-    alone = run("peft_gauge.measure.ranks:lone")
+    alone = forked("peft_gauge.measure.ranks:lone", shared())
     assert alone.ended == "done", alone.reason
     assert alone.value["communication"] == first["communication"]
     assert 0 <= first["peak_bytes"] - alone.value["peak_bytes"] <= BLOCK_BYTES
@@ -84,58 +91,46 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
     assert found["imbalance"] == pytest.approx(2 * max(peaks) / sum(peaks) - 1)
 
 
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("way", "ended", "words"),
     [
         ("is killed", "crashed", "rank 1 of 2: killed by SIGKILL"),
         ("has no memory", "out-of-memory", "rank 1 of 2"),
-        ("hangs", "timed-out", "20 s"),
+        ("hangs", "timed-out", "{limit:.0f} s"),
         ("has another PEFT", "refused", f"peft: {installed_version('peft')} on rank 0, 0.0.1 on rank 1"),
     ],
 )
-def test_a_rank_that_fails_ends_all_within_the_limit(way: str, ended: str, words: str) -> None:
-    before = {process.pid for process in psutil.process_iter()}
+def test_a_rank_that_fails_ends_all_within_the_limit(
+    way: str, ended: str, words: str, start: str, tmp_path: Path
+) -> None:
+    limit = 60.0 if way != "hangs" else 10.0 if start == "fork" else 20.0
     begin = time.monotonic()
-    limit = 20.0 if way == "hangs" else 60.0
-    outcome = run("tests.support.planted_ranks:launch", limit, 0, **{planted_ranks.FAILS: way})
+    outcome = run_planted(way, tmp_path, limit_seconds=limit, start=start)
     assert time.monotonic() - begin < limit + 20
     assert outcome.ended == ended, outcome.reason
-    assert words in str(outcome.reason)
-    assert_all_ended(before)
+    assert words.format(limit=limit) in str(outcome.reason)
+    if way != "hangs":
+        assert [*tmp_path.iterdir()], "no rank was started"
 
 
-def assert_all_ended(before: set[int]) -> None:
-    """No planted rank that was not there ``before`` is alive, and none holds a port."""
-    left = [
-        process
-        for process in psutil.process_iter(["pid", "environ", "status"])
-        if process.pid not in before
-        and planted_ranks.FAILS in (process.info["environ"] or {})
-        and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]
-    _, alive = psutil.wait_procs(left, timeout=10)  # killed, perhaps not yet gone
-    assert alive == [], "a rank, and with it its port, outlived the case"
-
-
-def test_a_port_in_use_is_one_line_before_any_rank_starts() -> None:
-    before = {process.pid for process in psutil.process_iter()}
+def test_a_port_in_use_is_one_line_before_any_rank_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        outcome = run("tests.support.planted_ranks:launch", 60.0, port, **{planted_ranks.FAILS: "hangs"})
+        outcome = run_planted("hangs", tmp_path, port=port)
     assert (outcome.ended, outcome.value) == ("refused", None)
     assert f"port {port}: Address already in use" in str(outcome.reason)
     assert "--rank-port" in str(outcome.reason)
     assert "\n" not in str(outcome.reason)
-    assert_all_ended(before)
+    assert [*tmp_path.iterdir()] == []
 
 
-def test_ranks_meet_at_the_requested_port_whatever_the_environment_names() -> None:
+def test_ranks_meet_at_the_requested_port_whatever_the_environment_names(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with socket.create_server(("127.0.0.1", 0)) as taken:  # as of another program that torchrun started
         left_over = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "5"}
-        environment = {planted_ranks.FAILS: "shows its port", **left_over}
-        outcome = run("tests.support.planted_ranks:launch", 60.0, port, **environment)
+        outcome = run_planted("shows its port", tmp_path, port=port, **left_over)
     assert outcome.value == [{"rank": 0, "port": port}, {"rank": 1, "port": port}], outcome.reason
 
 
@@ -201,16 +196,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, to
     from safetensors.torch import load_file
 
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.sharded_child"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(folder), json.dumps([])], env=environment) for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks([], 2, folder)
     return {name: load_file(Path(folder / f"{name}.safetensors")) for name in map("-".join, GRADIENTS)}
 
 

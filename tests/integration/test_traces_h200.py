@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 
@@ -16,14 +18,34 @@ from peft_gauge.traces import differences
 from peft_gauge.traces.comparison import TraceComparison, compare
 from peft_gauge.traces.log import BEFORE, Allocation, Event, StepLog
 
-PLAIN = ("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
-AUTOCAST = ("lora-autocast", "full-float32-autocast", "qlora-unprepared-autocast")
-TRAINERS = ("lora-trainer", "lora-trainer-checkpointing", "full-sft", "qlora-sft")
+REPEATED = {
+    "qlora",  # as with checkpointing
+    "lora-autocast",  # as full fine-tuning
+    "qlora-unprepared-autocast",
+    "lora-trainer-checkpointing",  # TRL checkpoints by default
+    "qlora-sft",  # as full fine-tuning; QLoRA under Trainer is in `test_plan_measured.py`
+}
+"""Traces that show what others show, too: these are slow, and run every week."""
+
+
+def traces(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in REPEATED else ()) for name in names]
+
+
+PLAIN = traces("lora", "full", "bottleneck", "qlora", "qlora-checkpointing")
+AUTOCAST = traces("lora-autocast", "full-float32-autocast", "qlora-unprepared-autocast")
+TRAINERS = traces("lora-trainer", "lora-trainer-checkpointing", "full-sft", "qlora-sft")
 LAYERS = 22
 
 
-def compared(name: str, planned: StepLog | None = None) -> TraceComparison:
-    found = compare(planned or planned_step(name), measured_step(name))
+@cache
+def clean(name: str) -> TraceComparison:
+    """The comparison of a trace with its plan as it is."""
+    return compared(name, planned_step(name))
+
+
+def compared(name: str, planned: StepLog) -> TraceComparison:
+    found = compare(planned, measured_step(name))
     assert sum(row.bytes for row in found.rows) == found.difference_bytes
     assert sum(measured - planned for planned, measured in found.by_category.values()) == found.difference_bytes
     return found
@@ -41,7 +63,7 @@ def measured_peak(**settings: object) -> int:
 
 @pytest.mark.parametrize("name", [*PLAIN, *AUTOCAST])
 def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
-    found = compared(name)
+    found = clean(name)
     assert abs(found.unplanned_bytes) <= 0.0003 * found.planned.peak_bytes
     (unsplit,) = [row.bytes for row in found.rows if row.category == differences.UNSPLIT]
     assert 0 < unsplit < 9 * 2**20
@@ -58,7 +80,7 @@ def test_a_plain_step_is_planned_but_for_what_no_plan_has(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainers_step_is_planned_to_the_byte_but_for_workspaces_and_unsplit_blocks(name: str) -> None:
-    found = compared(name)
+    found = clean(name)
     assert found.unplanned_bytes == 0
     workspaces, unsplit = (
         [row.bytes for row in found.rows if row.category == category]
@@ -73,7 +95,7 @@ def test_a_trainers_step_is_planned_to_the_byte_but_for_workspaces_and_unsplit_b
 
 
 def test_what_is_offloaded_is_planned_but_for_an_address_or_two() -> None:
-    found = compared("lora-sft-offloading")
+    found = clean("lora-sft-offloading")
     assert abs(found.unplanned_bytes) < 0.002 * found.planned.peak_bytes
     assert found.measured.phase == found.planned.phase
     # The bfloat16 copies of the up-projections, which TRL keeps on the GPU by mistake: their address is that of a
@@ -91,7 +113,7 @@ def is_copy_of_up_projection(each: Allocation) -> bool:
 @pytest.mark.parametrize("name", ["lora-sft-liger", "lora-trainer-liger"])
 def test_ligers_operators_are_planned_to_the_byte(name: str) -> None:
     pytest.importorskip("liger_kernel", reason="run: nox -s liger")
-    found = compared(name)
+    found = clean(name)
     assert abs(found.unplanned_bytes) <= 0.0001 * found.planned.peak_bytes
     assert found.measured.phase == found.planned.phase == FORWARD
 
@@ -99,7 +121,7 @@ def test_ligers_operators_are_planned_to_the_byte(name: str) -> None:
 def test_the_peak_is_the_one_that_torchs_own_counter_showed() -> None:
     expected = measured_peak(method="lora", dtype="bfloat16", loop="plain")
     # The log's sums of what was there before count blocks, not requests.
-    assert compared("lora").measured.peak_bytes == pytest.approx(expected, abs=3 * 2**20)
+    assert clean("lora").measured.peak_bytes == pytest.approx(expected, abs=3 * 2**20)
 
 
 def test_a_plan_with_places_is_the_plan() -> None:
@@ -161,22 +183,22 @@ KEPT = {  # what forward keeps of layer 7, by trace
 @pytest.mark.parametrize("name", KEPT)
 def test_a_kept_activation_that_is_dropped_from_the_plan_is_named(name: str) -> None:
     module, operator = KEPT[name]
-    log, clean = planned_step(name), compared(name)
+    log, before = planned_step(name), clean(name)
     dropped = one(
         log,
         lambda each: each.phase == FORWARD and each.operator == operator and each.module.endswith(module),
     )
     nbytes = log.allocations[dropped].nbytes
     found = compared(name, without(log, dropped))
-    assert found.difference_bytes == clean.difference_bytes + nbytes
-    (row,) = beyond(found.rows, clean.rows)
+    assert found.difference_bytes == before.difference_bytes + nbytes
+    (row,) = beyond(found.rows, before.rows)
     assert (row.kind, row.bytes, row.count) == (differences.ONLY_MEASURED, nbytes, 1)
     assert (row.category, row.operator) == (ACTIVATIONS, operator)
     assert row.where.endswith(module)
 
 
 def test_a_doubled_gradient_is_named() -> None:
-    log, clean = planned_step("full"), compared("full")
+    log, before = planned_step("full"), clean("full")
     doubled = one(
         log,
         lambda each: (
@@ -185,22 +207,22 @@ def test_a_doubled_gradient_is_named() -> None:
     )
     nbytes = log.allocations[doubled].nbytes
     found = compared("full", resized(log, doubled, 2 * nbytes))
-    (row,) = beyond(found.steps, clean.steps)
+    (row,) = beyond(found.steps, before.steps)
     assert (row.kind, row.category, row.bytes) == (differences.SIZE, GRADIENTS, -nbytes)
     assert row.where.endswith("layers.3.mlp.down_proj")
 
 
 def test_an_operator_in_another_dtype_is_named() -> None:
     """All layers' attention outputs planned in float32, as if one cast had been forgotten."""
-    log, clean = planned_step("lora"), compared("lora")
+    log, before = planned_step("lora"), clean("lora")
     widened, nbytes = log, 0
     for index, each in enumerate(log.allocations):
         if each.born != BEFORE and each.phase == FORWARD and each.operator == "aten::silu":
             widened, nbytes = resized(widened, index, 2 * each.nbytes), nbytes + each.nbytes
     found = compared("lora", widened)
-    (row,) = beyond(found.rows, clean.rows)
+    (row,) = beyond(found.rows, before.rows)
     assert (row.kind, row.operator, row.count) == (differences.SIZE, "aten::silu", LAYERS)
-    assert row.bytes == -nbytes == found.difference_bytes - clean.difference_bytes
+    assert row.bytes == -nbytes == found.difference_bytes - before.difference_bytes
     assert row.module.endswith("model.layers.*.mlp.act_fn")
     first = found.first_large
     assert first is not None

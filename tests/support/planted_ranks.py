@@ -1,25 +1,47 @@
-"""Ranks that end in the way their environment names, under the suite's own launcher."""
+"""Ranks that end in the way that `launch` is given, under the suite's own launcher."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from peft_gauge.measure import ranks
 
 FAILS = "PLANTED_RANK_FAILS"
+STARTED = "PLANTED_RANKS_STARTED"
 RANK = ranks.rank
 
 
-def launch(shared: ranks.SharedCase) -> list[dict[str, Any]]:
+def launch(
+    shared: ranks.SharedCase, way: str, started: str, start: str, environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The records of ranks that end in a ``way``.
+
+    Each first leaves a file with its process id as the name in the folder ``started``. ``start``: "spawn", as all ranks
+    are started, or "fork", which spares their imports. ``environment``: that of the launcher and its ranks, besides.
+    """
+    from torch.distributed.launcher import api
+
+    os.environ.update({**environment, FAILS: way, STARTED: started})
+    config = api.LaunchConfig
+    api.LaunchConfig = lambda **options: config(**{**options, "start_method": start})
     ranks.rank = planted
+    return ranks.launch(shared)
+
+
+def launch_on_one_thread(shared: ranks.SharedCase) -> list[dict[str, Any]]:
+    """`ranks.launch`, where each rank computes on one thread: two of a rank would wait for each other's core."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     return ranks.launch(shared)
 
 
 def planted(shared: ranks.SharedCase) -> dict[str, Any]:
     """Rank 1 fails; rank 0 waits for it, as in a collective."""
+    Path(os.environ[STARTED], str(os.getpid())).touch()
     if os.environ[FAILS] == "shows its port":
         return {"rank": int(os.environ["RANK"]), "port": int(os.environ["MASTER_PORT"])}
     if os.environ[FAILS] == "has another PEFT":

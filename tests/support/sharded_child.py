@@ -1,14 +1,10 @@
-"""One rank of a real sharded step on gloo, followed as the planner follows its own: prints the trace as JSON.
-
-``python -m tests.support.sharded_child RANK RANKS FOLDER CASES``; CASES is JSON: [method, strategy, settings] each.
-Without cases it saves the gradients of `GRADIENTS`.
-"""
+"""One rank of a real sharded step on gloo, followed as the planner follows its own (`run_rank`)."""
 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,15 +77,19 @@ def gradients_of(asked: PlanRequest, rank: int, mesh: Any) -> dict[str, torch.Te
     return found
 
 
-def main() -> None:
+def run_rank(rank: int, ranks: int, place: str, cases: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    """Write the traces of ``cases`` (method, strategy, settings) to ``RANK.json`` in the folder ``place``, where the
+    ``ranks`` processes meet. Without cases, rank 0 saves the gradients of `GRADIENTS` there.
+    """
     warnings.simplefilter("ignore")  # DeepSpeed uses names that torch no longer likes
     import torch.distributed as dist
 
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    folder = Path(place)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     mesh = mesh_of("cpu", ranks)
     found = []
-    for method, strategy, settings in json.loads(sys.argv[4]):
+    for method, strategy, settings in cases:
         asked = request(method, strategy, ranks, settings)
         assert asked.sharding is not None
         mesh = mesh_of("cpu", ranks, asked.sharding.replicas)
@@ -103,7 +103,3 @@ def main() -> None:
             save_file(gradients, folder / f"{method}-{strategy}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_gauge.counting import count
 from peft_gauge.plan import adaptation, fakes
 from peft_gauge.plan.planner import stepping
 from peft_gauge.plan.sharded_step import follow_sharded
-from tests.support.paths import ROOT
+from tests.support.forked import forked
 from tests.support.sharded_child import described, request
+
+if TYPE_CHECKING:
+    from peft_gauge.isolation import ProcessOutcome
+
+
+def run_ranks(cases: Sequence[tuple[str, str, dict[str, Any]]], ranks: int, folder: Path) -> None:
+    """`tests.support.sharded_child.run_rank` in as many processes as ``ranks``, which meet in ``folder``."""
+
+    def run(rank: int) -> ProcessOutcome:
+        return forked("tests.support.sharded_child:run_rank", rank, ranks, str(folder), cases)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        outcomes = list(pool.map(run, range(ranks)))
+    assert [outcome.ended for outcome in outcomes] == ["done"] * ranks, [outcome.reason for outcome in outcomes]
 
 
 def traces_of_real_ranks(
     cases: Sequence[tuple[str, str, dict[str, Any]]], ranks: int, folder: Path
 ) -> list[list[dict[str, Any]]]:
     """By rank, the trace of each case: method, strategy and settings."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.sharded_child"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(ranks), str(folder), json.dumps(cases)], env=environment)
-        for rank in range(ranks)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(cases, ranks, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -17,6 +17,8 @@ RUNS = ROOT / "results" / "amd-epyc-2c-cpu"
 FIRST, LATER = RUNS / "0003_fbbb6b421590_20261124_234002.json", RUNS / "0010_b2013a5e0a16_20261125_135158.json"
 
 
+@pytest.mark.integration
+@pytest.mark.usefixtures("forked_plans")
 def test_a_plan_is_that_of_the_command_line() -> None:
     from typer.testing import CliRunner
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -730,18 +731,23 @@ def test_the_worst_stands_first(made: Made) -> None:
     ]
 
 
+@cache
+def saved_runs() -> tuple[Run, ...]:
+    return tuple(map(read_run, runs_in(RESULTS)))
+
+
 def test_a_run_against_itself_is_the_same_in_all_but_what_cannot_be_told() -> None:
-    for path in runs_in(RESULTS):
-        found = compare(read_run(path), read_run(path), RULES)
+    for run in saved_runs():
+        found = compare(run, run, RULES)
         assert all(row.says == "same" or row.metric.endswith("_seconds") for row in found.rows)
-        assert found.counts["same"] >= len(read_run(path).cases)  # the outcome of each, at the least
+        assert found.counts["same"] >= len(run.cases)  # the outcome of each, at the least
         assert found.exit_code(strict=True) == 0
 
 
 def test_saved_runs_of_the_same_code_raise_no_alarm() -> None:
     """The machine was shared, and its times differed by a third. An outcome may change: a benchmark failed in run 0013,
     and passed in run 0014. So may a verdict: from run 0016 on, facts decide three claims."""
-    for first, second in permutations(map(read_run, runs_in(RESULTS)), 2):
+    for first, second in permutations(saved_runs(), 2):
         found = compare(first, second, RULES)
         alarms = {row.metric for row in found.rows if row.verdict in ("worse", "better")}
         assert alarms <= {"outcome", "verdict"}

@@ -238,13 +238,22 @@ def test_every_method_is_planned_and_adds_up(method: methods.Method) -> None:
 # --- against a real step
 
 
+CUT = published.first_layers("smollm2-135m", 2)
+STEPS = [
+    *((method, TOY, dtype) for method in methods.DEFAULT_METHODS for dtype in ("float32", "bfloat16")),
+    *((method, CUT, "float32") for method in methods.DEFAULT_METHODS),
+]
+
+
+def a_step(method: methods.Method, record: models.ModelRecord, dtype: str) -> Any:
+    """A real model's layers are the toy's, in which every method is quick: of them LoRA's, the others every week."""
+    marks = pytest.mark.slow if record is CUT and method.name != "lora" else ()
+    name = "smollm2-135m-cut" if record is CUT else f"toy-llama-{dtype}"
+    return pytest.param(method, record, dtype, id=f"{method.name}-{name}", marks=marks)
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("record", "dtype"),
-    [(TOY, "float32"), (TOY, "bfloat16"), (published.first_layers("smollm2-135m", 2), "float32")],
-    ids=["toy-llama", "toy-llama-16-bit", "smollm2-135m-cut"],
-)
-@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(("method", "record", "dtype"), [a_step(*step) for step in STEPS])
 def test_a_planned_step_is_a_real_step_without_its_numbers(
     method: methods.Method, record: models.ModelRecord, dtype: str
 ) -> None:

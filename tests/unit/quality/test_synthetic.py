@@ -113,7 +113,7 @@ def test_where_nothing_is_planted_there_is_nothing_to_learn(method: Method) -> N
     assert control.scores(job).keys() == {"held_out_loss", "base_held_out_loss"}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow if seed else ()) for seed in SEEDS])
 def test_the_planted_rank_is_enough_and_one_less_is_not(seed: int) -> None:
     found = {rank: quality(task(seed), lora(rank)) for rank in (3, 4, 8)}
 

@@ -7,8 +7,9 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +21,9 @@ from peft_gauge.traces.reader import read, step_log
 from peft_gauge.traces.sites import shortened, site_here, site_of
 from tests.support import paths
 from tests.support.snapshots import ADAM, EMBEDDING, GRADS, LINEAR, Device, one_step, snapshot
+
+if TYPE_CHECKING:
+    from peft_gauge.traces.recording import Recording
 
 TRACES = paths.DATA / "h200_traces"
 MIB = 1 << 20
@@ -156,11 +160,17 @@ def test_blocks_of_other_devices_are_not_this_ones(written: Write) -> None:
     assert step_log(read(path, 1)).before_bytes == 512 + 1024
 
 
+@cache
+def recorded(path: Path) -> tuple[Recording, StepLog]:
+    """A real trace, and its step."""
+    recording = read(path)
+    return recording, step_log(recording)
+
+
 @pytest.mark.parametrize("path", sorted(TRACES.glob("*.json.gz")), ids=lambda path: path.name.partition(".")[0])
 def test_real_traces_are_one_step_of_forward_backward_and_update(path: Path) -> None:
-    recording = read(path)
+    recording, log = recorded(path)
     assert len(recording.steps()) == 1
-    log = step_log(recording)
     phases = [part.phase for part in log.segments if part.phase != OUTSIDE]
     micro_batches = recording.settings.get("accum", 1)
     assert phases == [FORWARD, BACKWARD] * micro_batches + [OPTIMIZER]
@@ -170,14 +180,16 @@ def test_real_traces_are_one_step_of_forward_backward_and_update(path: Path) -> 
     assert all(BEFORE <= each.born < (len(log.events) if each.died is None else each.died) for each in log.allocations)
 
 
+REPEATED = {"lora", "lora-autocast", "qlora", "qlora-autocast", "qlora-unprepared-autocast", "full-float32-autocast"}
+"""Of the marked traces those that show what others show, too: these are slow, and run every week."""
 MARKED = [
-    path
+    pytest.param(path, id=name, marks=pytest.mark.slow if name in REPEATED else ())
     for path in sorted(TRACES.glob("*.json.gz"))
-    if "trainer" not in path.name and "sft" not in path.name  # those loops could not be marked
+    if "trainer" not in (name := path.name.partition(".")[0]) and "sft" not in name  # those could not be marked
 ]
 
 
-@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.name.partition(".")[0])
+@pytest.mark.parametrize("path", MARKED)
 def test_phases_told_from_stacks_are_those_that_were_marked(written: Write, path: Path) -> None:
     record = json.loads(gzip.decompress(path.read_bytes()))
     marks = {number for number, stack in enumerate(record["stacks"]) if stack and stack[0].endswith(":mark")}
@@ -187,7 +199,7 @@ def test_phases_told_from_stacks_are_those_that_were_marked(written: Write, path
         if event[3] not in marks and not ends_a_mark:
             bare.append(event)
     assert len(events) - len(bare) == 2 * 6
-    marked = step_log(read(path))
+    marked = recorded(path)[1]
     told = step_log(read(written(json.dumps({**record, "events": bare}).encode())))
 
     def births(log: StepLog) -> list[tuple[int, str]]:

@@ -105,7 +105,7 @@ def test_another_shape_is_the_next_forwards(begun: Callable[[Case], TrainingJob]
         job.close()
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "prompt"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "qlora", "prompt"])
 def test_it_is_measured_like_the_plain_one(method: str) -> None:
     """All passes, and then a second job for the fingerprint."""
     setup = CaseSetup(case_of("trainer", method, AS_PLAIN), TOY, STREAM, ("memory", "fingerprint"), ((1, 2 * SEQ),))
