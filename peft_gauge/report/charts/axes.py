@@ -20,10 +20,10 @@ def linear(title: str, values: Iterable[float], *, zero: bool = False) -> dict[s
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
-    """About five multiples of 1, 2 or 5 times a power of ten within the ends."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = min((each * power for each in (1, 2, 5, 10)), key=lambda each: abs(math.log(each / rough)))
+    """The multiples within the ends of 1, 2 or 5 times a power of ten, the smallest that gives few enough."""
+    span = high - low
+    power = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
+    step = next(each * power for each in (1, 2, 5, 10, 20) if span / (each * power) < MOST_TICKS - 1)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
 

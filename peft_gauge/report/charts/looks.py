@@ -42,10 +42,10 @@ WORSE, BETTER = ("#B34700", "#FF9D66"), ("#00568A", "#7CC7F2")
 
 CATEGORIES_IN_THE_DARK = {
     "#332288": "#7064CC",
-    "#117733": "#2B8F4C",
+    "#117733": "#268244",
     "#882255": "#B34F82",
     "#661100": "#A8462F",
-    "#666666": "#7A7A7A",
+    "#666666": "#737373",
 }
 """Colours of memory's categories that are too dark for a dark background, and their replacements."""
 
