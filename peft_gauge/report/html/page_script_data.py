@@ -31,6 +31,7 @@ def script_data(report: Report, rows: Mapping[str, Sequence[Row]], of_methods: M
         "units": plots.UNITS,
         "costs": {name: tasks.cost_words(name) for name in dict.fromkeys(row["cost"] for row in ready["quality"])},
         "dark": looks.dark_colours(),
+        "shapes": looks.PATHS,
         "history": history_data(report.history),
     }
 

@@ -12,6 +12,7 @@ import pytest
 from peft_gauge.history.schema import CaseRecord
 from peft_gauge.report.charts import axes, looks, pictures, plots
 from peft_gauge.report.html import tasks
+from tests.support.colours import channels, contrast, linear_light
 
 # Words for sweeps
 
@@ -90,24 +91,6 @@ def test_one_value_has_an_axis(value: float) -> None:
 
 
 # Colours
-
-
-def luminance(colour: str) -> float:
-    red, green, blue = map(linear_light, channels(colour))
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def channels(colour: str) -> list[float]:
-    return [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-
-
-def linear_light(channel: float) -> float:
-    return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
-
-
-def contrast(one: str, other: str) -> float:
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 # Machado, Oliveira and Fernandes (2009), at full severity

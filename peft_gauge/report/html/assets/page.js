@@ -154,7 +154,7 @@ dark.addEventListener("change", () => [...drawn.keys()].forEach(draw));
 let resized = 0;
 window.addEventListener("resize", () => {
   clearTimeout(resized);
-  resized = setTimeout(() => [...drawn.keys()].forEach(draw), 150);
+  resized = setTimeout(() => [...drawn.keys()].forEach(draw), 100);
 });
 restore();
 document.documentElement.dataset.ready = "true";

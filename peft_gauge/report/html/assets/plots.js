@@ -16,7 +16,6 @@ function themed(spec) {
   if (narrow && typeof own.height === "number") own.height *= 0.75;
   if (narrow && own.height?.step) own.height.step -= 4;
   own.config.axis.labelLimit = narrow ? 150 : 240;
-  own.config.legend = { ...own.config.legend, columns: narrow ? 2 : 4, labelLimit: narrow ? 130 : 260 };
   return own;
 }
 
@@ -45,6 +44,34 @@ function fit(node, axes, rows) {
   }
 }
 
+function svgElement(name, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+// The colours and shapes of a spec as a list in place of the plot's legend: a list wraps, and can be heard
+function takeLegend(spec) {
+  const found = new Map();
+  for (const { encoding } of spec.layer) {
+    const { color, shape } = encoding ?? {};
+    if (!color?.scale || color.legend === null) continue;
+    color.scale.domain.forEach((name, i) => {
+      if (!found.get(name)?.shape) found.set(name, { colour: color.scale.range[i], shape: shape?.scale?.range[i] });
+    });
+  }
+  for (const { encoding } of spec.layer) {
+    for (const name of ["color", "shape", "strokeDash"]) if (encoding?.[name]?.scale) encoding[name].legend = null;
+  }
+  return [...found].map(([name, { colour, shape }]) => {
+    const item = document.createElement("li");
+    const mark = svgElement("svg", { class: "dot", viewBox: "-7 -7 14 14", "aria-hidden": "true" });
+    mark.append(svgElement("path", { d: data.shapes[shape ?? "square"], style: `fill: ${colour}` }));
+    item.append(mark, name);
+    return item;
+  });
+}
+
 function forget(canvas) {
   drawn.get(canvas)?.finalize();
   drawn.delete(canvas);
@@ -52,10 +79,12 @@ function forget(canvas) {
 
 async function draw(canvas) {
   forget(canvas);
+  canvas.dataset.drawn = "";
   const { name, rows, axes } = canvas.content;
   const spec = themed(data.specs[name]);
   fit(spec, axes, rows);
   spec.datasets = { [name]: rows };
+  canvas.closest("figure").querySelector(".legend").replaceChildren(...takeLegend(spec));
   // Vega-Lite warns of every plot that fits its container and has a height by bands; this is the same height.
   const band = { versions: "versions" }[name] ?? "name";
   if (spec.height.step) spec.height = spec.height.step * new Set(rows.map((row) => row[band])).size;
@@ -64,14 +93,16 @@ async function draw(canvas) {
   try {
     const made = await window.vegaEmbed(canvas, spec, options);
     drawn.set(canvas, made);
-    if (name !== "quality") return;
-    await made.view.runAsync(); // a first run measures the axes, and this one fits the plot between them
-    untangle(canvas);
-    made.view.addSignalListener("width", () => setTimeout(() => untangle(canvas)));
+    if (name === "quality") {
+      await made.view.runAsync(); // a first run measures the axes, and this one fits the plot between them
+        untangle(canvas);
+      made.view.addSignalListener("width", () => setTimeout(() => untangle(canvas)));
+    }
   } catch (error) {
     failures.push(String(error));
     canvas.textContent = `This plot could not be drawn (${error.message}); the table below holds its numbers.`;
   }
+  canvas.dataset.drawn = "true";
 }
 
 const box = ({ left, top, right, bottom }) => ({ left, top, right, bottom });
@@ -132,7 +163,9 @@ function panel(holder, name, title, rows, axes) {
   canvas.className = "canvas";
   canvas.content = { name, rows, axes };
   image.append(canvas);
-  figure.append(caption, image);
+  const legend = document.createElement("ul");
+  legend.className = "legend";
+  figure.append(caption, image, legend);
   holder.append(figure);
   seen.observe(canvas);
 }
