@@ -8,7 +8,8 @@ without any colour.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,23 +68,27 @@ class Look:
 
 
 def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """The look of each label: the seven methods have their own; any other has the next free pair of colour and shape.
-
-    The looks differ for up to 49 other labels.
+    """The look of each label: the seven methods have their own, a variant of a method (such as "qlora-unprepared") has
+    its colour and another shape, and any other label the next free pair. 49 other labels differ from each other.
     """
     found = {name: Look(place, SHAPES[place]) for place, name in enumerate(METHODS)}
-    taken = set(found.values())
-    # A further label begins with the colour that no method has.
-    free = (
-        look
-        for turn in range(len(SHAPES))
-        for step in range(len(COLOURS))
-        if (look := Look((7 + step) % len(COLOURS), SHAPES[(step + turn) % len(SHAPES)])) not in taken
-    )
-    spare = Look(7, "circle")
     labels = list(dict.fromkeys(labels))
-    others = {label: next(free, spare) for label in sorted(set(labels) - found.keys())}
-    return {label: (found | others)[label] for label in labels}
+    taken = set(found.values())
+    for label in sorted(set(labels) - found.keys()):
+        method = re.split(r"[-, ]", label.lower())[0]
+        own = found[label] = next((look for look in _candidates(method) if look not in taken), Look(7, "circle"))
+        taken.add(own)
+    return {label: found[label] for label in labels}
+
+
+def _candidates(method: str) -> Iterator[Look]:
+    """Looks for a label that begins with ``method``, the best first: a method's colour, or first a colour of none."""
+    if method in METHODS:
+        own = METHODS.index(method)
+        yield from (Look(own, SHAPES[(own + step) % len(SHAPES)]) for step in range(1, len(SHAPES)))
+    for turn in range(len(SHAPES)):
+        for step in range(len(COLOURS)):
+            yield Look((7 + step) % len(COLOURS), SHAPES[(step + turn) % len(SHAPES)])
 
 
 def in_the_dark(spec: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
 from peft_gauge.medians import median_interval
 from peft_gauge.report.format import step_conditions
 from peft_gauge.report.html import tasks
-from peft_gauge.report.html.page_history import machine_of
+from peft_gauge.report.html.page_history import machine_of, subject_of
 from peft_gauge.report.rows import PHASES, label, method_rows
 from peft_gauge.report.terminal.memory_table import ON_CPU, ON_CUDA, planned_bytes
 from peft_gauge.report.terminal.sweep_table import ABOUT_QUALITY, swept
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def _of_method(run: Run, metrics: Mapping[str, Any]) -> Row:
-    return {"machine": machine_of(run), "model": metrics.get("model"), "method": metrics.get("method")}
+    return {"machine": machine_of(run), "model": None, "method": None} | subject_of(metrics)
 
 
 def plans_of(run: Run) -> Iterator[Mapping[str, Any]]:
@@ -213,7 +213,7 @@ def _time(run: Run, record: CaseRecord, metric: str, value: float) -> Row:
     low, high = median_interval(list(chain.from_iterable(processes))) or (None, None)
     ratio_low, ratio_high = over_control_interval(metrics, metric) or (None, None)
     about = _of_method(run, metrics)
-    is_method = about["method"] is not None
+    is_method = metrics.get("method") is not None
     what, where = metric.removesuffix("_seconds"), step_of(run, metrics) if is_method else about["machine"]
     return {
         **about,

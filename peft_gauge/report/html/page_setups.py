@@ -171,7 +171,9 @@ def _changed(machine: Machine, of: MethodResult | None) -> Told:
         if of is None:
             counts.update({name: each.comparison.counts[name] for name in ("worse", "better", "inconclusive", "same")})
             continue
-        known = {name: subject_of(case).get("method") for name, case in page_data.case_subjects(each.run).items()}
+        known = {
+            name: subject_of(case.metrics).get("method") for name, case in page_data.case_subjects(each.run).items()
+        }
         counts.update(row.verdict for row in each.comparison.rows if known.get(row.test) == of.method and not row.label)
     if not compared:
         return ABSENT, "no earlier run to compare with"

@@ -90,7 +90,7 @@ def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
 
 
 def _rows(run: Run, comparison: RunComparison) -> Iterable[tuple[Any, Row, list[str]]]:
-    subjects = {name: subject_of(case) for name, case in page_data.case_subjects(run).items()}
+    subjects = {name: subject_of(case.metrics) for name, case in page_data.case_subjects(run).items()}
     for line in words.shown_lines(comparison, everything=False):
         row, told_as = line.rows[0], line.cells
         kind = f"{told_as.metric} ({row.label})" if row.label else told_as.metric
@@ -253,7 +253,7 @@ def not_passed(report: Report) -> str:
         for run in (answering.run for answering in machine.answering):
             subjects = page_data.case_subjects(run)
             for case in page_data.not_passed(run):
-                about = {**subject_of(subjects[case.id]), "machine": name}
+                about = {**subject_of(subjects[case.id].metrics), "machine": name}
                 cells = [text(case.id.removeprefix("benchmarks/")), verdict(case.outcome), text(case.reason)]
                 lines.append((about, [*cells, text(run.name), text(name)]))
     return table("t-outcomes", "Cases that did not pass", ("case", "outcome", "reason", "run", "machine"), lines)

@@ -370,6 +370,9 @@ def test_methods_differ_by_more_than_colour() -> None:
 def test_a_method_has_one_look_whatever_else_is_there() -> None:
     assert looks.looks_of(["qlora"])["qlora"] == looks.looks_of(["other", "lora", "qlora"])["qlora"]
     assert looks.looks_of(["b", "a"]) == looks.looks_of(["a", "b"])
+    variants = looks.looks_of(["qlora", "qlora-unprepared", "QLoRA r2"])
+    assert len({look.place for look in variants.values()}) == 1
+    assert len({look.shape for look in variants.values()}) == 3
 
 
 # Markdown
