@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 120, 28
 
 @dataclass(frozen=True)
 class Together:
-    """Changes of one metric with one verdict in one run: an upgrade often changes many cases alike."""
+    """Changes of one metric with one verdict on one day: an upgrade often changes many cases and machines alike."""
 
     changes: tuple[Change, ...]
 
@@ -49,40 +49,55 @@ def changed(history: History) -> str:
 
 
 def grouped(history: History) -> list[Together]:
-    """The changes, those of one run, metric and verdict together: newest runs first, then worse and larger ones."""
+    """The changes, those of one day, metric and verdict together: newest days first, then worse and larger ones."""
     groups: dict[tuple[Any, ...], list[Change]] = {}
     for change in history.changes:
         word = change.after if isinstance(change.after, str) else None
-        groups.setdefault((change.run, change.metric, change.verdict, word), []).append(change)
+        day = history.runs[change.run].when[:10]
+        groups.setdefault((day, change.metric, change.verdict, word), []).append(change)
     found = [Together(tuple(group)) for group in groups.values()]
     found.sort(key=lambda each: (each.changes[0].verdict != "worse", -abs(_share(each.largest) or 0)))
     return sorted(found, key=lambda each: history.runs[each.changes[0].run].when[:10], reverse=True)
 
 
 def _item(history: History, each: Together, hidden: bool) -> str:
-    change, number = each.largest, len(each.changes)
+    change = each.largest
     run = history.runs[change.run]
-    subject = history.subjects.get(change.case, {}) if number == 1 else {}
+    series = history.series.get((change.machine, change.case, change.metric))
+    because = f"<small>with {text('; '.join(change.environment[:3]))}</small>" if change.environment else ""
+    level = " (its level over many runs)" if change.levels else ""
+    values = [any_value(change.metric, value) for value in (change.before, change.after)]
+    arrow = "" if change.before is None and change.after is None else f": {values[0]} → {values[1]}"
+    name = _linked(change, series is not None, _names(each))
+    return (
+        f"<li{_subjects(history, each)}{' hidden' if hidden else ''}>"
+        f'<span class="delta v {change.verdict}">{_sign(change)} {text(difference(change))}'
+        f'<span class="sr"> {change.verdict}</span></span>'
+        f"<span>{name}<br>{text(in_words(change.metric) + level)}{arrow}</span>"
+        f"{sparkline(series, change.run) if series is not None else '<span></span>'}"
+        f"<small>run {text(run.name)}, {run.when[:10]}, {text(change.machine)}</small>{because}</li>"
+    )
+
+
+def _subjects(history: History, each: Together) -> str:
+    """The attributes by which an item is filtered: its method and model if all its changes share them, its machines."""
     subjects = [history.subjects.get(one.case, {}) for one in each.changes]
-    several = {
+    shared = {
         name: values.pop()
         for name in ("method", "model")
         if len(values := {about.get(name) for about in subjects}) == 1 and None not in values
     }
-    series = history.series.get((change.machine, change.case, change.metric))
-    names = [_case_in_words(one.case) for one in each.changes]
-    name = ", ".join(names) if number <= 3 else f"{number} cases, most in {_case_in_words(change.case)}"
-    because = f"<small>with {text('; '.join(change.environment[:3]))}</small>" if change.environment else ""
-    level = " (its level over many runs)" if change.levels else ""
-    return (
-        f"<li{filterable({**several, **subject, 'machine': change.machine})}{' hidden' if hidden else ''}>"
-        f'<span class="delta v {change.verdict}">{_sign(change)} {text(difference(change))}'
-        f'<span class="sr"> {change.verdict}</span></span>'
-        f"<span>{_linked(change, series is not None, name)}<br>{text(in_words(change.metric) + level)}: "
-        f"{any_value(change.metric, change.before)} → {any_value(change.metric, change.after)}</span>"
-        f"{sparkline(series, change.run) if series is not None else '<span></span>'}"
-        f"<small>run {text(run.name)}, {run.when[:10]}, {text(change.machine)}</small>{because}</li>"
-    )
+    machines = html.escape("\n".join(dict.fromkeys(one.machine for one in each.changes)))
+    return f'{filterable(shared)} data-machines="{machines}"'
+
+
+def _names(each: Together) -> str:
+    """The cases of an item, or their number and that with the largest change."""
+    names = list(dict.fromkeys(_case_in_words(one.case) for one in each.changes))
+    machines = len({one.machine for one in each.changes})
+    where = f" on {machines} machines" if machines > 1 else ""
+    most = f"{len(names)} cases{where}, most in {_case_in_words(each.largest.case)}"
+    return most if len(names) > 3 else ", ".join(names) + where
 
 
 def _sign(change: Change) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_gauge.report.html.setups import MethodResult, Setup
 
 USUAL_SIZE = "24GB"
+VERDICTS = ("worse", "better", "inconclusive", "same")
 Told = tuple[str, str]
 """A card's headline and the line below it, as HTML."""
 
@@ -31,17 +32,26 @@ def blocks(setups: Sequence[Setup], machines: Mapping[str, Machine], looks: Mapp
         return "<p>No run counted, timed or planned a method.</p>"
     options = "".join(f'<option value="{html.escape(each.where)}">{text(each.where)}</option>' for each in setups)
     chooser = f'<form class="pick" aria-label="Which step"><label>model, step and machine<select name="setup">{options}'
-    parts = [_block(place, each, machines[each.machine], looks) for place, each in enumerate(setups)]
+    verdicts = {name: verdicts_of(machine) for name, machine in machines.items()}
+    parts = [
+        _block(place, each, machines[each.machine], verdicts[each.machine], looks) for place, each in enumerate(setups)
+    ]
     return f'{chooser}</select></label></form>\n{"".join(parts)}<p id="no-setup" hidden>No step passes the filters.</p>'
 
 
-def _block(place: int, setup: Setup, machine: Machine, looks: Mapping[str, Look]) -> str:
+def _block(
+    place: int,
+    setup: Setup,
+    machine: Machine,
+    verdicts: dict[str | None, Counter[str]] | None,
+    looks: Mapping[str, Look],
+) -> str:
     subject = {"machine": setup.machine, "model": setup.model}
     methods = html.escape(" ".join(dict.fromkeys(each.method for each in setup.methods)))
     own = f' data-where="{html.escape(setup.where)}"{filterable(subject)} data-methods="{methods}"'
     return (
         f'<article class="setup"{own}{" hidden" if place else ""}>'
-        f"{_recommendation(setup, looks)}{_cards(setup, machine)}{_grid(place, setup, looks)}</article>\n"
+        f"{_recommendation(setup, looks)}{_cards(setup, machine, verdicts)}{_grid(place, setup, looks)}</article>\n"
     )
 
 
@@ -60,12 +70,12 @@ def _recommendation(setup: Setup, looks: Mapping[str, Look]) -> str:
 # Cards: an answer for all methods, and one for each method, shown where a filter picks it
 
 
-def _cards(setup: Setup, machine: Machine) -> str:
+def _cards(setup: Setup, machine: Machine, verdicts: dict[str | None, Counter[str]] | None) -> str:
     cards: list[tuple[str, Told, Callable[[MethodResult], Told] | None]] = [
         ("Fits?", _fits(setup), _fits_one),
         ("Fastest?", _fastest(setup), lambda each: _fastest_one(setup, each)),
         ("Cheapest?", _cheapest(setup), lambda each: _cheapest_one(setup, each)),
-        ("Changed?", _changed(machine, None), lambda each: _changed(machine, each)),
+        ("Changed?", _changed(verdicts, None), lambda each: _changed(verdicts, each.method)),
         ("Claims?", _claims(setup, machine), None),
     ]
     parts = []
@@ -162,21 +172,30 @@ def _cheapest_one(setup: Setup, each: MethodResult) -> Told:
     return size(each.peak_bytes), f"at the peak, {setup.source}; {place}"
 
 
-def _changed(machine: Machine, of: MethodResult | None) -> Told:
-    """The verdicts of the newest comparisons, of all cases or of those of a method."""
-    counts: Counter[str] = Counter()
+def verdicts_of(machine: Machine) -> dict[str | None, Counter[str]] | None:
+    """The verdicts of the newest comparisons by method, and all of them under ``None``; ``None`` without a base."""
     compared = [each for each in machine.answering if each.comparison is not None]
+    if not compared:
+        return None
+    found: dict[str | None, Counter[str]] = {None: Counter()}
     for each in compared:
         assert each.comparison is not None
-        if of is None:
-            counts.update({name: each.comparison.counts[name] for name in ("worse", "better", "inconclusive", "same")})
-            continue
+        found[None].update({name: each.comparison.counts[name] for name in VERDICTS})
         known = {
             name: subject_of(case.metrics).get("method") for name, case in page_data.case_subjects(each.run).items()
         }
-        counts.update(row.verdict for row in each.comparison.rows if known.get(row.test) == of.method and not row.label)
-    if not compared:
+        for row in each.comparison.rows:
+            method = known.get(row.test)
+            if method is not None and row.label is None:
+                found.setdefault(method, Counter())[row.verdict] += 1
+    return found
+
+
+def _changed(verdicts: dict[str | None, Counter[str]] | None, method: str | None) -> Told:
+    """The verdicts of the newest comparisons, of all cases or of those of ``method``."""
+    if verdicts is None:
         return ABSENT, "no earlier run to compare with"
+    counts = verdicts.get(method, Counter())
     if not (counts["worse"] or counts["better"]):
         head = "nothing"
     else:

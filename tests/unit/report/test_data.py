@@ -79,6 +79,22 @@ def test_changes_stand_where_they_happened(report: Report) -> None:
     assert "torch: 2.13.0 → 2.14.0" in grown.environment
 
 
+def test_changes_of_one_day_and_metric_are_one_item(tmp_path: Path) -> None:
+    for day, extra in ((1, 0), (2, 10**8)):
+        for machine in (report_runs.CPU, report_runs.CPU | {"name": "other-box"}):
+            save(tmp_path, day, [memory_case(f"m{i}", "toy", extra=extra * i) for i in range(6)], machine=machine)
+    history = gather([tmp_path], RULES).history
+    assert history is not None
+    peaks, *slopes = page_changes.grouped(history)
+    assert len(slopes) == 2
+    assert {len(each.changes) for each in (peaks, *slopes)} == {10}
+    assert peaks.largest.case.endswith("[m5-toy-cpu]")
+    shown = page_changes.changed(history)
+    assert "5 cases on 2 machines, most in peak m5-toy-cpu" in shown
+    assert 'data-machines="cpu-box\nother-box"' in shown
+    assert page_changes.difference(peaks.largest) == f"+{100 * 5 * 10**8 / PEAK:.3g} %"
+
+
 @pytest.mark.parametrize("processes", [1, 2, 5])
 def test_a_time_changes_in_the_history_exactly_where_compare_says_so(processes: int, tmp_path: Path) -> None:
     """Two runs are compared in full only where that can matter: never too seldom."""

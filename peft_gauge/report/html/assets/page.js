@@ -12,16 +12,19 @@ function filterRows(values) {
     visible += row.hidden ? 0 : 1;
   }
   document.getElementById("status").textContent = `${visible} of ${all} rows of all tables shown`;
-  filterChanges();
+  filterChanges(values);
   filterClaims();
 }
 
 // Of the changes that pass, only the first few: the table below holds all.
-function filterChanges() {
+function filterChanges(values) {
   const list = document.querySelector("ul.changes");
   if (!list) return;
   let left = Number(list.dataset.shown);
-  const passing = [...list.children].filter((item) => !item.hidden);
+  const passing = [...list.children].filter(
+    ({ dataset }) => matches(dataset, values) && (!values.machine || dataset.machines.split("\n").includes(values.machine)),
+  );
+  for (const item of list.children) item.hidden = true;
   for (const item of passing) {
     item.hidden = left <= 0;
     left -= 1;
