@@ -1,4 +1,4 @@
-"""``peft-gauge report``: saved runs as an HTML page, as plots, or as a Markdown summary."""
+"""``peft-gauge report``: saved runs as an HTML page, as pictures, or as a Markdown summary."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="HTML file, or folder of plots (default: report.html or report/)."),
+        typer.Option("-o", "--out", help="HTML file, or folder of pictures (default: report.html or report/)."),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="html: one page; png or svg: a folder with one file per plot.")
+        str, typer.Option("--format", help="html: one page; png or svg: a folder of at most a dozen pictures.")
     ] = "html",
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print each machine's newest results as Markdown, as for a CI summary.")
     ] = False,
     rules: Annotated[Path | None, typer.Option(help="Rules for metrics (default: fixtures/rules.toml).")] = None,
 ) -> None:
-    """Show saved runs as tables, plots and a history of changes; each case is shown from the newest run that has it.
+    """Show which method to use and what changed, from saved runs; each case is shown from the newest run that has it.
 
     Unreadable runs are listed on standard error and left out. Exit code 2: no run could be read.
     """
@@ -84,7 +84,7 @@ def _draw(paths: list[Path], folder: Path, form: str, rules: Path | None) -> Non
     saved = pictures.save_pictures(found, folder, form)
     if not saved:
         raise GaugeError("nothing to plot: the runs contain no memory, no times and no sweep")
-    print(f"wrote {len(saved)} plots to {folder}")
+    print(f"wrote {len(saved)} pictures to {folder}")
 
 
 def _print_markdown(paths: list[Path]) -> None:

@@ -10,7 +10,7 @@ from peft_gauge.errors import one_line
 from peft_gauge.history.metrics import environment_changes, machine_changes
 from peft_gauge.report.comparison import in_markdown
 from peft_gauge.report.format import ABSENT, shown, shown_bytes, shown_seconds, step_conditions
-from peft_gauge.report.html import page_data
+from peft_gauge.report.html import page_data, page_rows
 from peft_gauge.report.html.page_history import machine_of
 from peft_gauge.report.rows import PHASES, label
 from peft_gauge.report.terminal import sweep_table
@@ -106,7 +106,7 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _methods(runs: Sequence[Run]) -> Iterator[str]:
-    rows = page_data.methods_told(runs)
+    rows = page_rows.methods_told(runs)
     if not rows:
         return
     yield "### Methods"
@@ -138,7 +138,7 @@ def _method(row: dict[str, Any]) -> list[str]:
 
 
 def _memory(runs: Sequence[Run]) -> Iterator[str]:
-    rows = [(run, row) for run in runs for row in page_data.planned_rows(run)]
+    rows = [(run, row) for run in runs for row in page_rows.planned_rows(run)]
     if not rows:
         return
     yield "### Memory of a step, measured"
@@ -167,7 +167,7 @@ def _ceiling(measured: int, limit: int | None) -> str:
 
 
 def _plans(runs: Sequence[Run]) -> Iterator[str]:
-    plans = [(run, plan) for run in runs for plan in page_data.plans_of(run)]
+    plans = [(run, plan) for run in runs for plan in page_rows.plans_of(run)]
     if not plans:
         return
     yield "### Memory of a step, planned"

@@ -168,3 +168,35 @@ def card_run(results: Path) -> Path:
         ),
     ]
     return save(results, 4, cases, machine=CARD)
+
+
+COSTS = {
+    "full": (9_000_000_000, 5.1, 0.97, 134_515_008),
+    "lora": (1_600_000_000, 2.6, 0.72, 1_843_200),
+    "qlora": (900_000_000, 2.8, 0.81, 1_843_200),
+    "bottleneck": (1_580_000_000, 2.4, 0.55, 2_525_040),
+    "prefix": (1_450_000_000, 2.2, 0.1, 230_400),
+    "prompt": (1_500_000_000, 2.5, 0.05, 11_520),
+    "ia3": (1_470_000_000, 2.25, 0.4, 57_600),
+}
+"""Peak bytes, step over control, quality and trainable parameters of the methods in `many_methods`."""
+
+
+def many_methods(results: Path) -> Path:
+    """One run of a third machine with all seven methods: memory, time and quality, and one unsteady step."""
+    cases = []
+    for method, (peak, ratio, _, params) in COSTS.items():
+        more = {"trainable_params": params, "percent_of_base": params / 1_345_150, "adapter_disk_bytes": 4 * params}
+        memory = memory_case(method, "small", extra=peak - PEAK, planned_device_bytes=peak + 800_000_000, **more)
+        step = step_case(method, "small", ratio=ratio)
+        step.metrics["unsteady"] = ["drifting"] if method == "prompt" else []
+        cases += [memory, step]
+    points = [
+        {"label": method, "peak_bytes": peak, "trainable_params": params, "quality": quality, "seeds": 3, "diverged": 0}
+        | {"quality_low": quality - 0.04, "quality_high": quality + 0.02}
+        for method, (peak, _, quality, params) in COSTS.items()
+    ]
+    about = {"model": "small", "task": "calendar", "pareto": points}
+    cases.append(CaseRecord("benchmarks/test_methods_quality.py::test_methods_on_text", "q", "passed", metrics=about))
+    machine = {**CPU, "name": "third-box"}
+    return save(results, 5, cases, [claim("holds", "lora-ratio", "small")], machine=machine)

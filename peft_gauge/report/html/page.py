@@ -1,4 +1,8 @@
-"""One self-contained HTML page of saved runs: tables, plots, filters; its content security policy forbids network."""
+"""One self-contained HTML page of saved runs; its content security policy forbids network.
+
+It opens with the method to use and the changes of an upgrade. Plots follow whose titles are questions, each with its
+numbers as a table that opens on demand.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +10,43 @@ import html
 import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from peft_gauge.report.charts import plots
-from peft_gauge.report.html import page_data, page_tables
-from peft_gauge.report.html.page_cells import SUBJECT, text
+from peft_gauge.report.charts import looks, panels, plots
+from peft_gauge.report.html import page_changes, page_claims, page_data, page_setups, page_tables
+from peft_gauge.report.html.page_cells import SUBJECT, details, text
 from peft_gauge.report.html.page_history import MOST_RUNS, NEWEST_RUNS
+from peft_gauge.report.html.page_script_data import script_data
+from peft_gauge.report.html.setups import setups_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from peft_gauge.report.html.page_data import Report, Row
-    from peft_gauge.report.html.page_history import History, Series
+    from peft_gauge.report.charts.looks import Look
+    from peft_gauge.report.html.page_data import Machine, Report
+    from peft_gauge.report.html.page_history import History
+    from peft_gauge.report.html.page_rows import Row
+    from peft_gauge.report.html.setups import Setup
 
 ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("state.js", "plots.js", "history.js", "page.js")
+"""Parts of one script, in order; they share one scope."""
 # Vega compiles its expressions with Function, hence 'unsafe-eval'; nothing may be loaded from anywhere.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'"
 )
-DIGITS = 7
-"""Significant digits of non-integer values in a history: as many as are ever shown."""
 
 ABOUT = {
-    "memory": "Each bar is the peak memory of one step by category. Letters in the segments refer to the legend. "
-    "Measured on a CPU or CUDA by tracking every tensor; planned without the device.",
-    "planned": "Each measured peak with its plan and its ceiling, which the case must not exceed. Plans model CUDA’s "
-    "kernels: on a CPU the distance is shown but not judged.",
-    "sequence": "Peaks at several sequence lengths, all else equal. Solid lines are measured, dashed planned.",
-    "times": "The median of a time and a 95 % interval of the rounds’ median, between two order statistics of rounds "
-    "taken as independent. The interval shows the precision within this run, not the variation between runs.",
-    "pareto": "Each point is one setting of a sweep: lower cost and higher quality are better. The line joins the "
-    "points that no other dominates.",
-}
-TITLES = {
-    "memory": "Memory by category",
-    "planned": "Planned against measured",
-    "sequence": "Memory against sequence length",
-    "times": "Times",
-    "pareto": "Quality against cost",
+    "times": "Medians with a 95 % interval of the rounds’ median, the fastest first. Hollow: unsteady. “Base forward” "
+    "is a forward of the bare model before every round, which cancels the machine’s noise.",
+    "memory": "Each bar is the peak of one step by category; letters refer to the legend. Measured by tracking every "
+    "tensor, or planned without the device.",
+    "quality": "Each point is one setting; up and to the left is better. Lines are the range over seeds, the dashed "
+    "line joins the settings that no other beats. Hollow: one seed, or a seed diverged.",
+    "planned": "Each measured peak (filled) with its plan and its ceiling, which a case must not exceed. Plans model "
+    "CUDA’s kernels: on a CPU the distance is shown but not judged.",
+    "sequence": "Peaks at several sequence lengths, all else equal. Filled points are measured, hollow ones planned.",
 }
 NOTHING = "No run has data for this."
 
@@ -52,13 +54,20 @@ NOTHING = "No run has data for this."
 def render(report: Report) -> str:
     """The page as HTML; raises `GaugeError` if the report extra is not installed."""
     library = vega()
-    rows = {kind: report.rows(kind) for kind in page_data.PLOTTED}
-    sections = _sections(report, rows)
-    head = "".join(f'<li><a href="#{name}" data-section="{name}">{text(title)}</a></li>' for name, title, _ in sections)
+    rows = {kind: report.rows(kind) for kind in panels.PLOTTED}
+    setups = setups_of(report)
+    of_methods = looks.looks_of(
+        [*(each.name for setup in setups for each in setup.methods)]
+        + [row["label"] for kind in ("times", "sequence") for row in rows[kind]]
+    )
+    sections = _sections(report, rows, setups, of_methods)
+    head = "".join(
+        f'<li><a href="#{name}" data-section="{name}">{text(short)}</a></li>' for name, short, *_ in sections
+    )
     body = "\n".join(
         f'<section id="{name}" aria-labelledby="h-{name}"><h2 id="h-{name}" tabindex="-1">{text(title)}</h2>\n{content}'
         "</section>"
-        for name, title, content in sections
+        for name, _, title, content in sections
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -69,13 +78,12 @@ def render(report: Report) -> str:
 <meta name="color-scheme" content="light dark">
 <title>peft-gauge report</title>
 <style>
-{_asset("page.css")}</style>
+{_colours()}{_asset("page.css")}</style>
 </head>
 <body>
 <a class="skip" href="#main">Skip to the report</a>
 <header><h1>peft-gauge report</h1>
-<p>{text("Shown: " + "; ".join(page_tables.shown_of(report)))}.
-1 GB = 10⁹ bytes, 1 MB = 10⁶ bytes, 1 kB = 10³ bytes.</p>
+<p>{text(_about(report))}</p>
 <nav aria-label="Sections"><ul>{head}</ul></nav>
 </header>
 {_filters(report, rows)}
@@ -83,9 +91,12 @@ def render(report: Report) -> str:
 <noscript><p>Without JavaScript there are no plots and no filters; every table below can be read.</p></noscript>
 {body}
 </main>
-<script type="application/json" id="data">{_json(_data(report, rows))}</script>
+<script type="application/json" id="data">{_json(script_data(report, rows, of_methods))}</script>
 <script>{_script(library)}</script>
-<script>{_script(_asset("page.js"))}</script>
+<script>"use strict";
+(() => {{
+{_script("".join(map(_asset, SCRIPTS)))}}})();
+</script>
 </body>
 </html>
 """
@@ -114,7 +125,27 @@ def _json(data: object) -> str:
     return document.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _filters(report: Report, rows: dict[str, list[Row]]) -> str:
+def _colours() -> str:
+    """The colours of methods as classes, on a light and on a dark background."""
+    light, dark = (
+        "".join(f".m{place} {{ --own: {pair[side]}; }}\n" for place, pair in enumerate(looks.COLOURS))
+        for side in (0, 1)
+    )
+    return f"{light}@media (prefers-color-scheme: dark) {{\n{dark}}}\n"
+
+
+def _about(report: Report) -> str:
+    """How much is on the page, and what its units mean."""
+    assert report.history is not None
+    runs, machines = len(report.history.runs), len(report.machines)
+    newest = max(run.when for run in report.history.runs)[:10]
+    return (
+        f"{runs:,} run{'s' if runs != 1 else ''} of {machines:,} machine{'s' if machines != 1 else ''}, the newest of "
+        f"{newest}. Each result is from the newest run that has it. 1 GB = 10⁹ bytes."
+    )
+
+
+def _filters(report: Report, rows: Mapping[str, list[Row]]) -> str:
     assert report.history is not None
     subjects = [*(row for some in rows.values() for row in some), *report.history.subjects.values()]
     subjects += [{"machine": name} for name in report.machines]
@@ -122,10 +153,10 @@ def _filters(report: Report, rows: dict[str, list[Row]]) -> str:
     return f"""<form class="filters" aria-label="Filters" role="search">{selects}
 <button type="reset">Show all</button>
 <a id="link" href="#">Link to this view</a>
-<p id="status" role="status" aria-live="polite"></p></form>"""
+<p id="status" class="sr" role="status" aria-live="polite"></p></form>"""
 
 
-def _values(rows: Iterable[Row], name: str) -> list[str]:
+def _values(rows: Iterable[Mapping[str, object]], name: str) -> list[str]:
     return sorted({str(row[name]) for row in rows if row.get(name) is not None})
 
 
@@ -134,76 +165,93 @@ def _select(name: str, values: Sequence[str]) -> str:
     return f'<label>{name}<select name="{name}"><option value="">all</option>{options}</select></label>'
 
 
-def _sections(report: Report, rows: dict[str, list[Row]]) -> list[tuple[str, str, str]]:
-    """(id, title, HTML) of each section, in the page's order."""
+def _sections(
+    report: Report, rows: Mapping[str, list[Row]], setups: Sequence[Setup], of_methods: Mapping[str, Look]
+) -> list[tuple[str, str, str, str]]:
+    """(id, name in the navigation, title, HTML) of each section, in the page's order."""
     assert report.history is not None
-    made = {"memory": page_tables.memory, "planned": page_tables.planned, "sequence": page_tables.sequence}
-    made |= {"times": page_tables.times, "pareto": page_tables.pareto}
-    plotted = [
-        (kind, TITLES[kind], _plot(kind, made[kind](some)) if some else f"<p>{NOTHING}</p>")
-        for kind, some in rows.items()
-        if some or kind != "pareto"
-    ]
-    growth = page_tables.growth(report)
-    plotted = [(k, t, body + (_details(growth) if k == "sequence" and growth else "")) for k, t, body in plotted]
+    titles = panels.TITLES
     return [
-        ("summary", "Summary", _summary(report)),
-        ("claims", "Claims", page_tables.claims(report)),
-        ("methods", "Methods", page_tables.methods(report)),
-        *plotted,
-        ("history", "History", _history_section(report.history)),
-        ("outcomes", "Cases that did not pass", page_tables.not_passed(report)),
-        ("runs", "Runs", _details(page_tables.runs(report.history), "All runs")),
+        ("choice", "Choice", "Which method should I use?", _choice(report, setups, of_methods)),
+        ("changed", "Changes", "What did the upgrade change?", _changed(report)),
+        ("times", "Time", titles["times"], _times(rows)),
+        ("memory", "Memory", titles["memory"], _memory(rows, report)),
+        ("quality", "Quality", titles["quality"], _quality(rows)),
+        ("claims", "Claims", "Do the claims of the literature hold?", page_claims.claims(report)),
+        ("history", "History", titles["history"], _history_section(report.history)),
+        ("sources", "Sources", "Where are these numbers from?", _sources(report)),
     ]
 
 
-def _summary(report: Report) -> str:
-    parts = []
-    if report.left_out:
-        lines = "".join(f"<li>{text(line)}</li>" for line in report.left_out)
-        parts.append(f'<div class="warning" role="note"><p>Left out:</p><ul>{lines}</ul></div>')
-    parts.append(page_tables.machines(report))
-    for name, machine in report.machines.items():
-        verdicts = page_data.counted(claim.verdict for claim in machine.claims)
-        outcomes = page_data.counted(case.outcome for each in machine.answering for case in each.run.cases)
-        told = f"cases: {outcomes or 'none'}" + (f"; claims: {verdicts}" if verdicts else "")
-        parts.append(f'<p data-machine="{html.escape(name)}">{text(name)}: {text(told)}.</p>')
-        notes = page_tables.environment(machine)
-        if notes:
-            lines = "".join(f"<li>{line}</li>" for line in notes)
-            parts.append(f'<ul data-machine="{html.escape(name)}">{lines}</ul>')
+def _choice(report: Report, setups: Sequence[Setup], of_methods: Mapping[str, Look]) -> str:
+    everything = details(page_tables.methods(report), "All numbers of all methods")
+    return page_setups.blocks(setups, report.machines, of_methods) + everything
+
+
+def _changed(report: Report) -> str:
+    assert report.history is not None
     decided = page_tables.compared("t-decided", report, ("worse", "better"))
-    parts.append(decided or "<p>No metric got worse or better in the newest results.</p>")
     rest = page_tables.compared("t-undecided", report, ("inconclusive", "same"))
-    return "\n".join([*parts, *([_details(rest, "Undecided, new or missing")] if rest else [])])
-
-
-def _plot(kind: str, own_table: str) -> str:
-    title = html.escape(TITLES[kind])
-    return (
-        f'<p id="about-{kind}">{ABOUT[kind]}</p>\n'
-        f'<div class="plot" data-plot="{kind}" role="group" aria-label="{title}: plots" '
-        f'aria-describedby="about-{kind}"></div>\n{_details(own_table)}'
+    return "\n".join(
+        [
+            page_changes.changed(report.history),
+            *([details(decided, "Newest results against the runs before them")] if decided else []),
+            *([details(rest, "Undecided, new or missing")] if rest else []),
+        ]
     )
 
 
-def _details(content: str, heading: str = "Data as a table") -> str:
-    return f"<details><summary>{text(heading)}</summary>{content}</details>"
+def _times(rows: Mapping[str, list[Row]]) -> str:
+    return _plot("times", "time", page_tables.times(rows["times"])) if rows["times"] else f"<p>{NOTHING}</p>"
+
+
+def _memory(rows: Mapping[str, list[Row]], report: Report) -> str:
+    if not rows["memory"]:
+        return f"<p>{NOTHING}</p>"
+    parts = [_plot("memory", "step", page_tables.memory(rows["memory"]))]
+    growth = page_tables.growth(report)
+    tables = {"planned": page_tables.planned(rows["planned"]), "sequence": page_tables.sequence(rows["sequence"])}
+    tables["sequence"] += details(growth, "Growth per token and row") if growth else ""
+    parts += [details(_plot(kind, "step", own), panels.TITLES[kind]) for kind, own in tables.items() if rows[kind]]
+    if growth and not rows["sequence"]:
+        parts.append(details(growth, "Growth per token and row"))
+    return "\n".join(parts)
+
+
+def _quality(rows: Mapping[str, list[Row]]) -> str:
+    if not rows["quality"]:
+        return f"<p>{NOTHING} Sweeps over methods, ranks and modules have it: <code>pytest -m slow</code>.</p>"
+    return _plot(
+        "quality", "task", page_tables.quality(rows["quality"]), more='<label>cost<select name="cost"></select></label>'
+    )
+
+
+def _plot(kind: str, choice: str, own_table: str, *, more: str = "") -> str:
+    title = html.escape(panels.TITLES[kind])
+    return (
+        f'<form class="pick" aria-label="{title} Which {choice}">'
+        f'<label>{choice}<select name="{kind}"></select></label>{more}</form>\n'
+        f'<div class="plot" data-plot="{kind}" role="group" aria-label="{title}" '
+        f'aria-describedby="about-{kind}"></div>\n<details class="about"><summary>How to read it</summary>'
+        f'<p id="about-{kind}">{ABOUT[kind]}</p></details>\n'
+        f"{details(own_table, 'Data as a table')}"
+    )
 
 
 def _history_section(history: History) -> str:
-    return f"""<p id="about-history">Every metric over all runs of its machine. A change point (▲ worse, ▼ better) is
-where <code>peft-gauge compare</code> reports a change from the previous run with the same case: by its interval for a
-time, by its tolerance or exactly for anything else; and where the level of a time changes over many runs, which takes
-about a dozen runs. Bars are 95 % intervals of the rounds’ median.{_thinning(history)}</p>
-<form class="pick" aria-label="Which history">
-<label>case<select name="case"></select></label>
-<label>metric<select name="metric"></select></label>
+    title = panels.TITLES["history"]
+    return f"""<form class="pick" aria-label="Which metric" role="search">
+<label>search a case or metric<input type="search" name="find" autocomplete="off" placeholder="lora step"></label>
 <label>across<select name="across"><option value="history">dates</option>
 <option value="versions">versions of the libraries</option></select></label></form>
-<div class="plot" data-plot="history" role="group" aria-label="History: plot" aria-describedby="about-history"></div>
-<details id="history-data"><summary>Data as a table</summary></details>
-{page_tables.changes(history) if history.changes else "<p>No metric changed in any run.</p>"}"""
+<p id="found" role="status" aria-live="polite"></p><ul id="hits" class="tree"></ul>
+<details id="browse"><summary>Browse all cases and metrics</summary><ul id="tree" class="tree"></ul></details>
+<div class="plot" data-plot="history" role="group" aria-label="{title}" aria-describedby="about-history"></div>
+<details class="about"><summary>How to read it</summary>
+<p id="about-history">Triangles are changes (▲ worse, ▼ better): where <code>peft-gauge compare</code>
+reports one against the previous run with the same case, and where the level of a time changes over about a dozen runs
+or more. Bars are 95 % intervals of the rounds’ median.{_thinning(history)}</p></details>
+<details id="history-data"><summary>Data as a table</summary></details>"""
 
 
 def _thinning(history: History) -> str:
@@ -218,124 +266,31 @@ def _thinning(history: History) -> str:
     )
 
 
-# Data for the page's script
-
-
-def _data(report: Report, rows: dict[str, list[Row]]) -> dict[str, Any]:
+def _sources(report: Report) -> str:
     assert report.history is not None
-    labels = plots.labels_of([*rows["sequence"], *rows["memory"]])
-    machines = list(report.machines)
-    specs = {kind: plots.spec(kind, labels) for kind, some in rows.items() if some}
-    return {
-        "plots": {kind: plots.prepared(kind, some) for kind, some in rows.items()},
-        "specs": specs | {kind: plots.spec(kind, machines) for kind in ("history", "versions")},
-        "titles": TITLES,
-        "history": history_data(report.history),
-    }
-
-
-def history_data(history: History) -> dict[str, Any]:
-    """A history for the page, without repetitions.
-
-    ``runs``: [machine, name, end, commit, versions] by index; ``versions``: texts of all libraries, ``differing``: of
-    those that vary between runs, both by index; ``cases``: [id, method, model]; ``metrics``: names; ``at``: lists of
-    indices of runs; ``series``: [machine, case, metric, at, values, lows, highs], indices except for the values, where
-    [number, times] stands for a repeated number; ``changes``: [run, case, metric, verdict]. Of a long history only some
-    runs are in it (`History.shown_runs`), and of each metric those at which it changed.
-    """
-    machines, cases, metrics, versions, at = (_Index() for _ in range(5))
-    noted = [each for each in history.changes if (each.machine, each.case, each.metric) in history.series]
-    changed: dict[tuple[str, str, str], set[int]] = {}
-    for change in noted:
-        changed.setdefault((change.machine, change.case, change.metric), set()).add(change.run)
-    shown = history.shown_runs()
-    there = sorted(shown.union(*changed.values()))
-    places = {run: place for place, run in enumerate(there)}
-    runs = [
-        [machines[run.machine], run.name, run.when, run.commit, versions[tuple(run.libraries.items())]]
-        for run in (history.runs[index] for index in there)
+    parts = []
+    if report.left_out:
+        lines = "".join(f"<li>{text(line)}</li>" for line in report.left_out)
+        parts.append(f'<div class="warning" role="note"><p>Left out:</p><ul>{lines}</ul></div>')
+    told = "".join(
+        f'<li data-machine="{html.escape(name)}">{text(name)}: {text(_outcomes(machine))}</li>'
+        for name, machine in report.machines.items()
+    )
+    notes = "".join(
+        f'<li data-machine="{html.escape(name)}">{line}</li>'
+        for name, machine in report.machines.items()
+        for line in page_tables.environment(machine)
+    )
+    parts += [
+        details(f"<ul>{told}</ul>{page_tables.machines(report)}", "Newest runs, and what each was compared with"),
+        *([details(f"<ul>{notes}</ul>", "Differences of libraries, commits and hosts")] if notes else []),
+        details(page_tables.not_passed(report), "Cases that did not pass"),
+        details(page_tables.runs(report.history), "All runs"),
     ]
-    series = [
-        [
-            machines[one.machine],
-            cases[one.case],
-            metrics[one.metric],
-            at[tuple(places[run] for run in one.runs)],
-            *_values_of(one),
-        ]
-        for one in (each.only(shown | changed.get(key, set())) for key, each in history.series.items())
-    ]
-    changes = [[places[change.run], cases[change.case], metrics[change.metric], change.verdict] for change in noted]
-    subjects = [history.subjects[case] for case in cases.names]
-    return {
-        "machines": machines.names,
-        "runs": runs,
-        "versions": [page_tables.versions(dict(libraries)) for libraries in versions.names],
-        "differing": differing([dict(libraries) for libraries in versions.names]),
-        "cases": [
-            [case, about.get("method"), about.get("model")] for case, about in zip(cases.names, subjects, strict=True)
-        ],
-        "metrics": metrics.names,
-        "at": at.names,
-        "series": series,
-        "changes": changes,
-        "opening": _opening(history),
-    }
+    return "\n".join(parts)
 
 
-def differing(libraries: Sequence[Mapping[str, str | None]]) -> list[str]:
-    """For each set of ``libraries``, the versions that vary between the sets."""
-    names = dict.fromkeys(name for versions in libraries for name in versions)
-    changing = [name for name in names if len({versions.get(name) for versions in libraries}) > 1]
-    return [
-        ", ".join(f"{name} {versions.get(name) or 'absent'}" for name in changing) or "the same libraries in all runs"
-        for versions in libraries
-    ]
-
-
-class _Index:
-    """Values in the order of their first use."""
-
-    def __init__(self) -> None:
-        self._places: dict[Any, int] = {}
-
-    def __getitem__(self, name: Any) -> int:
-        return self._places.setdefault(name, len(self._places))
-
-    @property
-    def names(self) -> list[Any]:
-        return list(self._places)
-
-
-def _values_of(series: Series) -> list[Any]:
-    values = [_repeated(series.values)]
-    if any(series.intervals):
-        ends: Iterable[Any] = zip(*(each or (None, None) for each in series.intervals), strict=True)
-        values += [[None if end is None else _rounded(end) for end in side] for side in ends]
-    return values
-
-
-def _rounded(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
-
-
-def _repeated(values: Sequence[float]) -> list[Any]:
-    """``values`` with repetitions as [number, times]."""
-    found: list[list[Any]] = []
-    for value in map(_rounded, values):
-        if found and found[-1][0] == value:
-            found[-1][1] += 1
-        else:
-            found.append([value, 1])
-    return [value if times == 1 else [value, times] for value, times in found]
-
-
-def _opening(history: History) -> list[str] | None:
-    """The case and metric whose history is shown first: the newest change, otherwise a step's time or peak."""
-    for change in reversed(history.changes):
-        if (change.machine, change.case, change.metric) in history.series:
-            return [change.case, change.metric]
-    wanted = ("step_seconds", "tensor_peak_bytes", "plan.peak_bytes", "seconds")
-    found = [one for metric in wanted for one in history.series.values() if one.metric == metric]
-    first = next(iter(found or history.series.values()), None)
-    return None if first is None else [first.case, first.metric]
+def _outcomes(machine: Machine) -> str:
+    """The outcomes of all newest cases, and the runs that they are from."""
+    outcomes = page_data.counted(case.outcome for each in machine.answering for case in each.run.cases)
+    return f"{outcomes or 'no cases'}; {page_data.named([each.run for each in machine.answering])}"

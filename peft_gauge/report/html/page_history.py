@@ -153,7 +153,7 @@ class History:
         for case in brief.cases.values():
             if case.outcome in NOT_RUN:
                 continue
-            self.subjects[case.id] = subject_of(case)
+            self.subjects[case.id] = subject_of(case.metrics)
             self._keep(machine, index, case)
             old, base = self._last.get((machine, case.id), (None, None))
             if old is not None and base is not None:
@@ -368,10 +368,18 @@ def machine_of(run: Run) -> str:
     return name if isinstance(name, str) else run.path.parent.name
 
 
-def subject_of(case: RecordedCase) -> dict[str, Any]:
-    """The properties to filter a case by: ``method`` and ``model``, if its metrics name them."""
-    return {
-        name: value
-        for name in ("method", "model")
-        if isinstance(value := case.metrics.get(name, case.metrics.get(f"plan.{name}")), str)
-    }
+SUBJECT_METRICS = {
+    "method": ("method", "plan.method", "trained_by"),
+    "model": ("model", "plan.model", "architecture"),
+}
+"""The metrics that name a case's method and model, the first of them that it has; adapters to serve have their own."""
+
+
+def subject_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The properties to filter a case by: ``method`` and ``model``, if its ``metrics`` name them."""
+    found = {}
+    for name, keys in SUBJECT_METRICS.items():
+        value = next((metrics[key] for key in keys if key in metrics), None)
+        if isinstance(value, str):
+            found[name] = value
+    return found

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
 
 from peft_gauge.report import comparison as words
 from peft_gauge.report.charts import plots
 from peft_gauge.report.format import ABSENT, step_conditions
-from peft_gauge.report.html import page_data
+from peft_gauge.report.html import page_data, page_rows, tasks
 from peft_gauge.report.html.page_cells import any_value, number, plain, seconds, size, table, text, verdict
 from peft_gauge.report.html.page_history import subject_of
 from peft_gauge.report.rows import PHASES, label
@@ -18,14 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from peft_gauge.history.comparison import RunComparison
-    from peft_gauge.history.ledger import Source
     from peft_gauge.history.reader import Run
     from peft_gauge.report.html.page_cells import Line
-    from peft_gauge.report.html.page_data import Answering, Machine, Report, Row
-    from peft_gauge.report.html.page_history import Change, History
-
-MOST_CHANGES = 500
-
+    from peft_gauge.report.html.page_data import Answering, Machine, Report
+    from peft_gauge.report.html.page_history import History
+    from peft_gauge.report.html.page_rows import Row
 
 # One table each
 
@@ -95,7 +90,7 @@ def compared(name: str, report: Report, wanted: Sequence[str]) -> str:
 
 
 def _rows(run: Run, comparison: RunComparison) -> Iterable[tuple[Any, Row, list[str]]]:
-    subjects = {name: subject_of(case) for name, case in page_data.case_subjects(run).items()}
+    subjects = {name: subject_of(case.metrics) for name, case in page_data.case_subjects(run).items()}
     for line in words.shown_lines(comparison, everything=False):
         row, told_as = line.rows[0], line.cells
         kind = f"{told_as.metric} ({row.label})" if row.label else told_as.metric
@@ -109,33 +104,10 @@ def _rows(run: Run, comparison: RunComparison) -> Iterable[tuple[Any, Row, list[
         yield row, about, [text(told_as.case), text(kind), *values, *map(text, rest)]
 
 
-def claims(report: Report) -> str:
-    lines: list[Line] = [
-        (
-            {"model": None if claim.model == "any" else claim.model, "machine": name},
-            [
-                text(claim.id),
-                text(claim.model),
-                verdict(claim.verdict),
-                *map(text, (claim.metric, claim.conditions, _decided(claim.source), claim.statement, name)),
-            ],
-        )
-        for name, machine in report.machines.items()
-        for claim in machine.claims
-    ]
-    about_it = ("metric", "conditions", "decided (UTC)", "statement", "machine")
-    caption = "Claims of the literature, with each machine’s newest verdict over all its runs"
-    return table("t-claims", caption, ("claim", "model", "verdict", *about_it), lines)
-
-
-def _decided(source: Source | None) -> str | None:
-    return f"{source.ended:%Y-%m-%d}, run {source.run}" if source is not None else None
-
-
 def methods(report: Report) -> str:
     lines: list[Line] = []
     for name, machine in report.machines.items():
-        for row in page_data.methods_told([each.run for each in machine.answering]):
+        for row in page_rows.methods_told([each.run for each in machine.answering]):
             about = {"machine": name, "model": row["model"], "method": row["method"]}
             cells = [
                 text(label(row)),
@@ -221,7 +193,7 @@ def growth(report: Report) -> str:
         )
         for machine in report.machines.values()
         for answering in machine.answering
-        for row in page_data.growth_rows(answering.run)
+        for row in page_rows.growth_rows(answering.run)
     ]
     headings = ("method", "model", "growth", "with", "measured", "planned")
     return table("t-growth", "Growth of the peak, in bytes per further token or row", headings, lines) if lines else ""
@@ -237,67 +209,42 @@ def times(rows: Sequence[Row]) -> str:
                 *(seconds(row[name]) for name in ("seconds", "low_seconds", "high_seconds")),
                 plain(row["rounds"], "{}"),
                 plain(row["processes"], "{}"),
-                plain(row["over_control"], "{:.2f}"),
+                *(plain(row[f"over_control{end}"], "{:.2f}") for end in ("", "_low", "_high")),
                 text(row["unsteady"]),
                 text(row["run"]),
             ],
         )
         for row in rows
     ]
-    interval = ("95 % interval from", "to", "rounds", "processes")
-    headings = ("case", "time of", "median", *interval, "/ base forward", "unsteady", "run")
+    interval = ("95 % interval from", "to")
+    ratio = ("/ base forward", *interval)
+    headings = ("case", "time of", "median", *interval, "rounds", "processes", *ratio, "unsteady", "run")
     return table("t-times", "Times: median, and a 95 % interval of the rounds’ median", headings, lines)
 
 
-def pareto(rows: Sequence[Row]) -> str:
+def quality(rows: Sequence[Row]) -> str:
+    """A row for each point of a sweep and each cost."""
     lines: list[Line] = [
         (
             row,
             [
                 text(row["label"]),
-                text(row["panel"]),
+                text(row["task"]),
+                text(tasks.cost_words(row["cost"])),
                 any_value(row["cost"], row["value"]),
+                text(row["quality_is"]),
                 *(plain(row[name], "{:.7g}") for name in ("quality", "quality_low", "quality_high")),
                 *(plain(row[name], "{}") for name in ("seeds", "diverged")),
                 text("no" if row["front"] else "no quality" if row["quality"] is None else "yes"),
+                text(row["test"]),
                 text(row["run"]),
             ],
         )
         for row in rows
     ]
-    quality = ("quality", "lowest over seeds", "highest", "seeds", "diverged")
-    headings = ("point", "sweep and cost", "cost", *quality, "dominated", "run")
-    return table("t-pareto", "Sweeps: quality against cost", headings, lines)
-
-
-def changes(history: History) -> str:
-    """All changes, newest first, at most `MOST_CHANGES`."""
-    newest = sorted(history.changes, key=lambda change: -change.run)[:MOST_CHANGES]
-    lines: list[Line] = [
-        ({**history.subjects.get(change.case, {}), "machine": change.machine}, _change(history, change))
-        for change in newest
-    ]
-    headings = ("verdict", "run", "ended (UTC)", "case", "metric", "before", "after", "other changes", "machine")
-    more = f", the newest {MOST_CHANGES} of {len(history.changes)}" if len(history.changes) > MOST_CHANGES else ""
-    return table("t-changes", f"Changes in the history{more}", headings, lines)
-
-
-def _change(history: History, change: Change) -> list[str]:
-    run = history.runs[change.run]
-    case = urlencode({"case": change.case, "metric": change.metric, "section": "history"})
-    name = text(change.case.removeprefix("benchmarks/"))
-    known = (change.machine, change.case, change.metric) in history.series
-    return [
-        verdict(change.verdict),
-        text(run.name),
-        text(run.when[:16].replace("T", " ")),
-        f'<a class="to-history" href="#{html.escape(case)}">{name}</a>' if known else name,
-        text(change.metric + (", its level over many runs" if change.levels else "")),
-        any_value(change.metric, change.before),
-        any_value(change.metric, change.after),
-        text("; ".join(change.environment) or None),
-        text(change.machine),
-    ]
+    measured = ("quality is", "quality", "lowest over seeds", "highest", "seeds", "diverged")
+    headings = ("point", "task", "cost of", "cost", *measured, "dominated", "case", "run")
+    return table("t-quality", "Sweeps: quality against cost", headings, lines)
 
 
 def not_passed(report: Report) -> str:
@@ -306,7 +253,7 @@ def not_passed(report: Report) -> str:
         for run in (answering.run for answering in machine.answering):
             subjects = page_data.case_subjects(run)
             for case in page_data.not_passed(run):
-                about = {**subject_of(subjects[case.id]), "machine": name}
+                about = {**subject_of(subjects[case.id].metrics), "machine": name}
                 cells = [text(case.id.removeprefix("benchmarks/")), verdict(case.outcome), text(case.reason)]
                 lines.append((about, [*cells, text(run.name), text(name)]))
     return table("t-outcomes", "Cases that did not pass", ("case", "outcome", "reason", "run", "machine"), lines)
@@ -337,11 +284,3 @@ def runs(history: History) -> str:
 def versions(libraries: Mapping[str, str | None]) -> str:
     """Installed versions, such as "torch 2.13.0, peft 0.21.2"."""
     return ", ".join(f"{name} {version}" for name, version in libraries.items() if version is not None)
-
-
-def shown_of(report: Report) -> list[str]:
-    """The machines, each with the names of the runs shown."""
-    return [
-        f"{name}, {page_data.named([each.run for each in machine.answering])}"
-        for name, machine in report.machines.items()
-    ]

@@ -12,13 +12,24 @@ from typing import Any
 import pytest
 
 from peft_gauge.errors import GaugeError
+from peft_gauge.files import slug
 from peft_gauge.history.comparison import compare
 from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, CaseRecord
 from peft_gauge.report import markdown
-from peft_gauge.report.charts import pictures, plots
-from peft_gauge.report.html import page, page_data, page_history, page_tables
+from peft_gauge.report.charts import looks, panels, pictures, plots
+from peft_gauge.report.html import (
+    page,
+    page_changes,
+    page_claims,
+    page_data,
+    page_history,
+    page_rows,
+    page_script_data,
+    page_tables,
+)
+from peft_gauge.report.html.page_claims import by_claim
 from peft_gauge.report.html.page_data import Report, gather
 from peft_gauge.report.html.page_history import History, RememberedRules
 from tests.support import report_runs
@@ -66,6 +77,22 @@ def test_changes_stand_where_they_happened(report: Report) -> None:
     (grown,) = (each for each in report.history.changes if each.metric == "tensor_peak_bytes")
     assert (grown.before, grown.after) == (PEAK, PEAK + 5_120_000)
     assert "torch: 2.13.0 → 2.14.0" in grown.environment
+
+
+def test_changes_of_one_day_and_metric_are_one_item(tmp_path: Path) -> None:
+    for day, extra in ((1, 0), (2, 10**8)):
+        for machine in (report_runs.CPU, report_runs.CPU | {"name": "other-box"}):
+            save(tmp_path, day, [memory_case(f"m{i}", "toy", extra=extra * i) for i in range(6)], machine=machine)
+    history = gather([tmp_path], RULES).history
+    assert history is not None
+    peaks, *slopes = page_changes.grouped(history)
+    assert len(slopes) == 2
+    assert {len(each.changes) for each in (peaks, *slopes)} == {10}
+    assert peaks.largest.case.endswith("[m5-toy-cpu]")
+    shown = page_changes.changed(history)
+    assert "5 cases on 2 machines, most in peak m5-toy-cpu" in shown
+    assert 'data-machines="cpu-box\nother-box"' in shown
+    assert page_changes.difference(peaks.largest) == f"+{100 * 5 * 10**8 / PEAK:.3g} %"
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
@@ -119,7 +146,7 @@ def test_a_level_that_no_two_runs_can_decide_is_a_change(
     for change in history.changes:
         assert (change.before, change.after) == (pytest.approx(1.0, abs=0.01), pytest.approx(1.1, abs=0.01))
         assert "torch: 2.13.0 → 2.14.0" in change.environment
-        assert "its level over many runs" in page_tables.changes(history)
+        assert "its level over many runs" in page_changes.changed(history)
 
 
 def test_what_was_measured_elsewhere_or_otherwise_is_no_change(tmp_path: Path) -> None:
@@ -176,7 +203,7 @@ def test_each_meter_stands_beside_its_plan_and_its_ceiling(report: Report) -> No
     reserved = rows["GPU-box", "reserved"]
     assert [reserved[f"{kind}_bytes"] for kind in plots.KINDS] == [2_500_000_000, 2_400_000_000, 3_000_000_000]
     assert rows["cpu-box", "tensors"]["ceiling_bytes"] is None
-    assert [row["kind"] for row in plots.kinds([rows["cpu-box", "tensors"]])] == ["measured", "planned"]
+    assert [row["kind"] for row in panels.prepared("planned", [rows["cpu-box", "tensors"]])] == ["measured", "planned"]
 
 
 def test_a_line_over_lengths_needs_two(report: Report) -> None:
@@ -220,8 +247,14 @@ def test_a_claim_keeps_the_newest_verdict_of_its_machine(tmp_path: Path) -> None
         ("cpu-box", "other"): ("refuted", ("0002", "2026-02-02")),
         ("cpu-box", "third"): ("not measured yet", None),
     }
-    shown = page_tables.claims(report)
-    assert "<td>2026-02-01, run 0001</td><td>LoRA needs &lt; 2 GB &amp; no more.</td><td>cpu-box</td>" in shown
+    assert {id_: len(standings) for id_, standings in by_claim(report).items()} == {
+        "lora-memory": 2,
+        "other": 1,
+        "third": 1,
+    }
+    shown = page_claims.claims(report)
+    assert shown.count("LoRA needs &lt; 2 GB &amp; no more.") == 3  # once for each claim
+    assert "<td>2026-02-01, run 0001</td><td>cpu-box</td>" in shown
     assert shown.count("<tr data-model=") == len(found)
 
 
@@ -234,7 +267,7 @@ def test_times_have_their_interval(report: Report) -> None:
 
 
 def test_the_front_of_a_sweep_is_what_no_other_point_dominates(report: Report) -> None:
-    rows = report.rows("pareto")
+    rows = report.rows("quality")
     assert {row["label"]: row["front"] for row in rows} == {"r=4": True, "r=16": True, "r=64": False, "r=256": False}
     assert {row["cost"] for row in rows} == {"step_seconds"}
 
@@ -246,7 +279,7 @@ def test_a_sweep_stays_when_later_runs_ask_for_less(tmp_path: Path) -> None:
         sweep = CaseRecord("benchmarks/test_s.py::test_sweep", "test_s", "passed", metrics={"pareto": points})
         other = CaseRecord("benchmarks/test_o.py::test_other", "test_o", "passed")
         save(tmp_path, number, [sweep, other] if qualities else [other])
-    rows = gather([tmp_path], RULES).rows("pareto")
+    rows = gather([tmp_path], RULES).rows("quality")
     assert [row["quality"] for row in rows] == [0.3, 0.4]
 
 
@@ -260,11 +293,13 @@ def test_a_sweep_says_what_its_quality_is(tmp_path: Path) -> None:
         metrics={"pareto": points, "quality_is": "rows per forward of the base"},
     )
     save(tmp_path, 0, [trained, served])
-    told = [row["panel"].partition(", ")[0] for row in gather([tmp_path], RULES).rows("pareto")]
-    assert told == [
-        "test_s.py::test_sweep: quality against held_bytes",
-        "test_m.py::test_ways: rows per forward of the base against held_bytes",
+    rows = gather([tmp_path], RULES).rows("quality")
+    assert [(row["task"], row["cost"], row["quality_is"]) for row in rows] == [
+        ("Sweep?", "held_bytes", "quality"),
+        ("Ways?", "held_bytes", "rows per forward of the base"),
     ]
+    for row in rows:
+        assert "test_" not in row["panel"]
 
 
 def test_a_plain_run_of_pytest_benchmark_is_shown_too(tmp_path: Path) -> None:
@@ -291,7 +326,7 @@ def test_the_saved_runs_of_this_repository_can_be_reported() -> None:
         peaks = {
             (plan["model"], plan["method"], plan["settings"]["batch"], plan["settings"]["seq"]): plan["peak_bytes"]
             for answering in machine.answering
-            for plan in page_data.plans_of(answering.run)
+            for plan in page_rows.plans_of(answering.run)
         }
         bars: dict[tuple[str, str], int] = {}
         for row in report.rows("memory"):
@@ -304,33 +339,56 @@ def test_the_saved_runs_of_this_repository_can_be_reported() -> None:
 
 
 @pytest.mark.parametrize(("form", "magic"), [("svg", b"<svg"), ("png", b"\x89PNG")])
-def test_every_panel_is_saved_as_a_picture(
+def test_a_dozen_pictures_are_named_for_what_they_show(
     form: str, magic: bytes, report: Report, results: Path, tmp_path: Path, run_command: Command
 ) -> None:
     out = tmp_path / "pictures"
     code, printed, complaint = run_command("report", str(results), "--format", form, "-o", str(out))
     saved = sorted(out.iterdir())
-    panels = [title for kind in page_data.PLOTTED for title in plots.panels(report.rows(kind))]
     assert (code, complaint) == (0, "")
-    assert printed == f"wrote {len(panels)} plots to {out}\n"
-    assert len(saved) == len(panels) == 9
+    assert printed == f"wrote {len(saved)} pictures to {out}\n"
+    assert len(saved) == 12
     assert all(path.read_bytes().startswith(magic) and path.suffix == f".{form}" for path in saved)
+    assert {path.stem for path in saved if not path.stem.endswith("-dark")} == {
+        path.stem.removesuffix("-dark") for path in saved if path.stem.endswith("-dark")
+    }
+    for title in panels.PLOTTED:
+        assert any(path.name.startswith(slug(panels.TITLES[title])) for path in saved)
 
 
-def test_a_picture_names_what_it_shows(report: Report) -> None:
-    rows = [row for row in report.rows("memory") if row["machine"] == "cpu-box"]
-    drawn = pictures.picture("memory", rows[0]["panel"], rows, ["lora"], "svg").decode()
-    assert rows[0]["panel"] in drawn
-    assert "W base weights" in drawn
-    assert ">V<" in drawn  # the letter in the segment of activations
-    assert "NaN" not in drawn
+def drawn_memory(report: Report, *, dark: bool = False) -> str:
+    rows = [row for row in panels.prepared("memory", report.rows("memory")) if row["machine"] == "cpu-box"]
+    return pictures.picture("memory", rows, looks.looks_of(["lora"]), "svg", dark=dark).decode()
+
+
+def test_a_picture_names_what_it_shows_on_any_ground(report: Report) -> None:
+    light, dark = drawn_memory(report), drawn_memory(report, dark=True)
+    for drawn in (light, dark):
+        assert "Where does the memory go?" in drawn
+        assert "toy on cpu, 1×64 tokens, float32, cpu-box" in drawn
+        assert "W base weights" in drawn
+        assert ">V<" in drawn  # the letter in the segment of activations
+        assert "NaN" not in drawn
+        assert 'fill="white"' not in drawn.split("<g")[0]  # no ground of its own
+    assert looks.BLACK[0] in light
+    assert looks.BLACK[0] not in dark
+    assert looks.BLACK[1] in dark
 
 
 def test_methods_differ_by_more_than_colour() -> None:
-    looks = plots.method_looks([f"m{i}" for i in range(49)])
-    assert len(set(looks.values())) == 49
-    assert len({shape for _, shape in plots.method_looks("abcdefg").values()}) == 7
+    found = looks.looks_of([*looks.METHODS, *(f"m{i}" for i in range(42))])
+    assert len(set(found.values())) == 49
+    assert len({found[method].shape for method in looks.METHODS}) == 7
+    assert len({found[method].light for method in looks.METHODS}) == 7
     assert len({letter for letter, _ in plots.CATEGORIES.values()}) == len(plots.CATEGORIES)
+
+
+def test_a_method_has_one_look_whatever_else_is_there() -> None:
+    assert looks.looks_of(["qlora"])["qlora"] == looks.looks_of(["other", "lora", "qlora"])["qlora"]
+    assert looks.looks_of(["b", "a"]) == looks.looks_of(["a", "b"])
+    variants = looks.looks_of(["qlora", "qlora-unprepared", "QLoRA r2"])
+    assert len({look.place for look in variants.values()}) == 1
+    assert len({look.shape for look in variants.values()}) == 3
 
 
 # Markdown
@@ -478,7 +536,7 @@ def test_of_a_long_history_the_page_shows_a_part_and_every_change(
     save(tmp_path, 20, [memory_case("lora", "toy")], machine=report_runs.CARD)
     history = gather([tmp_path], RULES).history
     assert history is not None
-    embedded = page.history_data(history)
+    embedded = page_script_data.history_data(history)
     series = {
         (embedded["machines"][machine], embedded["metrics"][metric]): (
             [embedded["runs"][run][1] for run in embedded["at"][at]],

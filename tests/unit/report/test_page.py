@@ -19,10 +19,13 @@ import pytest
 from peft_gauge.history.comparison import compare
 from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import read_rules
-from peft_gauge.history.schema import SAMPLES
-from peft_gauge.report.html import page
-from peft_gauge.report.html.page_data import PLOTTED, gather
+from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES
+from peft_gauge.medians import median_interval
+from peft_gauge.report.charts.panels import PLOTTED
+from peft_gauge.report.html import page, page_script_data
+from peft_gauge.report.html.page_data import gather
 from tests.support import chromium
+from tests.support.colours import contrast
 from tests.support.report_runs import card_run, three_runs
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.
@@ -156,22 +159,28 @@ def test_names_of_cases_are_text_and_never_markup(tree: Element) -> None:
 
 
 def test_the_page_is_small_but_for_vega(text: str) -> None:
-    assert len(text.encode()) - len(page.vega().encode()) < 150_000
+    assert len(text.encode()) - len(page.vega().encode()) < 180_000
 
 
 def test_every_plot_has_a_name_and_a_table(tree: Element) -> None:
     holders = [each for each in tree.all("div") if "data-plot" in each.attributes]
-    assert [each.attributes["data-plot"] for each in holders] == [*PLOTTED, "history"]
+    assert {each.attributes["data-plot"] for each in holders} == {*PLOTTED, "history"}
     for holder in holders:
         assert holder.attributes["aria-label"]
         described = holder.attributes["aria-describedby"]
         assert described
         assert tree.one("p", id=described).text
     for kind in PLOTTED:
-        section = tree.one("section", id=kind)
-        details = next(section.all("details"))
-        assert "table" in details.one("summary").text
-        assert details.one("table", id=f"t-{kind}")
+        (around,) = (
+            each for each in tree.all("details") if any(one.tag == "div" for one in tables_of(each, f"t-{kind}"))
+        )
+        assert "Data as a table" in next(around.all("summary")).text
+
+
+def tables_of(details: Element, name: str) -> list[Element]:
+    """The scrolling part of the table ``name``, if it is directly in ``details``."""
+    parts = [each for each in details.children if isinstance(each, Element) and each.tag == "div"]
+    return [each for each in parts if any(table.attributes.get("id") == name for table in each.all("table"))]
 
 
 def test_tables_and_controls_can_be_heard(tree: Element) -> None:
@@ -183,7 +192,10 @@ def test_tables_and_controls_can_be_heard(tree: Element) -> None:
             assert len(list(row.all("th"))) == 1
             assert len(list(row.all("td"))) == columns - 1
     labelled = [select for label in tree.all("label") for select in label.all("select")]
-    assert len(labelled) == len(list(tree.all("select"))) == 6
+    assert (
+        len(labelled) == len(list(tree.all("select"))) == 11
+    )  # filters, the setup, five plots, a cost, history's axis
+    assert [each.attributes["type"] for label in tree.all("label") for each in label.all("input")] == ["search"]
     ids = [each.attributes["id"] for each in every(tree) if "id" in each.attributes]
     assert len(ids) == len(set(ids))
     assert tree.one("html").attributes["lang"] == "en"
@@ -193,7 +205,8 @@ def test_tables_and_controls_can_be_heard(tree: Element) -> None:
 def test_headings_are_the_targets_of_the_links(tree: Element) -> None:
     for link in tree.one("nav").all("a"):
         target = (link.attributes["href"] or "").removeprefix("#")
-        assert tree.one("section", id=target).one("h2", id=f"h-{target}").text == link.text
+        assert tree.one("section", id=target).one("h2", id=f"h-{target}").text.endswith("?")
+        assert link.text
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -219,8 +232,8 @@ def as_shown(words: str) -> tuple[float, float]:
 def test_every_number_is_the_saved_one_to_its_last_digit(tree: Element, results: Path) -> None:
     runs = [json.loads(path.read_text()) for path in results.glob("*/*.json") if "broken" not in path.name]
     known = set(numbers(runs)) | set(derived(runs)) | set(judged(results))
-    shown = [each for table in tree.all("table") for each in table.all("data")]
-    assert len(shown) > 60
+    shown = list(tree.all("data"))
+    assert len(shown) > 100
     for each in shown:
         value = float(each.attributes["value"] or "nan")
         about, half = as_shown(each.text)
@@ -229,7 +242,7 @@ def test_every_number_is_the_saved_one_to_its_last_digit(tree: Element, results:
 
 
 def derived(runs: list[dict[str, Any]]) -> Iterator[float]:
-    """What the page itself counts or adds up: the height of a bar, rounds, processes, cases and verdicts."""
+    """What the page itself counts or adds up: a bar, rounds, processes, cases, verdicts, intervals of ratios."""
     for run in runs:
         cases = run["peft_gauge"]["cases"]
         yield from range(len(cases) * 20)
@@ -237,8 +250,12 @@ def derived(runs: list[dict[str, Any]]) -> Iterator[float]:
             metrics = case["metrics"]
             for holder in (metrics, metrics.get("plan", {})):
                 yield sum(holder.get("peak_by_category", {}).values())
-            for processes in metrics.get(SAMPLES, {}).values():
-                yield sum(map(len, processes))
+            for metric, processes in metrics.get(SAMPLES, {}).items():
+                rounds = [each for process in processes for each in process]
+                yield len(rounds)
+                controls = [each for process in metrics.get(CONTROL_SAMPLES, {}).get(metric, []) for each in process]
+                if len(controls) == len(rounds):
+                    yield from median_interval([a / b for a, b in zip(rounds, controls, strict=True)]) or ()
 
 
 def judged(results: Path) -> Iterator[float]:
@@ -250,10 +267,10 @@ def judged(results: Path) -> Iterator[float]:
 
 def test_the_tables_say_what_the_runs_say(tree: Element, results: Path) -> None:
     newest = read_run(sorted((results / "cpu-box").glob("0003*"))[0])
-    claims = {row.one("th").text: row.text for row in tree.one("table", id="t-claims").one("tbody").all("tr")}
+    claims = {each.attributes["data-claim"]: each for each in tree.all("details") if "data-claim" in each.attributes}
     assert set(claims) == {claim["id"] for claim in newest.claims}
-    assert "✗ refuted" in claims["lora-memory"]
-    assert "LoRA needs < 2 GB & no more." in claims["lora-memory"]
+    assert claims["lora-memory"].one("summary").text.startswith("LoRA needs < 2 GB & no more. ✗ 1 refuted")
+    assert "✗ refuted" in claims["lora-memory"].one("tbody").text
     decided = [
         [cell.text for cell in every(row) if cell.tag in ("td", "th")][:5]
         for row in tree.one("table", id="t-decided").one("tbody").all("tr")
@@ -262,7 +279,7 @@ def test_the_tables_say_what_the_runs_say(tree: Element, results: Path) -> None:
     assert ["▲ worse", "claim::lora-memory[toy]", "verdict", "holds", "refuted"] in decided
     machines = tree.one("table", id="t-machines")
     assert "none: no comparable earlier run" in machines.text
-    assert "0008_broken.json is truncated" in tree.one("section", id="summary").text
+    assert "0008_broken.json is truncated" in tree.one("section", id="sources").text
 
 
 def test_the_history_holds_every_run_once(data: dict[str, Any]) -> None:
@@ -285,14 +302,27 @@ def test_the_history_holds_every_run_once(data: dict[str, Any]) -> None:
 
 def test_versions_are_told_by_what_differs() -> None:
     one, other = {"torch": "2", "peft": "1"}, {"torch": "3", "peft": "1", "extra": None}
-    assert page.differing([one, other]) == ["torch 2", "torch 3"]
-    assert page.differing([one, one | {"new": "5"}]) == ["new absent", "new 5"]
-    assert page.differing([one]) == ["the same libraries in all runs"]
+    assert page_script_data.differing([one, other]) == ["torch 2", "torch 3"]
+    assert page_script_data.differing([one, one | {"new": "5"}]) == ["new absent", "new 5"]
+    assert page_script_data.differing([one]) == ["the same libraries in all runs"]
 
 
 def test_no_row_and_no_round_is_embedded_twice(data: dict[str, Any]) -> None:
     assert all("datasets" not in spec and "values" not in json.dumps(spec["layer"]) for spec in data["specs"].values())
     assert "sampled" not in json.dumps(data)
+
+
+def test_the_page_opens_with_what_to_use_and_what_changed(tree: Element) -> None:
+    sections = [each.attributes["id"] for each in tree.one("main").all("section") if "id" in each.attributes]
+    assert sections[:2] == ["choice", "changed"]
+    first = next(tree.one("section", id="choice").all("article"))
+    assert first.one("table").attributes["id"] == "t-grid-0"
+    cards = [each.one("h3").text for each in first.all("section")]
+    assert cards == ["Fits?", "Fastest?", "Cheapest?", "Changed?", "Claims?"]
+    changes = [each.text for each in tree.one("ul", **{"class": "changes"}).all("li")]
+    (halved,) = (each for each in changes if "step" in each and "lora" in each)
+    assert halved.startswith("▼ -50 % better")
+    assert "3.00 s → 1.50 s" in halved or "3.01 s → 1.50 s" in halved
 
 
 # In a browser
@@ -338,7 +368,10 @@ def scroll_through(browser: chromium.Chromium) -> None:
           }
         })()"""
     )
-    browser.wait_for("[...document.querySelectorAll('.canvas')].every((each) => each.querySelector('svg'))")
+    browser.wait_for(
+        "[...document.querySelectorAll('.canvas')]"
+        ".every((each) => !each.checkVisibility() || each.querySelector('svg'))"
+    )
 
 
 def visible(browser: chromium.Chromium, table: str) -> list[str]:
@@ -357,30 +390,47 @@ def choose(browser: chromium.Chromium, name: str, value: str) -> None:
 
 
 def test_every_plot_is_drawn(opened: chromium.Chromium, data: dict[str, Any]) -> None:
+    opened.js("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     scroll_through(opened)
     drawn = opened.js(
         "[...document.querySelectorAll('figure [role=img]')].map((each) => each.getAttribute('aria-label'))"
     )
-    panels = {row["panel"] for rows in data["plots"].values() for row in rows}
-    per_plot = sum(len({row["panel"] for row in rows}) for rows in data["plots"].values())
-    assert len(drawn) == per_plot + 1
-    assert [panel for panel in panels if not any(panel in label for label in drawn)] == []
-    # One segment for each category of each bar.
-    segments = opened.js("document.querySelectorAll('[data-plot=memory] .mark-rect path').length")
-    assert segments == len(data["plots"]["memory"])
+    assert len(drawn) == len(PLOTTED) + 1
+    for kind, panels in data["panels"].items():
+        options = opened.js(f"[...document.querySelector('select[name={kind}]').options].map((each) => each.value)")
+        if kind == "quality":
+            assert options == ["Rank? · toy"]
+            continue
+        assert set(options) == set(panels)
+        assert any(panel in label for label in drawn for panel in panels)
+    # One segment for each category of each bar of the panel that is shown.
+    panel = opened.js("document.querySelector('select[name=memory]').value")
+    panels = data["rows"]["memory"]["panel"]
+    expected = sum(panels["texts"][at] == panel for at in panels["at"])
+    assert opened.js("document.querySelectorAll('[data-plot=memory] .mark-rect path').length") == expected > 0
 
 
-def test_filters_hide_rows_and_plots(opened: chromium.Chromium) -> None:
+def test_filters_act_on_everything(opened: chromium.Chromium) -> None:
     assert sorted(visible(opened, "t-times")) == ["full", "lora"]
     before = opened.js("document.querySelectorAll('tbody tr').length")
     choose(opened, "method", "lora")
     assert visible(opened, "t-times") == ["lora"]
-    assert visible(opened, "t-claims") == ["lora-memory", "other"]  # a claim is about no method
+    claims = (
+        "[...document.querySelectorAll('details.claim')].filter((each) => !each.hidden).map((c) => c.dataset.claim)"
+    )
+    assert opened.js(claims) == ["lora-memory", "other"]  # a claim is about no method
+    card = "[...document.querySelectorAll('article:not([hidden]) .card')].map((each) => each.innerText)"
+    assert "lora: ✓ from 8 GB on" not in opened.js(card)[0]  # nothing was planned for a GPU
+    assert opened.js(card)[1].startswith("Fastest?\nlora:\n1.50 ×")
+    assert not [each for each in opened.js(changes_shown()) if "full" in each]
     choose(opened, "method", "")
     choose(opened, "model", "big")
     assert visible(opened, "t-times") == []
     assert visible(opened, "t-memory") == ["qlora"]
     assert opened.js("document.querySelector('[data-plot=times]').textContent") == "No row passes the filters."
+    assert opened.js("document.querySelector('select[name=setup]').value").startswith("big, planned, 1×64 tokens")
+    assert opened.js("document.querySelectorAll('article.setup:not([hidden])').length") == 1
+    assert opened.js("!document.getElementById('no-change').hidden")
     told = opened.js("document.getElementById('status').textContent")
     shown = opened.js("[...document.querySelectorAll('tbody tr')].filter((row) => !row.hidden).length")
     assert told.startswith(f"{shown} of ")
@@ -388,6 +438,46 @@ def test_filters_hide_rows_and_plots(opened: chromium.Chromium) -> None:
     opened.js("document.querySelector('form.filters button').click()")
     opened.wait_for("[...document.querySelectorAll('#t-times tbody tr')].every((row) => !row.hidden)")
     assert opened.js("document.querySelector('select[name=model]').value") == ""
+
+
+def changes_shown() -> str:
+    return (
+        "[...document.querySelectorAll('ul.changes li')].filter((each) => !each.hidden).map((each) => each.innerText)"
+    )
+
+
+def test_the_grid_sorts_by_any_column(opened: chromium.Chromium) -> None:
+    names = "[...document.querySelectorAll('article:not([hidden]) tbody th')].map((each) => each.textContent)"
+    button = "document.querySelectorAll('article:not([hidden]) thead button')[{}]"
+    heading = button.format(2) + ".closest('th').getAttribute('aria-sort')"
+    opened.js(button.format(2) + ".click()")  # step / base forward
+    assert (opened.js(names), opened.js(heading)) == (["lora", "full"], "ascending")
+    opened.js(button.format(2) + ".click()")
+    assert (opened.js(names), opened.js(heading)) == (["full", "lora"], "descending")
+    opened.js(button.format(1) + ".click()")  # peak memory: full ran out of it, so it comes last
+    assert opened.js(names) == ["lora", "full"]
+
+
+def test_the_search_and_the_tree_find_a_metric(opened: chromium.Chromium) -> None:
+    opened.js(
+        "(() => { const find = document.querySelector('input[name=find]'); find.value = 'lora tensor peak';"
+        " find.dispatchEvent(new Event('input', { bubbles: true })); })()"
+    )
+    hits = opened.js("[...document.querySelectorAll('#hits button')].map((each) => each.textContent)")
+    assert hits[0] == "tensor_peak_bytes of test_memory.py::test_peak[lora-toy-cpu]"
+    opened.js("document.querySelector('#hits button').click()")
+    assert opened.js("document.querySelector('#t-history caption').textContent") == hits[0]
+    assert "metric=tensor_peak_bytes" in opened.js("location.hash")
+    opened.js("document.getElementById('browse').open = true")
+    branch = (
+        "[...document.querySelectorAll('#tree > li > details')].find((d) => d.innerText.startsWith('test_speed.py'))"
+    )
+    opened.js(f"{branch}.open = true")
+    opened.wait_for(f"{branch}.querySelectorAll('ul details').length === 2")
+    opened.js(f"[...{branch}.querySelectorAll('ul details')].find((d) => d.innerText.includes('full')).open = true")
+    opened.wait_for(f"{branch}.querySelector('ul button') !== null")
+    opened.js(f"[...{branch}.querySelectorAll('ul button')].find((b) => b.textContent === 'step_seconds').click()")
+    assert opened.js("document.querySelector('#t-history caption').textContent").startswith("step_seconds of")
 
 
 def test_a_link_restores_what_was_chosen(opened: chromium.Chromium, address: str) -> None:
@@ -411,9 +501,8 @@ def test_a_filter_that_is_gone_shows_everything(opened: chromium.Chromium, addre
 
 
 def test_the_history_shows_values_changes_and_versions(opened: chromium.Chromium, address: str) -> None:
-    opened.js(
-        "[...document.querySelectorAll('a.to-history')].find((a) => a.hash.includes('tensor_peak_bytes')).click()"
-    )
+    link = "[...document.querySelectorAll('#t-changes a')].find((a) => a.hash.includes('metric=tensor_peak_bytes'))"
+    opened.js(f"{link}.click()")
     opened.wait_for("document.querySelector('#t-history caption')?.textContent.startsWith('tensor_peak_bytes')")
     choose(opened, "machine", "cpu-box")
     rows = opened.js(
@@ -428,25 +517,25 @@ def test_the_history_shows_values_changes_and_versions(opened: chromium.Chromium
     ]
     words = "[...document.querySelectorAll('[data-plot=history] svg text')].map((each) => each.textContent)"
     opened.js("document.querySelector('[data-plot=history]').scrollIntoView()")
-    opened.wait_for(f"{words}.includes('worse')")
+    marks = "[...document.querySelectorAll('[data-plot=history] .mark-symbol.role-mark path')]"
+    opened.wait_for(f"{marks}.some((each) => each.getAttribute('fill') === '#B34700')")  # the change for the worse
     choose(opened, "across", "versions")
     opened.wait_for(f"['torch 2.13.0', 'torch 2.14.0'].every((each) => {words}.includes(each))")  # peft is the same
 
 
-def test_the_interval_of_a_time_is_in_its_history(opened: chromium.Chromium, data: dict[str, Any]) -> None:
-    choose(opened, "case", "benchmarks/test_speed.py::test_step[lora-toy-cpu]")
-    choose(opened, "metric", "step_seconds")
+def test_the_interval_of_a_time_is_in_its_history(opened: chromium.Chromium, results: Path, address: str) -> None:
+    opened.open(f"{address}#case=benchmarks/test_speed.py::test_step[lora-toy-cpu]&metric=step_seconds")
     last = opened.js(
         "[...[...document.querySelectorAll('#t-history tr')].at(-1).querySelectorAll('data')].map((d) => d.value)"
     )
-    (time,) = (row for row in data["plots"]["times"] if row["method"] == "lora")
+    (time,) = (row for row in gather([results], read_rules()).rows("times") if row["method"] == "lora")
     assert [float(value) for value in last] == pytest.approx(
         [time["seconds"], time["low_seconds"], time["high_seconds"]], rel=1e-6
     )
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [320, 390, 1200])
+@pytest.mark.parametrize("width", [320])
 def test_it_fits_the_screen_and_can_be_read(opened: chromium.Chromium, address: str, width: int, dark: bool) -> None:
     opened.look_like(width=width, dark=dark)
     opened.open(address)
@@ -462,20 +551,11 @@ def test_it_fits_the_screen_and_can_be_read(opened: chromium.Chromium, address: 
     assert min(contrast(ground, sign) for sign in signs) > 4.5
 
 
-def contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colours, as the Web Content Accessibility Guidelines 2 define it."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
 def test_the_keyboard_reaches_everything_and_focus_is_seen(opened: chromium.Chromium) -> None:
-    wanted = opened.js("document.querySelectorAll('a[href], select, button, summary').length")
+    wanted = opened.js(
+        "[...document.querySelectorAll('a[href], select, input, button, summary')]"
+        ".filter((each) => each.checkVisibility()).length"
+    )
     reached = set()
     for _ in range(wanted + 40):
         opened.press("Tab")
@@ -484,8 +564,7 @@ def test_the_keyboard_reaches_everything_and_focus_is_seen(opened: chromium.Chro
             break
         reached.add(opened.js("[...document.querySelectorAll('*')].indexOf(document.activeElement)"))
         assert opened.js("getComputedStyle(document.activeElement).outlineStyle") == "solid", tag
-    hidden = opened.js("[...document.querySelectorAll('details:not([open]) :is(a[href], select, button)')].length")
-    assert len(reached) >= wanted - hidden
+    assert len(reached) >= wanted
     opened.js("document.querySelector('summary').focus()")
     opened.press("Enter")
     assert opened.js("document.querySelector('details').open")
