@@ -30,7 +30,7 @@ from peft_gauge.quality.facts import (
 )
 from peft_gauge.quality.sweep import Lengths, Setting, train_setting
 from peft_gauge.quality.training import Schedule, train
-from peft_gauge.training import methods, models
+from peft_gauge.training import batches, methods, models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,8 +177,8 @@ def test_layers_that_learned_facts_know_them_and_the_frozen_ones_are_unchanged(m
     words = torch.arange(3 * TOKENS).split(TOKENS)
     ids = torch.randint(0, 3 * TOKENS, (2, 8))
     monkeypatch.setattr(fact_bases, "_words", lambda tokenizer: words)
-    monkeypatch.setattr(fact_bases.models, "tokenizer", lambda model: object())
-    monkeypatch.setattr(fact_bases.batches, "batches", lambda *_, **__: [{"input_ids": ids}])
+    monkeypatch.setattr(models, "tokenizer", lambda model: object())
+    monkeypatch.setattr(batches, "batches", lambda *_, **__: [{"input_ids": ids}])
 
     knowing = LastLayers(record, 2, facts=16, steps=150, rate=1e-2)
     old = knowing.old_facts()
