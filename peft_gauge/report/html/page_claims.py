@@ -33,7 +33,9 @@ def claims(report: Report) -> str:
     for place, (id_, standings) in enumerate(found.items()):
         grouped[overall(standings)].append(_claim(place, id_, standings))
     told = ", ".join(
-        f'{verdict(word)} <data value="{counts[word]}">{counts[word]:,}</data>' for word in ORDER if counts[word]
+        f'{verdict(word)} <data value="{counts[word]}" data-verdict="{word.replace(" ", "-")}">{counts[word]:,}</data>'
+        for word in ORDER
+        if counts[word]
     )
     groups = "".join(
         details("".join(parts), f"{SIGNS[name]} {GROUPS[name]}: {len(parts)}")
@@ -92,8 +94,9 @@ def _bar(counts: Counter[str]) -> str:
     """The shares of the verdicts; the sentence above holds the numbers."""
     whole = sum(counts.values())
     parts = "".join(
-        f'<span class="share {word.replace(" ", "-")}" style="width:{100 * counts[word] / whole:.2f}%"></span>'
+        f'<span class="share {name}" data-share="{name}" style="width:{100 * counts[word] / whole:.2f}%"></span>'
         for word in ORDER
         if counts[word]
+        for name in [word.replace(" ", "-")]
     )
     return f'<div class="shares" aria-hidden="true">{parts}</div>'

@@ -431,6 +431,8 @@ def test_filters_act_on_everything(opened: chromium.Chromium) -> None:
     assert opened.js("document.querySelector('select[name=setup]').value").startswith("big, planned, 1×64 tokens")
     assert opened.js("document.querySelectorAll('article.setup:not([hidden])').length") == 1
     assert opened.js("!document.getElementById('no-change').hidden")
+    told = "[...document.querySelectorAll('[data-verdict]')].map((each) => [each.dataset.verdict, each.value])"
+    assert opened.js(told) == [["refuted", "0"], ["inconclusive", "1"]]  # a claim about any model stays
     told = opened.js("document.getElementById('status').textContent")
     shown = opened.js("[...document.querySelectorAll('tbody tr')].filter((row) => !row.hidden).length")
     assert told.startswith(f"{shown} of ")

@@ -40,6 +40,14 @@ function filterClaims() {
     group.hidden = ![...group.querySelectorAll("details.claim")].some((claim) => !claim.hidden);
   }
   document.getElementById("no-claim").hidden = claims.some((claim) => !claim.hidden);
+  const rows = [...document.querySelectorAll("details.claim tbody tr")].filter((row) => !row.hidden);
+  for (const told of document.querySelectorAll("[data-verdict]")) {
+    const name = told.dataset.verdict;
+    const number = rows.filter((row) => row.querySelector(".v").classList.contains(name)).length;
+    told.value = String(number);
+    told.textContent = number.toLocaleString("en");
+    document.querySelector(`[data-share=${name}]`).style.width = `${rows.length ? (100 * number) / rows.length : 0}%`;
+  }
 }
 
 // One setup is shown: the chosen one if it passes the filters, else the first that does.
