@@ -46,7 +46,7 @@ import pytest
 
 from fixtures.measured_steps import read_steps
 from peft_gauge import paths
-from peft_gauge.commands.plan import base_of, described_step, in_stored_dtype
+from peft_gauge.commands.plan_step import base_of, described_step, in_stored_dtype
 from peft_gauge.counting import logical_numel, nbytes, quantization_constants
 from peft_gauge.memory.ledger import rounded
 from peft_gauge.plan import recipes

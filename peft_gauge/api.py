@@ -60,7 +60,7 @@ def plan(
 
     Raises `GaugeError` for input that cannot be planned, in one line.
     """
-    from peft_gauge.commands.plan import adjusted, described_step, in_stored_dtype
+    from peft_gauge.commands.plan_step import adjusted, described_step, in_stored_dtype
     from peft_gauge.memory.gpus import lookup
     from peft_gauge.plan.planner import plan as planned
     from peft_gauge.plan.record import PlanRequest

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_gauge.commands.plan import STEP_OPTIONS, adjusted
+from peft_gauge.commands.plan_step import STEP_OPTIONS, adjusted
 from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_csv, print_json, print_markdown
 from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.report.format import ABSENT

@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 from rich.console import Console
 
-from peft_gauge.commands.plan import adjusted
+from peft_gauge.commands.plan_step import adjusted
 from peft_gauge.memory.categories import CATEGORIES
 from peft_gauge.plan import planner, worker
 from peft_gauge.plan.record import Plan, PlanRequest

@@ -11,7 +11,7 @@ import torch
 import yaml
 from packaging.version import Version
 
-from peft_gauge.commands.plan import base_of, described_step
+from peft_gauge.commands.plan_step import base_of, described_step
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes import STORED, Recipe, read
 from peft_gauge.plan.record import PlanRequest

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from peft_gauge.commands.plan import described_step, in_stored_dtype
+from peft_gauge.commands.plan_step import described_step, in_stored_dtype
 from peft_gauge.errors import GaugeError
 from peft_gauge.plan import planner, trainer_step
 from peft_gauge.plan.recipes import Recipe, read
