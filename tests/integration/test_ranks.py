@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -39,24 +40,31 @@ def shared(case: Case = CASE, ranks: int = 2, port: int = 0) -> SharedCase:
 
 
 def run_planted(
-    way: str, folder: Path, *, limit_seconds: float = 60.0, port: int = 0, start: str = "fork", **environment: str
+    way: str,
+    folder: Path,
+    *,
+    limit_seconds: float = 60.0,
+    port: int = 0,
+    start: str = "fork",
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> isolation.ProcessOutcome:
     """How ranks end that fail in a ``way`` (`tests.support.planted_ranks`), and leave their process ids in ``folder``;
     none of them may outlive their case."""
-    arguments = (shared(port=port), way, str(folder), start, environment)
+    arguments = (shared(port=port), way, str(folder), start, dict(environment))
     outcome = forked("tests.support.planted_ranks:launch", *arguments, limit_seconds=limit_seconds)
-    left = [process for process in map(process_of, folder.iterdir()) if process is not None]
-    _, alive = psutil.wait_procs(left, timeout=10)  # killed, perhaps not yet gone
+    end = time.monotonic() + 10
+    while (alive := [file.name for file in folder.iterdir() if is_alive(int(file.name))]) and time.monotonic() < end:
+        time.sleep(0.05)  # killed, perhaps not yet gone
     assert alive == [], "a rank, and with it its port, outlived the case"
     return outcome
 
 
-def process_of(file: Path) -> psutil.Process | None:
+def is_alive(pid: int) -> bool:
+    """A process that nobody collects stays a zombie, which holds no port."""
     try:
-        process = psutil.Process(int(file.name))
-        return None if process.status() == psutil.STATUS_ZOMBIE else process
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return None
+        return False
 
 
 def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
@@ -97,7 +105,7 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares() -> None:
     [
         ("is killed", "crashed", "rank 1 of 2: killed by SIGKILL"),
         ("has no memory", "out-of-memory", "rank 1 of 2"),
-        ("hangs", "timed-out", "{limit:.0f} s"),
+        ("hangs", "timed-out", "LIMIT s"),
         ("has another PEFT", "refused", f"peft: {installed_version('peft')} on rank 0, 0.0.1 on rank 1"),
     ],
 )
@@ -109,7 +117,7 @@ def test_a_rank_that_fails_ends_all_within_the_limit(
     outcome = run_planted(way, tmp_path, limit_seconds=limit, start=start)
     assert time.monotonic() - begin < limit + 20
     assert outcome.ended == ended, outcome.reason
-    assert words.format(limit=limit) in str(outcome.reason)
+    assert words.replace("LIMIT", f"{limit:.0f}") in str(outcome.reason)
     if way != "hangs":
         assert [*tmp_path.iterdir()], "no rank was started"
 
@@ -130,7 +138,7 @@ def test_ranks_meet_at_the_requested_port_whatever_the_environment_names(tmp_pat
         port = server.getsockname()[1]
     with socket.create_server(("127.0.0.1", 0)) as taken:  # as of another program that torchrun started
         left_over = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": "5"}
-        outcome = run_planted("shows its port", tmp_path, port=port, **left_over)
+        outcome = run_planted("shows its port", tmp_path, port=port, environment=left_over)
     assert outcome.value == [{"rank": 0, "port": port}, {"rank": 1, "port": port}], outcome.reason
 
 

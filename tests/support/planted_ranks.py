@@ -28,7 +28,7 @@ def launch(
 
     os.environ.update({**environment, FAILS: way, STARTED: started})
     config = api.LaunchConfig
-    api.LaunchConfig = lambda **options: config(**{**options, "start_method": start})
+    vars(api)["LaunchConfig"] = lambda **options: config(**{**options, "start_method": start})
     ranks.rank = planted
     return ranks.launch(shared)
 
