@@ -15,7 +15,7 @@ from peft_gauge.isolation import child_environment
 from peft_gauge.measure import PRELOAD
 from peft_gauge.plan import worker
 from peft_gauge.pytest_plugin import workers
-from tests.support import suite
+from tests.support import chromium, suite
 from tests.support.paths import TESTS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -97,3 +97,14 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         return caught.value.code, captured.out, captured.err
 
     return command
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
+    """A Chromium without a window."""
+    path = chromium.find()
+    if path is None:
+        pytest.skip("no Chromium on the path; PEFT_GAUGE_CHROMIUM names one")
+    opened = chromium.Chromium(path, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()

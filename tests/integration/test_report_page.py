@@ -108,16 +108,6 @@ def is_other(difference: tuple[float, float], found: Any) -> bool:
     return difference[0] > mean or difference[1] > cell
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
-    path = chromium.find()
-    if path is None:
-        pytest.skip("no Chromium on the path; PEFT_GAUGE_CHROMIUM names one")
-    opened = chromium.Chromium(path, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
-
-
 @dataclass(frozen=True)
 class Seen:
     """The probe's findings on a page, and its small picture."""

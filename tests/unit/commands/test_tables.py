@@ -14,7 +14,7 @@ import pytest
 from peft_gauge.cli import commands
 from peft_gauge.commands import bisect, calibrate
 from peft_gauge.commands.claims import COLUMNS
-from peft_gauge.commands.plan_output import csv_rows
+from peft_gauge.commands.plan_output import SIZES, csv_rows
 from peft_gauge.commands.tables import print_csv, print_markdown
 from peft_gauge.environments.bisection import BisectionResult, Probe
 from peft_gauge.measure.calibration import Assumption
@@ -90,18 +90,7 @@ def test_a_plan_in_every_form_has_the_same_bytes(planned: Callable[..., tuple[in
 
 def test_a_plan_without_a_gpu_is_one_row() -> None:
     plan: dict[str, Any] = {"model": "m", "method": "lora", "settings": {}, "phase_of_peak": "forward", "gpus": []}
-    sizes = dict.fromkeys(
-        (
-            "trainable_params",
-            "total_params",
-            "peak_bytes",
-            "resident_bytes",
-            "saved_activation_bytes_per_token",
-            "allocated_bytes_estimate",
-            "reserved_bytes_estimate",
-            "device_bytes_estimate",
-        )
-    )
+    sizes = dict.fromkeys(SIZES)
     (row,) = csv_rows({**plan, **sizes, "peak_by_category": {}})
     assert (row["peak_bytes"], row["batch"], "gpu" in row) == (None, None, False)
 

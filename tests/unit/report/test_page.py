@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,9 +24,11 @@ from peft_gauge.medians import median_interval
 from peft_gauge.report.charts.panels import PLOTTED
 from peft_gauge.report.html import page, page_script_data
 from peft_gauge.report.html.page_data import gather
-from tests.support import chromium
 from tests.support.colours import contrast
 from tests.support.report_runs import card_run, three_runs
+
+if TYPE_CHECKING:
+    from tests.support import chromium
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.
 pytestmark = pytest.mark.integration
@@ -326,16 +328,6 @@ def test_the_page_opens_with_what_to_use_and_what_changed(tree: Element) -> None
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
-    path = chromium.find()
-    if path is None:
-        pytest.skip("no Chromium on the path; PEFT_GAUGE_CHROMIUM names one")
-    opened = chromium.Chromium(path, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")
