@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from peft_gauge import isolation
 from peft_gauge.fingerprint import fingerprint
 from peft_gauge.history.fingerprints import differences, digest
-from peft_gauge.measure import PRELOAD
 from peft_gauge.training import methods
+from tests.support.forked import forked
 from tests.unit.fingerprint.test_fingerprint import build
 
 # peft asks transformers 5 for a property that it has renamed.
@@ -43,7 +42,7 @@ def records_in_another_process(names: list[str]) -> dict[str, Any]:
 def test_methods_have_the_same_record_in_another_process(names: list[str]) -> None:
     here = {name: fingerprint(build(methods.get(name))) for name in names}
     records = f"{__name__}:{records_in_another_process.__name__}"
-    outcome = isolation.run(records, names, limit_seconds=300, preload=PRELOAD)
+    outcome = forked(records, names)
     assert outcome.ended == "done", outcome.reason
     there = outcome.value
     assert there.keys() == here.keys()
