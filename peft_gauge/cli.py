@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,27 +40,26 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: in 80 columns the boxes cut option names off
     pretty_exceptions_enable=False,
 )
-app.command(short_help="Predict the memory of a training step.", cls=GroupedCommand)(plan)
-app.command(
-    short_help="Run the benchmarks, from a checkout or an installed wheel.", cls=GroupedCommand, context_settings=EXTRA
-)(bench)
-app.command(short_help="A/B-test a training step under two sets of package versions.", cls=GroupedCommand)(ab)
-app.command(short_help="Find the release of a library that made a step worse.", cls=GroupedCommand)(bisect)
-app.command(short_help="Measure a GPU's memory overheads and speed for plans.", cls=GroupedCommand)(calibrate)
-app.command(short_help="Collect this project and its wheels for an offline node.", cls=GroupedCommand)(bundle)
-app.command(short_help="Check or rewrite the memory ceilings.", cls=GroupedCommand)(ceilings)
-app.command(short_help="Show each claim with its newest measured verdict.", cls=GroupedCommand)(claims)
-app.command(short_help="Compare saved runs with a base run.", cls=GroupedCommand)(compare)
-app.command(short_help="List the models that --model knows by name.", cls=GroupedCommand)(models)
-app.command(short_help="List the methods that --method knows.", cls=GroupedCommand)(methods)
-app.command(short_help="List the GPUs that --gpu knows by name.", cls=GroupedCommand)(gpus)
-app.command(short_help="List saved runs.", cls=GroupedCommand)(runs)
-app.command(short_help="Join the saved shards of one run.", cls=GroupedCommand)(merge)
-app.command(short_help="Plot saved plans as bars, by category.", cls=GroupedCommand)(memory_bars)
-app.command(short_help="Plot planned memory against sequence length.", cls=GroupedCommand)(memory_curve)
-app.command(short_help="Plot planned against measured memory.", cls=GroupedCommand)(accuracy)
-app.command(short_help="Show saved runs as a page, plots or Markdown.", cls=GroupedCommand)(report)
-app.command(short_help="Compare a recorded step's allocations with its plan.", cls=GroupedCommand)(trace)
+command = partial(app.command, cls=GroupedCommand)
+command(short_help="Predict the memory of a training step.")(plan)
+command(short_help="Run the benchmarks, from a checkout or an installed wheel.", context_settings=EXTRA)(bench)
+command(short_help="A/B-test a training step under two sets of package versions.")(ab)
+command(short_help="Find the release of a library that made a step worse.")(bisect)
+command(short_help="Measure a GPU's memory overheads and speed for plans.")(calibrate)
+command(short_help="Collect this project and its wheels for an offline node.")(bundle)
+command(short_help="Check or rewrite the memory ceilings.")(ceilings)
+command(short_help="Show each claim with its newest measured verdict.")(claims)
+command(short_help="Compare saved runs with a base run.")(compare)
+command(short_help="List the models that --model knows by name.")(models)
+command(short_help="List the methods that --method knows.")(methods)
+command(short_help="List the GPUs that --gpu knows by name.")(gpus)
+command(short_help="List saved runs.")(runs)
+command(short_help="Join the saved shards of one run.")(merge)
+command(short_help="Plot saved plans as bars, by category.")(memory_bars)
+command(short_help="Plot planned memory against sequence length.")(memory_curve)
+command(short_help="Plot planned against measured memory.")(accuracy)
+command(short_help="Show saved runs as a page, plots or Markdown.")(report)
+command(short_help="Compare a recorded step's allocations with its plan.")(trace)
 
 
 def _print_versions(given: bool) -> None:
@@ -86,7 +86,7 @@ def common(
     """Measure, predict and compare parameter-efficient fine-tuning."""
 
 
-@app.command(short_help="Check what this machine can run and what is missing.", cls=GroupedCommand)
+@command(short_help="Check what this machine can run and what is missing.")
 def doctor(
     results: Annotated[
         Path, typer.Option(help="Folder or address to save runs to.", metavar="DIR", parser=store.place)
@@ -105,7 +105,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command(short_help="Download pretrained weights.", cls=GroupedCommand)
+@command(short_help="Download pretrained weights.")
 def fetch(
     name: Annotated[str, typer.Argument(help="Weights to download: smollm2.")],
 ) -> None:
