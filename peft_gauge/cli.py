@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,17 +118,22 @@ def fetch(
     print(prepare(weights))
 
 
+@cache
+def _group() -> Any:
+    """All commands as Typer builds them, once: it reads the type hints of each, which takes 0.1 s."""
+    return typer.main.get_command(app)
+
+
 def commands() -> dict[str, Any]:
     """All commands by name."""
-    group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+    return dict(_group().commands)
 
 
 def main() -> None:
     """The entry point: bad input is one line on standard error and exit code 2."""
     try:
         with file_errors():
-            app(default_map=defaults(sys.argv[1:], commands()))
+            _group()(default_map=defaults(sys.argv[1:], commands()))
     except GaugeError as error:
         print(f"peft-gauge: {error}", file=sys.stderr)
         sys.exit(2)

@@ -40,11 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.unit)
 
 
-def pytest_collection_finish() -> None:
-    """What is there by now, torch's and transformers' modules above all, stays until the end: the collector need not go
-    through it again each time that memory is measured, which is most of the time of a test of a small model."""
-    gc.collect()
-    gc.freeze()
+MANY_MODULES = 100
+frozen_modules = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Modules stay until the end, torch's and transformers' above all: the collector need not go through them again
+    each time that memory is measured, which is most of the time of a test of a small model."""
+    global frozen_modules
+    if len(sys.modules) > frozen_modules + MANY_MODULES:
+        frozen_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -74,7 +82,8 @@ def levels_stay() -> Iterator[None]:
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
+        if logger.level != level:  # each call goes through all loggers
+            logger.setLevel(level)
 
 
 @pytest.fixture
