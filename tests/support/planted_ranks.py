@@ -24,19 +24,27 @@ def launch(
     Each first leaves a file with its process id as the name in the folder ``started``. ``start``: "spawn", as all ranks
     are started, or "fork", which spares their imports. ``environment``: that of the launcher and its ranks, besides.
     """
-    from torch.distributed.launcher import api
-
     os.environ.update({**environment, FAILS: way, STARTED: started})
-    config = api.LaunchConfig
-    vars(api)["LaunchConfig"] = lambda **options: config(**{**options, "start_method": start})
+    _start_by(start)
     ranks.rank = planted
     return ranks.launch(shared)
 
 
-def launch_on_one_thread(shared: ranks.SharedCase) -> list[dict[str, Any]]:
+def launch_on_one_thread(shared: ranks.SharedCase, start: str) -> list[dict[str, Any]]:
     """`ranks.launch`, where each rank computes on one thread: two of a rank would wait for each other's core."""
+    import torch
+
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # a forked rank has read the variable before
+    _start_by(start)
     return ranks.launch(shared)
+
+
+def _start_by(start: str) -> None:
+    from torch.distributed.launcher import api
+
+    config = api.LaunchConfig
+    vars(api)["LaunchConfig"] = lambda **options: config(**{**options, "start_method": start})
 
 
 def planted(shared: ranks.SharedCase) -> dict[str, Any]:
