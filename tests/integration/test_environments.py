@@ -364,6 +364,7 @@ def test_both_sides_can_share_a_core() -> None:
     assert worker.quietest_cores(len(os.sched_getaffinity(0))) is None
 
 
+@pytest.mark.slow
 def test_the_real_child_steps_on_one_thread() -> None:
     """The one test here with torch in it: a real job is built, its step fingerprinted and timed."""
     cores = worker.quietest_cores(1)

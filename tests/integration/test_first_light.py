@@ -128,6 +128,7 @@ def test_every_part_has_its_line(noted: tuple[subprocess.CompletedProcess[str], 
     assert [*noted[2]] == ["doctor", "tests", "suite", "rank", "answers", "report"]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_parts_run_one_after_the_other(
     noted: tuple[Any, Path, Commands], run_part: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -115,6 +115,7 @@ def test_what_one_child_does_the_next_does_not_find() -> None:
     assert fork("leave_a_mark").value == {"before": [], "after": ["mark"]}
 
 
+@pytest.mark.slow
 def test_random_numbers_begin_anew() -> None:
     """Where nobody seeds them, they differ from process to process, as of new interpreters."""
     first, second = (fork("draw", preload=PRELOAD) for _ in range(2))
@@ -314,6 +315,7 @@ def test_where_it_works_nothing_of_cuda_is_there_before_and_one_thread_forks() -
     assert len(list(Path(f"/proc/{server_pid(PRELOAD)}/task").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_beside_a_card_nothing_is_imported_that_looks_at_it() -> None:
     """bitsandbytes does when it is imported, and PEFT imports bitsandbytes."""
     assert spawn("import_beside_a_card").value == {"asked": [], "imported": ["torch._dynamo"]}

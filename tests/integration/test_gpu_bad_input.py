@@ -435,6 +435,7 @@ def test_weights_without_data_need_no_binary(native: Any, monkeypatch: pytest.Mo
     assert getattr(base[0].weight, "bnb_quantized", False)
 
 
+@pytest.mark.slow
 def test_a_library_that_does_not_load_is_no_traceback() -> None:
     """The real import: torch says that there is a GPU, and the CUDA library finds no CUDA on this machine."""
     code = (

@@ -314,6 +314,7 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return Ended(done.returncode, done.stdout + done.stderr, suite.saved(), suite.started())
 
 
+@pytest.mark.slow
 def test_workers_share_the_cases_and_the_run_is_saved_once(shared_run: Ended) -> None:
     assert shared_run.code == pytest.ExitCode.TESTS_FAILED, shared_run.output
     assert shared_run.started == {"lora": 1, "full": 1, "ia3": 1}
@@ -328,6 +329,7 @@ def test_workers_share_the_cases_and_the_run_is_saved_once(shared_run: Ended) ->
     assert cases["test_peak full"]["metrics"]["last_known"].items() >= LAST.items()
 
 
+@pytest.mark.slow
 def test_workers_do_not_time_on_a_cpu_that_they_share(shared_run: Ended) -> None:
     for method in ("lora", "full", "ia3"):
         case = by_benchmark(shared_run.saved)[f"test_step {method}"]

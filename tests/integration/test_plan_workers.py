@@ -57,6 +57,7 @@ def test_the_json_of_a_real_worker_keeps_the_contract(run_command: Run) -> None:
         assert parts["reserved_bytes"] + parts["context_bytes"] == case["device_bytes_estimate"]
 
 
+@pytest.mark.slow
 def test_forked_workers_plan_the_same_in_the_order_of_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of them share four cases; a spawned one plans all."""
     requests = [PlanRequest(TOY, method, StepSettings(1, 8)) for method in methods.DEFAULT_METHODS[3:]]
@@ -89,7 +90,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["spawned", "forked", "cannot be forked"])
+SPAWNED = pytest.param("spawned", marks=pytest.mark.slow)
+UNFORKED = pytest.param("cannot be forked", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("way", [SPAWNED, "forked", UNFORKED])
 def test_a_worker_that_dies_costs_one_case(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = f"planted_{way.replace(' ', '_')}"
     script = tmp_path / f"{module}.py"

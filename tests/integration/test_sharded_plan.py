@@ -75,6 +75,7 @@ def planned(gpus: int, method: str = "full", **further: Any) -> Plan:
     return plan(replace(request(method, "fsdp2", gpus, {}, **further), gpus=("24GB",)))
 
 
+@pytest.mark.slow
 def test_hybrid_sharding_is_that_of_four_real_processes(tmp_path: Path) -> None:
     """Two groups of two: as `CASES`."""
     cases: list[tuple[str, str, dict[str, Any]]] = [

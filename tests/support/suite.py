@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,51 +14,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_gauge.isolation import child_environment, fork_server
+from peft_gauge.measure import PRELOAD
+from peft_gauge.pytest_plugin.workers import process_environment
 from tests.support.paths import ROOT
+
+IMPORT_SECONDS = 120.0
 
 
 class SessionProcess:
-    """A process of `tests.support.sessions`: one for all tests of this one, as long as it lives."""
+    """A process of `tests.support.sessions`: one for all tests of this one, as long as it lives.
+
+    It is forked from the server that this process forks measured cases from, which spares its imports.
+    """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: fork_server.Forked | None = None
         self._errors = Path(os.devnull)
 
     def run(self, program: str, arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-        process = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps([str(folder), program, [*arguments]]) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
+        if self._process is None:
+            self._start()
+        self._requests.write(json.dumps([str(folder), program, [*arguments]]) + "\n")
+        self._requests.flush()
+        answer = self._answers.readline()
         if not answer:
+            told = self._errors.read_text(errors="replace")[-4000:]
             self.close()
-            raise RuntimeError(f"a command ended its process: {program} {' '.join(arguments)}\n{self._told()}")
+            raise RuntimeError(f"a command ended its process: {program} {' '.join(arguments)}\n{told}")
         return subprocess.CompletedProcess([program, *arguments], *json.loads(answer))
 
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            self._errors = Path(tempfile.mkstemp(prefix="sessions-")[1])
-            with self._errors.open("w") as errors:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.support.sessions"],
-                    cwd=ROOT,
-                    env=environment(),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-        return self._process
-
-    def _told(self) -> str:
-        return self._errors.read_text(errors="replace")[-4000:]
+    def _start(self) -> None:
+        its_input, requests = os.pipe()
+        answers, its_output = os.pipe()
+        errors, name = tempfile.mkstemp(prefix="sessions-")
+        self._process = fork_server.start(
+            "tests.support.sessions:main",
+            preload=PRELOAD,
+            environment=child_environment(process_environment()),
+            streams=(its_input, its_output, errors),
+            limit_seconds=IMPORT_SECONDS,
+        )
+        for descriptor in (its_input, its_output, errors):
+            os.close(descriptor)
+        self._requests, self._answers, self._errors = os.fdopen(requests, "w"), os.fdopen(answers), Path(name)
 
     def close(self) -> None:
         """Let it end, which it does with its input."""
         if self._process is not None:
-            self._process.communicate()
+            with contextlib.suppress(BrokenPipeError):
+                self._requests.close()
+            self._process.wait()
+            self._process.close()
             self._process = None
+            self._answers.close()
             self._errors.unlink()
 
 

@@ -430,6 +430,7 @@ def test_what_cannot_be_asked_is_one_line(
     assert len(complaint.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_with_pip_and_children_and_all(run_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is planted but wheels: 2.0 needs what there is not, and from 3.0 on a step takes a fifth more."""

@@ -207,6 +207,7 @@ def test_a_short_history_is_not_kept(results: Path, cache: Path, monkeypatch: py
 # What grows
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_report_grows_by_little_with_each_run(tmp_path: Path) -> None:
     """A whole run takes 660 kB of memory; with the latest 21 of them in memory, as once, this is 390 kB per run."""
     peaks = {}

@@ -92,6 +92,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         writer.write_run(tmp_path / "results", "m", RUN, now=NOW)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_pytest_benchmarks_own_commands_read_our_files(tmp_path: Path) -> None:
     stats = {

@@ -86,6 +86,7 @@ def test_a_change_that_is_made_already_is_not_proposed() -> None:
     assert not unprepared.method.prepare_kbit
 
 
+@pytest.mark.slow
 def test_more_gpus_come_last_alone_and_with_checkpointing() -> None:
     """On a model whose weights are most of its memory. Only two GPUs are planned."""
     whole = models.resolve("smollm2-135m", weights="random")

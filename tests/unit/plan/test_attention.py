@@ -60,6 +60,7 @@ def test_flash_casts_float32_activations_and_sdpa_does_not() -> None:
     assert flash.saved_activation_bytes_per_token < sdpa.saved_activation_bytes_per_token
 
 
+@pytest.mark.slow
 def test_the_option_reaches_the_plan_also_where_it_is_the_first_to_import_transformers(
     run_command: Callable[..., tuple[int, str, str]],
 ) -> None:

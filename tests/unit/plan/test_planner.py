@@ -546,6 +546,7 @@ def test_a_search_along_a_line_takes_about_a_third_of_the_plans(threshold: int, 
     assert len(tried) == len(set(tried)) <= most_plans
 
 
+@pytest.mark.slow
 def test_the_found_batch_is_the_one_that_trying_all_gives() -> None:
     longer = request("lora", settings=replace(SETTINGS, seq=128))
     middle = plan(longer.with_value("batch", 5))

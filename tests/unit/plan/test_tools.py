@@ -89,7 +89,17 @@ def prepared(request: PlanRequest, patch: pytest.MonkeyPatch) -> nn.Module:
     return seen[0]
 
 
-@pytest.mark.parametrize(("tool", "answer"), list(cases()))
+def cases_of_weights() -> Iterator[Any]:
+    """What has another case's weights, in another recipe, is slow: it runs every week."""
+    seen = set()
+    for case in cases():
+        tool, answer = case.values
+        weights = json.dumps([tool, *map(answer.get, ("weights", "compute", "error"))], sort_keys=True)
+        yield pytest.param(tool, answer, id=case.id, marks=pytest.mark.slow if weights in seen else ())
+        seen.add(weights)
+
+
+@pytest.mark.parametrize(("tool", "answer"), list(cases_of_weights()))
 def test_weights_are_those_of_the_tool(
     tool: str, answer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

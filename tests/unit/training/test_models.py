@@ -338,6 +338,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
         prepare(Path(fetched.location or ""))
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_nothing_is_imported_while_meta_is_the_default_device() -> None:
     """A module's own tensors would be without data for good, and torch 2.6 cannot import its compiler so."""

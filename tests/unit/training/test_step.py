@@ -186,6 +186,7 @@ def test_more_tokens_than_the_examples_have_repeat_them() -> None:
     assert torch.equal(ids[:50], ids[100:])
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_real_tokens_where_the_weights_were_fetched() -> None:
     try:
