@@ -12,7 +12,8 @@ from peft_gauge.history.reader import read_run, runs_in
 from tests.support.facts import lacking
 from tests.support.suite import sessions
 
-OPTIONS = ["benchmarks/test_trainable_params.py", "-q", "-k=toy-llama", "--model=toy-llama", "--device=cpu", "--method=lora,ia3"]
+BENCHMARK = ["benchmarks/test_trainable_params.py", "-q", "-k=toy-llama"]
+OPTIONS = [*BENCHMARK, "--model=toy-llama", "--device=cpu", "--method=lora,ia3"]
 PLUGIN = ["-p", "tests.support.planted_stores"]
 
 
