@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.training import methods, models
@@ -129,13 +128,18 @@ def described(case: Case, job: TrainingJob) -> dict[str, Any]:
     }
 
 
-@cache
+_counts: dict[tuple[ModelRecord, Method], ParameterCount] = {}
+
+
 def count_on_meta(model: ModelRecord, method: Method) -> ParameterCount:
     """The parameters of ``model`` with ``method`` attached, counted on ``meta``: no memory, about a second for 70B.
 
-    The base is not quantized here, since packing changes the storage of weights, not their number.
+    The base is not quantized here, since packing changes the storage of weights, not their number: QLoRA's are LoRA's.
     """
     from peft_gauge.counting import count
 
     unquantized = replace(method, quantization=None, prepare_kbit=False)
-    return count(methods.attach(models.build(model, device="meta", as_stored=False), unquantized))
+    key = (model, replace(unquantized, name="", title=""))
+    if key not in _counts:
+        _counts[key] = count(methods.attach(models.build(model, device="meta", as_stored=False), unquantized))
+    return _counts[key]

@@ -17,7 +17,7 @@ from tests.support.suite import command, sessions
 
 OF = 3
 CASES = ["benchmarks/test_memory.py", "benchmarks/test_trainable_params.py", "benchmarks/test_fingerprint.py"]
-OPTIONS = [*CASES, "-q", "--model=toy-llama", "--device=cpu", "--method=lora,ia3,full"]
+OPTIONS = [*CASES, "-q", "-k=toy-llama", "--model=toy-llama", "--device=cpu", "--method=lora,ia3,full"]
 
 
 class Runs:
