@@ -301,6 +301,7 @@ def test_a_bundle_holds_what_the_node_lacks(tmp_path: Path) -> None:
     assert json.loads((made.folder / "manifest.json").read_text()) == json.loads(json.dumps(made.manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_markers_are_evaluated_for_the_node_at_every_depth(tmp_path: Path) -> None:
     """Whatever Python this is, one of the two is another."""
@@ -321,6 +322,7 @@ def test_what_the_node_has_is_not_fetched_and_the_rest_fits_it(tmp_path: Path) -
     assert made.manifest["have"]["gaugebase"] == "1.5"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_extra_of_what_the_node_has_is_looked_up(tmp_path: Path) -> None:
     """A node with gaugehub does not have to have what gaugehub[fast] needs besides."""
@@ -338,7 +340,9 @@ def named(tmp_path: Path, *have: str) -> Bundle:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("base", ["gaugebase", "gaugebase==2.5", "gaugebase==2.7+node"])
+@pytest.mark.parametrize(
+    "base", ["gaugebase", *(pytest.param(f"gaugebase=={v}", marks=pytest.mark.slow) for v in ("2.5", "2.7+node"))]
+)
 def test_a_named_package_stands_for_what_it_needs(base: str, tmp_path: Path) -> None:
     """In a version that no index has, too: then the newest one says. A file stands for itself alone."""
     made = named(tmp_path, "torch==2.11.0", base)
@@ -348,6 +352,7 @@ def test_a_named_package_stands_for_what_it_needs(base: str, tmp_path: Path) -> 
     assert "gaugeunder" in wheels(bundle(tmp_path, base if "==" in base else "gaugebase @ file:///x"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_named_package_that_no_index_has_costs_the_others_nothing(tmp_path: Path) -> None:
     made = named(tmp_path, "torch==2.11.0", "ours==1.0,gaugebase")
@@ -382,6 +387,7 @@ def test_cuda_is_never_fetched(tmp_path: Path, toy: Callable[..., None], index: 
     assert lacking(note, "gaugecuda needs nvidia-cublas-cu13", "install it on the node") == []
 
 
+@pytest.mark.slow
 def test_a_mirror_can_be_named(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run) -> None:
     monkeypatch.delenv("PIP_FIND_LINKS")
     have = ["--have", "torch==2.11,packaging==26", "--have", "gaugeone==1,gaugenew==1"]
@@ -435,6 +441,7 @@ def test_a_limit_below_what_is_needed_names_the_smallest_that_works(tmp_path: Pa
         bundle(tmp_path, most_megabytes=float(named) - 0.1 or 0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_extra_that_cannot_be_had_costs_nothing_else(tmp_path: Path, toy: Callable[..., None]) -> None:
     toy("torch>=2.6", "gaugeunder", "gaugextra; extra == 'test'", "gaugenowhere; extra == 'report'")

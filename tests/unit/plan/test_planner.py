@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -40,7 +41,7 @@ from peft_gauge.training.step import OPTIMIZERS, StepSettings
 from tests.support import published_models as published
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.
@@ -445,8 +446,14 @@ def test_lazily_made_state_is_in_the_replay_whatever_its_phase_does(category: st
     assert result.peak_reserved_bytes >= 150 * MIB
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
+def each_method_and_optimizer() -> Iterator[Any]:
+    """Of all pairs a third, which has each method and each optimizer; the others are slow."""
+    for (i, method), (k, optimizer) in product(enumerate(methods.DEFAULT_METHODS), enumerate(OPTIMIZERS)):
+        slow = pytest.mark.slow if (i + k) % 3 else ()
+        yield pytest.param(method, optimizer, id=f"{method.name}-{optimizer}", marks=slow)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), list(each_method_and_optimizer()))
 def test_a_device_is_never_planned_smaller_than_its_tensors(method: methods.Method, optimizer: Any) -> None:
     """Each optimizer and method, and over them each way of accumulating and checkpointing."""
     number = methods.DEFAULT_METHODS.index(method) + OPTIMIZERS.index(optimizer)
