@@ -58,6 +58,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Node": ("python", "have", "platform"),
         "Bundle": ("out", "most_megabytes", "checkout"),
         "Package index": ("index_url", "find_links"),
+        OUTPUT: ("as_json", "as_csv", "as_markdown"),
     },
 }
 """By command: the heading of each group, and the names of its parameters; others are under "Options"."""
