@@ -39,7 +39,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[PlanRequest]:
     """Plans without a process of their own, which would import the libraries again; returns what was asked."""
     asked: list[PlanRequest] = []
 
-    def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[Any]:
+    def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None, searching: Any = None) -> Iterator[Any]:
         asked.extend(requests)
         for request in requests:
             yield from worker._outcome(request, find)
