@@ -91,11 +91,13 @@ class ModelRecord:
         """The storage format of the checkpoint's weights, from its config; ``None`` for 16 or 32 bit."""
         return None if self.source == "gguf" else stored_format(self.config, self.name)
 
-    def check_sequence(self, seq: int) -> None:
-        """Raise `GaugeError` if ``seq`` tokens are more than `max_positions`."""
+    def check_sequence(self, seq: int, option: str = "--seq") -> None:
+        """Raise `GaugeError` if ``seq`` tokens, given by ``option``, are more than `max_positions`."""
         limit = self.max_positions
         if limit is not None and seq > limit:
-            raise GaugeError(f"a sequence of {seq} tokens exceeds the limit of {self.name}; use --seq {limit} or less")
+            raise GaugeError(
+                f"a sequence of {seq} tokens exceeds the limit of {self.name}; use {option} {limit} or less"
+            )
 
 
 def _is_limit(value: object) -> bool:
