@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from peft_gauge.commands.memory_curve import card, default_seqs, parse_seqs
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan import worker
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.report.charts import memory_picture
@@ -26,6 +25,7 @@ from peft_gauge.report.charts.memory_picture import HEIGHT, LABEL_DISTANCE, LOOK
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support.facts import lacking
+from tests.support.planning import plan_here
 
 GB = 10**9
 POINT = Point("toy", "lora", "LoRA", "bfloat16", 1, 128, "backward", 15 * GB, 13 * GB, 16 * GB)
@@ -163,11 +163,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(monkeypatch: pytest.MonkeyPatch, run_command: Run) -> Run:
     """``run(…)`` is ``peft-gauge memory-curve --model toy-llama …``, planning in this process: code, output, error."""
 
-    def plan_all(requests: Sequence[PlanRequest]) -> Iterator[Any]:
-        for request in requests:
-            yield from worker._outcome(request, None)
-
-    monkeypatch.setattr(worker, "plan_all", plan_all)
+    plan_here(monkeypatch)
 
     def command(*arguments: str) -> tuple[int, str, str]:
         return run_command("memory-curve", "--model", "toy-llama", *arguments)
