@@ -66,11 +66,11 @@ class Display:
         self.reached(self._done + 1, self._of)
 
     def reached(self, done: int, of: int) -> None:
-        """``done`` parts of ``of`` are finished."""
+        """``done`` parts of ``of`` are finished; 0 if their number is not known."""
         if done != self._done:
             self._finished = self._clock()
         self._done, self._of = done, of
-        self._progress.update(self._task, completed=done, total=of or None)
+        self._progress.update(self._task, completed=done, total=of or done + 1)
 
     def searched(self, text: str, plans: int, at_most: int | None) -> None:
         """``plans`` of the one search under this bar are made, of ``at_most``; ``None`` if that is not known."""

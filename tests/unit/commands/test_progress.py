@@ -61,8 +61,9 @@ def test_a_search_has_at_most_a_time_left_from_its_measured_plans() -> None:
         display.searched("searching", 0, None)
         assert display.left() == ""
         now[0] = 130.0
-        display.searched("searching", 1, None)  # no value is known that does not fit
+        display.searched("searching", 1, None)  # nothing bounds the plans yet
         assert display.left() == ""
+        assert not display._progress.tasks[0].finished, "its elapsed time would stop"
         now[0] = 150.0
         display.searched("searching", 2, 6)
         assert display.left() == "at most about 80 s left"
@@ -78,6 +79,8 @@ def test_a_search_has_at_most_a_time_left_from_its_measured_plans() -> None:
 def test_searches_show_their_plans(searches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = terminal()
     monkeypatch.setattr(progress, "bar", partial(bar, console=console))
+    begun: list[Display] = []
+    monkeypatch.setattr(Display, "begin", lambda display: begun.append(display))
     number = {1: ("24GB",), 4: ("24GB", "H100 80GB")}[searches]
     requests: Any = [
         SimpleNamespace(method=SimpleNamespace(name=name), gpus=number) for name in ("lora", "ia3")[: len(number)]
@@ -96,6 +99,7 @@ def test_searches_show_their_plans(searches: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(worker, "plan_all", plan_all)
     assert progress.plan_with_bar(requests, "searching the largest seq", find="seq") == ["found"]
+    assert len(begun) == 1, "the clock of the parts starts once, with the first plan"
     facts = ("at most about 5 s left",) if searches == 1 else ("of ia3 on H100 80GB", "3/4")
     assert lacking(written(console), *facts) == []
 
