@@ -57,6 +57,8 @@ NOT_RUN = {
     "merge 'shards/*/*.json' --results history": "needs shards of one run; tests/integration/test_shards.py",
     "plan --mixed-precision bf16 --float32-outputs": EXAMPLE,
     "plan --model NAME --method lora --batch 1 --seq 512": NEW,
+    "plan --model llama-2-70b --method lora --batch 1 --seq 512 --find gpus --gpu 24GB": "plans sharded steps for "
+    "minutes; tests/integration/test_sharded_plan.py",
     "plan --model tinyllama --method lora --gpu 'RTX 5070'": NEW,
     "plan --model toy-llama --method lora-rslora": NEW,
     "plan '…' --json": EXAMPLE,
