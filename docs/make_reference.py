@@ -17,10 +17,11 @@ MADE = "<!-- made by python docs/make_reference.py -->"
 
 
 def cli_page() -> str:
-    """The commands of ``peft-gauge`` with their arguments and options."""
+    """The commands of ``peft-gauge`` with their arguments and options, under the headings of ``--help``."""
     import typer.main
 
     from peft_gauge import cli
+    from peft_gauge.commands import groups
 
     group: Any = typer.main.get_command(cli.app)
     parts = [
@@ -31,9 +32,12 @@ def cli_page() -> str:
     ]
     for name, command in sorted(group.commands.items()):
         parts += [f"## {name}", _paragraphs(command.help or "")]
-        rows = [row for parameter in command.params for row in _row(parameter)]
-        if rows:
-            parts.append("\n".join(["| option | meaning | default |", "|---|---|---|", *rows]))
+        for heading, parameters in groups.by_heading(name, command.params).items():
+            rows = [row for parameter in parameters for row in _row(parameter)]
+            if rows:
+                kind = "argument" if heading == "Arguments" else "option"
+                table = [f"| {kind} | meaning | default |", "|---|---|---|", *rows]
+                parts += [f"**{heading}**", "\n".join(table)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_gauge.bundle.target import DEFAULT_PLATFORM
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, Form, form_of, print_json, print_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from peft_gauge.bundle.collection import Bundle
 
 
@@ -46,6 +49,9 @@ def bundle(
     find_links: Annotated[
         list[str] | None, typer.Option(help="Folder or page with more wheels, as for pip; repeatable.")
     ] = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Collect this project, the wheels that a node without network lacks, and a run.sh that installs them.
 
@@ -55,38 +61,64 @@ def bundle(
     """
     from peft_gauge.bundle.collection import Wanted, collect
 
+    form = form_of(as_json, as_csv, as_markdown)
     index = [] if index_url is None else ["--index-url", index_url]
     links = [word for each in find_links or [] for word in ("--find-links", each)]
     wanted = Wanted(python, platform, tuple(have or []), out, most_megabytes, checkout, (*index, *links))
-    _show(collect(wanted, say=lambda text: print(f"peft-gauge: {text}", file=sys.stderr)))
+    made = collect(wanted, say=lambda text: print(f"peft-gauge: {text}", file=sys.stderr))
+    if form is None:
+        _show(made)
+    else:
+        _print(made, form)
+
+
+def rows_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The wheels of a bundle's ``manifest``, largest first, the checkout, and the extras that were left out.
+
+    ``bytes`` of an extra is ``None`` if pip could not choose its wheels.
+    """
+
+    def row(content: str, name: str, version: str | None, size: int | None, remark: str) -> dict[str, Any]:
+        return {"content": content, "name": name, "version": version, "bytes": size, "remark": remark}
+
+    rows = []
+    for each in sorted(manifest["wheels"], key=lambda each: -each["bytes"]):
+        rows.append(row("wheel", each["name"], each["version"], each["bytes"], f"for {', '.join(each['needed_by'])}"))
+    if manifest["checkout"] is not None:
+        commit = manifest["project"]["commit"]
+        dirty = "with uncommitted changes" if commit["dirty"] else ""
+        rows.append(row("checkout", "checkout", commit["id"][:12], manifest["checkout"]["bytes"], dirty))
+    for each in manifest["left_out"]:
+        why = each["why"] if each["bytes"] is None else ", ".join(each["wheels"])
+        remark = f"{why}; unavailable without it: {each['without']}"
+        rows.append(row("left out", f"extra {each['extra']}", None, each["bytes"], remark))
+    return rows
+
+
+def _print(made: Bundle, form: Form) -> None:
+    """Print the contents in ``form``; JSON has the folder, the target, the whole size and the notes too."""
+    rows = rows_of(made.manifest)
+    if form == "json":
+        whole = {"folder": str(made.folder), "bytes": made.size, "target": made.manifest["target"]}
+        print_json({**whole, "contents": rows, "notes": list(made.notes)})
+    else:
+        print_rows(rows, form)
+        for note in made.notes:
+            print(f"peft-gauge: {note}", file=sys.stderr)
 
 
 def _show(made: Bundle) -> None:
-    manifest = made.manifest
-    target = manifest["target"]
+    target = made.manifest["target"]
     where = f"Python {target['python']}, Linux on {target['machine']} with glibc 2.{target['glibc']} or newer"
     print(f"{made.folder}: {_megabytes(made.size)} for {where}")
-    for wheel in sorted(manifest["wheels"], key=lambda each: -each["bytes"]):
-        by = ", ".join(wheel["needed_by"])
-        print(f"{_megabytes(wheel['bytes']):>10}  {wheel['name']} {wheel['version']} (for {by})")
-    if manifest["checkout"] is not None:
-        commit = manifest["project"]["commit"]
-        dirty = " and uncommitted changes" if commit["dirty"] else ""
-        print(f"{_megabytes(manifest['checkout']['bytes']):>10}  the checkout: commit {commit['id'][:12]}{dirty}")
-    for each in manifest["left_out"]:
-        print(_left_out(each))
+    for row in rows_of(made.manifest):
+        size = "–" if row["bytes"] is None else _megabytes(row["bytes"])
+        name = " ".join(word for word in (row["name"], row["version"]) if word)
+        left_out = "left out: " if row["content"] == "left out" else ""
+        print(f"{size:>10}  {left_out}{name}" + (f" ({row['remark']})" if row["remark"] else ""))
     for note in made.notes:
         print(f"note: {note}")
     print(f"copy {made.folder} to the node and run: sh {made.folder.name}/run.sh")
-
-
-def _left_out(each: dict[str, Any]) -> str:
-    what = f"left out: extra {each['extra']}"
-    if each["bytes"] is not None:
-        what += f", {_megabytes(each['bytes'])} ({', '.join(each['wheels'])})"
-    else:
-        what += f" ({each['why']})"
-    return f"{what}; unavailable without it: {each['without']}"
 
 
 def _megabytes(number: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from typer.core import TyperCommand
@@ -58,6 +58,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Node": ("python", "have", "platform"),
         "Bundle": ("out", "most_megabytes", "checkout"),
         "Package index": ("index_url", "find_links"),
+        OUTPUT: ("as_json", "as_csv", "as_markdown"),
     },
 }
 """By command: the heading of each group, and the names of its parameters; others are under "Options"."""
@@ -68,20 +69,23 @@ def _with_plain_types(names: str) -> str:
     return names.replace("<list[str]>", "NAME,...").replace("<list[Path]>", "FILE,...")
 
 
+def by_heading(command: str, parameters: Iterable[Any]) -> dict[str, list[Any]]:
+    """``parameters`` of ``command`` by the heading that ``--help`` and the reference show them under, in that order."""
+    known = GROUPS.get(command, {})
+    group_of = {name: heading for heading, names in known.items() for name in names}
+    found: dict[str, list[Any]] = {"Arguments": [], **{heading: [] for heading in known}, "Options": []}
+    for parameter in parameters:
+        is_argument = parameter.param_type_name == "argument"
+        found["Arguments" if is_argument else group_of.get(str(parameter.name), "Options")].append(parameter)
+    return {heading: each for heading, each in found.items() if each}
+
+
 class GroupedCommand(TyperCommand):
     """A command whose ``--help`` has a heading for each of its `GROUPS`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        known = GROUPS.get(self.name or "", {})
-        group_of = {name: heading for heading, names in known.items() for name in names}
-        lines: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{heading: [] for heading in known}, "Options": []}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            is_argument = parameter.param_type_name == "argument"
-            heading = "Arguments" if is_argument else group_of.get(str(parameter.name), "Options")
-            if record is not None:
-                lines[heading].append((_with_plain_types(record[0]), record[1]))
-        for heading, records in lines.items():
+        for heading, parameters in by_heading(self.name or "", self.get_params(ctx)).items():
+            records = [record for each in parameters if (record := each.get_help_record(ctx)) is not None]
             if records:
                 with formatter.section(heading):
-                    formatter.write_dl(records)
+                    formatter.write_dl([(_with_plain_types(names), text) for names, text in records])

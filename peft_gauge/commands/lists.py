@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path  # typer reads the annotations at run time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_csv, print_json, print_markdown
+from peft_gauge.commands.tables import AsCsv, AsJson, AsMarkdown, form_of, print_rows
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 
@@ -31,7 +30,7 @@ def models(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdo
                 "positions": record.max_positions,
             }
         )
-    _print(sorted(found, key=lambda row: row["parameters"]), as_json, as_csv, as_markdown)
+    print_rows(sorted(found, key=lambda row: row["parameters"]), form_of(as_json, as_csv, as_markdown))
 
 
 def methods(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
@@ -43,7 +42,7 @@ def methods(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkd
         {"method": name, "description": method.title, "default": "yes" if name in default else ""}
         for name, method in METHODS.items()
     ]
-    _print(rows, as_json, as_csv, as_markdown)
+    print_rows(rows, form_of(as_json, as_csv, as_markdown))
 
 
 def gpus(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
@@ -59,7 +58,7 @@ def gpus(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown
         }
         for gpu in table()
     ]
-    _print(rows, as_json, as_csv, as_markdown)
+    print_rows(rows, form_of(as_json, as_csv, as_markdown))
 
 
 def runs(
@@ -91,43 +90,8 @@ def runs(
                 "torch": run.libraries.get("torch"),
             }
         )
-    _print(rows, as_json, as_csv, as_markdown)
+    print_rows(rows, form_of(as_json, as_csv, as_markdown))
     for line in broken:
         print(f"peft-gauge: {line}", file=sys.stderr)
     if broken and not rows:
         raise typer.Exit(2)
-
-
-def _print(rows: Sequence[dict[str, Any]], as_json: bool, as_csv: bool, as_markdown: bool) -> None:
-    """Print ``rows``, which have the same keys, in the requested form or as a table."""
-    form = form_of(as_json, as_csv, as_markdown)
-    names = list(rows[0]) if rows else []
-    cells = [[_shown(row[name]) for name in names] for row in rows]
-    if form == "json":
-        print_json(rows)
-    elif form == "csv":
-        print_csv(rows, names)
-    elif form == "markdown":
-        print_markdown(names, cells)
-    else:
-        _table(names, cells)
-
-
-def _table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for place, name in enumerate(names):
-        numbers = all(line[place].replace(",", "").isdigit() for line in cells if line[place] not in ("", "–"))
-        table.add_column(name, justify="right" if numbers and place else "left", overflow="fold")
-    for line in cells:
-        table.add_row(*line)
-    Console(highlight=False, markup=False, emoji=False).print(table)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

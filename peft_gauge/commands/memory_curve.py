@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path  # typer reads the annotations at run time
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +15,20 @@ if TYPE_CHECKING:
     from peft_gauge.report.charts.memory_picture import Card, Point
 
 CARDS = ("RTX 4090", "H100 80GB")
+LONGEST = 2048
+"""The longest of the default sequence lengths, in tokens."""
 
 
 def memory_curve(
     model: Annotated[str, typer.Option(help="Name of a model record, folder or file with a config, or Hub id.")],
     out: Annotated[Path, typer.Option(help="Plot to write, .svg or .png; its data is written next to it as .csv.")],
-    seqs: Annotated[str, typer.Option(help="Sequence lengths in tokens, comma-separated.")] = "128,256,512,1024,2048",
+    seqs: Annotated[
+        str | None,
+        typer.Option(
+            help="Sequence lengths in tokens, comma-separated (default: 128,256,512,1024,2048, or five up to the "
+            "model's limit)."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Micro-batch size.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16: of base weights and compute.")] = "bfloat16",
     method: Annotated[
@@ -35,7 +44,7 @@ def memory_curve(
 
     memory_picture.check_destination(out)
     cards = [card(name) for name in listed(gpu) or CARDS]
-    points = planned_points(model, parse_seqs(seqs), batch, dtype, listed(method))
+    points = planned_points(model, None if seqs is None else parse_seqs(seqs), batch, dtype, listed(method))
     metrics = memory_picture.save(points, cards, out)
     print(f"wrote {out} and its data, {metrics}")
 
@@ -51,6 +60,12 @@ def parse_seqs(text: str) -> tuple[int, ...]:
     return tuple(seqs)
 
 
+def default_seqs(most: int | None) -> tuple[int, ...]:
+    """Five lengths, each twice the one before, up to `LONGEST` or a model's limit ``most``; fewer below 32 tokens."""
+    longest = LONGEST if most is None else min(LONGEST, most)
+    return tuple(longest // 2**halvings for halvings in range(4, -1, -1) if longest // 2**halvings >= 2)
+
+
 def card(name: str) -> Card:
     """The GPU called ``name``, or of this size, with its usable memory; raises `GaugeError` for an unknown one."""
     from peft_gauge.memory.gpus import lookup
@@ -64,8 +79,13 @@ def card(name: str) -> Card:
     return Card(f"{gpu.name} {memory.replace(' ', '')}", gpu.usable_bytes)
 
 
-def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, method_names: list[str]) -> list[Point]:
-    """The default methods, or those named, on ``model`` at each length, planned in a separate process."""
+def planned_points(
+    model: str, seqs: tuple[int, ...] | None, batch: int, dtype: str, method_names: list[str]
+) -> list[Point]:
+    """The default methods, or those named, on ``model`` at each length, planned in a separate process.
+
+    ``seqs``: sorted; by default those that fit the model (`default_seqs`).
+    """
     from peft_gauge.commands.progress import bar
     from peft_gauge.plan.record import PlanRequest
     from peft_gauge.plan.sweep import sweep
@@ -76,7 +96,11 @@ def planned_points(model: str, seqs: tuple[int, ...], batch: int, dtype: str, me
     dtype = models.dtype_named(dtype)
     chosen = [methods.get(name) for name in method_names] or methods.DEFAULT_METHODS
     record = models.resolve(model)
-    record.check_sequence(seqs[-1])
+    if seqs is None:
+        seqs = default_seqs(record.max_positions)
+        if seqs[-1] < LONGEST:
+            print(f"peft-gauge: planned at up to {seqs[-1]} tokens, the limit of {record.name}", file=sys.stderr)
+    record.check_sequence(seqs[-1], "--seqs")
     requests = [PlanRequest(record, method, StepSettings(batch, seq), dtype=dtype) for method in chosen for seq in seqs]
     with bar(len(requests), "planning") as display:
         plans = sweep(requests, display.advance)

@@ -1,7 +1,8 @@
 """A progress bar on a terminal's standard error, for work that takes longer than `AFTER_SECONDS`.
 
 Elsewhere, as in a pipe or a CI's log, nothing is shown. The time left comes from the mean time of the finished parts;
-before the first one is finished there is no estimate.
+before the first one is finished there is no estimate. A search knows only the most plans that it can take, and so the
+longest time left.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task
 
     from peft_gauge.plan.record import PlanOutcome, PlanRequest
+    from peft_gauge.plan.search import Tried
 
 AFTER_SECONDS = 2.0
 
@@ -36,6 +38,7 @@ class Display:
         self._clock = clock
         self._began = self._finished = clock()
         self._done, self._of = 0, parts
+        self._most = ""
         self._task = progress.add_task(text, total=parts, left=self.left)
         self._lock = threading.Lock()
         self._ended = progress.disable
@@ -54,7 +57,7 @@ class Display:
         if not 0 < self._done < self._of:
             return ""
         expected = (self._finished - self._began) / self._done * (self._of - self._done)
-        return time_left(max(0.0, expected - (self._clock() - self._finished)))
+        return self._most + time_left(max(0.0, expected - (self._clock() - self._finished)))
 
     def say(self, text: str) -> None:
         self._progress.update(self._task, description=text)
@@ -63,11 +66,19 @@ class Display:
         self.reached(self._done + 1, self._of)
 
     def reached(self, done: int, of: int) -> None:
-        """``done`` parts of ``of`` are finished."""
+        """``done`` parts of ``of`` are finished; 0 if their number is not known."""
         if done != self._done:
             self._finished = self._clock()
         self._done, self._of = done, of
-        self._progress.update(self._task, completed=done, total=of)
+        self._progress.update(self._task, completed=done, total=of or done + 1)
+
+    def searched(self, text: str, plans: int, at_most: int | None) -> None:
+        """``plans`` of the one search under this bar are made, of ``at_most``; ``None`` if that is not known."""
+        if plans == 0:
+            self.begin()  # the worker has imported its libraries
+        self._most = "at most "
+        self.reached(plans, at_most or 0)
+        self.say(f"{text}: {plan_of(plans, at_most)}")
 
     def begin(self) -> None:
         """Start the clock of the parts: the time so far was spent on preparations."""
@@ -107,7 +118,7 @@ def bar(parts: int, text: str = "", *, quiet: bool = False, console: Console | N
 
     console = console or Console(stderr=True)
     counted = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeLeft())
-    columns = counted if parts > 1 else (SpinnerColumn(), TimeElapsedColumn())
+    columns = counted if parts > 1 else (SpinnerColumn(), TimeElapsedColumn(), TimeLeft())
     progress = Progress(
         *columns,
         TextColumn("{task.description}", markup=False),
@@ -122,17 +133,33 @@ def bar(parts: int, text: str = "", *, quiet: bool = False, console: Console | N
         display.end()
 
 
+def plan_of(plans: int, at_most: int | None) -> str:
+    """The plan that a search makes after ``plans`` others: ``plan 5 of at most 11``."""
+    return f"plan {plans + 1}" + ("" if at_most is None else f" of at most {at_most}")
+
+
 def plan_with_bar(
     requests: Sequence[PlanRequest], text: str = "planning", *, find: str | None = None, quiet: bool = False
 ) -> list[PlanOutcome]:
     """The outcomes of ``requests`` under a bar: planned on all cores or, with ``find``, one search after the other."""
     from peft_gauge.plan.worker import plan_all, plan_in_parallel
 
-    with bar(len(requests), text, quiet=quiet) as display:
-        if find is None:
+    if find is None:
+        with bar(len(requests), text, quiet=quiet) as display:
             return plan_in_parallel(requests, waiting=display.reached)
-        found: list[PlanOutcome] = []
-        for outcome in plan_all(requests, find=find):
-            found.append(outcome)  # one for each GPU of a request
-            display.reached(len(found) // max(1, len(requests[0].gpus)), len(requests))
-        return found
+    gpus = len(requests[0].gpus) if requests else 1
+    searches = len(requests) * gpus
+    with bar(searches, text, quiet=quiet) as display:
+
+        def searching(done: int, tried: Tried) -> None:
+            if searches == 1:
+                display.searched(text, tried.plans, tried.at_most)
+                return
+            if (done, tried.gpu, tried.plans) == (0, 0, 0):
+                display.begin()
+            request = requests[done]
+            display.reached(done * gpus + tried.gpu, searches)
+            what = f"{request.method.name} on {request.gpus[tried.gpu]}"
+            display.say(f"{text} of {what}: {plan_of(tried.plans, tried.at_most)}")
+
+        return list(plan_all(requests, find=find, searching=searching))

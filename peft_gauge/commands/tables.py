@@ -60,3 +60,43 @@ def print_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> N
         print("| " + " | ".join(in_markdown(cell).replace("\n", " ") for cell in line) + " |")
         if line is headings:
             print("| " + " | ".join(["---"] * len(headings)) + " |")
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], form: Form | None) -> None:
+    """Print ``rows``, which have the same keys, in ``form`` or as a table for the terminal."""
+    names = list(rows[0]) if rows else []
+    cells = [[_shown(row[name]) for name in names] for row in rows]
+    if form == "json":
+        print_json(rows)
+    elif form == "csv":
+        print_csv(rows, names)
+    elif form == "markdown":
+        print_markdown(names, cells)
+    else:
+        _print_table(names, cells)
+
+
+def _print_table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for place, name in enumerate(names):
+        numbers = all(_is_number(line[place]) for line in cells if line[place] not in ("", "–"))
+        justify: Literal["left", "right"] = "right" if numbers and place else "left"
+        # A narrow terminal breaks names, never the digits of a number.
+        table.add_column(name.replace("_", "\n"), justify=justify, overflow="fold", no_wrap=numbers)
+    for line in cells:
+        table.add_row(*line)
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").removeprefix("-").replace(".", "", 1).isdigit()
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -24,6 +24,7 @@ from peft_gauge.isolation import fork_server
 from peft_gauge.isolation.fork_server import CannotFork, Forked
 from peft_gauge.isolation.signals import signal_name
 from peft_gauge.plan.record import PlanFailure
+from peft_gauge.plan.search import Tried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     Waiting = Callable[[int, int], object]
     """Receives the number of finished requests and of all."""
+    Searching = Callable[[int, Tried], object]
+    """Receives the number of finished requests, and how far the search of the next one is."""
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "peft_gauge.plan.worker")
@@ -47,25 +50,35 @@ class Preloaded:
     environment: Mapping[str, str]
 
 
-def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[PlanOutcome]:
+def plan_all(
+    requests: Sequence[PlanRequest], *, find: str | None = None, searching: Searching | None = None
+) -> Iterator[PlanOutcome]:
     """The outcomes of ``requests``, in their order; with ``find`` (batch, seq, rank) one `Found` per GPU of each.
 
-    A case that cannot be planned, or that ends its worker, is a `PlanFailure`; the others continue.
+    A case that cannot be planned, or that ends its worker, is a `PlanFailure`; the others continue. ``searching`` is
+    called before each plan of a search.
     """
-    return _plan_all(requests, find, None, _Crew())
+    return _plan_all(requests, find, None, _Crew(), searching)
 
 
 def _plan_all(
-    requests: Sequence[PlanRequest], find: str | None, preloaded: Preloaded | None, crew: _Crew
+    requests: Sequence[PlanRequest],
+    find: str | None,
+    preloaded: Preloaded | None,
+    crew: _Crew,
+    searching: Searching | None = None,
 ) -> Iterator[PlanOutcome]:
     done = 0
     while done < len(requests):
         worker = _start(requests[done:], find, preloaded)
         crew.add(worker)
         try:
-            for outcomes in _outcomes(worker):
-                done += 1
-                yield from outcomes
+            for received in _received(worker):
+                if not isinstance(received, Tried):
+                    done += 1
+                    yield from received
+                elif searching is not None:
+                    searching(done, received)
         except BaseException:  # interrupted, or the caller stopped iterating
             worker.kill()
             raise
@@ -233,7 +246,8 @@ def _fork(preloaded: Preloaded) -> _Worker:
     return _Worker(process, os.fdopen(ours, "wb"), os.fdopen(output, "rb"))
 
 
-def _outcomes(worker: _Worker) -> Iterator[list[PlanOutcome]]:
+def _received(worker: _Worker) -> Iterator[list[PlanOutcome] | Tried]:
+    """The outcomes of one request after the other, and how far a search is."""
     try:
         while True:
             try:
@@ -252,21 +266,27 @@ def _ended(code: int | None) -> str:
     return f"ended the planning process with exit code {code}; its last output is above"
 
 
-def _outcome(request: PlanRequest, find: str | None) -> list[PlanOutcome]:
+def _outcome(
+    request: PlanRequest, find: str | None, tell: Callable[[Tried], object] = lambda tried: None
+) -> list[PlanOutcome]:
     from peft_gauge.plan.planner import plan
     from peft_gauge.plan.search import find_each
 
     try:
-        return [plan(request)] if find is None else [*find_each(request, find, plan)]
+        return [plan(request)] if find is None else [*find_each(request, find, plan, tell)]
     except GaugeError as error:
         return [PlanFailure(request.model.name, request.method.name, str(error))]
 
 
 def serve(requests: Sequence[PlanRequest], find: str | None, out: BinaryIO) -> None:
-    """Plan each request and write its outcomes to ``out``."""
-    for request in requests:
-        pickle.dump(_outcome(request, find), out)
+    """Plan each request and write its outcomes to ``out``; before each plan of a search, how far that is."""
+
+    def write(value: list[PlanOutcome] | Tried) -> None:
+        pickle.dump(value, out)
         out.flush()
+
+    for request in requests:
+        write(_outcome(request, find, write))
 
 
 def main() -> None:

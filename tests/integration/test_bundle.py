@@ -6,6 +6,8 @@ Packages are wheels of a few hundred bytes in a folder that is all that pip know
 from __future__ import annotations
 
 import ast
+import csv
+import io
 import json
 import os
 import platform
@@ -397,6 +399,41 @@ def test_a_mirror_can_be_named(tmp_path: Path, index: Path, monkeypatch: pytest.
     assert code == 0, told
     assert "gaugextra 1.0 (for peft-gauge[test])" in said
     assert "sh bundle/run.sh" in said
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_contents_have_the_same_values_in_every_form(tmp_path: Path, run_command: Run) -> None:
+    whole = bundle(tmp_path)
+    limit = f"{(whole.size - 1) / 1e6}"
+    options = ["--python", "3.12", "--platform", "x86_64", "--have", f"@{tmp_path / 'node.txt'}", "--no-checkout"]
+
+    def printed(*form: str) -> str:
+        code, out, err = run_command("bundle", *options, "--most-megabytes", limit, "-o", str(whole.folder), *form)
+        assert code == 0, err
+        return out
+
+    made = json.loads(printed("--json"))
+    manifest = json.loads((whole.folder / "manifest.json").read_text())
+    contents = made["contents"]
+    by_size = sorted(manifest["wheels"], key=lambda each: -each["bytes"])
+    wheels_of = [(each["name"], each["version"], each["bytes"]) for each in contents if each["content"] == "wheel"]
+    assert wheels_of == [(each["name"], each["version"], each["bytes"]) for each in by_size]
+    (left,) = [each for each in contents if each["content"] == "left out"]
+    assert (left["name"], left["bytes"]) == ("extra report", manifest["left_out"][0]["bytes"])
+    assert lacking(left["remark"], "gaugebig 1.0", "gaugedraw 2.0", OPTIONAL["report"]) == []
+    assert made["bytes"] == sum(path.stat().st_size for path in whole.folder.rglob("*") if path.is_file())
+
+    rows = list(csv.DictReader(io.StringIO(printed("--csv"))))
+    as_text = [{name: "" if value is None else str(value) for name, value in each.items()} for each in contents]
+    assert rows == as_text
+    heading, _, *lines = printed("--markdown").splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert heading.strip("| ").split(" | ") == list(contents[0])
+    assert [[row[0], row[1], row[3]] for row in cells] == [
+        [each["content"], each["name"], f"{each['bytes']:,}"] for each in contents
+    ]
+    shown = printed()
+    assert lacking(shown, *(f"{each['bytes'] / 1e6:.2f} MB" for each in contents), f"left out: {left['name']}") == []
 
 
 # The limit -----------------------------------------------------------------------------------------------------------

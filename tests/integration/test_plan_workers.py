@@ -27,6 +27,7 @@ from peft_gauge.training.step import StepSettings
 from tests.support.children import heed_ctrl_c
 
 if TYPE_CHECKING:
+    from peft_gauge.plan.search import Tried
     from tests.conftest import Run
 
 TOY = models.resolve("toy-llama", weights="random")
@@ -69,12 +70,33 @@ def test_forked_workers_plan_the_same_in_the_order_of_the_requests(monkeypatch: 
     assert [replace(outcome, seconds=0.0) for outcome in shared] == [replace(outcome, seconds=0.0) for outcome in alone]
 
 
+@pytest.mark.usefixtures("forked_plans")
+def test_a_search_shows_how_far_it_is() -> None:
+    """Before each plan: its place among the searches, and a bound that the number of plans keeps."""
+    requests = [
+        PlanRequest(TOY, methods.get(name), StepSettings(1, 8), gpus=("600MB", "24GB")) for name in ("lora", "ia3")
+    ]
+    heard: list[tuple[int, Tried]] = []
+    found: list[Any] = list(
+        worker.plan_all(requests, find="seq", searching=lambda done, tried: heard.append((done, tried)))
+    )
+    assert [(each.plan.method, each.gpu) for each in found] == [
+        (method, gpu) for method in ("lora", "ia3") for gpu in ("600MB", "24GB")
+    ]
+    for place, each in enumerate(found):
+        of_it = [tried for done, tried in heard if (done, tried.gpu) == divmod(place, 2)]
+        assert [tried.plans for tried in of_it] == list(range(len(each.tried)))
+        bounds = [tried.at_most for tried in of_it if tried.at_most is not None]
+        assert all(len(each.tried) <= bound for bound in bounds)
+        assert bool(bounds) == (len(each.tried) > 2), "a line needs two values"
+
+
 PLANTED_OUTCOME = """
 import os, signal, time
 from peft_gauge.plan import worker
 from peft_gauge.plan.record import PlanFailure
 
-def outcome(request, find):
+def outcome(request, find, tell):
     if request.method.name == "lora":
         os.kill(os.getpid(), signal.SIGSEGV)
     if request.method.name == "qlora":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import yaml
 from docs import make_reference
 from peft_gauge import cli
 from peft_gauge.pytest_plugin.options import GROUPS, add_options
+from tests.support.documents import DOCS, PAGES, blocks, commands, commands_in_text
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 COMMANDS: Any = typer.main.get_command(cli.app)
 
 
@@ -26,31 +24,14 @@ def names(pages: list[Path]) -> list[str]:
     return [page.relative_to(ROOT).as_posix() for page in pages]
 
 
-def blocks(page: Path) -> Iterator[str]:
-    """The code blocks of a page."""
-    yield from re.findall(r"^```[a-z]*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+OURS = [*commands("peft-gauge"), *commands_in_text("peft-gauge")]
 
 
-def commands(program: str) -> Iterator[tuple[str, list[str]]]:
-    """Every command of ``program`` in a code block: its page, and its words."""
-    for page in PAGES:
-        for line in (line for block in blocks(page) for line in block.splitlines()):
-            for part in re.split(r"\s&&\s|\s\|\s|;\s", line.partition("  #")[0].replace("- run: ", "")):
-                try:
-                    words = shlex.split(part.partition(" >> ")[0], comments=True)
-                except ValueError:
-                    continue  # not a command: a table, or a message
-                if words and words[0] == program and len(words) > 1:
-                    yield page.relative_to(ROOT).as_posix(), words[1:]
-
-
-@pytest.mark.parametrize(
-    ("page", "words"), [pytest.param(p, w, id=f"{p}: {' '.join(w)}") for p, w in commands("peft-gauge")]
-)
+@pytest.mark.parametrize(("page", "words"), [pytest.param(p, w, id=f"{p}: {' '.join(w)}") for p, w in OURS])
 def test_every_command_of_ours_parses(page: str, words: list[str]) -> None:
     """As the program would parse it, with the real options; ``NAME`` and ``NAME...`` stand for values."""
     verb, *rest = words
-    if verb.startswith("--"):
+    if verb.startswith("--") or verb == "COMMAND":
         return
     assert verb in COMMANDS.commands, f"{page}: there is no peft-gauge {verb}"
     options = {

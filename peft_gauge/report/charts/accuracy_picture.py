@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.errors import GaugeError
@@ -23,12 +23,12 @@ SIZE = 420
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was measured and planned: ``name``, ``method``, and both peaks in bytes."""
+    """A step that was measured and planned: ``name``, ``method``, and both peaks in whole bytes."""
 
     name: str
     method: str
-    measured_bytes: float
-    planned_bytes: float
+    measured_bytes: int
+    planned_bytes: int
 
     @property
     def difference_percent(self) -> float:
@@ -47,10 +47,18 @@ def steps_of(run: Run, methods: Sequence[str]) -> list[Step]:
         name = case.id.partition("[")[2].removesuffix("]")
         method = next((each for each in methods if f"{name}-".startswith(f"{each}-")), None)
         if metrics.get("unit") == "GB" and "planned" in metrics and method is not None:
-            found.append(Step(name, method, GB * metrics["published"], GB * metrics["planned"]))
+            found.append(Step(name, method, round(GB * metrics["published"]), round(GB * metrics["planned"])))
     if not found:
         raise GaugeError(f"{run.name} has no step with a planned and a measured peak; run benchmarks/test_published.py")
     return found
+
+
+def rows_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """One row per step: both peaks in bytes, and how much more is planned in percent, to four digits after the point.
+
+    The difference is rounded here, so that a reader sees the same digits in every form.
+    """
+    return [{**asdict(step), "difference_percent": round(step.difference_percent, 4) + 0.0} for step in steps]
 
 
 def save(steps: Sequence[Step], titles: dict[str, str], where: str, out: Path) -> Path:

@@ -16,6 +16,7 @@ from peft_gauge import paths
 from peft_gauge._internals.transformers import forget_origin
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.files import make_once
+from peft_gauge.training.models import hub
 from peft_gauge.training.models.architecture import auto_class, check_attention, model_class
 from peft_gauge.training.models.defaults import torch_dtype
 from peft_gauge.training.models.records import ModelRecord, hf_config
@@ -176,23 +177,20 @@ def _from_config(
 
 def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
     assert record.location is not None, "real weights have a location"
-    where: dict[str, Any] = {"pretrained_model_name_or_path": record.location, "use_safetensors": True}
-    if record.location.endswith(".gguf"):
-        path = Path(record.location)
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        # The GGUF reader's progress bar, on stderr, has no switch. Errors are raised as exceptions.
-        with without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-            model, report = auto_class(record).from_pretrained(
-                **where,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                local_files_only=record.source != "hub",
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # unreadable, truncated, no safetensors, no network: one line each
-        raise GaugeError(f"cannot load the weights of {record.name}: {one_line(error, 200)}") from error
+    place, where = _place(record.location)
+    if not where:
+        where = {"use_safetensors": True}
+    # The GGUF reader's progress bar, on stderr, has no switch. Errors are raised as exceptions.
+    with _reading(record, "weights") as local_files_only, contextlib.redirect_stderr(io.StringIO()):
+        model, report = auto_class(record).from_pretrained(
+            place,
+            **where,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            local_files_only=local_files_only,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise GaugeError(
@@ -205,6 +203,26 @@ def _load(record: ModelRecord, dtype: torch.dtype, attn_implementation: str | No
         model.name_or_path = ""
         forget_origin(model.config)
     return model
+
+
+@contextlib.contextmanager
+def _reading(record: ModelRecord, what: str) -> Iterator[bool]:
+    """Around a library's reading of ``what`` of ``record``: quiet, and without the hub unless one request reaches it.
+
+    Yields whether only local files may be read. Raises `GaugeError` in place of any exception.
+    """
+    unreachable = hub.failure(record.location or "") if record.source == "hub" else None
+    is_local = record.source != "hub" or unreachable is not None
+    try:
+        with without_progress_bars(), hub.quiet(), hub.offline() if is_local else contextlib.nullcontext():
+            yield is_local
+    except Exception as error:  # unreadable, truncated, no safetensors, no network: one line each
+        if unreachable is not None:
+            raise GaugeError(
+                f"cannot reach {record.name} on the hub ({hub.described(unreachable)}), and the cache does not have "
+                f"all of its {what}; check the name and the network"
+            ) from error
+        raise GaugeError(f"cannot load the {what} of {record.name}: {one_line(error, 200)}") from error
 
 
 @contextlib.contextmanager
@@ -251,17 +269,22 @@ def logical_params(record: ModelRecord) -> int:
 def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the record's real weights; ``None`` if there is none (random weights).
 
-    It is cached, since reading it from a GGUF file takes seconds.
+    It is cached, since reading it from a GGUF file takes seconds. Raises `GaugeError` if it cannot be read.
     """
     from transformers import AutoTokenizer
 
     if record.weights != "real" or record.location is None:
         return None
-    if record.location.endswith(".gguf"):
-        path = Path(record.location)
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     if record.source == "folder" and not any(Path(record.location).glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(
-        record.location, local_files_only=record.source != "hub", trust_remote_code=False
-    )
+    place, where = _place(record.location)
+    with _reading(record, "tokenizer") as local_files_only:
+        return AutoTokenizer.from_pretrained(place, **where, local_files_only=local_files_only, trust_remote_code=False)
+
+
+def _place(location: str) -> tuple[str, dict[str, Any]]:
+    """A checkpoint's folder or Hub id, and the arguments by which transformers finds a GGUF file there."""
+    if not location.endswith(".gguf"):
+        return location, {}
+    path = Path(location)
+    return str(path.parent), {"gguf_file": path.name}

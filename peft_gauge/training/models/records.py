@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError, one_line, unknown
+from peft_gauge.training.models import hub
 from peft_gauge.training.models.config import (
     SIZE_LIMITS,
     built_config,
@@ -91,11 +92,13 @@ class ModelRecord:
         """The storage format of the checkpoint's weights, from its config; ``None`` for 16 or 32 bit."""
         return None if self.source == "gguf" else stored_format(self.config, self.name)
 
-    def check_sequence(self, seq: int) -> None:
-        """Raise `GaugeError` if ``seq`` tokens are more than `max_positions`."""
+    def check_sequence(self, seq: int, option: str = "--seq") -> None:
+        """Raise `GaugeError` if ``seq`` tokens, given by ``option``, are more than `max_positions`."""
         limit = self.max_positions
         if limit is not None and seq > limit:
-            raise GaugeError(f"a sequence of {seq} tokens exceeds the limit of {self.name}; use --seq {limit} or less")
+            raise GaugeError(
+                f"a sequence of {seq} tokens exceeds the limit of {self.name}; use {option} {limit} or less"
+            )
 
 
 def _is_limit(value: object) -> bool:
@@ -181,35 +184,14 @@ def _from_gguf(path: Path, weights: str | None, seed: int) -> ModelRecord:
     return ModelRecord(path.stem, "gguf", config.to_json_string(use_diff=False), kind, str(path), seed)
 
 
-def _downloaded_config(spec: str) -> Path:
-    """The config of ``spec`` in the hub's cache, downloaded unless it is there and the hub cannot be reached.
-
-    One request without retries comes first: the hub's library repeats a failed download for half a minute.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    try:
-        get_hf_file_metadata(hf_hub_url(spec, "config.json"), timeout=HUB_SECONDS)
-    except Exception:
-        kept = try_to_load_from_cache(spec, "config.json")
-        if isinstance(kept, str):
-            return Path(kept)
-        raise
-    return Path(hf_hub_download(spec, "config.json"))
-
-
-HUB_SECONDS = 10.0
-"""The longest wait for the hub's first response."""
-
-
 def _from_hub(spec: str, weights: str | None, seed: int) -> ModelRecord:
     try:
-        config = read_config(_downloaded_config(spec))
+        config = read_config(hub.config_file(spec))
     except GaugeError:
         raise
     except Exception as error:  # no network, no such repository, gated: the classes depend on the library's version
         raise GaugeError(
-            f"cannot reach {spec} on the hub ({type(error).__name__}: {one_line(error, 160)}); "
+            f"cannot reach {spec} on the hub ({hub.described(error)}); "
             f"check the name and the network, or use one of: {', '.join(record_names())}"
         ) from error
     kind: Literal["random", "real"] = "random" if weights == "random" else "real"

@@ -125,6 +125,12 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert remote.values("pytest", file_options()) == {"results": "s3://b/runs"}
 
 
+def test_a_key_with_underscores_is_the_option_with_dashes(tmp_path: Path) -> None:
+    file = config_file.ConfigFile(tmp_path / "peft-gauge.toml", {"plan": {"grad_checkpointing": True, "loss-chunk": 8}})
+    values = file.values("plan", options_of(commands()["plan"]))
+    assert values == {"grad_checkpointing": True, "loss_chunk": 8}
+
+
 def test_every_command_has_its_options_and_pytest_too() -> None:
     known = commands()
     assert set(sections(known)) == {*known, "pytest"} - {"bench"}

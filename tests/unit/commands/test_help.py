@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft_gauge.cli import app
 from peft_gauge.commands.groups import GROUPS
 from peft_gauge.pytest_plugin.options import GROUPS as SUITE_GROUPS
 from peft_gauge.pytest_plugin.options import file_options
+from tests.support.paths import ROOT
 
 COLUMNS = 80
 
@@ -45,6 +47,32 @@ def test_every_option_is_in_one_group(name: str) -> None:
     assert sorted(grouped) == sorted(own)
     headings = [line for line in shown(name).splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert [heading for heading in GROUPS[name] if f"{heading}:" not in headings] == []
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_reference_has_the_headings_and_options_of_the_help(name: str) -> None:
+    """Section by section, in the same order."""
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {name}$(.*?)(?=^## |\Z)", page, re.M | re.S)
+    assert section is not None
+    of_page: dict[str, list[str]] = {}
+    for heading, row in re.findall(r"^(?:\*\*(.+)\*\*|\| `([^`]+)`.*)$", section[1], re.M):
+        if heading:
+            of_page[heading] = []
+        else:
+            of_page[[*of_page][-1]].append(row)
+    of_help: dict[str, list[str]] = {}
+    for heading, option in re.findall(r"^(?:([A-Z].*):|  (-{0,2}\w[\w-]*).*)$", shown(name), re.M):
+        if heading:
+            of_help[heading] = []
+        elif of_help:
+            of_help[[*of_help][-1]].append(option)
+    of_help = {heading: [each for each in options if each != "-h"] for heading, options in of_help.items()}
+    of_help = {heading: options for heading, options in of_help.items() if options}
+    assert [*of_page] == [*of_help]
+    for heading, options in of_page.items():
+        if heading != "Arguments":
+            assert options == of_help[heading]
 
 
 CHOICES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from rich.console import Console
 
 from peft_gauge.commands.plan_step import adjusted
 from peft_gauge.memory.categories import CATEGORIES
-from peft_gauge.plan import planner, worker
+from peft_gauge.plan import planner
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.report.format import ABSENT
 from peft_gauge.report.terminal import plan_table
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
 from tests.support.paths import DATA
+from tests.support.planning import plan_here
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.
 pytestmark = pytest.mark.integration
@@ -37,17 +38,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[PlanRequest]:
     """Plans without a process of their own, which would import the libraries again; returns what was asked."""
-    asked: list[PlanRequest] = []
-
-    def plan_all(requests: Sequence[PlanRequest], *, find: str | None = None) -> Iterator[Any]:
-        asked.extend(requests)
-        for request in requests:
-            yield from worker._outcome(request, find)
-
-    monkeypatch.setattr(worker, "plan_all", plan_all)
-    # Several workers are several processes; two plans in one process would share its fake mode.
-    monkeypatch.setattr(worker, "plan_in_parallel", lambda requests, waiting=None: list(plan_all(requests)))
-    return asked
+    return plan_here(monkeypatch)
 
 
 @pytest.fixture

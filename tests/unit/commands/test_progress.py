@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from rich.progress import Progress
 
 from peft_gauge.commands import progress
 from peft_gauge.commands.progress import Display, bar
+from peft_gauge.plan import worker
+from peft_gauge.plan.search import Tried
 from tests.support.facts import lacking
 
 
@@ -21,7 +26,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def terminal(**options: Any) -> Console:
-    return Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None, **options)
+    return Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None, **options)
 
 
 def written(console: Console) -> str:
@@ -46,6 +51,57 @@ def test_the_time_left_comes_from_finished_parts() -> None:
     assert display.left() == "about 80 s left"
     display.reached(4, 4)
     assert display.left() == ""
+
+
+def test_a_search_has_at_most_a_time_left_from_its_measured_plans() -> None:
+    now = [100.0]
+    with bar(1, console=terminal(), quiet=True) as display:
+        display._clock = lambda: now[0]
+        now[0] = 110.0  # 10 s of imports
+        display.searched("searching", 0, None)
+        assert display.left() == ""
+        now[0] = 130.0
+        display.searched("searching", 1, None)  # nothing bounds the plans yet
+        assert display.left() == ""
+        assert not display._progress.tasks[0].finished, "its elapsed time would stop"
+        now[0] = 150.0
+        display.searched("searching", 2, 6)
+        assert display.left() == "at most about 80 s left"
+        now[0] = 160.0
+        assert display.left() == "at most about 70 s left"
+        now[0] = 180.0  # 70 s for three plans
+        display.searched("searching", 3, 5)
+        assert display.left() == "at most about 45 s left"
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("searches", [1, 4])
+def test_searches_show_their_plans(searches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = terminal()
+    monkeypatch.setattr(progress, "bar", partial(bar, console=console))
+    begun: list[Display] = []
+    monkeypatch.setattr(Display, "begin", lambda display: begun.append(display))
+    number = {1: ("24GB",), 4: ("24GB", "H100 80GB")}[searches]
+    requests: Any = [
+        SimpleNamespace(method=SimpleNamespace(name=name), gpus=number) for name in ("lora", "ia3")[: len(number)]
+    ]
+
+    def plan_all(asked: Any, find: str, searching: Any) -> Iterator[Any]:
+        for done, gpu, plans, at_most, shown in (
+            (0, 0, 0, None, "the largest seq"),
+            (0, 0, 1, None, "plan 2"),
+            (0, 0, 2, 6, "plan 3 of at most 6"),
+            *(((1, 1, 3, 7, "plan 4 of at most 7"),) if searches == 4 else ()),
+        ):
+            searching(done, Tried(gpu, plans, at_most))
+            until(lambda shown=shown: shown in written(console))
+        yield "found"
+
+    monkeypatch.setattr(worker, "plan_all", plan_all)
+    assert progress.plan_with_bar(requests, "searching the largest seq", find="seq") == ["found"]
+    assert len(begun) == 1, "the clock of the parts starts once, with the first plan"
+    facts = ("at most about 5 s left",) if searches == 1 else ("of ia3 on H100 80GB", "3/4")
+    assert lacking(written(console), *facts) == []
 
 
 @pytest.mark.usefixtures("at_once")

@@ -27,7 +27,9 @@ Run = Callable[..., tuple[int, str, str]]
 RUNS = sorted((ROOT / "results" / "amd-epyc-2c-cpu").glob("*.json"))[:2]
 WITH_TABLES = (
     "ab",
+    "accuracy",
     "bisect",
+    "bundle",
     "calibrate",
     "claims",
     "compare",
@@ -162,3 +164,31 @@ def test_a_bisection_has_its_probes_in_their_order(form: Any, capsys: pytest.Cap
         assert json.loads(text)["first_bad"] == "1.2"
     if form == "csv":
         assert [row["result"] for row in read(text)] == ["good", "bad"]
+
+
+MEASURED = ROOT / "results" / "amd-epyc-2c-cpu" / "0012_603ff5ec8c7b_20261127_153500.json"
+
+
+def test_planned_against_measured_has_the_same_digits_in_every_form(run_command: Run, tmp_path: Path) -> None:
+    found = json.loads(run_command_ok(run_command, "accuracy", str(MEASURED), "--json"))
+    rows = read(run_command_ok(run_command, "accuracy", str(MEASURED), "--csv"))
+    assert len(found) == 36
+    assert rows == [{name: str(value) for name, value in each.items()} for each in found]
+    heading, _, *lines = (
+        run_command_ok(run_command, "accuracy", str(MEASURED), "--markdown").replace("\\", "").splitlines()
+    )
+    assert heading == "| name | method | measured_bytes | planned_bytes | difference_percent |"
+    assert [line.replace(",", "").strip("| ").split(" | ") for line in lines] == [list(row.values()) for row in rows]
+    table = run_command_ok(run_command, "accuracy", str(MEASURED)).replace(",", "").splitlines()
+    numbers = [words[-3:] for words in map(str.split, table) if len(words) == 5 and words[-1][-1].isdigit()]
+    assert numbers == [list(row.values())[2:] for row in rows], "a line ends with the numbers of its step, in order"
+    first = found[0]
+    assert (first["measured_bytes"], first["planned_bytes"]) == (13_722_206_832, 13_722_231_296)
+    assert first["difference_percent"] == round(100 * (13_722_231_296 / 13_722_206_832 - 1), 4) == 0.0002
+
+    out = tmp_path / "plot.svg"
+    code, text, err = run_command("accuracy", str(MEASURED), "--out", str(out), "--csv")
+    assert (code, read(text)) == (0, rows)
+    assert lacking(err, str(out)) == []
+    names = ("name", "method", "measured_bytes", "planned_bytes")
+    assert read(out.with_suffix(".csv").read_text()) == [{name: row[name] for name in names} for row in rows]

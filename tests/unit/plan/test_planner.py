@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -29,7 +30,7 @@ from peft_gauge.memory.categories import (
 )
 from peft_gauge.memory.ledger import Event as StorageEvent
 from peft_gauge.memory.overheads import default_overheads
-from peft_gauge.plan import adaptation, fakes, kernels, planner, traced_step
+from peft_gauge.plan import adaptation, fakes, kernels, planner, search, traced_step
 from peft_gauge.plan.call import ModelCall, chunk_loss
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import Plan, PlanRequest
@@ -37,6 +38,7 @@ from peft_gauge.plan.reserve import PASSES, Steps, device_estimate
 from peft_gauge.plan.search import find, largest_that_fits
 from peft_gauge.training import methods, models
 from peft_gauge.training.methods import Quantization
+from peft_gauge.training.sharding import Sharding
 from peft_gauge.training.step import OPTIMIZERS, StepSettings
 from tests.support import published_models as published
 
@@ -551,6 +553,97 @@ def test_a_search_along_a_line_takes_about_a_third_of_the_plans(threshold: int, 
 
     assert largest_that_fits(fits, 1, 2**24, lambda value: threshold + optimism + 0.5 - value)[0] == threshold
     assert len(tried) == len(set(tried)) <= most_plans
+
+
+@given(
+    threshold=st.integers(0, 5000),
+    limit=st.integers(1, 6000),
+    slopes=st.lists(st.integers(0, 100), min_size=1, max_size=3),
+    fixed=st.lists(st.integers(0, 9000), min_size=3, max_size=3),
+)
+def test_a_search_takes_at_most_the_plans_that_it_has_announced(
+    threshold: int, limit: int, slopes: list[int], fixed: list[int]
+) -> None:
+    """A peak is the highest of some phases, whose memory is a line each."""
+    tried: list[int] = []
+    announced: list[int | None] = []
+
+    def peak(value: int) -> int:
+        return max(slope * value + base for slope, base in zip(slopes, fixed, strict=False))
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return peak(value) <= peak(threshold)
+
+    def tell(plans: int, at_most: int | None) -> None:
+        assert plans == len(announced), "once before each plan"
+        announced.append(at_most)
+
+    room = lambda value: peak(threshold) - peak(value)  # noqa: E731
+    largest_that_fits(fits, 1, limit, room, search._counting(tried, tell))
+    assert len(announced) == len(tried)
+    known = [most for most in announced if most is not None]
+    assert known == sorted(known, reverse=True)
+    assert all(most >= len(tried) for most in known)
+
+
+def test_a_usual_search_has_a_bound_from_its_third_plan_on() -> None:
+    announced: list[int | None] = []
+    tried: list[int] = []
+
+    def fits(value: int) -> bool:
+        tried.append(value)
+        return value <= 18
+
+    assert largest_that_fits(fits, 1, 2**24, lambda value: 18.5 - value, announced.append) == (18, False)
+    assert tried == [1, 2, 18, 19]
+    assert announced == [None, None, 14, 2]
+
+
+@pytest.mark.parametrize(("good", "bad"), [(1, 40), (100, 1000), (8, 10), (1, 2), (500, 4000)])
+def test_the_announced_plans_of_a_walk_are_reached(good: int, bad: int) -> None:
+    """They are those of the worst value, so no smaller number would be true."""
+
+    def plans(threshold: int) -> int:
+        tried: list[int] = []
+
+        def fits(value: int) -> bool:
+            tried.append(value)
+            return value <= threshold
+
+        low, high = search._walked_down(fits, good, bad, lambda most: None)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return len(tried)
+
+    assert search._most_on_a_walk(good, bad, max(1, bad // 128)) == max(map(plans, range(good, bad)))
+
+
+@pytest.mark.parametrize("holds", [1, 2, 3, 5, 16, 700, 1024, 5000])
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_a_search_for_gpus_takes_at_most_the_plans_that_it_has_announced(holds: int, strategy: Any) -> None:
+    """GPUs with 6 bytes each; a step of 6 bytes per GPU that is needed, between steps."""
+    tried: list[int] = []
+    announced: list[int | None] = []
+
+    def planner(asked: PlanRequest) -> Any:
+        number = 1 if asked.sharding is None else asked.sharding.ranks
+        tried.append(number)
+        fit = SimpleNamespace(usable_bytes=6)
+        return SimpleNamespace(fits=number >= holds, resident_bytes=min(holds, 12), gpus=[fit])
+
+    def tell(plans: int, at_most: int | None) -> None:
+        assert plans == len(tried)
+        announced.append(at_most)
+
+    asked = request("lora", gpus=("24GB",), sharding=Sharding(2, strategy))
+    find(asked, "gpus", planner, tell)
+    assert announced[0] is None
+    known = [most for most in announced[1:] if most is not None]
+    assert len(known) == len(tried) - 1
+    assert known == sorted(known, reverse=True)
+    assert all(most >= len(tried) for most in known)
 
 
 @pytest.mark.slow

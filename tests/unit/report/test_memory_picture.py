@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_gauge.commands.memory_curve import card, parse_seqs
+from peft_gauge.commands.memory_curve import card, default_seqs, parse_seqs
 from peft_gauge.errors import GaugeError
-from peft_gauge.plan import worker
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.report.charts import memory_picture
 from peft_gauge.report.charts.memory_picture import HEIGHT, LABEL_DISTANCE, LOOKS, Card, Frame, Point, shown_gb
 from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings
+from tests.support.facts import lacking
+from tests.support.planning import plan_here
 
 GB = 10**9
 POINT = Point("toy", "lora", "LoRA", "bfloat16", 1, 128, "backward", 15 * GB, 13 * GB, 16 * GB)
@@ -162,11 +163,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(monkeypatch: pytest.MonkeyPatch, run_command: Run) -> Run:
     """``run(…)`` is ``peft-gauge memory-curve --model toy-llama …``, planning in this process: code, output, error."""
 
-    def plan_all(requests: Sequence[PlanRequest]) -> Iterator[Any]:
-        for request in requests:
-            yield from worker._outcome(request, None)
-
-    monkeypatch.setattr(worker, "plan_all", plan_all)
+    plan_here(monkeypatch)
 
     def command(*arguments: str) -> tuple[int, str, str]:
         return run_command("memory-curve", "--model", "toy-llama", *arguments)
@@ -202,7 +199,7 @@ def test_the_command_draws_what_the_planner_says(altair: Any, run: Run, tmp_path
         (("--out", "x.svg", "--seqs", "16,many"), "comma-separated whole numbers"),
         (("--out", "x.svg", "--seqs", "16"), "at least two lengths"),
         (("--out", "x.svg", "--seqs", "16,1"), "at least 2 tokens"),
-        (("--out", "x.svg", "--seqs", "16,129"), "use --seq 128 or less"),
+        (("--out", "x.svg", "--seqs", "16,129"), "use --seqs 128 or less"),
         (("--out", "x.svg", "--gpu", "RTX 4091"), "nearest: "),
         (("--out", "x.svg", "--method", "loar"), "did you mean lora"),
         (("--out", "x.svg", "--dtype", "float8"), "unknown dtype"),
@@ -222,6 +219,29 @@ def test_bad_input_is_one_line_and_nothing_is_drawn(
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("most", "seqs"),
+    [
+        (None, (128, 256, 512, 1024, 2048)),
+        (131_072, (128, 256, 512, 1024, 2048)),
+        (2048, (128, 256, 512, 1024, 2048)),
+        (1000, (62, 125, 250, 500, 1000)),
+        (128, (8, 16, 32, 64, 128)),
+        (8, (2, 4, 8)),
+    ],
+)
+def test_default_lengths_fit_the_model(most: int | None, seqs: tuple[int, ...]) -> None:
+    assert default_seqs(most) == seqs
+
+
+def test_a_small_model_is_drawn_without_naming_lengths(altair: Any, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "toy.svg"
+    code, _, err = run("--out", str(out), "--method", "prompt", "--gpu", "24GB")
+    rows = list(csv.DictReader(io.StringIO(out.with_suffix(".csv").read_text(encoding="utf-8"))))
+    assert (code, [row["seq"] for row in rows]) == (0, ["8", "16", "32", "64", "128"])
+    assert (err.count("\n"), lacking(err, "128 tokens", "toy-llama")) == (1, [])
 
 
 def test_lengths_are_sorted_and_counted_once() -> None:
