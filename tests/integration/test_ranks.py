@@ -116,7 +116,7 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares(start: str) -> None:
 def test_a_rank_that_fails_ends_all_within_the_limit(
     way: str, ended: str, words: str, start: str, tmp_path: Path
 ) -> None:
-    limit = 60.0 if way != "hangs" else 4.0 if start == "fork" else 20.0
+    limit = 60.0 if way != "hangs" else 3.0 if start == "fork" else 20.0
     begin = time.monotonic()
     outcome = run_planted(way, tmp_path, limit_seconds=limit, start=start)
     assert time.monotonic() - begin < limit + 20

@@ -103,9 +103,13 @@ def test_the_header_states_a_policy_for_each_operator_of_a_causal_lm() -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("dtype", "mixed"), [("float32", "bf16"), ("bfloat16", "bf16"), ("float32", "fp16")], ids=lambda value: value
+    ("method", "dtype", "mixed"),
+    [
+        pytest.param(method, *types, id="-".join([method.name, *types]), marks=pytest.mark.slow if (i + k) % 3 else ())
+        for i, method in enumerate(methods.DEFAULT_METHODS)
+        for k, types in enumerate([("float32", "bf16"), ("bfloat16", "bf16"), ("float32", "fp16")])
+    ],
 )
-@pytest.mark.parametrize("method", methods.DEFAULT_METHODS, ids=lambda method: method.name)
 def test_a_planned_step_under_autocast_is_a_real_one_without_its_numbers(
     method: methods.Method, dtype: str, mixed: str
 ) -> None:
