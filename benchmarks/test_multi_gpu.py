@@ -1,9 +1,9 @@
 """How much does a step cost that several GPUs share: memory of each rank, bytes and time of communication, scaling?
 
 Each case runs under torchrun's launcher with one process per GPU, sharded by accelerate's FSDP2 preparation, by DDP or
-by DeepSpeed's ZeRO, where it is installed (`pytest -m multigpu --gpus 8 --strategy fsdp2`). Without a GPU two processes
-of the CPU share it through gloo (`--device cpu`), which shows that it works, and how much memory it takes, but not how
-fast it is.
+by DeepSpeed's ZeRO, where it is installed (`pytest -m multigpu --gpus 8 --strategy fsdp2`; with `--replicate 2` in two
+groups of four that each hold all shards). Without a GPU two processes of the CPU share it through gloo (`--device
+cpu`), which shows that it works, and how much memory it takes, but not how fast it is.
 
 Scaling: *weak* compares a rank's step with the same step on one GPU; *strong* compares the ranks with one GPU that
 takes a step of all their tokens.
@@ -40,7 +40,7 @@ def sharding_of(case: Case, config: pytest.Config) -> Sharding:
     gpus = config.getoption("--gpus")
     if gpus is None:
         gpus = len(machine.accelerators()) if case.device == "cuda" else CPU_RANKS
-    return Sharding(max(gpus, 1), config.getoption("--strategy"))
+    return Sharding(max(gpus, 1), config.getoption("--strategy"), replicas=config.getoption("--replicate"))
 
 
 def steps(case: Case, config: pytest.Config) -> list[PlanRequest]:
@@ -67,6 +67,7 @@ def test_shared_step(case: Case, pytestconfig: pytest.Config, plans: Plans, reco
     record(
         **about(case),
         strategy=sharding.strategy,
+        **({"replicas": sharding.replicas} if sharding.replicas > 1 else {}),
         **shared,
         planned_rank_peak_bytes=plan.peak_bytes,
         weak_scaling=alone / shared["rank_step_seconds"],

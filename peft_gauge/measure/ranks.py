@@ -81,6 +81,10 @@ class SharedCase:
     def ranks(self) -> int:
         return 1 if self.sharding is None else self.sharding.ranks
 
+    @property
+    def replicas(self) -> int:
+        return 1 if self.sharding is None else self.sharding.replicas
+
 
 def launch(shared: SharedCase) -> list[dict[str, Any]]:
     """Run the ranks of ``shared``, and return the record of each (`rank`), in their order.
@@ -206,7 +210,7 @@ def _rank(shared: SharedCase) -> dict[str, Any]:
                 job, followed = _followed_from_the_start(shared, stack)
                 found = {**_timed(shared, job), **followed}
             else:
-                job, constants = _prepared(shared, mesh_of(device, shared.ranks))
+                job, constants = _prepared(shared, mesh_of(device, shared.ranks, shared.replicas))
                 found = {**_timed(shared, job), **_followed(shared, job, constants)}
             job.close()
         return {"rank": dist.get_rank(), **found}
@@ -221,7 +225,7 @@ def lone(shared: SharedCase) -> dict[str, Any]:
     arbitrary. Memory does not depend on values.
     """
     quiet()
-    with group_of_one_rank(shared.ranks, shared.case.device) as mesh:
+    with group_of_one_rank(shared.ranks, shared.case.device, shared.replicas) as mesh:
         job, constants = _prepared(shared, mesh)
         job.warm_up(WARM_UP_STEPS)
         found = {"rank": 0, **_allocated(shared, job), **_followed(shared, job, constants)}
@@ -385,6 +389,7 @@ def _tracker(shared: SharedCase) -> ShardedTracker:
     assert sharding is not None
     return ShardedTracker(
         ranks=sharding.ranks,
+        replicas=sharding.replicas,
         reduces=sharding.shards_weights,
         gathers_in_place=sharding.strategy == "zero3",
         vocabulary=shared.case.model.vocab_size,

@@ -23,7 +23,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "training step": (
         *("--batch", "--seq", "--dtype", "--loop", "--set", "--mixed-precision", "--float32-outputs", "--attention"),
     ),
-    "several GPUs (-m multigpu)": ("--gpus", "--strategy", "--rank-port"),
+    "several GPUs (-m multigpu)": ("--gpus", "--strategy", "--replicate", "--rank-port"),
     "measurement": ("--rounds", "--processes", "--budget", "--time-limit", "--dataset", "--no-plan-cache"),
     "results": ("--results", "--no-save", "--resume", "--compare", "--shard", "--traces", "--details"),
 }
@@ -144,6 +144,13 @@ def _add_options(add: Callable[..., object]) -> None:
     )
     add("--strategy", default="fsdp2", help="fsdp2, ddp, zero1, zero2 or zero3: how they share it (default: fsdp2)")
     add(
+        "--replicate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="groups of GPUs that each hold all shards, for fsdp2: hybrid sharding, HSDP; needs --gpus (default: 1)",
+    )
+    add(
         "--dataset",
         metavar="SOURCE",
         help="prompt/response or text examples for the slow sweeps over texts: a file, a saved folder or a Hub id "
@@ -231,6 +238,8 @@ def run_options(config: pytest.Config) -> dict[str, Any]:
     found = {name: config.getoption(name) for name in names}
     if config.getoption("gpus") is not None or config.getoption("strategy") != "fsdp2":
         found |= {"gpus": config.getoption("gpus"), "strategy": config.getoption("strategy")}
+    if config.getoption("replicate") != 1:
+        found["replicate"] = config.getoption("replicate")
     if config.getoption("shard") is not None:
         found["shard"] = config.getoption("shard")
     if config.getoption("float32_outputs"):  # runs without it do not record it, as earlier ones

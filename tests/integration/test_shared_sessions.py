@@ -17,13 +17,32 @@ METHODS = ["full", "lora", "qlora"]
 
 def saved(folder: Path, *options: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """What a session shows, and the metrics of its cases by method."""
-    arguments = ["-m", "multigpu", "--device=cpu", "--rounds=2", "--time-limit=2400", f"--results={folder}"]
+    arguments = [
+        "-m",
+        "multigpu",
+        "--details",
+        "--device=cpu",
+        "--rounds=2",
+        "--time-limit=2400",
+        f"--results={folder}",
+    ]
     (done,) = sessions([*arguments, *options])
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = folder.glob("*/0001_*.json")
     cases = json.loads(file.read_text())["peft_gauge"]["cases"]
     assert {case["outcome"] for case in cases} == {"passed"}
     return done.stdout, {case["metrics"]["method"]: case["metrics"] for case in cases}
+
+
+def test_two_groups_of_two_processes_share_a_step(tmp_path: Path) -> None:
+    """Hybrid sharding: each group holds all shards, and gradients are averaged over the groups. The session fails where
+    collectives are not the plan's."""
+    text, found = saved(tmp_path, "--gpus=4", "--replicate=2", "--model=toy-llama", "--method=lora")
+    assert "shared by 4 ranks (fsdp2, 2 replicas)" in text
+    metrics = found["lora"]
+    assert (metrics["ranks"], metrics["replicas"]) == (4, 2)
+    calls = {name: each["calls"] for name, each in metrics["rank_records"][3]["communication"].items()}
+    assert calls["all_reduce"] == calls["reduce_scatter"] > 0
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,16 @@ METHOD_WIDTH = 14  # columns; longer names take two lines, so that the table has
 
 
 def summary(cases: Iterable[CaseRecord], width: int) -> str:
-    """A table for each model, device, number of ranks and strategy, as text; empty without shared steps."""
+    """A table for each model, device, number of ranks, strategy and number of replicas; empty without shared steps."""
     cases = list(cases)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in (case.metrics for case in cases if case.outcome == "passed" and "rank_peak_bytes" in case.metrics):
-        groups.setdefault(tuple(row.get(name) for name in ("model", "device", "ranks", "strategy")), []).append(row)
+        shared = tuple(row.get(name) for name in ("model", "device", "ranks", "strategy"))
+        groups.setdefault((*shared, row.get("replicas", 1)), []).append(row)
     lone = [case.metrics for case in cases if case.outcome == "passed" and "lone_peak_bytes" in case.metrics]
     for row in lone:
         groups.setdefault((row["model"], row["device"], row["lone_ranks"]), []).append(row)
-    tables = [_table(rows, *group) if len(group) == 4 else _lone_table(rows, *group) for group, rows in groups.items()]
+    tables = [_table(rows, *group) if len(group) == 5 else _lone_table(rows, *group) for group, rows in groups.items()]
     return as_text(tables, width)
 
 
@@ -54,8 +55,9 @@ def _lone_table(rows: list[Mapping[str, Any]], model: str, device: str, ranks: i
     return table
 
 
-def _table(rows: list[Mapping[str, Any]], model: str, device: str, ranks: int, strategy: str) -> Table:
-    title = f"{model} on {device}, shared by {ranks} ranks ({strategy}), {step_conditions(rows[0]['settings'])} each"
+def _table(rows: list[Mapping[str, Any]], model: str, device: str, ranks: int, strategy: str, replicas: int) -> Table:
+    how = strategy if replicas == 1 else f"{strategy}, {replicas} replicas"
+    title = f"{model} on {device}, shared by {ranks} ranks ({how}), {step_conditions(rows[0]['settings'])} each"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = (
         "largest rank: peak of its tensors; sent: most by a rank, in a step\n"

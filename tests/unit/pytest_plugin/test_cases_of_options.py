@@ -10,6 +10,7 @@ import pytest
 from peft_gauge.errors import GaugeError
 from peft_gauge.pytest_plugin.selection import CASES, check_runs_on, selected_cases, selected_variations
 from peft_gauge.report.format import step_conditions
+from tests.support.facts import lacking
 
 if TYPE_CHECKING:
     from peft_gauge.training.cases import Case
@@ -21,6 +22,7 @@ DEFAULTS = {
     "--adapter": None,
     "--loop": "plain",
     "--strategy": "fsdp2",
+    "--replicate": 1,
     "--seed": 0,
     "--time-limit": 900.0,
     "--markexpr": "",
@@ -48,6 +50,21 @@ def test_a_plain_step_is_this_suites_own() -> None:
     assert (on_cuda.settings.batch, on_cuda.settings.seq, on_cuda.dtype) == (4, 128, "bfloat16")
     assert (on_cpu.settings.mixed_precision, on_cpu.settings.float32_outputs) == ("bf16", True)
     assert (on_cpu.settings.optimizer, on_cpu.settings.clip_grad_norm) == ("adamw", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"replicate": 2}, ("--gpus",)),
+        ({"gpus": 4, "replicate": 3}, ("4 GPUs", "--replicate 3")),
+        ({"gpus": 4, "replicate": 2, "strategy": "ddp"}, ("--replicate", "not for ddp")),
+    ],
+)
+def test_replicas_need_gpus_that_they_divide_and_fsdp(given: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(GaugeError) as raised:
+        cases(**given)
+    assert lacking(str(raised.value), *words) == []
+    assert cases(gpus=4, replicate=2)
 
 
 def test_a_trainers_step_has_its_own_defaults_and_the_arguments_that_are_set() -> None:

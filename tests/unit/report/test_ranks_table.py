@@ -58,6 +58,11 @@ def test_each_cell_is_what_the_ranks_recorded() -> None:
 def test_strategies_and_numbers_of_ranks_have_tables_of_their_own() -> None:
     text = ranks_table.summary([shared(), shared(strategy="ddp"), shared(ranks=4), shared("full")], 80)
     assert [len(part) for part in map(cells, text.split("toy on cuda")[1:])] == [2, 1, 1]
+    text = ranks_table.summary([shared(ranks=4), shared(ranks=4, replicas=2)], 80)
+    assert [line.partition(", 4×")[0] for line in text.splitlines() if "shared by" in line] == [
+        "toy on cuda, shared by 4 ranks (fsdp2)",
+        "toy on cuda, shared by 4 ranks (fsdp2, 2 replicas)",
+    ]
 
 
 def test_missing_values_are_dashes_and_failed_cases_are_left_out() -> None:
