@@ -156,6 +156,8 @@ def machine_changes(old: Run, new: Run) -> list[str]:
     Runs of plain pytest-benchmark name neither machine nor threads. A property that only one of the two records is
     ignored, except the accelerator: ``None`` means no accelerator.
     """
+    if old.machine is new.machine:
+        return []
     before, after = _hardware(old), _hardware(new)
     return changes(*({name: each[name] for name in before if name in after} for each in (before, after)))
 
