@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 from peft_gauge.history.answers import NewestAnswers
-from peft_gauge.history.briefs import briefs, restored
+from peft_gauge.history.briefs import briefs, collector_paused, restored
 from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import RecordedCase, cases_of, machine_changes
 from peft_gauge.history.reader import read_run, runs_in
@@ -99,14 +99,15 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     latest: dict[str, list[Run]] = {}
     answers: dict[str, NewestAnswers] = {}
     verdicts: dict[str, NewestVerdicts] = {}
-    for brief in briefs(files, left_out):
-        history.add(brief)
-        name = machine_of(brief.run)
-        verdicts.setdefault(name, NewestVerdicts()).add(brief.run)
-        answers.setdefault(name, NewestAnswers()).add(brief.run)
-        kept = latest.setdefault(name, [])
-        kept.append(brief.run)
-        del kept[: -EARLIER_LOOKED_AT - 1]
+    with collector_paused():
+        for brief in briefs(files, left_out):
+            history.add(brief)
+            name = machine_of(brief.run)
+            verdicts.setdefault(name, NewestVerdicts()).add(brief.run)
+            answers.setdefault(name, NewestAnswers()).add(brief.run)
+            kept = latest.setdefault(name, [])
+            kept.append(brief.run)
+            del kept[: -EARLIER_LOOKED_AT - 1]
     if not latest:
         raise GaugeError(nothing_left(left_out))
     history.add_level_changes()

@@ -237,7 +237,8 @@ class History:
             else:
                 old, base, subject = last
                 if old.values is not case.values or old.form is not case.form:
-                    subject = subject_of(case.metrics)
+                    now = subject_of(case.metrics)
+                    subject = subject if now == subject else now
                 earlier.setdefault(id(base), _Pairs(base)).cases.append((old, case))
             self.subjects[id_] = subject
             self._last[machine, id_] = case, run, subject

@@ -136,6 +136,8 @@ def _rounded(value: float) -> float:
 
 def _repeated(values: Sequence[float]) -> list[Any]:
     """``values`` with repetitions as [number, times]."""
+    if values and values.count(values[0]) == len(values):  # most series
+        return [[_rounded(values[0]), len(values)] if len(values) > 1 else _rounded(values[0])]
     found: list[list[Any]] = []
     for value in map(_rounded, values):
         if found and found[-1][0] == value:
