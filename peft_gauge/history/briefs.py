@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import sqlite3
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -121,7 +122,8 @@ def _brief_case(case: RecordedCase) -> BriefCase:
     # As `metrics.is_number` of parsed JSON, in a tenth of its time.
     numbers = tuple([place for place, value in enumerate(values) if type(value) in (int, float)])
     fingerprint = None if case.fingerprint is None else _digest(pickle.dumps(case.fingerprint))
-    form = Form(case.id, case.outcome, tuple(case.metrics), numbers, case.settings, fingerprint)
+    names = tuple(map(sys.intern, case.metrics))  # equal names as one object are written once
+    form = Form(case.id, case.outcome, names, numbers, case.settings, fingerprint)
     return BriefCase(form, values, {metric: _timed(samples) for metric, samples in case.samples.items()})
 
 
@@ -152,9 +154,10 @@ def packed(brief: Brief) -> bytes:
     `Unpacking` makes one object of them.
     """
     run = brief.run
-    parts = [run.machine, run.options, run.cases, run.claims, run.selection]
+    forms = [case.form for case in brief.cases.values()]
+    parts = [run.machine, run.options, run.cases, run.claims, run.selection, forms]
     own = run.path, run.commit, run.when, run.schema, run.interrupted
-    of_cases = [(pickle.dumps(case.form), pickle.dumps(case.values), case.times) for case in brief.cases.values()]
+    of_cases = [(pickle.dumps(case.values), case.times) for case in brief.cases.values()]
     return zlib.compress(pickle.dumps((own, [*map(pickle.dumps, parts)], of_cases)), 1)
 
 
@@ -168,11 +171,11 @@ class Unpacking:
     def __call__(self, content: bytes) -> Brief:
         self._before, self._known = self._known, {}
         (path, commit, when, schema, interrupted), parts, of_cases = pickle.loads(zlib.decompress(content))
-        machine, options, records, claims, selection = map(self._part, parts)
-        cases = {}
-        for packed_form, packed_values, times in of_cases:
-            form = self._part(packed_form)
-            cases[form.id] = BriefCase(form, self._part(packed_values), times)
+        machine, options, records, claims, selection, forms = map(self._part, parts)
+        cases = {
+            form.id: BriefCase(form, self._part(values), times)
+            for form, (values, times) in zip(forms, of_cases, strict=True)
+        }
         run = Run(path, machine, commit, when, options, records, claims, (), schema, interrupted, selection)
         return Brief(run, cases)
 
@@ -232,6 +235,18 @@ def _kept_or_read(files: Sequence[Path]) -> Iterator[Brief | str]:
 # Reading by several processes
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's search for cycles of objects: parsed files have none, and it takes a third of their time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _made(files: Sequence[Path]) -> Iterator[bytes | str]:
     """The brief of each of ``files`` as it is kept, or why it cannot be read. Many are read by a process per core."""
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
@@ -252,21 +267,9 @@ def _made(files: Sequence[Path]) -> Iterator[bytes | str]:
             yield from running.popleft().result()
 
 
+@collector_paused()
 def _pack(files: Iterable[Path]) -> list[bytes | str]:
-    with collector_paused():
-        return [each if isinstance(each, str) else packed(each) for each in _read(files)]
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without Python's search for cycles of objects: parsed files have none, and it takes a third of their time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    return [each if isinstance(each, str) else packed(each) for each in _read(files)]
 
 
 # Kept briefs

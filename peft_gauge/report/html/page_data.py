@@ -86,6 +86,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return list(found.values()), problems
 
 
+@collector_paused()
 def gather(paths: Sequence[Path], rules: Rules) -> Report:
     """The report of all runs under ``paths``.
 
@@ -99,15 +100,14 @@ def gather(paths: Sequence[Path], rules: Rules) -> Report:
     latest: dict[str, list[Run]] = {}
     answers: dict[str, NewestAnswers] = {}
     verdicts: dict[str, NewestVerdicts] = {}
-    with collector_paused():
-        for brief in briefs(files, left_out):
-            history.add(brief)
-            name = machine_of(brief.run)
-            verdicts.setdefault(name, NewestVerdicts()).add(brief.run)
-            answers.setdefault(name, NewestAnswers()).add(brief.run)
-            kept = latest.setdefault(name, [])
-            kept.append(brief.run)
-            del kept[: -EARLIER_LOOKED_AT - 1]
+    for brief in briefs(files, left_out):
+        history.add(brief)
+        name = machine_of(brief.run)
+        verdicts.setdefault(name, NewestVerdicts()).add(brief.run)
+        answers.setdefault(name, NewestAnswers()).add(brief.run)
+        kept = latest.setdefault(name, [])
+        kept.append(brief.run)
+        del kept[: -EARLIER_LOOKED_AT - 1]
     if not latest:
         raise GaugeError(nothing_left(left_out))
     history.add_level_changes()
