@@ -11,8 +11,9 @@ from peft_gauge.report.html import page_tables, tasks
 if TYPE_CHECKING:
     from peft_gauge.report.charts.looks import Look
     from peft_gauge.report.html.page_data import Report
-    from peft_gauge.report.html.page_history import History, Series
+    from peft_gauge.report.html.page_history import History
     from peft_gauge.report.html.page_rows import Row
+    from peft_gauge.report.html.page_series import Series
 
 DIGITS = 7
 """Significant digits of non-integer values in a history: as many as are ever shown."""

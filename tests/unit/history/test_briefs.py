@@ -114,8 +114,8 @@ def test_times_of_several_processes_are_kept() -> None:
     assert timed(*processes).samples == Samples(processes)
 
 
-def test_equal_parts_of_one_brief_and_the_next_are_one_object(results: Path) -> None:
-    one, other = (brief_of(read_run(path)) for path in runs_in(results, "node-00")[:2])
+def test_equal_parts_of_one_brief_and_the_next_are_one_object(tmp_path: Path) -> None:
+    one, other = (brief_of(read_run(path)) for path in write_machine(tmp_path, 2, 0))
     unpacked = Unpacking()
     first, second = (unpacked(packed(brief)) for brief in (one, other))
     assert (first, second) == (one, other)

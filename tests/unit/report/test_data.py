@@ -29,6 +29,7 @@ from peft_gauge.report.html import (
     page_history,
     page_rows,
     page_script_data,
+    page_series,
     page_tables,
 )
 from peft_gauge.report.html.page_claims import by_claim
@@ -198,7 +199,7 @@ def test_series_of_a_case_whose_metrics_change(monkeypatch: pytest.MonkeyPatch, 
         {"a": 2, "b": 6.0},
     ]
     for rows in (1, 2, 64):
-        monkeypatch.setattr(page_history, "MOST_ROWS", rows)
+        monkeypatch.setattr(page_series, "MOST_ROWS", rows)
         history = History(RememberedRules.of_rules(RULES))
         for number, metrics in enumerate(told, start=1):
             case = CaseRecord("t", "b", "passed", None, {**metrics, SAMPLES: {"b": [[1.0] * number]}})
