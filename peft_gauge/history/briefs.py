@@ -8,27 +8,32 @@ report reads only new and changed files. Anything else is read from the run's ow
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
 import sqlite3
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
-from peft_gauge.history import store
-from peft_gauge.history.metrics import FINGERPRINT, RecordedCase, cases_of
+from peft_gauge.history import intervals, store
+from peft_gauge.history.metrics import RecordedCase, Samples, cases_of
 from peft_gauge.history.reader import Run, read_run
+from peft_gauge.history.schema import CaseRecord
+from peft_gauge.medians import median_interval
 
 KEPT_FROM = 200
 """The least number of runs whose briefs are kept; fewer are read within two seconds, and leave the cache alone."""
@@ -40,10 +45,54 @@ COMMITTED = 512
 """Briefs that are written to disk together."""
 WAIT_SECONDS = 2.0
 """How long to wait for another process that writes; after that, briefs are read or not kept."""
-MADE_BY = ("briefs.py", "metrics.py", "reader.py", "schema.py", "upgrade.py")
-"""The modules whose code decides what is in a brief."""
+MADE_BY = ("briefs.py", "intervals.py", "metrics.py", "reader.py", "schema.py", "upgrade.py", "../medians.py")
+"""The modules whose code decides what is in a brief, relative to this one's folder."""
 
 Key = tuple[str, int, int, str]
+
+
+class Form(NamedTuple):
+    """The parts of a case that rarely change from one run to the next.
+
+    ``names``: its metrics, as from `cases_of`; ``numbers``: the places of those that are numbers; ``fingerprint``: a
+    digest, equal if and only if the fingerprints are.
+    """
+
+    id: str
+    outcome: str
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    settings: Mapping[str, Any]
+    fingerprint: str | None
+
+
+class Timed(NamedTuple):
+    """The raw times of one metric in short.
+
+    ``usable``: whether they allow an estimate (`intervals.why_no_estimate`); ``log_seconds`` and ``log_over_control``:
+    the logarithm of the centre as in `intervals.estimate`, where they do and, for the latter, have a control;
+    ``interval``: `median_interval` of all rounds; ``samples``: the times themselves where several processes measured
+    them.
+    """
+
+    usable: bool
+    log_seconds: float | None
+    log_over_control: float | None
+    interval: tuple[float, float] | None
+    samples: Samples | None
+
+
+class BriefCase(NamedTuple):
+    """A case in short: ``values`` are those of the form's ``names``, ``times`` are by metric."""
+
+    form: Form
+    values: tuple[Any, ...]
+    times: Mapping[str, Timed]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The values by name."""
+        return dict(zip(self.form.names, self.values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -51,46 +100,91 @@ class Brief:
     """A saved run in short.
 
     ``run``: without pytest-benchmark's entries; the ``metrics`` of its cases have their names only, each with the value
-    ``None``. ``cases``: as from `cases_of`, but a fingerprint is replaced by its digest (equal if and only if the
-    fingerprints are).
+    ``None``. ``cases``: by id, as from `cases_of`.
     """
 
     run: Run
-    cases: Mapping[str, RecordedCase]
+    cases: Mapping[str, BriefCase]
 
 
 def brief_of(run: Run) -> Brief:
     """``run`` in short."""
-    names = tuple(replace(case, metrics=dict.fromkeys(case.metrics)) for case in run.cases)
-    shared = _Shared()
-    cases = {
-        id_: replace(
-            case,
-            metrics=shared.named(case.metrics),
-            settings=shared.whole(case.settings),
-            fingerprint=None if case.fingerprint is None else {FINGERPRINT: _digest(case.fingerprint)},
-        )
-        for id_, case in cases_of(run).items()
-    }
+    names = tuple(
+        CaseRecord(case.id, case.benchmark, case.outcome, case.reason, dict.fromkeys(case.metrics))
+        for case in run.cases
+    )
+    cases = {id_: _brief_case(case) for id_, case in cases_of(run).items()}
     return Brief(replace(run, benchmarks=(), cases=names), cases)
 
 
-class _Shared:
-    """Equal names and settings of a run's cases as one object each: pickled once, and read in half the time."""
+def _brief_case(case: RecordedCase) -> BriefCase:
+    values = tuple(case.metrics.values())
+    # As `metrics.is_number` of parsed JSON, in a tenth of its time.
+    numbers = tuple([place for place, value in enumerate(values) if type(value) in (int, float)])
+    fingerprint = None if case.fingerprint is None else _digest(pickle.dumps(case.fingerprint))
+    names = tuple(map(sys.intern, case.metrics))  # equal names as one object are written once
+    form = Form(case.id, case.outcome, names, numbers, case.settings, fingerprint)
+    return BriefCase(form, values, {metric: _timed(samples) for metric, samples in case.samples.items()})
+
+
+def _timed(samples: Samples) -> Timed:
+    usable = intervals.why_no_estimate(samples) is None
+    return Timed(
+        usable,
+        intervals.log_centre(samples, over_control=False) if usable else None,
+        intervals.log_centre(samples, over_control=True) if usable and samples.control_seconds is not None else None,
+        median_interval(list(chain.from_iterable(samples.seconds))),
+        samples if len(samples.seconds) > 1 else None,
+    )
+
+
+@lru_cache(maxsize=512)
+def _digest(packed_record: bytes) -> str:
+    """The digest of a pickled fingerprint; to pickle it takes a tenth of the time, and most are as in other runs."""
+    return hashlib.sha256(json.dumps(pickle.loads(packed_record), sort_keys=True).encode()).hexdigest()
+
+
+# As bytes
+
+
+def packed(brief: Brief) -> bytes:
+    """``brief`` as it is kept.
+
+    Parts that are often the same in the next run are pickled each by itself: equal ones are equal bytes, so that
+    `Unpacking` makes one object of them.
+    """
+    run = brief.run
+    forms = [case.form for case in brief.cases.values()]
+    parts = [run.machine, run.options, run.cases, run.claims, run.selection, forms]
+    own = run.path, run.commit, run.when, run.schema, run.interrupted
+    of_cases = [(pickle.dumps(case.values), case.times) for case in brief.cases.values()]
+    return zlib.compress(pickle.dumps((own, [*map(pickle.dumps, parts)], of_cases)), 1)
+
+
+class Unpacking:
+    """Makes briefs of bytes (`packed`). Parts that are equal to those of the brief before are the same objects."""
 
     def __init__(self) -> None:
-        self._names: dict[str, str] = {}
-        self._wholes: dict[str, Mapping[str, Any]] = {}
+        self._known: dict[bytes, Any] = {}
+        self._before: dict[bytes, Any] = {}
 
-    def named(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {self._names.setdefault(name, name): value for name, value in values.items()}
+    def __call__(self, content: bytes) -> Brief:
+        self._before, self._known = self._known, {}
+        (path, commit, when, schema, interrupted), parts, of_cases = pickle.loads(zlib.decompress(content))
+        machine, options, records, claims, selection, forms = map(self._part, parts)
+        cases = {
+            form.id: BriefCase(form, self._part(values), times)
+            for form, (values, times) in zip(forms, of_cases, strict=True)
+        }
+        run = Run(path, machine, commit, when, options, records, claims, (), schema, interrupted, selection)
+        return Brief(run, cases)
 
-    def whole(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self._wholes.setdefault(repr(values), self.named(values))
-
-
-def _digest(record: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    def _part(self, content: bytes) -> Any:
+        found = self._before.get(content)
+        if found is None:  # "selection" may be None: to make that again takes no time
+            found = pickle.loads(content)
+        self._known[content] = found
+        return found
 
 
 def restored(run: Run) -> Run:
@@ -120,11 +214,12 @@ def _read(files: Iterable[Path]) -> Iterator[Brief | str]:
 
 
 def _kept_or_read(files: Sequence[Path]) -> Iterator[Brief | str]:
+    unpacked = Unpacking()
     with KeptBriefs(paths.cache() / "histories" / "briefs.sqlite") as kept:
         keys = list(map(key_of, files))  # before anything is read: a file that is replaced meanwhile has another key
         known = [key is not None and kept.has(key) for key in keys]
         there = [file for file, key, is_known in zip(files, keys, known, strict=True) if key and not is_known]
-        new = _packed(there)
+        new = _made(there)
         for file, key, is_known in zip(files, keys, known, strict=True):
             found: bytes | str | None = None
             if key is not None:
@@ -134,13 +229,25 @@ def _kept_or_read(files: Sequence[Path]) -> Iterator[Brief | str]:
                 continue
             if not is_known and isinstance(found, bytes):
                 kept.put(key, found)
-            yield found if isinstance(found, str) else pickle.loads(zlib.decompress(found))
+            yield found if isinstance(found, str) else unpacked(found)
 
 
 # Reading by several processes
 
 
-def _packed(files: Sequence[Path]) -> Iterator[bytes | str]:
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's search for cycles of objects: parsed files have none, and it takes a third of their time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _made(files: Sequence[Path]) -> Iterator[bytes | str]:
     """The brief of each of ``files`` as it is kept, or why it cannot be read. Many are read by a process per core."""
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -160,8 +267,9 @@ def _packed(files: Sequence[Path]) -> Iterator[bytes | str]:
             yield from running.popleft().result()
 
 
+@collector_paused()
 def _pack(files: Iterable[Path]) -> list[bytes | str]:
-    return [each if isinstance(each, str) else zlib.compress(pickle.dumps(each), 1) for each in _read(files)]
+    return [each if isinstance(each, str) else packed(each) for each in _read(files)]
 
 
 # Kept briefs

@@ -174,6 +174,11 @@ def centre_seconds(processes: Sequence[Sequence[float]]) -> float:
     return math.exp(statistics.fmean(math.log(statistics.median(rounds)) for rounds in processes))
 
 
+def log_centre(samples: Samples, *, over_control: bool) -> float:
+    """The logarithm of the time of ``samples``, which pass `why_no_estimate`, as in `estimate`."""
+    return math.log(centre_seconds(_rounds(samples, over_control)))
+
+
 def _rounds(samples: Samples, over_control: bool) -> list[list[float]]:
     if not over_control:
         return [list(rounds) for rounds in samples.seconds]

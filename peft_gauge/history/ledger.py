@@ -76,34 +76,40 @@ class NewestVerdicts:
     """The newest verdict on each claim and model over all runs so far; the runs may come in any order (`add`)."""
 
     def __init__(self) -> None:
-        self._standings: dict[tuple[str, str], Standing] = {}
+        # By claim and model: the first record of the claim, and the newest that decides it with its source.
+        self._first: dict[tuple[str, str], Mapping[str, Any]] = {}
+        self._decided: dict[tuple[str, str], tuple[Mapping[str, Any], Source]] = {}
 
     def add(self, run: Run) -> None:
         """Add the claims of ``run``; of two runs that ended at the same moment, the one added last counts."""
         source: Source | None = None
         for claim in run.claims:
             key = claim["id"], claim["model"]
-            known = self._standings.get(key)
-            if known is None:
-                known = self._standings[key] = Standing(*key, _text(claim, "statement"))
+            self._first.setdefault(key, claim)
             if claim["verdict"] not in VERDICTS:
                 continue
             source = source or Source.of(run)
-            if known.source is None or known.source.ended <= source.ended:
-                texts = (_text(claim, name) for name in ("statement", "metric", "conditions"))
-                statement, metric, conditions = texts
-                self._standings[key] = Standing(*key, statement, claim["verdict"], metric, conditions, source)
+            known = self._decided.get(key)
+            if known is None or known[1].ended <= source.ended:
+                self._decided[key] = claim, source
 
     def standings(self) -> list[Standing]:
         """All claims that any run evaluates, in the order in which they first occurred."""
-        return list(self._standings.values())
+        return list(map(self._standing, self._first))
+
+    def _standing(self, key: tuple[str, str]) -> Standing:
+        if key not in self._decided:
+            return Standing(*key, _text(self._first.get(key, {}), "statement"))
+        claim, source = self._decided[key]
+        statement, metric, conditions = (_text(claim, name) for name in ("statement", "metric", "conditions"))
+        return Standing(*key, statement, claim["verdict"], metric, conditions, source)
 
     def of_ledger(self, claims: Mapping[str, Claim]) -> list[Standing]:
         """Every claim of the ledger for each of its models, in the ledger's order and words."""
         return [self._of_claim(claim, model) for claim in claims.values() for model in claim.models]
 
     def _of_claim(self, claim: Claim, model: str) -> Standing:
-        found = self._standings.get((claim.id, model), Standing(claim.id, model))
+        found = self._standing((claim.id, model))
         decided = found.source is not None
         return replace(
             found,

@@ -70,9 +70,9 @@ def cases_of(run: Run) -> dict[str, RecordedCase]:
             benchmark=record.benchmark,
             outcome=record.outcome,
             reason=record.reason,
-            metrics=dict(_metrics(record.metrics)),
+            metrics=_metrics(record.metrics),
             samples=_samples(record.metrics),
-            settings=dict(_settings(record.metrics)),
+            settings=_settings(record.metrics),
             fingerprint=_mapping(record.metrics.get(FINGERPRINT)),
         )
         for record in run.cases
@@ -81,30 +81,43 @@ def cases_of(run: Run) -> dict[str, RecordedCase]:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """``values`` with dotted names, without ``None``. Lists stay whole, except lists of records."""
+    found: dict[str, Any] = {}
+    _flatten(values, prefix, found)
+    return iter(found.items())
+
+
+def _flatten(values: Mapping[str, Any], prefix: str, found: dict[str, Any]) -> None:
+    """As `flat`, into ``found``: a generator in each level takes twice the time."""
     for name, value in values.items():
-        if type(value) in _PLAIN:  # most are, and for each of these a check for a mapping takes longer than all else
-            yield prefix + name, value
-        elif isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
-            yield from flat({str(place): each for place, each in enumerate(value)}, f"{prefix}{name}.")
+        kind = type(value)
+        if kind in _PLAIN:  # most are, and for each of these a check for a mapping takes longer than all else
+            found[prefix + name] = value
+        elif kind is dict or (kind is not list and isinstance(value, Mapping)):
+            _flatten(value, f"{prefix}{name}.", found)
+        elif kind is list and value and all(isinstance(each, Mapping) for each in value):
+            _flatten({str(place): each for place, each in enumerate(value)}, f"{prefix}{name}.", found)
         elif value is not None:
-            yield prefix + name, value
+            found[prefix + name] = value
 
 
-def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     apart = {SAMPLES, CONTROL_SAMPLES, SETTINGS, FINGERPRINT}
-    for name, value in flat({name: value for name, value in metrics.items() if name not in apart}):
-        if f"{SETTINGS}." not in name or f".{SETTINGS}." not in f".{name}":
-            yield name, value
+    found: dict[str, Any] = {}
+    _flatten({name: value for name, value in metrics.items() if name not in apart}, "", found)
+    part = f"{SETTINGS}."
+    for name in [name for name in found if part in name and f".{part}" in f".{name}"]:
+        del found[name]
+    return found
 
 
-def _settings(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _settings(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The case's own settings, and those of a record in it, for example of a plan."""
-    yield from flat(_mapping(metrics.get(SETTINGS)) or {})
+    found: dict[str, Any] = {}
+    _flatten(_mapping(metrics.get(SETTINGS)) or {}, "", found)
     for name, value in metrics.items():
         if type(value) not in _PLAIN and isinstance(value, Mapping) and name != SETTINGS:
-            yield from flat(_mapping(value.get(SETTINGS)) or {}, f"{name}.")
+            _flatten(_mapping(value.get(SETTINGS)) or {}, f"{name}.", found)
+    return found
 
 
 def _samples(metrics: Mapping[str, Any]) -> dict[str, Samples]:
@@ -156,6 +169,8 @@ def machine_changes(old: Run, new: Run) -> list[str]:
     Runs of plain pytest-benchmark name neither machine nor threads. A property that only one of the two records is
     ignored, except the accelerator: ``None`` means no accelerator.
     """
+    if old.machine is new.machine:
+        return []
     before, after = _hardware(old), _hardware(new)
     return changes(*({name: each[name] for name in before if name in after} for each in (before, after)))
 

@@ -13,7 +13,8 @@ from peft_gauge.report.html.page_cells import SIGNS, any_value, details, filtera
 
 if TYPE_CHECKING:
     from peft_gauge.report.html.page_cells import Line
-    from peft_gauge.report.html.page_history import Change, History, Series
+    from peft_gauge.report.html.page_history import Change, History
+    from peft_gauge.report.html.page_series import Series
 
 MOST_CHANGES = 500
 """Of the table of changes; the newest ones are in it."""

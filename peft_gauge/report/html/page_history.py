@@ -12,7 +12,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge.claims import NOT_MEASURED
@@ -21,18 +21,16 @@ from peft_gauge.history.changes import CHANCE, LEAST_RUNS, change_points
 from peft_gauge.history.comparison import Row, compare, judge_value, outcome_verdict
 from peft_gauge.history.metrics import (
     FINGERPRINT,
-    RecordedCase,
-    Samples,
     environment_changes,
     machine_changes,
 )
 from peft_gauge.history.reader import read_run
 from peft_gauge.history.rules import Rule, Rules
 from peft_gauge.history.schema import NOT_RUN
-from peft_gauge.medians import median_interval
+from peft_gauge.report.html.page_series import Rows, Series
 
 if TYPE_CHECKING:
-    from peft_gauge.history.briefs import Brief
+    from peft_gauge.history.briefs import Brief, BriefCase, Form
     from peft_gauge.history.reader import Run
 
 # Metrics about the measurement itself, and names of shapes: without a rule they get no history.
@@ -58,32 +56,6 @@ class RememberedRules(Rules):
         if key not in self.known:
             self.known[key] = super().of(test, metric)
         return self.known[key]
-
-
-@dataclass
-class Series:
-    """One metric of one case on one machine: ``values`` at the indices ``runs``; for a time, also its intervals."""
-
-    machine: str
-    case: str
-    metric: str
-    runs: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    intervals: list[tuple[float, float] | None] = field(default_factory=list)
-
-    def only(self, runs: Set[int]) -> Series:
-        """The part of the series in ``runs``."""
-        places = [place for place, run in enumerate(self.runs) if run in runs]
-        if len(places) == len(self.runs):
-            return self
-        return Series(
-            self.machine,
-            self.case,
-            self.metric,
-            [self.runs[place] for place in places],
-            [self.values[place] for place in places],
-            [self.intervals[place] for place in places] if self.intervals else [],
-        )
 
 
 @dataclass(frozen=True)
@@ -124,14 +96,25 @@ class History:
 
     rules: RememberedRules
     runs: list[RunNote] = field(default_factory=list)
-    series: dict[tuple[str, str, str], Series] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
     subjects: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _last: dict[tuple[str, str], tuple[RecordedCase, Run]] = field(default_factory=dict)
+    _series: dict[tuple[str, str, str], Series] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], Rows] = field(default_factory=dict)
+    """The values of a machine's case that are not in its series yet."""
+    _last: dict[tuple[str, str], tuple[BriefCase, Run, dict[str, Any]]] = field(default_factory=dict)
+    """A machine's case in its newest run, this run, and the case's subject."""
     _verdicts: dict[tuple[str, str], str] = field(default_factory=dict)
-    _of_case: dict[tuple[str, str], dict[str, Series | None]] = field(default_factory=dict)
-    """The series of a machine's case by metric; ``None`` for a metric that has no history."""
+    _settled: dict[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """By machine, the claims of its newest run if none of their verdicts changed there."""
     _breaks: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    @property
+    def series(self) -> dict[tuple[str, str, str], Series]:
+        """All series, by machine, case and metric."""
+        for rows in self._rows.values():
+            rows.flush()
+        self._rows.clear()
+        return self._series
 
     def add(self, brief: Brief) -> None:
         """Add a run, the newest of its machine so far."""
@@ -150,23 +133,29 @@ class History:
             )
         )
         earlier: dict[int, _Pairs] = {}  # by the identity of the earlier run
-        for case in brief.cases.values():
-            if case.outcome in NOT_RUN:
+        for id_, case in brief.cases.items():
+            if case.form.outcome in NOT_RUN:
                 continue
-            self.subjects[case.id] = subject_of(case.metrics)
             self._keep(machine, index, case)
-            old, base = self._last.get((machine, case.id), (None, None))
-            if old is not None and base is not None:
+            last = self._last.get((machine, id_))
+            if last is None:
+                subject = subject_of(case.metrics)
+            else:
+                old, base, subject = last
+                if old.values is not case.values or old.form is not case.form:
+                    now = subject_of(case.metrics)
+                    subject = subject if now == subject else now
                 earlier.setdefault(id(base), _Pairs(base)).cases.append((old, case))
-            self._last[machine, case.id] = case, run
+            self.subjects[id_] = subject
+            self._last[machine, id_] = case, run, subject
         for pairs in earlier.values():
             elsewhere = bool(machine_changes(pairs.base, run))
             for old, new in pairs.cases:
-                if elsewhere or old.settings != new.settings:
-                    self._breaks.setdefault((machine, new.id), []).append(index)
-            if not elsewhere:
+                if elsewhere or not _same_settings(old, new):
+                    self._breaks.setdefault((machine, new.form.id), []).append(index)
+            if not elsewhere and (rows := list(pairs.changed(run, self.rules))):
                 environment = tuple(environment_changes(pairs.base, run))
-                for row in pairs.changed(run, self.rules):
+                for row in rows:
                     self._note(index, row, environment)
         self._add_claims(machine, index, run)
 
@@ -217,30 +206,26 @@ class History:
                 levels=True,
             )
 
-    def _keep(self, machine: str, index: int, case: RecordedCase) -> None:
-        of_case = self._of_case.setdefault((machine, case.id), {})
-        for metric, value in case.metrics.items():
-            if type(value) not in (int, float):  # as `metrics.is_number` of parsed JSON, in a tenth of its time
-                continue
-            series = of_case.get(metric)
-            if series is None:
-                if metric in of_case:
-                    continue
-                if is_of_measuring(metric) and self.rules.of(case.id, metric).kind == "ignore":
-                    of_case[metric] = None
-                    continue
-                key = machine, case.id, metric
-                series = self.series[key] = of_case[metric] = Series(*key)
-            series.runs.append(index)
-            if series.values and type(series.values[-1]) is type(value) and series.values[-1] == value:
-                value = series.values[-1]  # one object, however many runs have it
-            series.values.append(value)
-            samples = case.samples.get(metric)
-            if samples is not None or series.intervals:
-                series.intervals += [None] * (len(series.runs) - 1 - len(series.intervals))
-                series.intervals.append(
-                    None if samples is None else median_interval(list(chain.from_iterable(samples.seconds)))
-                )
+    def _keep(self, machine: str, index: int, case: BriefCase) -> None:
+        key = machine, case.form.id
+        rows = self._rows.get(key)
+        if rows is None or not rows.fit(case.form):
+            if rows is not None:
+                rows.flush()
+            rows = self._rows[key] = Rows(case.form, self._series_of(machine, case.form))
+        rows.add(index, case)
+
+    def _series_of(self, machine: str, form: Form) -> list[Series | None]:
+        """The series of the form's numbers; ``None`` for a metric that has no history."""
+        found: list[Series | None] = []
+        runs: list[int] = []
+        for metric in (form.names[place] for place in form.numbers):
+            key = machine, form.id, metric
+            if is_of_measuring(metric) and self.rules.of(form.id, metric).kind == "ignore":
+                found.append(None)
+            else:
+                found.append(self._series.setdefault(key, Series(*key, runs)))
+        return found
 
     def _note(self, index: int, row: Row, environment: tuple[str, ...]) -> None:
         machine = self.runs[index].machine
@@ -249,6 +234,9 @@ class History:
 
     def _add_claims(self, machine: str, index: int, run: Run) -> None:
         """Note changed verdicts of claims; only a decision after "inconclusive" is an improvement."""
+        if self._settled.get(machine) is run.claims:  # the same once more
+            return
+        noted = len(self.changes)
         for claim in run.claims:
             name, now = f"claim::{claim['id']}[{claim['model']}]", claim["verdict"]
             if now == NOT_MEASURED:
@@ -259,6 +247,10 @@ class History:
             if before != now:
                 row = Row(name, "verdict", "better" if before == "inconclusive" else "worse", before=before, after=now)
                 self._note(index, row, ())
+        if len(self.changes) == noted:
+            self._settled[machine] = run.claims
+        else:
+            self._settled.pop(machine, None)
 
 
 def _thinned(runs: Sequence[int]) -> Sequence[int]:
@@ -277,21 +269,22 @@ class _Pairs:
     """
 
     base: Run
-    cases: list[tuple[RecordedCase, RecordedCase]] = field(default_factory=list)
+    cases: list[tuple[BriefCase, BriefCase]] = field(default_factory=list)
 
     def changed(self, run: Run, rules: RememberedRules) -> Iterable[Row]:
         """The rows that got worse or better."""
-        names = {new.id for _, new in self.cases}
         for old, new in self.cases:
-            verdict = outcome_verdict(old.outcome, new.outcome)
-            if verdict in ("worse", "better"):
-                yield Row(new.id, "outcome", verdict, before=old.outcome, after=new.outcome)
-        comparable = [(old, new) for old, new in self.cases if old.settings == new.settings]
+            if old.form.outcome != new.form.outcome:
+                verdict = outcome_verdict(old.form.outcome, new.form.outcome)
+                if verdict in ("worse", "better"):
+                    yield Row(new.form.id, "outcome", verdict, before=old.form.outcome, after=new.form.outcome)
+        comparable = [(old, new) for old, new in self.cases if _same_settings(old, new)]
         for old, new in comparable:
             yield from _noise_free_changes(old, new, rules)
-        shaped = {new.id for old, new in comparable if old.fingerprint != new.fingerprint}
+        shaped = {new.form.id for old, new in comparable if old.form.fingerprint != new.form.fingerprint}
         timed = _can_decide_a_time(comparable, rules)
         if shaped or timed:
+            names = {new.form.id for _, new in self.cases}
             both = read_run(self.base.path), read_run(run.path)
             if not timed:  # only fingerprints can differ
                 both = _only(both[0], shaped), _only(both[1], shaped)
@@ -301,23 +294,31 @@ class _Pairs:
                     yield row
 
 
+def _same_settings(old: BriefCase, new: BriefCase) -> bool:
+    return old.form is new.form or old.form.settings == new.form.settings
+
+
 def _only(run: Run, ids: Set[str]) -> Run:
     return replace(run, cases=tuple(case for case in run.cases if case.id in ids))
 
 
-def _noise_free_changes(old: RecordedCase, new: RecordedCase, rules: RememberedRules) -> Iterable[Row]:
-    if old.metrics == new.metrics:
-        return
-    for metric, after in new.metrics.items():
-        before = old.metrics.get(metric)
-        if before is None or before == after:
+def _noise_free_changes(old: BriefCase, new: BriefCase, rules: RememberedRules) -> Iterable[Row]:
+    if old.form.names == new.form.names:
+        if old.values is new.values:
+            return
+        values: Iterable[tuple[str, Any, Any]] = zip(new.form.names, old.values, new.values, strict=True)
+    else:
+        known = old.metrics
+        values = ((metric, known.get(metric), after) for metric, after in new.metrics.items())
+    for metric, before, after in values:
+        if before == after or before is None:
             continue
-        rule = rules.of(new.id, metric)
+        rule = rules.of(new.form.id, metric)
         if rule.kind in ("exact", "number") and (verdict := judge_value(rule, before, after)) != "same":
-            yield Row(new.id, metric, verdict, before=before, after=after)
+            yield Row(new.form.id, metric, verdict, before=before, after=after)
 
 
-def _can_decide_a_time(cases: Sequence[tuple[RecordedCase, RecordedCase]], rules: RememberedRules) -> bool:
+def _can_decide_a_time(cases: Sequence[tuple[BriefCase, BriefCase]], rules: RememberedRules) -> bool:
     """Whether `compare` can judge any time of ``cases`` worse or better; if False, it certainly does not.
 
     The interval of a time from one process extends by the spread of hosts beyond the bootstrap's quantiles, so it can
@@ -327,17 +328,21 @@ def _can_decide_a_time(cases: Sequence[tuple[RecordedCase, RecordedCase]], rules
     """
     lone: list[tuple[float, float]] = []
     several: list[intervals.Estimate] = []
+    spread = rules.host_spread
     for old, new in cases:
-        for metric in old.samples.keys() & new.samples.keys():
-            both = old.samples[metric], new.samples[metric]
-            if rules.of(new.id, metric).kind != "time" or any(map(intervals.why_no_estimate, both)):
+        for metric, after in new.times.items():
+            before = old.times.get(metric)
+            if before is None or not (before.usable and after.usable):
                 continue
-            over_control = all(samples.control_seconds is not None for samples in both)
-            if min(len(samples.seconds) for samples in both) < 2:
-                spread = rules.host_spread.over_control if over_control else rules.host_spread.seconds
-                lone.append((_centre(both[1], over_control) - _centre(both[0], over_control), math.log(spread)))
-            else:
-                several.append(intervals.estimate(*both, rules.host_spread, over_control=over_control))
+            if rules.of(new.form.id, metric).kind != "time":
+                continue
+            over_control = before.log_over_control is not None and after.log_over_control is not None
+            if before.samples is not None and after.samples is not None:
+                several.append(intervals.estimate(before.samples, after.samples, spread, over_control=over_control))
+            elif before.log_over_control is not None and after.log_over_control is not None:
+                lone.append((after.log_over_control - before.log_over_control, math.log(spread.over_control)))
+            elif before.log_seconds is not None and after.log_seconds is not None:
+                lone.append((after.log_seconds - before.log_seconds, math.log(spread.seconds)))
     ratios = [ratio for ratio, _ in lone] + [estimate.log_ratio for estimate in several]
     if not ratios:
         return False
@@ -347,14 +352,6 @@ def _can_decide_a_time(cases: Sequence[tuple[RecordedCase, RecordedCase]], rules
         or any(estimate.p_value(null) <= error for estimate in several)
         for null in (0.0, statistics.median(ratios))
     )
-
-
-def _centre(samples: Samples, over_control: bool) -> float:
-    """The logarithm of the time, as in `intervals.estimate`."""
-    if not over_control or samples.control_seconds is None:
-        return math.log(intervals.centre_seconds(samples.seconds))
-    beside = zip(samples.seconds, samples.control_seconds, strict=True)
-    return math.log(intervals.centre_seconds([[a / b for a, b in zip(*both, strict=True)] for both in beside]))
 
 
 def is_of_measuring(metric: str) -> bool:

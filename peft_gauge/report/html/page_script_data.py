@@ -11,8 +11,9 @@ from peft_gauge.report.html import page_tables, tasks
 if TYPE_CHECKING:
     from peft_gauge.report.charts.looks import Look
     from peft_gauge.report.html.page_data import Report
-    from peft_gauge.report.html.page_history import History, Series
+    from peft_gauge.report.html.page_history import History
     from peft_gauge.report.html.page_rows import Row
+    from peft_gauge.report.html.page_series import Series
 
 DIGITS = 7
 """Significant digits of non-integer values in a history: as many as are ever shown."""
@@ -136,6 +137,8 @@ def _rounded(value: float) -> float:
 
 def _repeated(values: Sequence[float]) -> list[Any]:
     """``values`` with repetitions as [number, times]."""
+    if values and values.count(values[0]) == len(values):  # most series
+        return [[_rounded(values[0]), len(values)] if len(values) > 1 else _rounded(values[0])]
     found: list[list[Any]] = []
     for value in map(_rounded, values):
         if found and found[-1][0] == value:

@@ -11,8 +11,9 @@ import pytest
 
 from peft_gauge import paths
 from peft_gauge.history import briefs as module
-from peft_gauge.history.briefs import Brief, brief_of, briefs, restored
-from peft_gauge.history.metrics import cases_of
+from peft_gauge.history.briefs import Brief, Timed, Unpacking, _brief_case, brief_of, briefs, packed, restored
+from peft_gauge.history.intervals import estimate
+from peft_gauge.history.metrics import RecordedCase, Samples, cases_of, is_number
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.rules import read_rules
 from peft_gauge.report.html.page_data import gather
@@ -71,14 +72,58 @@ def test_a_brief_has_all_that_two_runs_are_compared_by(path: Path) -> None:
     assert list(brief.cases) == list(cases)
     for id_, case in cases.items():
         short = brief.cases[id_]
-        assert (short.metrics, short.samples, short.settings) == (case.metrics, case.samples, case.settings)
-        assert (short.outcome, short.benchmark, short.reason) == (case.outcome, case.benchmark, case.reason)
+        assert (short.metrics, short.form.settings) == (case.metrics, case.settings)
+        assert list(short.metrics) == list(case.metrics)
+        assert [short.form.names[place] for place in short.form.numbers] == [
+            name for name, value in case.metrics.items() if is_number(value)
+        ]
+        assert (short.form.id, short.form.outcome) == (id_, case.outcome)
+        assert list(short.times) == list(case.samples)
     for one in cases.values():
         for other in cases.values():
-            same = brief.cases[one.id].fingerprint == brief.cases[other.id].fingerprint
+            same = brief.cases[one.id].form.fingerprint == brief.cases[other.id].form.fingerprint
             assert same == (one.fingerprint == other.fingerprint)
     assert restored(brief.run) == run
     assert [list(case.metrics) for case in brief.run.cases] == [list(case.metrics) for case in run.cases]
+
+
+def timed(*processes: tuple[float, ...], control: tuple[tuple[float, ...], ...] | None = None) -> Timed:
+    case = RecordedCase("t", "b", "passed", None, {"s": 1.0}, {"s": Samples(processes, control)}, {}, None)
+    return _brief_case(case).times["s"]
+
+
+def test_times_of_one_process_are_its_centres_and_interval() -> None:
+    rounds, slower = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (2.0, 4.0, 6.0, 8.0, 10.0, 15.0)
+    base, new = Samples((rounds,), (slower,)), Samples((slower,), (rounds,))
+    spread = read_rules().host_spread
+    short = timed(rounds, control=(slower,)), timed(slower, control=(rounds,))
+    for over_control, name in ((False, "log_seconds"), (True, "log_over_control")):
+        ratio = getattr(short[1], name) - getattr(short[0], name)
+        assert ratio == pytest.approx(estimate(base, new, spread, over_control=over_control).log_ratio, rel=1e-12)
+    assert short[0].interval == (1.0, 6.0)
+    assert short[0].samples is None
+
+
+def test_times_that_allow_no_estimate_have_no_centre() -> None:
+    assert timed((0.0, 1.0, 1.0, 1.0, 1.0, 2.0))[:3] == (False, None, None)
+    assert timed((1.0, 2.0, 3.0, 4.0, 5.0, 6.0)).log_over_control is None
+
+
+def test_times_of_several_processes_are_kept() -> None:
+    processes = ((1.0, 2.0, 3.0), (2.0, 3.0, 4.0))
+    assert timed(*processes).samples == Samples(processes)
+
+
+def test_equal_parts_of_one_brief_and_the_next_are_one_object(tmp_path: Path) -> None:
+    one, other = (brief_of(read_run(path)) for path in write_machine(tmp_path, 2, 0))
+    unpacked = Unpacking()
+    first, second = (unpacked(packed(brief)) for brief in (one, other))
+    assert (first, second) == (one, other)
+    assert second.run.machine is first.run.machine
+    for id_, case in second.cases.items():
+        assert case.form is first.cases[id_].form
+        assert (case.values is first.cases[id_].values) == (case.values == first.cases[id_].values)
+    assert len({case.values is first.cases[id_].values for id_, case in second.cases.items()}) == 2
 
 
 # Kept briefs are those of the files

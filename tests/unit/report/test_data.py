@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.files import slug
+from peft_gauge.history.briefs import brief_of
 from peft_gauge.history.comparison import compare
-from peft_gauge.history.reader import read_run
+from peft_gauge.history.reader import Run, read_run
 from peft_gauge.history.rules import read_rules
 from peft_gauge.history.schema import CONTROL_SAMPLES, SAMPLES, CaseRecord
 from peft_gauge.report import markdown
@@ -27,6 +29,7 @@ from peft_gauge.report.html import (
     page_history,
     page_rows,
     page_script_data,
+    page_series,
     page_tables,
 )
 from peft_gauge.report.html.page_claims import by_claim
@@ -183,6 +186,35 @@ def test_remembered_rules_are_the_rules() -> None:
 
 def test_an_empty_history_has_no_runs() -> None:
     assert History(RememberedRules.of_rules(RULES)).runs == []
+
+
+def test_series_of_a_case_whose_metrics_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However many rows are split into columns together, a series has the runs in which its metric is a number."""
+    told: list[dict[str, Any]] = [
+        {"a": 1, "b": 2.0},
+        {"a": 1, "b": 3.0},
+        {"b": 4.0, "a": 1.0},
+        {"a": "none", "b": 5.0},
+        {"c": 7, "a": True},
+        {"a": 2, "b": 6.0},
+    ]
+    for rows in (1, 2, 64):
+        monkeypatch.setattr(page_series, "MOST_ROWS", rows)
+        history = History(RememberedRules.of_rules(RULES))
+        for number, metrics in enumerate(told, start=1):
+            case = CaseRecord("t", "b", "passed", None, {**metrics, SAMPLES: {"b": [[1.0] * number]}})
+            path = tmp_path / f"{number:04}_x.json"
+            run = Run(path, {"name": "m"}, {}, datetime(2026, 1, number, tzinfo=UTC), {}, (case,), (), (), 3, False)
+            history.add(brief_of(run))
+            if number == 2:
+                assert history.series["m", "t", "a"].runs == [0, 1]
+        assert [key[2] for key in history.series] == ["a", "b", "c"]
+        a, b, c = history.series.values()
+        assert (a.runs, a.values) == ([0, 1, 2, 5], [1, 1, 1.0, 2])
+        assert [*map(type, a.values)] == [int, int, float, int]
+        assert (b.runs, b.values) == ([0, 1, 2, 3, 5], [2.0, 3.0, 4.0, 5.0, 6.0])
+        assert b.intervals == [None, None, None, None, (1.0, 1.0)]
+        assert (c.runs, c.values, c.intervals) == ([4], [7], [])
 
 
 # Rows
