@@ -197,6 +197,8 @@ def test_dyadic_numbers_leave_no_error_in_peft(layer: Layer) -> None:
     reason="before 0.49 bitsandbytes' CPU code fails or crashes on a 4-bit weight of few elements",
 )
 @given(layer=layers(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
+# bitsandbytes compiles some operators on a CPU, which takes 20 s the first time, even for a few elements.
+@torch.compiler.set_stance("force_eager")
 def test_a_4bit_base(layer: Layer) -> None:
     """QLoRA's layer is a LoRA layer over the dequantized weight.
 
