@@ -64,12 +64,12 @@ AUTOCAST = "-bf16-autocast"
 """The end of a model's name: its step is planned under autocast, as trainers take it. Textbooks leave autocast out,
 and then a QLoRA step is larger."""
 
-# They would take a bare run 30 s more: 12 plans, and 65 adapters. Except for many-adapters, a bare run decides these
+# They would take a bare run 35 s more: 13 plans, and 65 adapters. Except for many-adapters, a bare run decides these
 # claims by another step.
 SLOW = {
     ("many-adapters", "smollm2-135m"),
     *(("memory-order", model) for model in ("tinyllama", f"tinyllama{AUTOCAST}", f"llama-2-7b{AUTOCAST}")),
-    *((claim, "llama-2-13b") for claim in ("full-memory", "full-impractical")),
+    *((claim, f"llama-2-{size}") for claim in ("full-memory", "full-impractical") for size in ("13b", "70b")),
     ("qlora-4gb", f"llama-2-7b{AUTOCAST}"),
     ("method-comparison", f"tinyllama{AUTOCAST}"),
 }

@@ -29,7 +29,7 @@ from peft_gauge.memory.categories import (
     GATHERED_WEIGHTS,
     QUANTIZATION_CONSTANTS,
 )
-from peft_gauge.memory.sharded_tracker import ShardedTracker
+from peft_gauge.memory.sharded_tracker import ROUNDS, ShardedTracker
 from peft_gauge.memory.tracker import no_collector
 from peft_gauge.training import cases, methods, models
 from peft_gauge.training.sharding import compute_dtype, packed_dtype, shard
@@ -181,7 +181,8 @@ def rank(shared: SharedCase) -> dict[str, Any]:
     """The record of this process, one of ``shared.ranks`` that a launcher has started.
 
     ``rank``; ``losses`` of the warm-up; ``step_seconds`` by round; ``communication_seconds`` of one step (kernels on
-    CUDA; on a CPU the time in the backend); ``peak_bytes``, ``peak_by_category``, ``resident_bytes`` and
+    CUDA; on a CPU the time in the backend), and ``communication_seconds_by_collective`` (gloo computes a reduce-scatter
+    as an all-reduce, and its time is under that name); ``peak_bytes``, ``peak_by_category``, ``resident_bytes`` and
     ``communication`` of a followed step (`peft_gauge.plan.record.Plan`); on CUDA ``allocated_peak_bytes`` and
     ``reserved_peak_bytes`` of an unmodified one. Raises as a step does; see `launch`.
     """
@@ -266,7 +267,9 @@ def _timed(shared: SharedCase, job: TrainingJob) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begin)
         job.clear()
     found["step_seconds"] = seconds
-    found["communication_seconds"] = _communication_seconds(job, shared.case.device)
+    by_collective = _communication_seconds(job, shared.case.device)
+    found["communication_seconds"] = sum(by_collective.values())
+    found["communication_seconds_by_collective"] = by_collective
     return found
 
 
@@ -356,19 +359,33 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _communication_seconds(job: TrainingJob, device: str) -> float:
-    """Of one step: the time of the collectives' kernels, or, on a CPU, in the backend."""
+def collective_of(event: str) -> str | None:
+    """The collective of a profiler's event, as a plan names it, or "other"; ``None`` for no communication.
+
+    Examples: ``gloo:all_gather``, ``ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)``.
+    """
+    name = event.lower()
+    if not name.startswith(COMMUNICATION):
+        return None
+    letters = name.replace("_", "")
+    return next((each for each in ROUNDS if each.replace("_", "") in letters), "other")
+
+
+def _communication_seconds(job: TrainingJob, device: str) -> dict[str, float]:
+    """Of one step, by collective: the time of its kernels, or, on a CPU, in the backend."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity], acc_events=True) as profiler:
         job.step()
     job.clear()
-    total = 0.0
+    microseconds: dict[str, float] = {}
     for event in profiler.key_averages():
-        if event.key.lower().startswith(COMMUNICATION):
-            total += event.device_time_total if device == "cuda" else event.cpu_time_total
-    return total / 1e6
+        collective = collective_of(event.key)
+        if collective is not None:
+            own = event.device_time_total if device == "cuda" else event.cpu_time_total
+            microseconds[collective] = microseconds.get(collective, 0.0) + own
+    return {collective: total / 1e6 for collective, total in microseconds.items()}
 
 
 def _followed(shared: SharedCase, job: TrainingJob, constants: list[Tensor]) -> dict[str, Any]:

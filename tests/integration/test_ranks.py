@@ -16,7 +16,7 @@ import torch
 from peft_gauge import isolation, machine
 from peft_gauge.errors import GaugeError
 from peft_gauge.machine import installed_version
-from peft_gauge.measure.ranks import SharedCase, check, check_same, summary, versions
+from peft_gauge.measure.ranks import SharedCase, check, check_same, collective_of, summary, versions
 from peft_gauge.pytest_plugin.selection import check_shared_steps
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
@@ -92,6 +92,10 @@ def test_ranks_train_on_data_of_their_own_and_hold_shares(start: str) -> None:
     # All-gathers and reductions of every step, and of none more.
     assert first["communication"]["reduce_scatter"]["calls"] == 2
     assert 0 < first["communication_seconds"] < 60
+    by_collective = first["communication_seconds_by_collective"]
+    assert first["communication_seconds"] == sum(by_collective.values())
+    assert by_collective.keys() == {"all_gather", "all_reduce"}  # by which gloo computes a reduce-scatter
+    assert all(seconds > 0 for seconds in by_collective.values())
     found = summary([first, second], BATCH * SEQ)
     slowest = sorted(map(max, zip(first["step_seconds"], second["step_seconds"], strict=True)))
     assert found["rank_step_seconds"] == sum(slowest) / 2
@@ -164,6 +168,23 @@ def test_ranks_that_cannot_start_here_are_one_line(
         check(device, ranks, port)
     assert lacking(str(raised.value), *words) == []
     check("cpu", 64, 0) if backend else None
+
+
+@pytest.mark.parametrize(
+    ("event", "collective"),
+    [
+        ("gloo:all_gather", "all_gather"),
+        ("nccl:_all_gather_base", "all_gather"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all_gather"),
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "reduce_scatter"),
+        ("ncclDevKernel_AllReduce_Sum_f32_TREE_LL(ncclDevKernelArgsStorage<4096ul>)", "all_reduce"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "other"),
+        ("aten::mm", None),
+        ("void at::native::vectorized_elementwise_kernel", None),
+    ],
+)
+def test_a_profilers_event_belongs_to_its_collective(event: str, collective: str | None) -> None:
+    assert collective_of(event) == collective
 
 
 def test_versions_are_those_of_the_libraries_that_change_a_step() -> None:
