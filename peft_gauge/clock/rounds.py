@@ -258,12 +258,14 @@ def measure(
     *,
     control: Callable[[], object] | None = None,
     warm_up: WarmUp = DEFAULT_WARM_UP,
+    earlier_seconds: Sequence[float] = (),
 ) -> Rounds:
     """Time rounds of ``work`` until ``rule`` ends them, after a warm-up by ``warm_up``.
 
     A round is: ``control``, timed for comparison; ``prepare``, not timed; ``work``, timed. Warm-up rounds are the same,
     so that control and preparation are warm as well. If ``work`` has several parts, each is a lap of the round.
-    Exceptions of ``work`` are not caught.
+    ``earlier_seconds``: of ``work``, timed shortly before in this process; the warm-up compares its rounds with them,
+    too, and may take one less. Exceptions of ``work`` are not caught.
     """
     parts = (work,) if callable(work) else tuple(work)
 
@@ -272,7 +274,7 @@ def measure(
         prepare()
         return stopwatch.time(*parts), control_seconds
 
-    warm_up_rounds, warmed_up = _warm_up(lambda: one_round()[0].seconds, stopwatch.clock, warm_up)
+    warm_up_rounds, warmed_up = _warm_up(lambda: one_round()[0].seconds, stopwatch.clock, warm_up, earlier_seconds)
     rounds: list[Round] = []
     control_rounds: list[float] = []
     stopped = None
@@ -287,16 +289,18 @@ def measure(
     return Rounds(tuple(rounds), tuple(control_rounds), warm_up_rounds, warmed_up, stopped, noise)
 
 
-def _warm_up(one_round: Callable[[], float], clock: Clock, warm_up: WarmUp) -> tuple[int, bool]:
+def _warm_up(
+    one_round: Callable[[], float], clock: Clock, warm_up: WarmUp, earlier_seconds: Sequence[float]
+) -> tuple[int, bool]:
     """Number of warm-up rounds, and whether rounds no longer got faster at the end."""
-    seconds: list[float] = []
+    seconds = [*earlier_seconds]
     deadline = None
-    while len(seconds) < warm_up.most:
+    for number in range(1, warm_up.most + 1):
         seconds.append(one_round())
-        if warm_up.is_over(seconds):
-            return len(seconds), True
-        if len(seconds) == warm_up.least:
+        if number >= warm_up.least and warm_up.is_over(seconds):
+            return number, True
+        if number == warm_up.least:
             deadline = clock() + warm_up.budget_seconds
         elif deadline is not None and clock() >= deadline:
-            break
-    return len(seconds), False
+            return number, False
+    return warm_up.most, False

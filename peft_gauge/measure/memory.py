@@ -46,6 +46,9 @@ STEPS = {"cuda": 2, "cpu": 1}
 """Number of metered steps; the greatest peak counts, since CUDA's allocator can still split segments after the first.
 """
 
+PLAIN_SECONDS = "plain_seconds"
+"""The seconds of a step that is not tracked: for the time pass, and not a metric of the case."""
+
 BEFORE = "before"
 """The phase before anything is built."""
 
@@ -149,6 +152,7 @@ def memory_pass(
     return {
         **found,
         **counts,
+        PLAIN_SECONDS: plain_seconds,
         "saved_activation_bytes_per_token": tracked["saved_activation_bytes"] / (own[1].batch * own[1].seq),
         "peak_by_category": tracked["peak_by_category"],
         "resident_by_category": tracked["resident_by_category"],

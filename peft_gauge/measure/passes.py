@@ -97,16 +97,18 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
                 adapter_bytes=found["counted"]["adapter_disk_bytes"],
                 micro_batches=setup.case.settings.grad_accumulation,
             )
+        earlier_seconds: list[float] = []
         if "memory" in setup.passes:
             found["memory"] = {
                 "naive_after_loading_bytes": naive_bytes,
                 **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=trains_base(setup.case)),
             }
+            earlier_seconds = [found["memory"].pop(memory.PLAIN_SECONDS)]
             if setup.trace is not None:
                 found["memory"]["trace"] = trace.trace_step(setup.case, job, setup.trace, found["memory"])
     if "speed" in setup.passes:
         isolation.note(phase="timing")
-        found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup))
+        found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup), earlier_seconds)
     found["learned"] = job.learned()
     job.close()
     found["work_seconds"] = time.perf_counter() - started

@@ -17,7 +17,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.meters.nvml import NvmlMeter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 PHASES = ("forward", "backward", "optimizer")
 
 
-def speed_pass(job: TrainingJob, rule: StoppingRule, warm_up: WarmUp, bare: PreTrainedModel | None) -> dict[str, Any]:
+def speed_pass(
+    job: TrainingJob,
+    rule: StoppingRule,
+    warm_up: WarmUp,
+    bare: PreTrainedModel | None,
+    earlier_seconds: Sequence[float] = (),
+) -> dict[str, Any]:
     """Time steps of ``job``, which is warmed up. ``bare``: the base alone, whose forward is the control.
+
+    ``earlier_seconds``: of steps of ``job`` shortly before, with which the warm-up compares its first rounds.
 
     The record: ``samples`` (``forward_seconds``, … ``step_seconds`` -> seconds by round, by the device's clock if it
     has one), ``host_step_seconds`` (of whole steps by the host's clock, for CUDA), ``control_seconds`` by round,
@@ -42,7 +50,9 @@ def speed_pass(job: TrainingJob, rule: StoppingRule, warm_up: WarmUp, bare: PreT
         phases = [job.step]
     before, host_before = _read(card), host_state()
     control = None if bare is None else _forward_of(bare, job)
-    found = measure(phases, job.clear, Stopwatch(device), rule, control=control, warm_up=warm_up)
+    found = measure(
+        phases, job.clear, Stopwatch(device), rule, control=control, warm_up=warm_up, earlier_seconds=earlier_seconds
+    )
     after, host_after = _read(card), host_state()
     job.clear()
     unsteady = list(host_unsteady(host_before, host_after))

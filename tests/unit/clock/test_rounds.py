@@ -327,6 +327,14 @@ def test_the_window_sets_how_many_are_compared(machine: FakeMachine) -> None:
     assert warm_up_of(machine, [4.0, 2.0, 2.0, 2.0], WarmUp(window=1)).warm_up_rounds == 3
 
 
+@pytest.mark.parametrize(("earlier", "rounds"), [((), 2), ([2.0], 1), ([4.0], 2), ([2.0, 4.0], 2), ([1.0], 1)])
+def test_a_warm_up_goes_on_from_earlier_rounds(machine: FakeMachine, earlier: Sequence[float], rounds: int) -> None:
+    rule, watch = StoppingRule(min_rounds=1, max_rounds=1), machine.stopwatch("cpu")
+    work = planted(machine, itertools.repeat(2.0))
+    taken = measure(work, nothing, watch, rule, warm_up=WarmUp(window=1), earlier_seconds=earlier)
+    assert (taken.warm_up_rounds, taken.warmed_up, len(taken.rounds)) == (rounds, True, 1)
+
+
 def test_a_warm_up_without_end_is_told(machine: FakeMachine) -> None:
     taken = warm_up_of(machine, (2.0**-i for i in range(50)), WarmUp(most=12))
     assert (taken.warm_up_rounds, taken.warmed_up) == (12, False)
