@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge._internals.torch import DispatchMode
+from peft_gauge.collector import no_collector
 from peft_gauge.counting import count, quantization_constants, trainable_dtypes
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
@@ -32,7 +33,7 @@ from peft_gauge.memory.categories import (
     OPTIMIZER_STATE,
     QUANTIZATION_CONSTANTS,
 )
-from peft_gauge.memory.tracker import StorageTracker, no_collector
+from peft_gauge.memory.tracker import StorageTracker
 
 if TYPE_CHECKING:
     from peft_gauge.memory.ledger import Snapshot

@@ -8,7 +8,6 @@ report reads only new and changed files. Anything else is read from the run's ow
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import multiprocessing
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from peft_gauge import paths
+from peft_gauge.collector import no_collector
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import intervals, store
 from peft_gauge.history.metrics import RecordedCase, Samples, cases_of
@@ -235,18 +235,6 @@ def _kept_or_read(files: Sequence[Path]) -> Iterator[Brief | str]:
 # Reading by several processes
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without Python's search for cycles of objects: parsed files have none, and it takes a third of their time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _made(files: Sequence[Path]) -> Iterator[bytes | str]:
     """The brief of each of ``files`` as it is kept, or why it cannot be read. Many are read by a process per core."""
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
@@ -267,7 +255,7 @@ def _made(files: Sequence[Path]) -> Iterator[bytes | str]:
             yield from running.popleft().result()
 
 
-@collector_paused()
+@no_collector()
 def _pack(files: Iterable[Path]) -> list[bytes | str]:
     return [each if isinstance(each, str) else packed(each) for each in _read(files)]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_gauge import __version__, machine
 from peft_gauge._internals.distributed import gathered, group_of_one_rank, mesh_of
+from peft_gauge.collector import no_collector
 from peft_gauge.counting import quantization_constants
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.measure.memory import empty_cache, tracked_step
@@ -30,7 +31,6 @@ from peft_gauge.memory.categories import (
     QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.sharded_tracker import ROUNDS, ShardedTracker
-from peft_gauge.memory.tracker import no_collector
 from peft_gauge.training import cases, methods, models
 from peft_gauge.training.sharding import compute_dtype, packed_dtype, shard
 

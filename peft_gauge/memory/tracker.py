@@ -11,7 +11,6 @@ takes formulas for operators whose scratch memory is known.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,18 +48,6 @@ from peft_gauge.memory.operators import BORN_BEFORE, OperatorPlan, Workspace
 
 _ADD_IN_PLACE = torch.ops.aten.add_.Tensor
 _DEVICE_OF = torch.ops.prim.device.default
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Turn off Python's garbage collector in the block, whose timing would make releases depend on earlier code."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class StorageTracker(DispatchMode):

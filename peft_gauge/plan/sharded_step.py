@@ -19,6 +19,7 @@ from peft_gauge._internals.bitsandbytes import quant_states_of_modules
 from peft_gauge._internals.deepspeed import bucket_elements, host_buffers, release, zero_on_fakes
 from peft_gauge._internals.distributed import ddp_on_fakes, gathered, group_of_one_rank
 from peft_gauge._internals.torch import is_fake, unset_fake_temporarily
+from peft_gauge.collector import no_collector
 from peft_gauge.counting import quantization_constants
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
 from peft_gauge.memory.categories import (
@@ -31,7 +32,6 @@ from peft_gauge.memory.categories import (
     QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.sharded_tracker import ALL_REDUCE, ShardedTracker
-from peft_gauge.memory.tracker import no_collector
 from peft_gauge.plan.record import Collective
 from peft_gauge.plan.traced_step import (
     TRACED_MICRO_BATCHES,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peft_gauge._internals.torch import scaler_tensors, unset_fake_temporarily, without_overflow
+from peft_gauge.collector import no_collector
 from peft_gauge.counting import ParameterCount, constant_buffers, quantization_constants
 from peft_gauge.fingerprint.module_attribution import UNKNOWN, ModuleAttribution
 from peft_gauge.memory.categories import (
@@ -30,7 +31,7 @@ from peft_gauge.memory.categories import (
     QUANTIZATION_CONSTANTS,
 )
 from peft_gauge.memory.ledger import Snapshot, rounded
-from peft_gauge.memory.tracker import StorageTracker, no_collector
+from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.call import ModelCall
 from peft_gauge.traces.sites import site_here

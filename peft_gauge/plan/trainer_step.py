@@ -23,10 +23,10 @@ from peft_gauge._internals.torch import (
 )
 from peft_gauge._internals.transformers import MASK_SKIPPED, has_mask_skipped
 from peft_gauge._internals.trl import fused_head_on_fakes, has_offloading, lacks_fused_head, offloading_on_fakes
+from peft_gauge.collector import no_collector
 from peft_gauge.errors import GaugeError
 from peft_gauge.fingerprint.module_attribution import ModuleAttribution
 from peft_gauge.memory.categories import FORWARD, INPUTS, OPTIMIZER, OPTIMIZER_STATE
-from peft_gauge.memory.tracker import no_collector
 from peft_gauge.plan import fakes, policies
 from peft_gauge.plan.addresses import Addresses
 from peft_gauge.plan.reserve import OFFLOADING_BYTES, OFFLOADING_ORIGIN

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft_gauge.collector import no_collector
 from peft_gauge.errors import GaugeError
 from peft_gauge.history import store
 from peft_gauge.history.answers import NewestAnswers
-from peft_gauge.history.briefs import briefs, collector_paused, restored
+from peft_gauge.history.briefs import briefs, restored
 from peft_gauge.history.ledger import NewestVerdicts
 from peft_gauge.history.metrics import RecordedCase, cases_of, machine_changes
 from peft_gauge.history.reader import read_run, runs_in
@@ -86,7 +87,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     return list(found.values()), problems
 
 
-@collector_paused()
+@no_collector()
 def gather(paths: Sequence[Path], rules: Rules) -> Report:
     """The report of all runs under ``paths``.
 
