@@ -46,9 +46,6 @@ STEPS = {"cuda": 2, "cpu": 1}
 """Number of metered steps; the greatest peak counts, since CUDA's allocator can still split segments after the first.
 """
 
-PLAIN_SECONDS = "plain_seconds"
-"""The seconds of a step that is not tracked: for the time pass, and not a metric of the case."""
-
 BEFORE = "before"
 """The phase before anything is built."""
 
@@ -120,8 +117,9 @@ def room_for(nbytes: int, device: str) -> bool:
 
 def memory_pass(
     job: TrainingJob, phases: Phases, stream: Tensor, shapes: Sequence[tuple[int, int]], *, trains_base: bool
-) -> dict[str, Any]:
-    """Peaks of a step of ``job``, which is warmed up, by phase and meter; then at each of ``shapes``.
+) -> tuple[float, dict[str, Any]]:
+    """The seconds of a step of ``job`` that is not tracked, and its record: its peaks by phase and meter, then those at
+    each of ``shapes``. ``job`` is warmed up.
 
     ``stream``: token ids for the other shapes. ``trains_base``: whether the trainable weights are the base's own.
 
@@ -149,10 +147,9 @@ def memory_pass(
         points.append({"batch": batch, "seq": seq, **_at_shape(job, stream, batch, seq, trains_base)})
     job.train_on(*own)
     empty_cache()
-    return {
+    return plain_seconds, {
         **found,
         **counts,
-        PLAIN_SECONDS: plain_seconds,
         "saved_activation_bytes_per_token": tracked["saved_activation_bytes"] / (own[1].batch * own[1].seq),
         "peak_by_category": tracked["peak_by_category"],
         "resident_by_category": tracked["resident_by_category"],

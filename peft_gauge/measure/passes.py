@@ -99,11 +99,11 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
             )
         earlier_seconds: list[float] = []
         if "memory" in setup.passes:
-            found["memory"] = {
-                "naive_after_loading_bytes": naive_bytes,
-                **memory.memory_pass(job, phases, setup.stream, setup.shapes, trains_base=trains_base(setup.case)),
-            }
-            earlier_seconds = [found["memory"].pop(memory.PLAIN_SECONDS)]
+            seconds, record = memory.memory_pass(
+                job, phases, setup.stream, setup.shapes, trains_base=trains_base(setup.case)
+            )
+            earlier_seconds = [seconds]
+            found["memory"] = {"naive_after_loading_bytes": naive_bytes, **record}
             if setup.trace is not None:
                 found["memory"]["trace"] = trace.trace_step(setup.case, job, setup.trace, found["memory"])
     if "speed" in setup.passes:

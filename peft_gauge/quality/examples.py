@@ -16,7 +16,9 @@ from peft_gauge.errors import GaugeError, one_line
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peft_gauge.training.batches import Batch
 
 MASKED = -100  # the label that transformers' losses ignore
 
@@ -29,6 +31,9 @@ ENGLISH_MONTHS = (
 )
 
 DAYS, FIRST_YEAR, YEARS = 28, 2000, 100
+
+KNOWN_ROWS, KNOWN_TOKENS = 8, 64
+"""Rows, and tokens per row, of the text that measures forgetting."""
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -154,6 +159,20 @@ def padding(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str | None]:
     if tokenizer.eos_token_id is None:
         raise GaugeError("the tokenizer has neither a padding nor an end-of-text token; set its pad_token")
     return int(tokenizer.eos_token_id), "the tokenizer has no padding token; its end-of-text token is used"
+
+
+def known_text(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, device: str = "cpu") -> list[Batch]:
+    """The text that measures forgetting, which a pretrained ``base`` knows: one batch, as from `batches.batches`."""
+    from peft_gauge.training import batches
+
+    return batches.batches(
+        tokenizer,
+        vocab_size=base.get_input_embeddings().num_embeddings,
+        batch=KNOWN_ROWS,
+        seq=KNOWN_TOKENS,
+        number=1,
+        device=device,
+    )
 
 
 def collate(examples: Sequence[Encoded], pad: int, *, device: str = "cpu") -> dict[str, Tensor]:

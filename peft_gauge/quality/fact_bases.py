@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from peft_gauge import paths
 from peft_gauge.errors import GaugeError
 from peft_gauge.files import make_once
+from peft_gauge.quality.examples import known_text
 from peft_gauge.quality.facts import CLIP, ROWS_SCORED, TOKENS, FactSet, Order, Recall, bits_left, random_facts
 from peft_gauge.quality.training import Schedule, train, without_dropout
-from peft_gauge.training import batches, methods, models
+from peft_gauge.training import methods, models
 from peft_gauge.training.models.construction import without_progress_bars
 from peft_gauge.training.step import StepSettings, TrainingJob
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
-
-KNOWN_ROWS, KNOWN_TOKENS = 8, 64
 
 
 @dataclass(frozen=True)
@@ -214,14 +213,7 @@ class LastLayers:
         whole = models.build(self.stored or self.model)
         head = whole.get_output_embeddings()
         last = _cut(whole, self.layers)
-        known_batch = batches.batches(
-            tokenizer,
-            vocab_size=whole.get_input_embeddings().num_embeddings,
-            batch=KNOWN_ROWS,
-            seq=KNOWN_TOKENS,
-            number=1,
-        )[0]
-        ids = known_batch["input_ids"]
+        ids = known_text(tokenizer, whole)[0]["input_ids"]
 
         @lru_cache(maxsize=4)
         def frozen(quantized: Method | None) -> PreTrainedModel:

@@ -88,6 +88,7 @@ class PreparedFacts:
     held_out: FactSet | None
     notes: tuple[str, ...] = ()
     kept: dict[tuple[int, Method | None], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    rounded: dict[Method, float] = field(default_factory=dict, repr=False)
 
     def job(self, method: Method) -> FactsJob:
         """Training by ``method`` on a fresh copy of the base, before its first step."""
@@ -115,9 +116,15 @@ class PreparedFacts:
             scores["trained_bits_left"] = self._bits(job, self.facts)[0]
         scores["forgetting"] = self.base.known(job.model.model, job.quantized) - self._known_before
         if self.task.old:
-            scores["rounding_loss"] = self._bits(self.job(job.method), self.facts)[0] - self._old_before
+            scores["rounding_loss"] = self._rounding_loss(job.method)
         update_norm = lora_update_norm(job.model)
         return scores if update_norm is None else {**scores, "update_norm": update_norm}
+
+    def _rounding_loss(self, method: Method) -> float:
+        """Computed once: a search trains by one method at several rates."""
+        if method not in self.rounded:
+            self.rounded[method] = self._bits(self.job(method), self.facts)[0] - self._old_before
+        return self.rounded[method]
 
     def _left(self, job: TrainingJob) -> tuple[float, float]:
         return self._bits(job, self.held_out or self.facts)

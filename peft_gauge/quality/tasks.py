@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.quality.examples import MASKED, calendar_examples, collate, encode, load_examples, padding
+from peft_gauge.quality.examples import MASKED, calendar_examples, collate, encode, known_text, load_examples, padding
 from peft_gauge.quality.training import without_dropout
 from peft_gauge.quality.updates import lora_update_norm
-from peft_gauge.training import batches, methods, models
+from peft_gauge.training import methods, models
 from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 CALENDAR = "calendar"
 """The name of the generated task; any other source is a dataset."""
-
-KNOWN_ROWS, KNOWN_TOKENS = 8, 64
-"""Rows, and tokens per row, of the text that measures forgetting."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +84,7 @@ class TextTask:
             cuts = range(0, len(examples), rows)
             return [collate(examples[start : start + rows], pad, device=self.device) for start in cuts]
 
-        known = batches.batches(
-            tokenizer,
-            vocab_size=base.get_input_embeddings().num_embeddings,
-            batch=KNOWN_ROWS,
-            seq=KNOWN_TOKENS,
-            number=1,
-            device=self.device,
-        )
+        known = known_text(tokenizer, base, self.device)
         return PreparedText(
             task=self,
             base=base,

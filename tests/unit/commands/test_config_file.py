@@ -14,7 +14,6 @@ from peft_gauge.commands.defaults import options_of, sections
 from peft_gauge.commands.doctor import config_line
 from peft_gauge.pytest_plugin.options import file_options
 from tests.support.facts import lacking
-from tests.support.planted_cases import plan_in_process
 from tests.support.suite import command
 
 Run = Callable[..., tuple[int, str, str]]
@@ -183,18 +182,3 @@ def test_a_session_takes_its_defaults_from_the_file(tmp_path: Path) -> None:
     assert "lora-toy-llama" not in second.stdout
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert lacking(wrong.stderr, "peft-gauge.toml", "modell", "did you mean model?") == []
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The requests that a plan makes, in place of planning them in processes."""
-    from peft_gauge.plan import worker
-
-    found: list[Any] = []
-
-    def plan_in_parallel(requests: Any, waiting: Any = None) -> Any:
-        found.extend(requests)
-        return plan_in_process(requests)
-
-    monkeypatch.setattr(worker, "plan_in_parallel", plan_in_parallel)
-    return found

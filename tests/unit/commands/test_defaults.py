@@ -10,30 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peft_gauge.commas import listed, listed_paths
-from peft_gauge.plan import worker
 from peft_gauge.pytest_plugin.selection import selected_methods
 from tests.support.facts import lacking
 from tests.support.paths import DATA
-from tests.support.planted_cases import plan_in_process
 
 if TYPE_CHECKING:
     from peft_gauge.plan.record import PlanRequest
 
 Run = Callable[..., tuple[int, str, str]]
 OFT = DATA / "adapters" / "oft_new.json"
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[PlanRequest]:
-    """The requests that a plan makes, in place of planning them in processes."""
-    found: list[PlanRequest] = []
-
-    def plan_in_parallel(requests: Any, waiting: Any = None) -> Any:
-        found.extend(requests)
-        return plan_in_process(requests)
-
-    monkeypatch.setattr(worker, "plan_in_parallel", plan_in_parallel)
-    return found
 
 
 def test_commas_and_repetition_mean_the_same(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def product_job(optimizer: str = "sgd") -> TrainingJob:
 
 def measured_memory(job: TrainingJob, *shapes: tuple[int, int], trains_base: bool = False) -> dict[str, Any]:
     with memory.watched("cpu") as phases:
-        return memory.memory_pass(job, phases, STREAM, shapes, trains_base=trains_base)
+        return memory.memory_pass(job, phases, STREAM, shapes, trains_base=trains_base)[1]
 
 
 RESIDENT = {"adapter_weights": N * F32, "base_weights": 3 * N * F32, "buffers": 80, "inputs": 64 * 8}
