@@ -8,7 +8,6 @@ tests, collection deselects slow cases and cases of another device and builds th
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from peft_gauge.history.resumption import Resumption, resumable
 from peft_gauge.history.writer import commit_info
 from peft_gauge.pytest_plugin.budget import BUDGET, Budget, budget_of, put_in_order
 from peft_gauge.pytest_plugin.digest import Digest
-from peft_gauge.pytest_plugin.options import add_options, defaults_of_file, fill_in, run_options
+from peft_gauge.pytest_plugin.options import FileDefaults, add_options, fill_in, run_options
 from peft_gauge.pytest_plugin.progress import ProgressLine
 from peft_gauge.pytest_plugin.recorder import BASELINE, RESUMPTION, Recorder
 from peft_gauge.pytest_plugin.selection import (
@@ -59,19 +58,18 @@ VARIED_CASES = pytest.StashKey[list[Case]]()
 DEVICE = pytest.StashKey[str]()
 LEFT_OUT = pytest.StashKey[list[str]]()
 EMPTY_SHARD = pytest.StashKey[str]()
+FILE_DEFAULTS = "peft-gauge-file-defaults"
+"""The name under which pytest keeps `FileDefaults` from before there is a config."""
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    try:
-        defaults = defaults_of_file()
-    except GaugeError:  # pytest_sessionstart reports it
-        defaults = {}
-    add_options(parser, defaults)
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    defaults = FileDefaults.read()
+    pluginmanager.register(defaults, FILE_DEFAULTS)
+    add_options(parser, defaults.values)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    with suppress(GaugeError):
-        fill_in(config, defaults_of_file())
+    fill_in(config, _file_defaults(config).values)
     recorder = Recorder(config)
     config.pluginmanager.register(recorder, "peft-gauge-recorder")
     config.pluginmanager.register(Digest(config, recorder), "peft-gauge-digest")
@@ -80,13 +78,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_quiet = True  # of pytest-benchmark, which reads it after this
 
 
+def _file_defaults(config: pytest.Config) -> FileDefaults:
+    found = config.pluginmanager.get_plugin(FILE_DEFAULTS)
+    assert isinstance(found, FileDefaults)
+    return found
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Check the options before pytest prints or collects anything, so that an error in them is one line."""
     config = session.config
     try:
         with file_errors():
-            defaults_of_file()
+            if (invalid := _file_defaults(config).invalid) is not None:
+                raise invalid
             config.stash[CASES] = selected_cases(config)
             config.stash[VARIED_CASES] = selected_variations(config)
             config.stash[DEVICE] = selected_device(config)

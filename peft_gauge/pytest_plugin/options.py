@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peft_gauge import config_file
 from peft_gauge.config_file import Option
+from peft_gauge.errors import GaugeError
 from peft_gauge.history.schema import Selection, Shards
 from peft_gauge.training import models
 
@@ -69,10 +71,22 @@ def fill_in(config: pytest.Config, defaults: Mapping[str, Any]) -> None:
             setattr(config.option, option.name, defaults[option.name])
 
 
-def defaults_of_file() -> dict[str, Any]:
-    """The defaults that the user's file gives, by dest. Raises `GaugeError` for an invalid file."""
-    found = config_file.find()
-    return {} if found is None else found.values(config_file.PYTEST, file_options())
+@dataclass(frozen=True)
+class FileDefaults:
+    """The defaults that the user's file gives, by dest, and why it is ``invalid``, to be raised once pytest can report
+    it."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    invalid: GaugeError | None = None
+
+    @classmethod
+    def read(cls) -> FileDefaults:
+        """The file is read once per session."""
+        try:
+            found = config_file.find()
+            return cls({} if found is None else found.values(config_file.PYTEST, file_options()))
+        except GaugeError as error:
+            return cls(invalid=error)
 
 
 def _add_options(add: Callable[..., object]) -> None:
