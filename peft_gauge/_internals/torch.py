@@ -25,56 +25,6 @@ FakeTensor = fake_tensor.FakeTensor
 FakeTensorMode = fake_tensor.FakeTensorMode
 """The mode under which operators create fake tensors. Unguarded, too."""
 
-_AS_SHOWN = object()
-"""Begins the part of a cache key that `QuickFakeTensorMode` makes: no key of torch's own is equal to one."""
-
-
-class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
-    """`FakeTensorMode`, with keys of its cache that take a fifth of the time; they were a third of a plan's time.
-
-    Torch's key of a tensor reads all that any tensor has; that of a strided tensor is equal where its data type, shape,
-    strides, place in its storage, size of its storage, device and flags are. A torch without the method never calls it.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # as for `DispatchMode`
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.dispatch(func, types, args, kwargs or {})
-
-    def _prep_args_for_hash(self, result: list[object], args: Any, *further: Any) -> None:
-        result += (type(args), len(args))
-        for arg in (*args, *args.values()) if isinstance(args, dict) else args:
-            kind = type(arg)
-            if (
-                kind is FakeTensor
-                and arg.layout is torch.strided
-                and arg.fake_mode is self
-                and arg.constant is None
-                and not arg._has_symbolic_sizes_strides
-            ):
-                result += (
-                    _AS_SHOWN,
-                    arg.dtype,
-                    arg.shape,
-                    arg.stride(),
-                    arg.storage_offset(),
-                    arg.untyped_storage().nbytes(),
-                    arg.fake_device,
-                    arg.requires_grad,
-                    arg.is_conj(),
-                    arg.is_neg(),
-                    arg.is_inference(),
-                )
-            elif kind in _PLAIN:
-                result += (kind, arg)
-            else:
-                super()._prep_args_for_hash(result, (arg,), *further)
-
-
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
-
 is_fake = fake_tensor.is_fake
 """Whether a tensor is fake, or wraps a fake one. Unguarded."""
 

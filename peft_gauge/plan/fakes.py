@@ -16,12 +16,12 @@ from peft_gauge._internals import bitsandbytes as bnb_internals
 from peft_gauge._internals.torch import (
     FakeTensor,
     FakeTensorMode,
-    QuickFakeTensorMode,
     buffers_of,
     hooks_of,
     parameters_of,
     storage_key,
 )
+from peft_gauge._internals.torch_fakes import QuickFakeTensorMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

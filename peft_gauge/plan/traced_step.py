@@ -226,6 +226,8 @@ def adopt_state(
 def _prime_importance(job: TrainingJob, model: nn.Module, tracker: StorageTracker, notes: list[str]) -> list[Tensor]:
     """Create and return the importance statistics that AdaLoRA and AdaMSS keep between steps. A training loop
     does it through ``update_and_allocate``, which `TrainingJob` leaves out because it reads values."""
+    if not policies.keeps_importance(model):
+        return []
     known = set(map(id, fakes.plain_tensors(model)))
     for parameter in job.trainable:
         parameter.grad = torch.empty_like(parameter)

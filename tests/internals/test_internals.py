@@ -32,10 +32,12 @@ from peft_gauge._internals import peft as from_peft
 from peft_gauge._internals import pip as from_pip
 from peft_gauge._internals import pytest as from_pytest
 from peft_gauge._internals import torch as from_torch
+from peft_gauge._internals import torch_fakes
 from peft_gauge._internals import torchao as from_torchao
 from peft_gauge._internals import transformers as from_transformers
 from peft_gauge._internals import triton as from_triton
 from peft_gauge._internals import trl as from_trl
+from peft_gauge._internals.torch_fakes import QuickFakeTensorMode
 from peft_gauge.bundle.target import Target
 from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, flash_attention, policies
@@ -79,11 +81,11 @@ def test_torch_fake_tensors_have_shapes_and_no_data() -> None:
         made.nonzero()
 
 
-def test_torch_keys_of_its_cache_tell_fakes_apart() -> None:
-    """By torch's own check, which computes anew each output that the cache gives, and raises where they differ."""
-    from_torch.FakeTensorMode.cache_clear()
+def test_torch_fakes_of_repeated_operators_are_those_of_the_first_time() -> None:
+    """By torch's own check, which computes anew each output that a cache gives, and raises where they differ."""
+    QuickFakeTensorMode.cache_clear()
     with torch._dynamo.config.patch(fake_tensor_cache_crosscheck_enabled=True):
-        mode = from_torch.QuickFakeTensorMode()
+        mode = QuickFakeTensorMode()
     with mode:
         alike = {
             "plain": torch.empty(6, 4),
@@ -98,7 +100,7 @@ def test_torch_keys_of_its_cache_tell_fakes_apart() -> None:
             "trained": torch.empty(6, 4, requires_grad=True),
             "negative": torch._neg_view(torch.empty(6, 4)),
         }
-        for _ in range(2):
+        for _ in range(4):  # torch's cache answers the second time, a recipe the third
             for tensor in alike.values():
                 for number in (2, 2.0, True):
                     tensor * number
@@ -107,9 +109,43 @@ def test_torch_keys_of_its_cache_tell_fakes_apart() -> None:
                 torch.empty_like(tensor)
                 tensor[1:].clone()
                 tensor.sum(dim=0, keepdim=True, dtype=torch.float32)
+                tensor.std(dim=0)
+                torch._foreach_mul([tensor], 2)
     found = from_torch.FakeTensorMode.cache_info()
     assert found.hits > 8 * len(alike)
     assert found.misses > 5 * len(alike)
+    assert len(QuickFakeTensorMode._recipes) > 6 * len(alike)
+
+
+def test_torch_fakes_of_repeated_operators_share_storages_as_they_should() -> None:
+    QuickFakeTensorMode.cache_clear()
+    counts = []
+    for _ in range(4):
+        with QuickFakeTensorMode() as mode:
+            tensor, targets = torch.empty(8, 4), torch.empty(8, dtype=torch.long)
+            views = [tensor.view(4, 8), tensor[2:].t(), torch.ops.aten._unsafe_view(tensor, [32]), tensor.detach()]
+            in_place = tensor.mul_(2)
+            fresh = [tensor * 2, tensor.clone(), targets.to(torch.float32)]
+            # Its decomposition calls operators that torch's cache answers; its second output is no view of them.
+            fresh += torch.ops.aten.nll_loss_forward(tensor, targets, None, 1, -100)
+        key = from_torch.storage_key
+        assert in_place is tensor
+        assert all(key(view.untyped_storage()) == key(tensor.untyped_storage()) for view in views)
+        assert [view.storage_offset() for view in views] == [0, 8, 0, 0]
+        assert [each.untyped_storage().nbytes() for each in fresh] == [128, 128, 32, 4, 4]
+        assert len({key(each.untyped_storage()) for each in [*fresh, tensor]}) == 6
+        assert all(each.fake_mode is mode and each.device.type == "cpu" for each in [*fresh, *views])
+        counts.append(len(QuickFakeTensorMode._recipes))
+    assert counts[0] < counts[2] == counts[3]
+
+
+def test_torch_fakes_without_the_private_names_of_recipes_are_made_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_WARNS", "_THROWS"):
+        monkeypatch.setattr(torch_fakes, name, None)
+    QuickFakeTensorMode.cache_clear()
+    with QuickFakeTensorMode():
+        assert [tuple((torch.empty(2, 3) * 2).t().shape) for _ in range(3)] == [(3, 2)] * 3
+    assert not QuickFakeTensorMode._recipes
 
 
 def test_torch_shape_rules_can_be_lent_and_taken_back() -> None:

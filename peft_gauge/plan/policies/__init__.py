@@ -14,13 +14,14 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
 from peft_gauge.errors import one_line
 from peft_gauge.plan import kernels
 from peft_gauge.plan.policies import adalora, adamss, frod, lora, prompts, shira, spectral, xlora
-from peft_gauge.plan.policies.adalora import update_importance
+from peft_gauge.plan.policies.adalora import keeps_importance, update_importance
 from peft_gauge.plan.policies.answers import Answers, experts, fake_operators
 from peft_gauge.plan.policies.failures import CannotPlan, operation, translated
 from peft_gauge.plan.policies.patches import Patches
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from peft_gauge.training.methods import Method
 
-__all__ = ["CannotPlan", "attaching", "extra_inputs", "operation", "stepping", "update_importance"]
+__all__ = ["CannotPlan", "attaching", "extra_inputs", "keeps_importance", "operation", "stepping", "update_importance"]
 
 ATTACHING: Mapping[str, Callable[[Patches, Mapping[str, Any]], None]] = {
     "LORA": lora.attach,
@@ -81,6 +82,8 @@ def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
     said: list[str] = []
     policy = ATTACHING.get(str(config.get("peft_type", "")))
     with ExitStack() as stack:
+        for name in ("kaiming_uniform_", "zeros_"):
+            stack.enter_context(patch.object(torch.nn.init, name, _unfilled))
         if policy is not None:
             policy(Patches(stack, said), config)
         heard = stack.enter_context(warnings.catch_warnings(record=True))
@@ -88,6 +91,11 @@ def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
         with translated():
             yield said
     said += _about_the_config(str(warning.message) for warning in heard)
+
+
+def _unfilled(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The initial values of an adapter's weights, which PEFT computes before it moves the weights to ``meta``."""
+    return tensor
 
 
 def _about_the_config(messages: Iterable[str]) -> Iterator[str]:
