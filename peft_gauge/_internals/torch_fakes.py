@@ -83,7 +83,7 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
         self._answered = None
         output = self.dispatch(func, types, args, kwargs)
         answered, self._answered = self._answered, None
-        # Of this call, not of one that the operator's decomposition made.
+        # Of this call, not of a call that the operator's decomposition made.
         if func is _UNSAFE_VIEW or (answered is not None and answered[0] is func and answered[1] is args):
             recipe = _recipe(func, args, output)
             if recipe is not None:
@@ -145,7 +145,7 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
 
 
 def _recipe(func: Any, args: Any, output: Any) -> Recipe | None:
-    """How to make ``output`` from other arguments of the same description; None if it is no kind that is known."""
+    """How to make ``output`` from other arguments of the same description; None for an unknown kind."""
     if output is None or type(output) is int:
         return lambda mode, args: output
     if type(output) is tuple:
