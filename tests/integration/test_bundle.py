@@ -341,6 +341,7 @@ def named(tmp_path: Path, *have: str) -> Bundle:
     return collect(Wanted("3.12", "x86_64", (*have, f"@{tmp_path / 'some.txt'}"), tmp_path / "bundle", checkout=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "base", ["gaugebase", *(pytest.param(f"gaugebase=={v}", marks=pytest.mark.slow) for v in ("2.5", "2.7+node"))]
@@ -372,6 +373,7 @@ def test_what_torch_needs_is_there_with_it(tmp_path: Path, monkeypatch: pytest.M
     assert made.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_torch_without_a_version_is_taken_to_be_the_one_here(tmp_path: Path) -> None:
     made = named(tmp_path, "torch")
@@ -605,6 +607,7 @@ def test_without_pip_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.M
         bundle(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pip_that_asks_this_python_for_markers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_gauge._internals.pip._FOR_ANOTHER_ENVIRONMENT", "import runpy, sys; sys.argv.pop(1); "
                         "runpy.run_module('pip', run_name='__main__')")  # fmt: skip
@@ -613,6 +616,7 @@ def test_a_pip_that_asks_this_python_for_markers_is_refused(tmp_path: Path, monk
         bundle(tmp_path, python=other)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_older_bundle_is_replaced_and_nothing_else_is(tmp_path: Path, toy: Callable[..., None]) -> None:
     older = bundle(tmp_path)
@@ -782,7 +786,7 @@ def installed(node: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shell", [("bash",), ()], ids=["bash", "itself"])
+@pytest.mark.parametrize("shell", [("bash",), pytest.param((), marks=pytest.mark.slow)], ids=["bash", "itself"])
 def test_it_installs_beside_and_runs_doctor(node: Path, tmp_path: Path, shell: Sequence[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in node.rglob("*")}
     done = run_on(node, shell=shell, cwd=tmp_path)
@@ -813,6 +817,7 @@ def test_it_runs_a_command_in_the_checkout(node: Path, tmp_path: Path) -> None:
     assert not node.with_name("bundle-installed").exists()
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing(installed_node: Path) -> None:
     node = installed_node
     before = {path: path.stat().st_mtime_ns for path in installed(node).rglob("*")}
@@ -831,6 +836,7 @@ def test_its_own_packages_on_the_path_are_not_the_nodes(installed_node: Path) ->
     assert installed(node) == folder
 
 
+@pytest.mark.slow
 def test_what_the_node_has_is_left_as_it_is_and_comes_first(node: Path, tmp_path: Path, index: Path) -> None:
     own = tmp_path / "own"
     make_wheel(tmp_path / "other", "gaugeunder", "7.0")
@@ -847,6 +853,7 @@ def test_what_the_node_has_is_left_as_it_is_and_comes_first(node: Path, tmp_path
     assert not (installed(node) / "site" / "gaugeunder").exists()
 
 
+@pytest.mark.slow
 def test_another_version_than_is_needed_is_told(node: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(make_wheel(tmp_path / "other", "gaugebase", "1.0")) as archive:
         archive.extractall(tmp_path / "own")
@@ -855,6 +862,7 @@ def test_another_version_than_is_needed_is_told(node: Path, tmp_path: Path) -> N
     assert lacking(done.stderr, "gaugeone needs gaugebase>=2", "gaugebase 1.0") == []
 
 
+@pytest.mark.slow
 def test_nodes_that_lack_other_packages_can_share_a_place(installed_node: Path, tmp_path: Path) -> None:
     node = installed_node
     with zipfile.ZipFile(make_wheel(tmp_path / "other", "gaugeunder", "7.0")) as archive:
@@ -865,6 +873,7 @@ def test_nodes_that_lack_other_packages_can_share_a_place(installed_node: Path, 
     assert len(folders) == 2
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_written_beside_it_takes_tmpdir(node: Path, tmp_path: Path) -> None:
     node.with_name("bundle-installed").write_text("in the way, for root too")
     (tmp_path / "scratch").mkdir()
@@ -956,6 +965,7 @@ def test_a_broken_manifest_is_told(node: Path) -> None:
     refused(run_on(node), "manifest.json is missing or broken")
 
 
+@pytest.mark.slow
 def test_what_the_node_was_thought_to_have_is_told(node: Path) -> None:
     change_manifest(node, lambda manifest: manifest["requirements"].extend([["gaugelost>=1", ""], ["gaugelost", ""]]))
     refused(run_on(node), "lacks gaugelost", "for peft-gauge", "--have @FILE")

@@ -68,7 +68,8 @@ NOT_RUN = {
 SLOW = {
     command
     for command in COMMANDS
-    if command.startswith(("memory-curve ", "plan ")) or command in ("doctor", "report history -o report.html")
+    if command.startswith(("memory-curve ", "plan "))
+    or command in ("doctor", "report history -o report.html", "report results/ --format svg -o pictures")
 } - {*NOT_RUN}
 """Those that take more than 5 s of a core, or repeat a quick one; a plan of a small step is run by many other tests."""
 RAN = [command for command in COMMANDS if command not in NOT_RUN]

@@ -145,6 +145,7 @@ def test_an_overlay_holds_what_differs_and_nothing_else(built: dict[str, Environ
     assert [path.name for path in found.folder.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_an_overlay_is_built_once(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     side = parse_side("gaugeprobe==1.0")
     told: list[str] = []
@@ -158,6 +159,7 @@ def test_an_overlay_is_built_once(wheels: Path, monkeypatch: pytest.MonkeyPatch)
         prepare(side)  # another base may need another overlay
 
 
+@pytest.mark.slow
 def test_a_range_is_resolved_anew(wheels: Path) -> None:
     side = parse_side("gaugeprobe<3")
     assert prepare(side).packages["gaugeprobe"] == "2.0"

@@ -134,6 +134,7 @@ def test_several_at_once_are_told_apart(tmp_path: Path) -> None:
 # The same, to the byte -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_case_has_the_same_figures_in_either() -> None:
     """Bytes of tensors, counts, the fingerprint and the losses of training are equal; resident memory is about so.
 

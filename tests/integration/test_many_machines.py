@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 
 from peft_gauge import cli
@@ -119,8 +118,7 @@ def parsed(call: Call) -> dict[str, Any]:
     if name == "peft-gauge":
         verb, *rest = arguments
         if verb != "bench":
-            commands = getattr(typer.main.get_command(cli.app), "commands")  # noqa: B009  # a group has them
-            return dict(commands[verb].make_context(verb, rest).params)
+            return dict(cli.commands()[verb].make_context(verb, rest).params)
         arguments = rest
     return vars(Options().parse_args(arguments))
 

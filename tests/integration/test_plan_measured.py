@@ -48,6 +48,7 @@ REPEATED = {
     "full-tinyllama-4x768-optimizer=adamw8bit",  # parts of it: `test_planner.py`
     "bottleneck-tinyllama-4x768-loop=trainer-mixed=bf16",  # as a prefix's; `test_traces_h200.py`
     "lora-tinyllama-4x768-convert=True-dtype=float32-mixed=bf16",  # `test_traces_h200.py` and `test_autocast.py`
+    "qlora-tinyllama-4x768-dtype=float16-loop=trainer-mixed=fp16",  # parts of it: `test_trainer_step.py`
     "full-smollm2-135m-2x256",  # as on toy-llama and TinyLlama
     "lora-smollm2-135m-2x256",
     "qlora-smollm2-135m-2x256",

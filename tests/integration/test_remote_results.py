@@ -55,6 +55,7 @@ def test_a_missing_package_is_named_before_anything_is_measured(tmp_path: Path, 
     assert lacking(line, "runs cannot be saved in missing://bucket/runs", "peft-gauge[remote]") == []
 
 
+@pytest.mark.slow
 def test_a_folder_can_be_given_as_an_address(tmp_path: Path, cache: str) -> None:
     (done,) = sessions([*PLUGIN, cache, *OPTIONS, f"--results=file://{tmp_path}/runs"])
     assert done.returncode == 0, done.stdout

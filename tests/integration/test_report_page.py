@@ -198,6 +198,7 @@ def test_the_probe_finds_a_planted_fault(
         assert browser.js(PROBE)[stumble]
 
 
+@pytest.mark.slow
 def test_the_page_of_this_repositorys_runs_is_as_good(browser: chromium.Chromium, tmp_path: Path) -> None:
     browser.errors.clear()
     browser.open(written(RESULTS, tmp_path / "saved.html").as_uri())

@@ -23,6 +23,8 @@ REPEATED = {
     "lora-autocast",  # as full fine-tuning
     "qlora-unprepared-autocast",
     "lora-trainer-checkpointing",  # TRL checkpoints by default
+    "bottleneck",  # as LoRA, but for the gradients of biases
+    "full-sft",  # as under Trainer; its loss is in `test_trainer_step.py`
     "qlora-sft",  # as full fine-tuning; QLoRA under Trainer is in `test_plan_measured.py`
 }
 """Traces that show what others show, too: these are slow, and run every week."""
@@ -94,6 +96,7 @@ def test_a_trainers_step_is_planned_to_the_byte_but_for_workspaces_and_unsplit_b
         assert forward.equal == forward.planned
 
 
+@pytest.mark.slow
 def test_what_is_offloaded_is_planned_but_for_an_address_or_two() -> None:
     found = clean("lora-sft-offloading")
     assert abs(found.unplanned_bytes) < 0.002 * found.planned.peak_bytes
@@ -180,7 +183,7 @@ KEPT = {  # what forward keeps of layer 7, by trace
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", traces(*KEPT))
 def test_a_kept_activation_that_is_dropped_from_the_plan_is_named(name: str) -> None:
     module, operator = KEPT[name]
     log, before = planned_step(name), clean(name)

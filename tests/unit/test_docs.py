@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 
 from docs import make_reference
@@ -17,7 +16,7 @@ from peft_gauge.pytest_plugin.options import GROUPS, add_options
 from tests.support.documents import DOCS, PAGES, blocks, commands, commands_in_text
 from tests.support.paths import ROOT
 
-COMMANDS: Any = typer.main.get_command(cli.app)
+COMMANDS = cli.commands()
 
 
 def names(pages: list[Path]) -> list[str]:
@@ -33,10 +32,8 @@ def test_every_command_of_ours_parses(page: str, words: list[str]) -> None:
     verb, *rest = words
     if verb.startswith("--") or verb == "COMMAND":
         return
-    assert verb in COMMANDS.commands, f"{page}: there is no peft-gauge {verb}"
-    options = {
-        name for parameter in COMMANDS.commands[verb].params for name in (*parameter.opts, *parameter.secondary_opts)
-    }
+    assert verb in COMMANDS, f"{page}: there is no peft-gauge {verb}"
+    options = {name for parameter in COMMANDS[verb].params for name in (*parameter.opts, *parameter.secondary_opts)}
     if verb == "bench":
         options |= pytest_options()
     given = {word.partition("=")[0] for word in rest if re.match(r"--[a-z]", word)}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
-from typer.core import TyperGroup
-from typer.main import get_command
 from typer.testing import CliRunner
 
-from peft_gauge.cli import app
+from peft_gauge.cli import app, commands
 from peft_gauge.commands.groups import GROUPS
 from peft_gauge.pytest_plugin.options import GROUPS as SUITE_GROUPS
 from peft_gauge.pytest_plugin.options import file_options
@@ -25,12 +22,6 @@ def shown(*arguments: str) -> str:
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= COLUMNS
     return result.output
-
-
-def commands() -> dict[str, Any]:
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    return dict(group.commands)
 
 
 def test_the_list_of_commands_is_not_cut_off() -> None:

@@ -156,7 +156,12 @@ def with_arguments(arguments: dict[str, Any]) -> PlanRequest:
     return PlanRequest(TOY, methods.get("lora"), settings, dtype="float32", loop="sft", trainer_arguments=further)
 
 
-@pytest.mark.parametrize("name", SFT_LOSSES)
+DAILY = ("default", "label smoothing", "completion only")  # one for each way
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DAILY else pytest.mark.slow) for name in SFT_LOSSES]
+)
 def test_each_loss_of_sft_is_planned_as_itself_or_named(name: str) -> None:
     pytest.importorskip("trl", reason="trl comes with the extra trl")
     arguments, expected = SFT_LOSSES[name]

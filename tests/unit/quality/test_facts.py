@@ -244,6 +244,7 @@ def test_every_method_trains_on_facts() -> None:
         assert all(math.isfinite(score) for score in scores.values()), method.name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_of_old_facts_the_loss_by_rounding_is_known_before_training() -> None:
     task = Facts(HASTY, seed=0, number=64, steps=30, batch=64, old=True)
@@ -280,6 +281,7 @@ def test_the_order_is_the_same_for_every_method_and_shows_each_fact_once_a_pass(
     assert not torch.equal(full[0]["input_ids"], full[4]["input_ids"]), "each pass has an order of its own"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_the_best_run_of_a_search_of_the_same_length_is_the_training() -> None:
     prepared = Facts(HASTY, seed=0, number=32, steps=6, batch=16).prepared()
@@ -295,6 +297,7 @@ def test_the_best_run_of_a_search_of_the_same_length_is_the_training() -> None:
     assert searched.trainable_params == again.trainable_params
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_lora_plus_trains_b_at_a_multiple_of_the_rate() -> None:
     prepared = Facts(HASTY, seed=0, number=32, steps=4, batch=16).prepared()

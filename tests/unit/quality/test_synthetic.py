@@ -120,6 +120,7 @@ def test_the_planted_rank_is_enough_and_one_less_is_not(seed: int) -> None:
     assert found[3] < REACHED < min(found[4], found[8])
 
 
+@pytest.mark.slow
 def test_modules_that_were_not_planted_do_not_do() -> None:
     assert quality(task(0), lora(8, ("k_proj", "o_proj"))) < 0.5
     assert quality(task(0), lora(8, ("q_proj",))) < 0.5  # half of what was planted

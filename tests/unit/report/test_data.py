@@ -370,7 +370,7 @@ def test_the_saved_runs_of_this_repository_can_be_reported() -> None:
 # Pictures
 
 
-@pytest.mark.parametrize(("form", "magic"), [("svg", b"<svg"), ("png", b"\x89PNG")])
+@pytest.mark.parametrize(("form", "magic"), [("svg", b"<svg"), pytest.param("png", b"\x89PNG", marks=pytest.mark.slow)])
 def test_a_dozen_pictures_are_named_for_what_they_show(
     form: str, magic: bytes, report: Report, results: Path, tmp_path: Path, run_command: Command
 ) -> None:

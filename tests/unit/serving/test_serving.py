@@ -72,6 +72,7 @@ def test_an_added_adapter_has_the_dtype_of_the_first(method: str, itemsize: int)
     assert mixing(server).holds
 
 
+@pytest.mark.slow
 def test_64_adapters_take_64_times_as_much() -> None:
     assert toy_server(64).adapters_bytes == 64 * formula_bytes(16)
 
