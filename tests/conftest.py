@@ -29,6 +29,9 @@ if WORKERS > 1:
         environment.setdefault("OMP_NUM_THREADS", str(THREADS))
     if "torch" in sys.modules:  # it has read the variable
         sys.modules["torch"].set_num_threads(THREADS)
+    from peft_gauge.training.quantization import import_peft
+
+    import_peft()  # before a test module does, which would take a second longer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -167,6 +167,32 @@ def without_overflow(scaler: torch.amp.GradScaler) -> None:
         return optimizer.step(*args, **kwargs)
 
     scaler._maybe_opt_step = step  # type: ignore[assignment]
+
+
+# --- the compiler ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """While active, ``torch.compile`` compiles a function at its first call. bitsandbytes compiles two of its functions
+    as it is imported, which imports torch's whole compiler: more than a second, in every process."""
+    at_once = torch.compile
+
+    def when_called(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: when_called(function, **options)
+        if not inspect.isfunction(function):
+            return at_once(function, **options)
+        compiled = cache(lambda: at_once(function, **options))
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    with patch.object(torch, "compile", when_called):
+        yield
 
 
 # --- operators of aten without a public name ----------------------------------------------------------------

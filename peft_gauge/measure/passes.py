@@ -125,18 +125,18 @@ def _import_libraries(case: Case) -> None:
 
     Imported objects are not garbage: the collections of this case need not go through them.
     """
-    import peft
+    from peft_gauge.training.quantization import import_peft, load_bitsandbytes
+
+    import_peft()
     import torch
     import transformers
 
     models.hf_config(case.model)
     if case.method.quantization is not None:
-        from peft_gauge.training.quantization import load_bitsandbytes
-
         load_bitsandbytes(case.device)
     if case.device == "cuda":
         torch.zeros(1, device="cuda")
-    del peft, transformers
+    del transformers
     gc.freeze()
 
 

@@ -22,7 +22,6 @@ from peft_gauge.measure import passes as passes
 ON_THE_WAY = (
     "psutil",
     "torch._dynamo",
-    "torch._inductor.compile_fx",  # most of the time to import bitsandbytes
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
@@ -49,11 +48,11 @@ def import_ahead() -> None:
             importlib.import_module(name)
     if torch.backends.cuda.is_built() and not machine.nvidia_driver().absent:
         return
-    with suppress(GaugeError):  # bitsandbytes is missing: cases that need it report that themselves
-        from peft_gauge.training.quantization import load_bitsandbytes
+    from peft_gauge.training.quantization import import_peft, load_bitsandbytes
 
+    with suppress(GaugeError):  # bitsandbytes is missing: cases that need it report that themselves
         load_bitsandbytes()
-    importlib.import_module("peft")
+    import_peft()
 
 
 @contextmanager

@@ -316,6 +316,11 @@ def test_where_it_works_nothing_of_cuda_is_there_before_and_one_thread_forks() -
     assert len(list(Path(f"/proc/{server_pid(PRELOAD)}/task").iterdir())) == 1
 
 
+def test_what_is_measured_with_is_imported_ahead_and_torchs_compiler_is_not() -> None:
+    """bitsandbytes and PEFT import the compiler, which takes a second, unless they are imported by their helpers."""
+    assert fork("name_what_is_imported", preload=PRELOAD).value == ["bitsandbytes", "peft", "torch._dynamo"]
+
+
 @pytest.mark.slow
 def test_beside_a_card_nothing_is_imported_that_looks_at_it() -> None:
     """bitsandbytes does when it is imported, and PEFT imports bitsandbytes."""

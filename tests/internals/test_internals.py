@@ -66,6 +66,34 @@ def named(request: pytest.FixtureRequest) -> Any:
 # --- torch --------------------------------------------------------------------------------------------------
 
 
+def test_torch_compile_can_be_put_off_to_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        compiled.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    layer = nn.Linear(1, 1)
+    with from_torch.compiled_when_called():
+
+        @torch.compile
+        def plain(value: int) -> int:
+            return value + 1
+
+        @torch.compile(dynamic=False)
+        def with_options(value: int) -> int:
+            return value + 2
+
+        assert compiled == []
+        assert torch.compile(layer) is layer
+    assert torch.compile is compile
+    assert [each for each, _ in compiled] == [layer]
+    assert [plain(1), plain(2), with_options(1)] == [2, 3, 3]
+    assert [options for _, options in compiled[1:]] == [{}, {"dynamic": False}]
+    assert plain.__name__ == "plain"
+
+
 def test_torch_fake_tensors_have_shapes_and_no_data() -> None:
     mode = from_torch.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

@@ -139,6 +139,11 @@ def _variables_of_imports() -> list[str]:
     return [*wrong, *(needed.keys() & os.environ.keys())]
 
 
+def name_what_is_imported() -> list[str]:
+    known = {"peft", "bitsandbytes", "torch._dynamo", "torch._inductor.compile_fx"}
+    return sorted(known & set(sys.modules))
+
+
 def tell_what_a_fork_would_not_survive() -> dict[str, bool]:
     import torch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,13 +70,9 @@ def adapter_name(path: Path) -> str:
 
 
 def _check_type(peft_type: str) -> None:
-    from peft_gauge.training.quantization import load_bitsandbytes
+    from peft_gauge.training.quantization import import_peft
 
-    with suppress(GaugeError):
-        load_bitsandbytes()  # before PEFT, whose import would print bitsandbytes' notices
-    from peft import PeftType
-
-    known = [kind.value for kind in PeftType]
+    known = [kind.value for kind in import_peft().PeftType]
     if peft_type in known:
         return
     renamed = RENAMED_TYPES.get(peft_type.upper())

@@ -44,7 +44,11 @@ def load(model: PreTrainedModel, method: Method, folder: Path) -> nn.Module:
         adapted: nn.Module = model
         load_bottleneck(adapted, folder)
         return adapted
-    from peft import PeftModel
+    from peft_gauge.training.quantization import import_peft
 
+    peft = import_peft()
     model = prepare_base(model, method)
-    return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=method.autocast_adapter_dtype)
+    loaded: nn.Module = peft.PeftModel.from_pretrained(
+        model, str(folder), autocast_adapter_dtype=method.autocast_adapter_dtype
+    )
+    return loaded

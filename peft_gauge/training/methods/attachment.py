@@ -108,10 +108,11 @@ def prepare_base(
     if device is not None:
         model = model.to(device)
     if method.prepare_kbit:
-        from peft import prepare_model_for_kbit_training
+        from peft_gauge.training.quantization import import_peft
 
+        peft = import_peft()
         with _without_notices():
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     for each in method.casts:
         _cast(model, each)
     return model
@@ -208,8 +209,9 @@ def _attach_adapter(base: PreTrainedModel, method: Method, seed: int) -> nn.Modu
 
 
 def _attach_peft(model: PreTrainedModel, method: Method) -> nn.Module:
-    import peft
+    from peft_gauge.training.quantization import import_peft
 
+    peft = import_peft()
     settings = _fitted(dict(method.peft_config), model, method.name)
     try:
         config = peft.PeftConfig.from_peft_type(**settings)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_gauge._internals.bitsandbytes import NOTICES, native_library
-from peft_gauge._internals.torch import unset_fake_temporarily
+from peft_gauge._internals.torch import compiled_when_called, unset_fake_temporarily
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
     """Import bitsandbytes and return the module.
 
     Two of its messages are suppressed: the notice about an optional CPU kernel, and the traceback that it prints if its
-    CUDA library is missing. Call this before importing PEFT, which imports bitsandbytes itself.
+    CUDA library is missing. PEFT imports bitsandbytes itself: import it by `import_peft`.
 
     Raises `GaugeError` if bitsandbytes is missing or older than 0.46.1, or, for a CUDA ``device``, if it has no kernels
     for torch's CUDA version.
@@ -33,7 +33,7 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
     try:
         installed = _installed()
         # bitsandbytes makes lookup tables on import; under a fake mode they would stay fake for the whole process.
-        with unset_fake_temporarily():
+        with unset_fake_temporarily(), compiled_when_called():
             import bitsandbytes
     except (ImportError, PackageNotFoundError) as error:
         raise GaugeError(f"bitsandbytes cannot be imported ({error}); run: pip install bitsandbytes") from error
@@ -49,6 +49,15 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
 @cache  # reading it takes half a millisecond, and a model has hundreds of layers
 def _installed() -> str:
     return version("bitsandbytes")
+
+
+def import_peft() -> ModuleType:
+    """Import PEFT and return the module: without bitsandbytes' messages, and without importing torch's compiler."""
+    hide_notices()
+    with unset_fake_temporarily(), compiled_when_called():
+        import peft
+    module: ModuleType = peft
+    return module
 
 
 def hide_notices() -> None:
