@@ -67,14 +67,17 @@ def fetch(name: str, *, download: Callable[[Sequence[str]], None] | None = None)
 
 
 def prepare(weights: Path) -> Path:
-    """Dequantize the weights that `fetch` downloaded, so that no run has to, and return the folder (`models.kept`)."""
+    """Dequantize the weights that `fetch` downloaded, and read their tokenizer, so that no run has to; return the
+    weights' folder (`models.kept`)."""
+    record = models.resolve(weights.parent.name, weights="real")
     try:
-        copy = models.kept(models.resolve(weights.parent.name, weights="real"), models.default_dtype("cpu"))
+        copy = models.kept(record, models.default_dtype("cpu"))
     except OSError as error:
         raise GaugeError(
             f"cannot write dequantized weights to {weights.parent}: {one_line(error)}; free space, or set "
             "PEFT_GAUGE_CACHE to another folder and fetch again; until then every run dequantizes the weights anew"
         ) from error
+    models.tokenizer(record)
     return Path(copy.location or weights)
 
 

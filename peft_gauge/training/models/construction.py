@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -135,9 +135,9 @@ def stored(record: ModelRecord, dtype: str, folder: Path) -> ModelRecord:
     return replace(record, source="folder", weights="real", location=str(folder))
 
 
-KEPT_COPIES = 3
-"""The number of copies of fetched weights to keep, one per dtype and release of transformers; older ones are deleted.
-"""
+KEPT_COPIES = 2
+"""The number of copies of each kind to keep of fetched weights, one per release of transformers; older ones are
+deleted."""
 
 
 def kept(record: ModelRecord, dtype: str) -> ModelRecord:
@@ -147,16 +147,26 @@ def kept(record: ModelRecord, dtype: str) -> ModelRecord:
     Raises `OSError` if it cannot be written.
     """
     gguf = Path(record.location or "")
-    if gguf.suffix != ".gguf" or not gguf.is_relative_to(paths.cache()):
+    if not _is_fetched(gguf):
         return record
-    kind = f"{gguf.stat().st_mtime_ns:x}-{dtype}-transformers-{metadata.version('transformers')}"
-    copy = gguf.with_name(f"{gguf.stem}-{kind}")
-    if not copy.is_dir():
-        make_once(copy, lambda folder: stored(record, dtype, folder))
-        copies = sorted(gguf.parent.glob(f"{gguf.stem}-*-transformers-*"), key=lambda each: each.stat().st_mtime)
-        for old in copies[:-KEPT_COPIES]:
-            shutil.rmtree(old, ignore_errors=True)
+    copy = _kept_copy(gguf, dtype, lambda folder: stored(record, dtype, folder))
     return replace(record, source="folder", location=str(copy))
+
+
+def _is_fetched(weights: Path) -> bool:
+    return weights.suffix == ".gguf" and weights.is_relative_to(paths.cache())
+
+
+def _kept_copy(gguf: Path, kind: str, fill: Callable[[Path], object]) -> Path:
+    """The folder of this kind next to ``gguf``, filled if it is new. Raises `OSError` if it cannot be written."""
+    made_by = f"transformers-{metadata.version('transformers')}"
+    copy = gguf.with_name(f"{gguf.stem}-{gguf.stat().st_mtime_ns:x}-{kind}-{made_by}")
+    if not copy.is_dir():
+        make_once(copy, fill)
+        copies = gguf.parent.glob(f"{gguf.stem}-*-{kind}-transformers-*")
+        for old in sorted(copies, key=lambda each: each.stat().st_mtime)[:-KEPT_COPIES]:
+            shutil.rmtree(old, ignore_errors=True)
+    return copy
 
 
 def _from_config(
@@ -269,7 +279,8 @@ def logical_params(record: ModelRecord) -> int:
 def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the record's real weights; ``None`` if there is none (random weights).
 
-    It is cached, since reading it from a GGUF file takes seconds. Raises `GaugeError` if it cannot be read.
+    It is cached, and of a GGUF file in the user's cache also on disk, since reading it from such a file takes seconds.
+    Raises `GaugeError` if it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -279,7 +290,20 @@ def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
         return None
     place, where = _place(record.location)
     with _reading(record, "tokenizer") as local_files_only:
-        return AutoTokenizer.from_pretrained(place, **where, local_files_only=local_files_only, trust_remote_code=False)
+        options = {"local_files_only": local_files_only, "trust_remote_code": False}
+        if _is_fetched(gguf := Path(record.location)):
+            with contextlib.suppress(
+                OSError
+            ):  # of a copy that cannot be written, or of a file that the next line cannot read
+                place, where = str(_kept_copy(gguf, "tokenizer", _written_tokenizer(gguf, options))), {}
+        return AutoTokenizer.from_pretrained(place, **where, **options)
+
+
+def _written_tokenizer(gguf: Path, options: Mapping[str, Any]) -> Callable[[Path], object]:
+    from transformers import AutoTokenizer
+
+    place, where = _place(str(gguf))
+    return lambda folder: AutoTokenizer.from_pretrained(place, **where, **options).save_pretrained(folder)
 
 
 def _place(location: str) -> tuple[str, dict[str, Any]]:

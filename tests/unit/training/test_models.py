@@ -160,6 +160,55 @@ def test_a_tokenizer_is_read_once_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert models.tokenizer(toy) is None
 
 
+def test_a_fetched_tokenizer_is_read_from_its_gguf_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+
+    splits = Tokenizer(kinds.WordLevel({"[UNK]": 0, "bank": 1, "river": 2}, unk_token="[UNK]"))
+    splits.pre_tokenizer = pre_tokenizers.Whitespace()
+    in_the_file = transformers.PreTrainedTokenizerFast(tokenizer_object=splits, unk_token="[UNK]")
+    real, reads = transformers.AutoTokenizer.from_pretrained, []
+
+    def read(place: str, gguf_file: str | None = None, **options: Any) -> object:
+        if gguf_file is None:
+            return real(place, **options)
+        reads.append(gguf_file)
+        return in_the_file
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", read)
+    monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path))
+    weights = tmp_path / "tiny" / "tiny.gguf"
+    weights.parent.mkdir()
+    weights.touch()
+    record = replace(models.resolve("toy-llama"), weights="real", location=str(weights))
+    load: Any = models.tokenizer.__wrapped__  # as in another process
+    assert [load(record)("river bank delta")["input_ids"] for _ in range(3)] == [[2, 1, 0]] * 3
+    assert reads == ["tiny.gguf"]
+    os.utime(weights, (1, 1))  # another file
+    load(record)
+    assert len(reads) == 2
+    moved = weights.rename(tmp_path.parent / "not fetched.gguf")
+    assert load(replace(record, location=str(moved))) is in_the_file
+
+
+def test_a_tokenizer_whose_copy_cannot_be_written_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def deny(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **given: given["gguf_file"])
+    monkeypatch.setattr(construction, "make_once", deny)
+    monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path))
+    (tmp_path / "tiny.gguf").touch()
+    record = replace(models.resolve("toy-llama"), weights="real", location=str(tmp_path / "tiny.gguf"))
+    load: Any = models.tokenizer.__wrapped__
+    assert load(record) == "tiny.gguf"
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(GaugeError, match="did you mean tinyllama"):
         models.resolve("tinylama")
