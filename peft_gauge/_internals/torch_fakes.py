@@ -29,10 +29,11 @@ Recipe = Callable[["QuickFakeTensorMode", Any], Any]
 class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
     """`FakeTensorMode` with a second cache before torch's own.
 
-    A recipe is kept for a call that torch's cache answers, and for `_unsafe_view`, a plain view here. The key has all
-    that torch's key has for strided tensors; any other call, and any mode with symbolic shapes, goes to torch. With
-    ``fake_tensor_cache_crosscheck_enabled`` of torch's settings each recipe's output is checked, as torch checks its
-    own (a contract test does so). A torch without the private names used here never has a recipe.
+    A recipe is kept for a call that torch's cache answers, and for others whose outputs depend on nothing else either:
+    `_unsafe_view`, operators on lists and bitsandbytes' own. The key has all that torch's key has for strided tensors;
+    any other call, and any mode with symbolic shapes, goes to torch. With ``fake_tensor_cache_crosscheck_enabled`` of
+    torch's settings each recipe's output is checked, as torch checks its own (a contract test does so). A torch without
+    the private names used here never has a recipe.
     """
 
     _recipes: ClassVar[dict[tuple[object, ...], Recipe]] = {}
@@ -84,7 +85,7 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
         output = self.dispatch(func, types, args, kwargs)
         answered, self._answered = self._answered, None
         # Of this call, not of a call that the operator's decomposition made.
-        if func is _UNSAFE_VIEW or (answered is not None and answered[0] is func and answered[1] is args):
+        if _depends_on_shapes(func) or (answered is not None and answered[0] is func and answered[1] is args):
             recipe = _recipe(func, args, output)
             if recipe is not None:
                 self._recipes[key] = recipe
@@ -103,6 +104,8 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
             self._answered = None  # it makes an output to check the entry, which may still be refused
 
     def _check(self, output: Any, func: Any, types: Any, args: Any, kwargs: Any) -> None:
+        if isinstance(output, list):  # torch's check knows tuples only
+            return
         with fake_tensor.disable_fake_tensor_cache(self):
             self._crosscheck_cache_output(output, func, types, args, kwargs)
 
@@ -144,15 +147,27 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
         return True
 
 
+def _depends_on_shapes(func: Any) -> bool:
+    """Whether ``func``, which torch's cache leaves out, can be repeated all the same."""
+    if func is _UNSAFE_VIEW:
+        return True
+    name = func.name()
+    return (
+        bool(name.startswith(("aten::_foreach_", "bitsandbytes::")))
+        and torch.Tag.data_dependent_output not in func.tags
+    )
+
+
 def _recipe(func: Any, args: Any, output: Any) -> Recipe | None:
     """How to make ``output`` from other arguments of the same description; None for an unknown kind."""
     if output is None or type(output) is int:
         return lambda mode, args: output
-    if type(output) is tuple:
-        several = [_recipe(func, args, each) for each in output]
-        if not all(several):
+    if type(output) in (tuple, list):
+        kind, several = type(output), [_recipe(func, args, each) for each in output]
+        storages = [each.untyped_storage()._cdata for each in output if isinstance(each, torch.Tensor)]
+        if not all(several) or len(set(storages)) < len(storages):
             return None
-        return lambda mode, args: tuple(each(mode, args) for each in several if each is not None)
+        return lambda mode, args: kind(each(mode, args) for each in several if each is not None)
     if type(output) is not FakeTensor or output.layout is not torch.strided or output.is_conj() or output.is_neg():
         return None
     for index, each in enumerate(args):
@@ -173,6 +188,8 @@ def _tensor(func: Any, args: Any, output: Any) -> Recipe | None:
         if len(sources) != 1:
             return None
         (source,) = sources
+    elif output.untyped_storage()._cdata in _storages(args):
+        return None
 
     def made(mode: QuickFakeTensorMode, args: Any) -> FakeTensor:
         if source is None:
@@ -189,3 +206,14 @@ def _tensor(func: Any, args: Any, output: Any) -> Recipe | None:
         return tensor
 
     return made
+
+
+def _storages(values: Any) -> set[int]:
+    """The storages of the tensors in ``values`` and in their lists."""
+    found: set[int] = set()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.add(value.untyped_storage()._cdata)
+        elif isinstance(value, (list, tuple)):
+            found |= _storages(value)
+    return found

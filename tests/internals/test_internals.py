@@ -138,7 +138,6 @@ def test_torch_fakes_of_repeated_operators_are_those_of_the_first_time() -> None
                 tensor[1:].clone()
                 tensor.sum(dim=0, keepdim=True, dtype=torch.float32)
                 tensor.std(dim=0)
-                torch._foreach_mul([tensor], 2)
     found = from_torch.FakeTensorMode.cache_info()
     assert found.hits > 8 * len(alike)
     assert found.misses > 5 * len(alike)
@@ -153,15 +152,16 @@ def test_torch_fakes_of_repeated_operators_share_storages_as_they_should() -> No
             tensor, targets = torch.empty(8, 4), torch.empty(8, dtype=torch.long)
             views = [tensor.view(4, 8), tensor[2:].t(), torch.ops.aten._unsafe_view(tensor, [32]), tensor.detach()]
             in_place = tensor.mul_(2)
-            fresh = [tensor * 2, tensor.clone(), targets.to(torch.float32)]
+            torch._foreach_add_([tensor, targets], 1)
+            fresh = [tensor * 2, tensor.clone(), targets.to(torch.float32), *torch._foreach_mul([tensor, tensor], 2)]
             # Its decomposition calls operators that torch's cache answers; its second output is no view of them.
             fresh += torch.ops.aten.nll_loss_forward(tensor, targets, None, 1, -100)
         key = from_torch.storage_key
         assert in_place is tensor
         assert all(key(view.untyped_storage()) == key(tensor.untyped_storage()) for view in views)
         assert [view.storage_offset() for view in views] == [0, 8, 0, 0]
-        assert [each.untyped_storage().nbytes() for each in fresh] == [128, 128, 32, 4, 4]
-        assert len({key(each.untyped_storage()) for each in [*fresh, tensor]}) == 6
+        assert [each.untyped_storage().nbytes() for each in fresh] == [128, 128, 32, 128, 128, 4, 4]
+        assert len({key(each.untyped_storage()) for each in [*fresh, tensor]}) == 8
         assert all(each.fake_mode is mode and each.device.type == "cpu" for each in [*fresh, *views])
         counts.append(len(QuickFakeTensorMode._recipes))
     assert counts[0] < counts[2] == counts[3]

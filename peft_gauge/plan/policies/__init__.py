@@ -130,6 +130,8 @@ def stepping(model: nn.Module) -> Iterator[list[str]]:
         if any(isinstance(module, torch.nn.RNNBase) for module in model.modules()):
             patches.warn("A recurrent layer is traced step by step; cuDNN's fused layer may need more reserve space.")
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        # Poly and MonteCLoRA draw from distributions. (torch's compiler, once imported, turns this off for everyone.)
+        stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
         yes = next((_YES[kind] for kind in sorted(kinds) if kind in _YES), "")
         answers = Answers(patches, yes, experts(model))
         stack.enter_context(fake_operators(answers.operators()))
