@@ -104,7 +104,9 @@ def test_nf4_against_a_rival_on_the_real_embedding(
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("quant_format", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(64, 64), (576, 576), (1536, 576), (4096, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (576, 576), (1536, 576), pytest.param((4096, 4096), marks=pytest.mark.slow)], ids=str
+)
 def test_bits_a_parameter(quant_format: str, double_quant: bool, shape: tuple[int, int], record: Record) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
