@@ -47,6 +47,7 @@ from peft_gauge.pytest_plugin.workload import (
     passes_of,
     rank_beside_plans,
     start_imports,
+    start_imports_of_all,
 )
 from peft_gauge.training import methods
 from peft_gauge.training.cases import Case
@@ -92,6 +93,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         with file_errors():
             if (invalid := _file_defaults(config).invalid) is not None:
                 raise invalid
+            start_imports_of_all(config)
             config.stash[CASES] = selected_cases(config)
             config.stash[VARIED_CASES] = selected_variations(config)
             config.stash[DEVICE] = selected_device(config)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -176,10 +177,23 @@ def is_split(config: pytest.Config) -> bool:
     return config.getoption("--budget") is not None
 
 
+def start_imports_of_all(config: pytest.Config) -> None:
+    """As `start_imports`, before tests are collected: a run of the folder of all benchmarks measures some case, unless
+    it selects tests by their names."""
+    is_whole = [Path(each).name for each in config.args] == ["benchmarks"] and not config.option.keyword
+    is_here = not config.option.collectonly and not config.getoption("numprocesses", None)
+    if is_whole and is_here and config.getoption("--processes") == 1:
+        _start_imports()
+
+
 def start_imports(config: pytest.Config, found: Workload) -> None:
     """If this session's cases will be forked, start importing their libraries while the first tests run."""
     if config.getoption("--processes") == 1 and found.processes:
-        fork_server.prepare(PRELOAD, isolation.child_environment(process_environment()))
+        _start_imports()
+
+
+def _start_imports() -> None:
+    fork_server.prepare(PRELOAD, isolation.child_environment(process_environment()))
 
 
 # One test

@@ -21,7 +21,7 @@ from peft_gauge.isolation import fork_server
 from peft_gauge.measure import PRELOAD
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import GpuFit, Plan, PlanRequest
-from peft_gauge.pytest_plugin.workload import Asked, Job, Workload, start_imports
+from peft_gauge.pytest_plugin.workload import Asked, Job, Workload, start_imports, start_imports_of_all
 from peft_gauge.report.terminal.digest import LINES
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
@@ -123,6 +123,32 @@ def test_nothing_is_imported_for_a_session_that_measures_nothing(prepared: list[
     options = {"--processes": 1, "--budget": None}
     start_imports(SimpleNamespace(getoption=options.__getitem__), Workload.of([]))  # type: ignore[arg-type]
     assert prepared == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "starts"),
+    [
+        ({}, True),
+        ({"args": ["/a/checkout/benchmarks/"]}, True),
+        ({"args": ["benchmarks/test_speed.py"]}, False),
+        ({"args": ["tests"]}, False),
+        ({"keyword": "lora"}, False),
+        ({"collectonly": True}, False),
+        ({"numprocesses": 2}, False),
+        ({"--processes": 5}, False),
+    ],
+)
+def test_a_bare_run_imports_before_it_collects(
+    changed: dict[str, Any], starts: bool, prepared: list[tuple[str, ...]]
+) -> None:
+    given = {"args": ["benchmarks"], "keyword": "", "collectonly": False, "--processes": 1, **changed}
+    config = SimpleNamespace(
+        args=given["args"],
+        option=SimpleNamespace(**given),
+        getoption=lambda name, default=None: given.get(name, default),
+    )
+    start_imports_of_all(config)  # type: ignore[arg-type]
+    assert prepared == ([PRELOAD] if starts else [])
 
 
 def test_the_rounds_of_the_process_are_those_of_the_benchmark(measured_run: Ended) -> None:
