@@ -50,8 +50,8 @@ def no_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     wait_until(lambda: list(folder.iterdir()) == [])  # a fork server removes what a dead parent left, a moment later
 
 
-# Where a test waits for a limit, the second way of starting a process is tried weekly.
-WAITING = pytest.mark.parametrize("way", [pytest.param("spawned", marks=pytest.mark.slow), "forked"], indirect=True)
+# Where a test waits for a limit or imports torch, the second way of starting a process is tried weekly.
+LONG = pytest.mark.parametrize("way", [pytest.param("spawned", marks=pytest.mark.slow), "forked"], indirect=True)
 
 
 def run(function: str, *arguments: Any, **options: Any) -> ProcessOutcome:
@@ -149,7 +149,7 @@ def test_a_grandchild_is_not_waited_for_and_does_not_live_on() -> None:
     wait_until(lambda: is_dead(outcome.value["grandchild"]))
 
 
-@WAITING
+@LONG
 def test_a_result_stands_though_the_interpreter_does_not_end() -> None:
     outcome = call("leave_a_thread_behind")
     assert (outcome.ended, outcome.value) == ("done", "returned")
@@ -159,7 +159,7 @@ def test_a_result_stands_though_the_interpreter_does_not_end() -> None:
 # Metrics -------------------------------------------------------------------------------------------------------------
 
 
-@WAITING
+@LONG
 def test_the_memory_of_a_known_tensor_is_watched() -> None:
     tensor_bytes = 64 * children.MIB
     outcome = call("allocate", tensor_bytes)
@@ -210,6 +210,7 @@ def test_noting_outside_a_child_does_nothing() -> None:
 # Out of memory -------------------------------------------------------------------------------------------------------
 
 
+@LONG
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -395,7 +396,7 @@ def test_a_segmentation_fault_is_told_with_its_place() -> None:
 # Timed out -----------------------------------------------------------------------------------------------------------
 
 
-@WAITING
+@LONG
 @pytest.mark.parametrize("function", ["hang_in_python", "hang_in_native_code"])
 def test_a_hang_is_ended_at_the_limit(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int | None] = []
@@ -491,7 +492,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path, start_parent: Calla
     wait_until(lambda: is_dead(int(pid_file.read_text())), seconds=LIMIT_SECONDS / 2)
 
 
-@WAITING
+@LONG
 def test_an_orphan_that_lets_no_thread_run_ends_at_its_limit(
     tmp_path: Path, start_parent: Callable[..., Any], no_folder_stays: Path, way: str
 ) -> None:

@@ -127,6 +127,7 @@ def test_modules_that_were_not_planted_do_not_do() -> None:
     assert quality(task(0), lora(4, methods.ATTENTION)) > REACHED
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_reaches_the_floor_with_enough_tokens() -> None:
     """It has 25 times the parameters of the planted update to settle, and needs more data for them."""
     roomy = Synthetic(batches=200, batch=16, seq=32).prepared()
