@@ -12,7 +12,7 @@ def no_collector() -> Iterator[None]:
     """Turn off the collector in the block.
 
     Where storages are followed, its timing would make releases depend on earlier code. Where many files are parsed,
-    which make no cycles of objects, it takes a third of their time.
+    which make no cycles of objects, it takes a third of their time, and a fifth of the time to import torch and PEFT.
     """
     enabled = gc.isenabled()
     gc.disable()

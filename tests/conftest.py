@@ -34,6 +34,9 @@ if WORKERS > 1:
     import_peft()  # before a test module does, which would take a second longer
 
 
+gc.disable()  # until the tests are collected: what is imported and collected makes no garbage
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Do without pytest's capture of logging, which takes 2 ms a test and which no test uses, unless an option asks for
     it."""
@@ -50,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
         elif item.path.is_relative_to(TESTS / "unit") and item.get_closest_marker("integration") is None:
             item.add_marker(pytest.mark.unit)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 MANY_MODULES = 100

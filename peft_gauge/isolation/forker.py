@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_gauge.collector import no_collector
 from peft_gauge.errors import one_line
 from peft_gauge.isolation.messages import Messages
 from peft_gauge.isolation.signals import kill_group
@@ -60,7 +61,8 @@ def _import(names: Sequence[str], control: socket.socket) -> str | None:
         if select.select([control], [], [], 0)[0]:  # no request comes during imports, so the connection was closed
             sys.exit()
         try:
-            importlib.import_module(name)
+            with no_collector():
+                importlib.import_module(name)
         except BaseException as error:  # a spawned process will raise the same error and report it
             return f"{name} cannot be preloaded: {type(error).__name__}: {one_line(error, 200)}"
     return None
