@@ -297,10 +297,6 @@ def main() -> None:
     with no_collector():
         requests, find = pickle.load(sys.stdin.buffer)
         quiet()
-        if any(request.method.kind == "peft" for request in requests):
-            from peft_gauge.training.quantization import import_peft
-
-            import_peft()
     gc.freeze()  # imported objects are not garbage; exclude them from collection
     serve(requests, find, out)
 

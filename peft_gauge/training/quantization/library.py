@@ -12,6 +12,7 @@ import torch
 
 from peft_gauge._internals.bitsandbytes import NOTICES, native_library
 from peft_gauge._internals.torch import compiled_when_called, unset_fake_temporarily
+from peft_gauge.collector import no_collector
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _installed() -> str:
 def import_peft() -> ModuleType:
     """Import PEFT and return the module: without bitsandbytes' messages, and without importing torch's compiler."""
     hide_notices()
-    with unset_fake_temporarily(), compiled_when_called():
+    with no_collector(), unset_fake_temporarily(), compiled_when_called():
         import peft
     module: ModuleType = peft
     return module
