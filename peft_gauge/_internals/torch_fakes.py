@@ -41,11 +41,15 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._answered: tuple[Any, Any] | None = None  # operator and arguments of torch's last answer from its cache
+        # torch's mark on a fake tensor, for the case that its data pointer is asked for.
+        self._guard: Any = {True: _WARNS, False: _THROWS}.get(
+            getattr(self, "_allow_unsafe_data_ptr_access", None)  # type: ignore[arg-type]
+        )
         self._can_repeat = (
             self.shape_env is None
-            and self.cache_enabled
+            and self._guard is not None
+            and getattr(self, "cache_enabled", False)
             and hasattr(fake_tensor.FakeTensorMode, "_output_from_cache_entry")
-            and (_WARNS if self._allow_unsafe_data_ptr_access else _THROWS) is not None
         )
 
     @classmethod
@@ -200,8 +204,7 @@ def _tensor(func: Any, args: Any, output: Any) -> Recipe | None:
         tensor = torch.Tensor._make_subclass(
             FakeTensor, bare, trained, dispatch_device=True, device_for_backend_keys=device
         )
-        guard = _WARNS if mode._allow_unsafe_data_ptr_access else _THROWS
-        guard(tensor)
+        mode._guard(tensor)
         vars(tensor).update(attributes, fake_mode=mode)
         return tensor
 

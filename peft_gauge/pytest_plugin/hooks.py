@@ -93,7 +93,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         with file_errors():
             if (invalid := _file_defaults(config).invalid) is not None:
                 raise invalid
-            start_imports_of_all(config)
             config.stash[CASES] = selected_cases(config)
             config.stash[VARIED_CASES] = selected_variations(config)
             config.stash[DEVICE] = selected_device(config)
@@ -105,6 +104,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             config.stash[BASELINE] = _baseline(config) if config.getoption("--compare") is not None else None
     except GaugeError as error:
         raise pytest.UsageError(str(error)) from error
+    start_imports_of_all(config)
     if budget is not None:
         config.stash[BUDGET] = budget
         config.stash[TIMEKEEPERS] = (budget.took,)
