@@ -41,7 +41,7 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._answered: tuple[Any, Any] | None = None  # operator and arguments of torch's last answer from its cache
-        # torch's mark on a fake tensor, for the case that its data pointer is asked for.
+        # How torch marks a fake tensor, which has no data to point to.
         self._guard: Any = {True: _WARNS, False: _THROWS}.get(
             getattr(self, "_allow_unsafe_data_ptr_access", None)  # type: ignore[arg-type]
         )
