@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch._subclasses import fake_tensor
 
-FakeTensor = fake_tensor.FakeTensor
+from peft_gauge._internals.torch import FakeTensor, FakeTensorMode, storage_key
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -26,7 +26,7 @@ Recipe = Callable[["QuickFakeTensorMode", Any], Any]
 """Makes the output of a known operator from its positional arguments."""
 
 
-class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
+class QuickFakeTensorMode(FakeTensorMode):
     """`FakeTensorMode` with a second cache before torch's own.
 
     A recipe is kept for a call that torch's cache answers, and for others whose outputs depend on nothing else either:
@@ -49,7 +49,7 @@ class QuickFakeTensorMode(fake_tensor.FakeTensorMode):
             self.shape_env is None
             and self._guard is not None
             and getattr(self, "cache_enabled", False)
-            and hasattr(fake_tensor.FakeTensorMode, "_output_from_cache_entry")
+            and hasattr(FakeTensorMode, "_output_from_cache_entry")
         )
 
     @classmethod
@@ -168,7 +168,7 @@ def _recipe(func: Any, args: Any, output: Any) -> Recipe | None:
         return lambda mode, args: output
     if type(output) in (tuple, list):
         kind, several = type(output), [_recipe(func, args, each) for each in output]
-        storages = [each.untyped_storage()._cdata for each in output if isinstance(each, torch.Tensor)]
+        storages = [storage_key(each.untyped_storage()) for each in output if isinstance(each, torch.Tensor)]
         if not all(several) or len(set(storages)) < len(storages):
             return None
         return lambda mode, args: kind(each(mode, args) for each in several if each is not None)
@@ -192,7 +192,7 @@ def _tensor(func: Any, args: Any, output: Any) -> Recipe | None:
         if len(sources) != 1:
             return None
         (source,) = sources
-    elif output.untyped_storage()._cdata in _storages(args):
+    elif storage_key(output.untyped_storage()) in _storages(args):
         return None
 
     def made(mode: QuickFakeTensorMode, args: Any) -> FakeTensor:
@@ -216,7 +216,7 @@ def _storages(values: Any) -> set[int]:
     found: set[int] = set()
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.add(value.untyped_storage()._cdata)
+            found.add(storage_key(value.untyped_storage()))
         elif isinstance(value, (list, tuple)):
             found |= _storages(value)
     return found

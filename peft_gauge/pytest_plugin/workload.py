@@ -182,18 +182,19 @@ def start_imports_of_all(config: pytest.Config) -> None:
     it selects tests by their names."""
     is_whole = [Path(each).name for each in config.args] == ["benchmarks"] and not config.option.keyword
     is_here = not config.option.collectonly and not config.getoption("numprocesses", None)
-    if is_whole and is_here and config.getoption("--processes") == 1:
-        _start_imports()
+    if is_whole and is_here:
+        _start_imports(config)
 
 
 def start_imports(config: pytest.Config, found: Workload) -> None:
     """If this session's cases will be forked, start importing their libraries while the first tests run."""
-    if config.getoption("--processes") == 1 and found.processes:
-        _start_imports()
+    if found.processes:
+        _start_imports(config)
 
 
-def _start_imports() -> None:
-    fork_server.prepare(PRELOAD, isolation.child_environment(process_environment()))
+def _start_imports(config: pytest.Config) -> None:
+    if config.getoption("--processes") == 1:  # several of a case are new interpreters
+        fork_server.prepare(PRELOAD, isolation.child_environment(process_environment()))
 
 
 # One test

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 _GROUPED_ALIGNMENT = 16  # bytes to which grouped products pad their rows (ATen/native/GroupedMMUtils.h)
 # Modules between the operator and its caller.
-_BETWEEN = ("peft_gauge.plan.", "peft_gauge.memory.", "peft_gauge._internals.torch")
+_BETWEEN = (
+    "peft_gauge.plan.",
+    "peft_gauge.memory.",
+    "peft_gauge._internals.torch.",
+    "peft_gauge._internals.torch_fakes.",
+)
 
 
 class Answers:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,20 +290,11 @@ def tokenizer(record: ModelRecord) -> PreTrainedTokenizerBase | None:
         return None
     place, where = _place(record.location)
     with _reading(record, "tokenizer") as local_files_only:
-        options = {"local_files_only": local_files_only, "trust_remote_code": False}
+        read = partial(AutoTokenizer.from_pretrained, local_files_only=local_files_only, trust_remote_code=False)
         if _is_fetched(gguf := Path(record.location)):
-            with contextlib.suppress(
-                OSError
-            ):  # of a copy that cannot be written, or of a file that the next line cannot read
-                place, where = str(_kept_copy(gguf, "tokenizer", _written_tokenizer(gguf, options))), {}
-        return AutoTokenizer.from_pretrained(place, **where, **options)
-
-
-def _written_tokenizer(gguf: Path, options: Mapping[str, Any]) -> Callable[[Path], object]:
-    from transformers import AutoTokenizer
-
-    place, where = _place(str(gguf))
-    return lambda folder: AutoTokenizer.from_pretrained(place, **where, **options).save_pretrained(folder)
+            with contextlib.suppress(OSError):  # the copy cannot be written or read: read the file itself
+                return read(_kept_copy(gguf, "tokenizer", lambda folder: read(place, **where).save_pretrained(folder)))
+        return read(place, **where)
 
 
 def _place(location: str) -> tuple[str, dict[str, Any]]:

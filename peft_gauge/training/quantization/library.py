@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from peft_gauge.collector import no_collector
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
 MINIMUM_BITSANDBYTES = (0, 46, 1)  # the first that trains 4-bit layers on CPU
@@ -30,11 +32,9 @@ def load_bitsandbytes(device: str = "cpu") -> ModuleType:
     Raises `GaugeError` if bitsandbytes is missing or older than 0.46.1, or, for a CUDA ``device``, if it has no kernels
     for torch's CUDA version.
     """
-    hide_notices()
     try:
         installed = _installed()
-        # bitsandbytes makes lookup tables on import; under a fake mode they would stay fake for the whole process.
-        with unset_fake_temporarily(), compiled_when_called():
+        with _importing():
             import bitsandbytes
     except (ImportError, PackageNotFoundError) as error:
         raise GaugeError(f"bitsandbytes cannot be imported ({error}); run: pip install bitsandbytes") from error
@@ -54,11 +54,19 @@ def _installed() -> str:
 
 def import_peft() -> ModuleType:
     """Import PEFT and return the module: without bitsandbytes' messages, and without importing torch's compiler."""
-    hide_notices()
-    with no_collector(), unset_fake_temporarily(), compiled_when_called():
+    with _importing():
         import peft
     module: ModuleType = peft
     return module
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Around an import of bitsandbytes, by itself or by PEFT."""
+    hide_notices()
+    # bitsandbytes makes lookup tables on import; under a fake mode they would stay fake for the whole process.
+    with no_collector(), unset_fake_temporarily(), compiled_when_called():
+        yield
 
 
 def hide_notices() -> None:
