@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch._subclasses import fake_tensor
 
-from peft_gauge._internals.torch import FakeTensor, FakeTensorMode, storage_key
+from peft_gauge._internals.torch import FakeTensor, FakeTensorMode
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -40,7 +40,7 @@ class QuickFakeTensorMode(FakeTensorMode):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._answered: tuple[Any, Any] | None = None  # operator and arguments of torch's last answer from its cache
+        self._answered = False  # whether torch's cache has answered the call that is under way
         # How torch marks a fake tensor, which has no data to point to.
         self._guard: Any = {True: _WARNS, False: _THROWS}.get(
             getattr(self, "_allow_unsafe_data_ptr_access", None)  # type: ignore[arg-type]
@@ -85,11 +85,10 @@ class QuickFakeTensorMode(FakeTensorMode):
             if self.cache_crosscheck_enabled:
                 self._check(output, func, types, args, kwargs)
             return output
-        self._answered = None
         output = self.dispatch(func, types, args, kwargs)
-        answered, self._answered = self._answered, None
-        # Of this call, not of a call that the operator's decomposition made.
-        if _depends_on_shapes(func) or (answered is not None and answered[0] is func and answered[1] is args):
+        # It ends with the call: an operator is not answered because one of its decomposition was.
+        answered, self._answered = self._answered, False
+        if answered or _depends_on_shapes(func):
             recipe = _recipe(func, args, output)
             if recipe is not None:
                 self._recipes[key] = recipe
@@ -97,15 +96,14 @@ class QuickFakeTensorMode(FakeTensorMode):
 
     def _output_from_cache_entry(self, *given: Any) -> Any:
         output = super()._output_from_cache_entry(*given)
-        func, args = given[-2:]
-        self._answered = (func, args)
+        self._answered = True
         return output
 
     def _make_cache_entry(self, *args: Any) -> Any:
         try:
             return super()._make_cache_entry(*args)
         finally:
-            self._answered = None  # it makes an output to check the entry, which may still be refused
+            self._answered = False  # it makes an output to check the entry, which may still be refused
 
     def _check(self, output: Any, func: Any, types: Any, args: Any, kwargs: Any) -> None:
         if isinstance(output, list):  # torch's check knows tuples only
@@ -168,8 +166,7 @@ def _recipe(func: Any, args: Any, output: Any) -> Recipe | None:
         return lambda mode, args: output
     if type(output) in (tuple, list):
         kind, several = type(output), [_recipe(func, args, each) for each in output]
-        storages = [storage_key(each.untyped_storage()) for each in output if isinstance(each, torch.Tensor)]
-        if not all(several) or len(set(storages)) < len(storages):
+        if not all(several):
             return None
         return lambda mode, args: kind(each(mode, args) for each in several if each is not None)
     if type(output) is not FakeTensor or output.layout is not torch.strided or output.is_conj() or output.is_neg():
@@ -192,8 +189,6 @@ def _tensor(func: Any, args: Any, output: Any) -> Recipe | None:
         if len(sources) != 1:
             return None
         (source,) = sources
-    elif storage_key(output.untyped_storage()) in _storages(args):
-        return None
 
     def made(mode: QuickFakeTensorMode, args: Any) -> FakeTensor:
         if source is None:
@@ -209,14 +204,3 @@ def _tensor(func: Any, args: Any, output: Any) -> Recipe | None:
         return tensor
 
     return made
-
-
-def _storages(values: Any) -> set[int]:
-    """The storages of the tensors in ``values`` and in their lists."""
-    found: set[int] = set()
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.add(storage_key(value.untyped_storage()))
-        elif isinstance(value, (list, tuple)):
-            found |= _storages(value)
-    return found

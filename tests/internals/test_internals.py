@@ -151,10 +151,11 @@ def test_torch_fakes_of_repeated_operators_share_storages_as_they_should() -> No
         with QuickFakeTensorMode() as mode:
             tensor, targets = torch.empty(8, 4), torch.empty(8, dtype=torch.long)
             views = [tensor.view(4, 8), tensor[2:].t(), torch.ops.aten._unsafe_view(tensor, [32]), tensor.detach()]
+            first, later = torch.empty(9, 4)[:6], torch.empty(9, 4)[1:7]
+            assert [first[1:].storage_offset(), later[1:].storage_offset()] == [4, 8]
             in_place = tensor.mul_(2)
             torch._foreach_add_([tensor, targets], 1)
             fresh = [tensor * 2, tensor.clone(), targets.to(torch.float32), *torch._foreach_mul([tensor, tensor], 2)]
-            # Its decomposition calls operators that torch's cache answers; its second output is no view of them.
             fresh += torch.ops.aten.nll_loss_forward(tensor, targets, None, 1, -100)
         key = from_torch.storage_key
         assert in_place is tensor
@@ -165,6 +166,17 @@ def test_torch_fakes_of_repeated_operators_share_storages_as_they_should() -> No
         assert all(each.fake_mode is mode and each.device.type == "cpu" for each in [*fresh, *views])
         counts.append(len(QuickFakeTensorMode._recipes))
     assert counts[0] < counts[2] == counts[3]
+
+
+def test_torch_fakes_of_an_operator_are_not_known_because_its_parts_are() -> None:
+    """The loss's decomposition calls operators on scalars, which are the same for any number of rows and are repeated;
+    its total weight is no view of them."""
+    QuickFakeTensorMode.cache_clear()
+    with QuickFakeTensorMode():
+        for rows in range(8, 12):
+            logits, targets = torch.empty(rows, 4), torch.empty(rows, dtype=torch.long)
+            loss, weight = torch.ops.aten.nll_loss_forward(logits, targets, None, 1, -100)
+            assert loss.untyped_storage().nbytes() == weight.untyped_storage().nbytes() == 4
 
 
 def test_torch_fakes_without_the_private_names_of_recipes_are_made_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
