@@ -40,7 +40,7 @@ class QuickFakeTensorMode(FakeTensorMode):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._answered = False  # whether torch's cache has answered the call that is under way
+        self._answered = False  # whether the present call is known to torch's cache
         # How torch marks a fake tensor, which has no data to point to.
         self._guard: Any = {True: _WARNS, False: _THROWS}.get(
             getattr(self, "_allow_unsafe_data_ptr_access", None)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ class QuickFakeTensorMode(FakeTensorMode):
                 self._check(output, func, types, args, kwargs)
             return output
         output = self.dispatch(func, types, args, kwargs)
-        # It ends with the call: an operator is not answered because one of its decomposition was.
+        # It ends with the call: an operator is not known because parts of its decomposition are.
         answered, self._answered = self._answered, False
         if answered or _depends_on_shapes(func):
             recipe = _recipe(func, args, output)
