@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fixtures.weights import matrices_of
+from fixtures.weights import base_of, samples_of
 from peft_gauge import identity
 from peft_gauge.claims import NOT_MEASURED, Claim, Finding, ledger
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
@@ -24,7 +24,7 @@ from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
 from peft_gauge.training.quantization import formats
 from peft_gauge.training.quantization.comparison import FormatComparison, compare_nf4, nf4_against_int4
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,14 +64,14 @@ AUTOCAST = "-bf16-autocast"
 """The end of a model's name: its step is planned under autocast, as trainers take it. Textbooks leave autocast out,
 and then a QLoRA step is larger."""
 
-# They would take a bare run 35 s more: 13 plans, and 65 adapters. Except for many-adapters, a bare run decides these
-# claims by another step.
+# They would take a bare run half a minute more: 16 plans, and 65 adapters. Except for many-adapters and
+# method-comparison, a bare run decides these claims by another step.
 SLOW = {
     ("many-adapters", "smollm2-135m"),
     *(("memory-order", model) for model in ("tinyllama", f"tinyllama{AUTOCAST}", f"llama-2-7b{AUTOCAST}")),
     *((claim, f"llama-2-{size}") for claim in ("full-memory", "full-impractical") for size in ("13b", "70b")),
     ("qlora-4gb", f"llama-2-7b{AUTOCAST}"),
-    ("method-comparison", f"tinyllama{AUTOCAST}"),
+    *(("method-comparison", model) for model in ("tinyllama", f"tinyllama{AUTOCAST}")),
 }
 TIMED = {"many-adapters"}
 
@@ -126,9 +126,12 @@ def decomposed_is_cheaper(claim: Claim, model: str, plans: list[Plan]) -> Findin
 
 def square_layer(size: int, rank: int) -> tuple[int, int]:
     """Parameters of one size×size linear layer, and those of PEFT's LoRA of this rank on it."""
-    import peft
     import torch
     from torch import nn
+
+    from peft_gauge.training.quantization import import_peft
+
+    peft = import_peft()
 
     with torch.device("meta"):
         layer = nn.Sequential(nn.Linear(size, size, bias=False))
@@ -169,12 +172,11 @@ def nf4_loses_less(claim: Claim, model: str, plans: list[Plan]) -> Finding:
 
 def real_comparisons(claim: Claim, model: str) -> tuple[list[FormatComparison], str]:
     """The same on the one large matrix of the real weights that the GGUF file stores in more than 4 bit."""
+    rival, name = claim.bounds["real_rival"], claim.bounds["real_matrix"]
     try:
-        matrices = matrices_of(model)
+        samples = samples_of(model, name)
     except GaugeError as error:
         pytest.skip(str(error))
-    rival, name = claim.bounds["real_rival"], claim.bounds["real_matrix"]
-    samples = matrices[name].split(1024)[::4]
     found = [compare_nf4(samples, rival=rival, double_quant=double) for double in (False, True)]
     return found, f"against {rival} on {name}, {len(samples)} samples; NF4 without and with double quantization"
 
@@ -225,15 +227,14 @@ def one_base_serves_many(claim: Claim, model: str, plans: list[Plan]) -> Finding
 def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     import torch
 
-    record = models.resolve(model, weights="random")
-    attached: Any = methods.attach(models.build(record), methods.PROMPT)
+    attached: Any = methods.attach(base_of(model), methods.PROMPT)
     trained = [tuple(p.shape) for p in attached.parameters() if p.requires_grad]
     seen: list[int] = []
     for block in attached.get_base_model().model.layers:
         block.register_forward_pre_hook(lambda _, hidden_states: seen.append(hidden_states[0].shape[1]))
     length, tokens = 8, claim.bounds["virtual_tokens"]
     attached(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
-    holds = trained == [(tokens, record.config["hidden_size"])] and set(seen) == {tokens + length}
+    holds = trained == [(tokens, attached.get_base_model().config.hidden_size)] and set(seen) == {tokens + length}
     metric = (
         f"one trained tensor of shape {trained}; {length} tokens become {sorted(set(seen))} in all {len(seen)} blocks"
     )
@@ -244,9 +245,8 @@ def prompt_goes_before_the_input_only(claim: Claim, model: str, plans: list[Plan
 def ia3_scales_activations(claim: Claim, model: str, plans: list[Plan]) -> Finding:
     import torch
 
-    record = models.resolve(model, weights="random")
     ids = torch.arange(8).unsqueeze(0)
-    base = models.build(record).eval()
+    base = base_of(model).eval()
     with torch.no_grad():
         before = base(input_ids=ids, use_cache=False).logits
         attached: Any = methods.attach(base, methods.IA3).eval()

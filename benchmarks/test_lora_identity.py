@@ -25,6 +25,7 @@ from packaging.version import Version
 
 from peft_gauge import identity
 from peft_gauge.identity import Bounded, IdentityCheck, LoraCase
+from peft_gauge.training.quantization import import_peft, load_bitsandbytes, uncompiled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,16 +199,14 @@ def test_dyadic_numbers_leave_no_error_in_peft(layer: Layer) -> None:
 )
 @given(layer=layers(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
 # bitsandbytes compiles some operators on a CPU, which takes 20 s the first time, even for a few elements.
-@torch.compiler.set_stance("force_eager")
+@uncompiled()
 def test_a_4bit_base(layer: Layer) -> None:
     """QLoRA's layer is a LoRA layer over the dequantized weight.
 
     The merge is done on that weight: PEFT's own merge into 4 bit quantizes again, which no rounding bound covers.
     """
-    import bitsandbytes
-
     base = nf4_base(layer.case)
-    dequantized = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    dequantized = load_bitsandbytes().functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
     # One packed byte, two elements, is a single row, which the library treats as a transposed weight.
     dequantized = dequantized.reshape(layer.case.weight.shape)
     case = LoraCase(dequantized, layer.case.adapters, layer.case.x)
@@ -260,8 +259,7 @@ def float_base(case: LoraCase) -> torch.nn.Module:
 
 def nf4_base(case: LoraCase) -> Any:
     """The weight in 4-bit NormalFloat with double quantization, as in QLoRA."""
-    import bitsandbytes
-
+    bitsandbytes = load_bitsandbytes()
     out_features, in_features = case.weight.shape
     base = bitsandbytes.nn.Linear4bit(
         in_features, out_features, bias=False, compute_dtype=case.weight.dtype, quant_type="nf4"
@@ -272,13 +270,13 @@ def nf4_base(case: LoraCase) -> Any:
 
 def peft_linear(layer: Layer, base: torch.nn.Module) -> Any:
     """`base` wrapped by PEFT, with every adapter of the layer attached and active."""
-    from peft import LoraConfig, get_peft_model
+    peft = import_peft()
 
     model: Any = torch.nn.Sequential(OrderedDict(projection=base))
     model.is_loaded_in_4bit = type(base).__name__ == "Linear4bit"  # PEFT chooses its 4-bit layer by this
     names = [f"adapter_{position}" for position in range(len(layer.recipes))]
     configs = [
-        LoraConfig(
+        peft.LoraConfig(
             target_modules=["projection"],
             r=recipe.rank,
             lora_alpha=recipe.alpha,
@@ -286,7 +284,7 @@ def peft_linear(layer: Layer, base: torch.nn.Module) -> Any:
         )
         for recipe in layer.recipes
     ]
-    wrapped: Any = get_peft_model(model, configs[0], adapter_name=names[0])
+    wrapped: Any = peft.get_peft_model(model, configs[0], adapter_name=names[0])
     for name, config in zip(names[1:], configs[1:], strict=True):
         wrapped.add_adapter(name, config)
     linear: Any = wrapped.base_model.model.projection

@@ -13,7 +13,7 @@ import pytest
 
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -54,9 +54,9 @@ from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
 from peft_gauge.training.methods import Method, Quantization
-from peft_gauge.training.quantization import quantize_
+from peft_gauge.training.quantization import import_peft, quantize_
+from peft_gauge.training.settings import StepSettings
 from peft_gauge.training.sharding import Sharding
-from peft_gauge.training.step import StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -326,9 +326,10 @@ def all_params(metric: PublishedValue, _: object) -> int:
 
 def bytes_of_a_layer(metric: PublishedValue, _: object) -> int:
     """A linear layer with PEFT's LoRA in float32, each tensor rounded to CUDA's blocks of 512 bytes."""
-    import peft
     import torch
     from torch import nn
+
+    peft = import_peft()
 
     size, quantization = metric.stated["size"], metric.quantization()
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fixtures.weights import sampled, samples_of
 from peft_gauge.training.quantization import formats
 from peft_gauge.training.quantization.comparison import (
     DISTRIBUTIONS,
@@ -67,7 +68,7 @@ def test_error_on_drawn_weights(distribution: str, quant_format: str, double_qua
 def test_error_on_real_weights(
     matrix: str, quant_format: str, double_quant: bool, real_matrices: Mapping[str, Tensor], record: Record
 ) -> None:
-    weight = torch.cat(samples(real_matrices[matrix]))
+    weight = torch.cat(sampled(real_matrices[matrix]))
 
     error = formats.quantization_error(weight, quant_format, double_quant=double_quant)
 
@@ -89,14 +90,13 @@ def test_nf4_against_a_rival_on_drawn_weights(
     assert comparison.unfair is None, "drawn weights were taken for rounded ones"
 
 
+@pytest.mark.usefixtures("real_matrices")  # which skips without them
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("rival", RIVALS)
-def test_nf4_against_a_rival_on_the_real_embedding(
-    rival: str, double_quant: bool, real_matrices: Mapping[str, Tensor], record: Record
-) -> None:
-    embedding = samples(real_matrices["model.embed_tokens.weight"])
+def test_nf4_against_a_rival_on_the_real_embedding(rival: str, double_quant: bool, record: Record) -> None:
+    samples = samples_of("smollm2-135m", "model.embed_tokens.weight")
 
-    comparison = compare_nf4(embedding, rival=rival, double_quant=double_quant)
+    comparison = compare_nf4(samples, rival=rival, double_quant=double_quant)
 
     record(**comparison.metrics(), nf4_loses_less=comparison.holds)
     assert len(comparison.ratios) >= 6, "too few samples for the sign test"
@@ -141,8 +141,3 @@ def allowed_error(weight: Tensor, quant_format: str, double_quant: bool) -> floa
         unit = state.state2.absmax.repeat_interleave(formats.NESTED_BLOCK_SIZE)[: exact.numel()]
         bound += 1.005 * share * (unit / exact).max().item()
     return bound
-
-
-def samples(weight: Tensor, rows: int = 1024) -> list[Tensor]:
-    """Every fourth group of ``rows`` rows: many samples of a large matrix, a single one of a small one."""
-    return list(weight.split(rows)[::4])

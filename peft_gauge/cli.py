@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 import typer.main
 
+from peft_gauge.collector import end_quickly
 from peft_gauge.commands.ab import ab
 from peft_gauge.commands.accuracy import accuracy
 from peft_gauge.commands.bench import EXTRA, bench
@@ -131,6 +132,7 @@ def commands() -> dict[str, Any]:
 
 def main() -> None:
     """The entry point: bad input is one line on standard error and exit code 2."""
+    end_quickly()
     try:
         with file_errors():
             _group()(default_map=defaults(sys.argv[1:], commands()))

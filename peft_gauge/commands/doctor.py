@@ -160,7 +160,7 @@ def _train_nf4() -> None:
     """One real QLoRA step of the toy model."""
     from peft_gauge.training import methods
     from peft_gauge.training.cases import Case, build_job
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
     case = Case(models.resolve("toy-llama"), methods.QLORA, StepSettings(batch=1, seq=8), "cpu", "float32")
     job = build_job(case)

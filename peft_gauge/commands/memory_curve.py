@@ -91,7 +91,7 @@ def planned_points(
     from peft_gauge.plan.sweep import sweep
     from peft_gauge.report.charts.memory_picture import Point
     from peft_gauge.training import methods, models
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
     dtype = models.dtype_named(dtype)
     chosen = [methods.get(name) for name in method_names] or methods.DEFAULT_METHODS

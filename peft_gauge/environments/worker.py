@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
+from peft_gauge.collector import end_quickly
 from peft_gauge.environments.build import Environment, NoEnvironment
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.isolation.signals import kill_group, signal_name
@@ -369,4 +370,5 @@ def serve(child: Any) -> None:
 
 
 if __name__ == "__main__":
+    end_quickly()
     serve(_Child())

@@ -8,8 +8,9 @@ any machine without repetition. `peft_gauge.history.fingerprints` compares two f
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -91,9 +92,16 @@ def fingerprint(job: Job, *, adapter_bytes: int | None = None, micro_batches: in
 
 
 def record_step(
-    job: Job, losses: Sequence[float], *, adapter_bytes: int | None = None, micro_batches: int = 1
+    job: Job,
+    losses: Sequence[float],
+    *,
+    adapter_bytes: int | None = None,
+    micro_batches: int = 1,
+    use: Callable[[StorageTracker, float], None] | None = None,
 ) -> dict[str, Any]:
     """The record of `fingerprint`, for a job that has taken exactly two steps; ``losses`` are theirs.
+
+    ``use``: called at the end with the tracker of the recorded step, which may get other categories, and its seconds.
 
     Raises `GaugeError` for another number of losses, and for a loss that is not finite.
     """
@@ -105,7 +113,9 @@ def record_step(
     tracker = StorageTracker(vocabulary=_vocabulary(job.model))
     _adopt(tracker, job)
     with no_collector():
+        start = time.perf_counter()
         last = _recorded_step(job, micro_batches, recorder, tracker)
+        seconds = time.perf_counter() - start
         resident = tracker.live()
     record = {
         "version": VERSION,
@@ -118,6 +128,8 @@ def record_step(
         "adapter_bytes": adapter_bytes,
         "losses": [*losses, last],
     }
+    if use is not None:
+        use(tracker, seconds)
     tracker.close()
     return record
 

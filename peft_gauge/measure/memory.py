@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,21 +116,36 @@ def room_for(nbytes: int, device: str) -> bool:
     return nbytes * 3 // 2 < free
 
 
+Tracked = tuple[float, dict[str, Any]]
+"""The seconds and the metrics of a step in which every storage is tracked (`tracked_step`)."""
+
+
 def memory_pass(
-    job: TrainingJob, phases: Phases, stream: Tensor, shapes: Sequence[tuple[int, int]], *, trains_base: bool
+    job: TrainingJob,
+    phases: Phases,
+    stream: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    trains_base: bool,
+    metered_seconds: float | None = None,
+    tracked: Tracked | None = None,
 ) -> tuple[float, dict[str, Any]]:
     """The seconds of a step of ``job`` that is not tracked, and its record: its peaks by phase and meter, then those at
     each of ``shapes``. ``job`` is warmed up.
 
     ``stream``: token ids for the other shapes. ``trains_base``: whether the trainable weights are the base's own.
+    ``metered_seconds``: of a step that ``phases`` metered already (`metered_step`), and ``tracked``: a step that was
+    tracked already (`of_tracker`); without them, the pass takes its own.
 
     The record: ``phases`` (phase -> meter -> metric), the metrics of the whole step, ``tensors`` (the tracked step:
     exact peak, resident bytes, by category), ``shapes`` (a peak each), each meter's coverage, resolution and cost, and
     why a meter of the device was unavailable. Bytes; an unavailable reading is absent.
     """
     own = (job.batches, job.settings)
-    empty_cache()
-    plain_seconds = min(timed(lambda: _metered_step(job, phases)) for _ in range(STEPS[_device(job)]))
+    plain_seconds = metered_seconds
+    if plain_seconds is None:
+        empty_cache()
+        plain_seconds = min(metered_step(job, phases) for _ in range(STEPS[_device(job)]))
     whole = phases.peaks().get(meters.WHOLE_STEP, {})
     found: dict[str, Any] = {
         name: whole[meter][metric]
@@ -139,8 +155,8 @@ def memory_pass(
     }
     found |= _own_device_peak(phases, found)
     counts = _counts(phases)
-    tracked_seconds, tracked = tracked_step(job, trains_base)
-    found |= {"tensor_peak_bytes": tracked["peak_bytes"], "resident_bytes": tracked["resident_bytes"]}
+    tracked_seconds, storages = tracked or tracked_step(job, trains_base)
+    found |= {"tensor_peak_bytes": storages["peak_bytes"], "resident_bytes": storages["resident_bytes"]}
     points = [{"batch": own[1].batch, "seq": own[1].seq, **_peak_names(found)}]
     for batch, seq in shapes:
         isolation.note(phase=f"step of {batch}×{seq}")
@@ -150,10 +166,10 @@ def memory_pass(
     return plain_seconds, {
         **found,
         **counts,
-        "saved_activation_bytes_per_token": tracked["saved_activation_bytes"] / (own[1].batch * own[1].seq),
-        "peak_by_category": tracked["peak_by_category"],
-        "resident_by_category": tracked["resident_by_category"],
-        "phase_of_peak": tracked["phase_of_peak"],
+        "saved_activation_bytes_per_token": storages["saved_activation_bytes"] / (own[1].batch * own[1].seq),
+        "peak_by_category": storages["peak_by_category"],
+        "resident_by_category": storages["resident_by_category"],
+        "phase_of_peak": storages["phase_of_peak"],
         "phases": phases.peaks(),
         "shapes": points,
         "meters": _about(phases, meters_of(_device(job)), tracked_seconds / plain_seconds),
@@ -165,18 +181,26 @@ def _device(job: TrainingJob) -> str:
     return job.trainable[0].device.type
 
 
-def _metered_step(job: TrainingJob, phases: Phases) -> None:
+def metered_step(job: TrainingJob, phases: Phases, *, before_clear: Callable[[], object] = lambda: None) -> float:
+    """The seconds of a step of ``job`` metered by ``phases``. ``before_clear``: called after the step, while gradients
+    and loss are still there."""
     isolation.note(phase=meters.WHOLE_STEP)
-    with phases.phase(meters.WHOLE_STEP):
-        job.clear()
-        for _ in range(job.settings.grad_accumulation):
-            with phases.phase(meters.FORWARD):
-                job.forward()
-            with phases.phase(meters.BACKWARD):
-                job.backward()
-        with phases.phase(meters.OPTIMIZER):
-            job.optimizer_step()
+
+    def step() -> None:
+        with phases.phase(meters.WHOLE_STEP):
+            job.clear()
+            for _ in range(job.settings.grad_accumulation):
+                with phases.phase(meters.FORWARD):
+                    job.forward()
+                with phases.phase(meters.BACKWARD):
+                    job.backward()
+            with phases.phase(meters.OPTIMIZER):
+                job.optimizer_step()
+
+    seconds = timed(step)
+    before_clear()
     job.clear()
+    return seconds
 
 
 def _own_device_peak(phases: Phases, found: dict[str, Any]) -> dict[str, int]:
@@ -201,13 +225,11 @@ def _counts(phases: Phases) -> dict[str, int]:
     return counts
 
 
-def tracked_step(
-    job: TrainingJob, trains_base: bool, tracker: StorageTracker | None = None
-) -> tuple[float, dict[str, Any]]:
+def tracked_step(job: TrainingJob, trains_base: bool, tracker: StorageTracker | None = None) -> Tracked:
     """The seconds and the metrics of one step in which every storage is tracked, by ``tracker`` if there is one."""
     gc.collect()
     if tracker is None:
-        tracker = StorageTracker(vocabulary=job.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        tracker = StorageTracker(vocabulary=_vocabulary(job))
     _adopt(tracker, job, trains_base)
     meter = TensorMeter(tracker)
     driver = meters.Phases([meter])
@@ -224,10 +246,43 @@ def tracked_step(
             job.clear()
 
     seconds = timed(step)
+    found = _metrics_of(tracker)
+    tracker.close()
+    return seconds, found
+
+
+def of_tracker(tracker: StorageTracker, job: TrainingJob, trains_base: bool) -> dict[str, Any] | None:
+    """The metrics of `tracked_step` from the ``tracker`` of another step, which ``job`` has just taken.
+
+    ``None`` if they could differ: where the tracker looked for logits of another width, or where the step left a tensor
+    of the batch unused, which counts only if it is known beforehand.
+    """
+    known = len(tracker.records)
+    _adopt(tracker, job, trains_base)  # categories apply to past events too
+    if len(tracker.records) != known or tracker.vocabulary != _vocabulary(job):
+        return None
+    return _metrics_of(tracker)
+
+
+def compare_cost(record: dict[str, Any], plain_seconds: float, step_seconds: Sequence[float]) -> None:
+    """Restate the tracker's cost in a ``record`` of `memory_pass` as a multiple of the median of ``step_seconds``.
+
+    The pass compares with a step of ``plain_seconds``, which may be a job's second: that can take twice as long as
+    later ones, since it touches new memory.
+    """
+    about = record["meters"][TensorMeter.name]
+    about["overhead_times_a_step"] *= plain_seconds / statistics.median(step_seconds)
+
+
+def _vocabulary(job: TrainingJob) -> int:
+    embeddings: Any = job.model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.num_embeddings)
+
+
+def _metrics_of(tracker: StorageTracker) -> dict[str, Any]:
     peak, resident = tracker.peak(), tracker.live()
     saved = tracker.kept_bytes(FORWARD, (ACTIVATIONS,))
-    tracker.close()
-    return seconds, {
+    return {
         "peak_bytes": peak.bytes,
         "phase_of_peak": peak.phase,
         "peak_by_category": _without_host(peak.by_category),
@@ -269,7 +324,7 @@ def _at_shape(job: TrainingJob, stream: Tensor, batch: int, seq: int, trains_bas
         empty_cache()
         phases = meters.Phases([CudaMeter()])
         for _ in range(STEPS[device]):
-            _metered_step(job, phases)
+            metered_step(job, phases)
         whole = phases.peaks()[meters.WHOLE_STEP].get("cuda allocator", {})
         found |= {name: whole[name] for name in ("allocated_peak_bytes", "reserved_peak_bytes") if name in whole}
     _, tracked = tracked_step(job, trains_base)

@@ -13,27 +13,25 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from peft_gauge import counting, isolation, meters
 from peft_gauge.clock.peak_throughput import measure_peak_throughput
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.fingerprint import record_step
-from peft_gauge.measure import memory, speed, trace
+from peft_gauge.measure import IMPORTS, memory, speed, trace
 from peft_gauge.training import cases, methods, models
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from peft_gauge.measure import Pass
+    from peft_gauge.memory.tracker import StorageTracker
+    from peft_gauge.meters import Phases
     from peft_gauge.training.cases import Case
     from peft_gauge.training.models import ModelRecord
     from peft_gauge.training.step import TrainingJob
-
-Pass = Literal["memory", "speed", "fingerprint"]
-
-IMPORTS = "imports"
-"""The phase that finds out whether this machine can use a library."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +81,41 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
             job = cases.build_job(setup.case, base=base, prepared=True, stream=setup.stream)
         isolation.note(phase=meters.WARM_UP)
         with phases.phase(meters.WARM_UP):
-            gradients = _warm_up(job)
+            job.warm_up(1)
+        # On a GPU, the memory pass first empties the allocator's cache and takes steps of its own.
+        on_host = setup.case.device == "cpu"
+        gradients, seconds = _second_step(job, phases if on_host else meters.Phases([]))
         found: dict[str, Any] = {
             "described": cases.described(setup.case, job),
             "gradients": gradients,
             "counted": _counted(setup.case, job),
         }
+        tracked: memory.Tracked | None = None
         if "fingerprint" in setup.passes:
+
+            def use(tracker: StorageTracker, seconds: float) -> None:
+                nonlocal tracked
+                storages = memory.of_tracker(tracker, job, trains_base(setup.case))
+                tracked = None if storages is None else (seconds, storages)
+
             isolation.note(phase="fingerprint")
             found["fingerprint"] = record_step(
                 job,
                 job.losses,
                 adapter_bytes=found["counted"]["adapter_disk_bytes"],
                 micro_batches=setup.case.settings.grad_accumulation,
+                use=use,
             )
-        earlier_seconds: list[float] = []
+        earlier_seconds = [seconds] if on_host else []
         if "memory" in setup.passes:
             seconds, record = memory.memory_pass(
-                job, phases, setup.stream, setup.shapes, trains_base=trains_base(setup.case)
+                job,
+                phases,
+                setup.stream,
+                setup.shapes,
+                trains_base=trains_base(setup.case),
+                metered_seconds=seconds if on_host else None,
+                tracked=tracked,
             )
             earlier_seconds = [seconds]
             found["memory"] = {"naive_after_loading_bytes": naive_bytes, **record}
@@ -109,6 +124,8 @@ def measure(setup: CaseSetup) -> dict[str, Any]:
     if "speed" in setup.passes:
         isolation.note(phase="timing")
         found["speed"] = speed.speed_pass(job, setup.rule, setup.warm_up, _control_base(setup), earlier_seconds)
+        if "memory" in found:
+            memory.compare_cost(found["memory"], seconds, found["speed"]["samples"]["step_seconds"])
     found["learned"] = job.learned()
     job.close()
     found["work_seconds"] = time.perf_counter() - started
@@ -163,24 +180,25 @@ def _control_base(setup: CaseSetup) -> PreTrainedModel | None:
     return _base(setup).to(case.device)
 
 
-def _warm_up(job: TrainingJob) -> dict[str, list[str]]:
-    """Take two steps, which create the optimizer's state; returns missing and non-finite gradients of the second."""
+def _second_step(job: TrainingJob, phases: Phases) -> tuple[dict[str, list[str]], float]:
+    """Take the second step, the first with the optimizer's state; returns its missing and non-finite gradients, and its
+    seconds."""
     import torch
 
-    job.warm_up(1)
-    for _ in range(job.settings.grad_accumulation):
-        job.forward()
-        job.backward()
-    names = {parameter: name for name, parameter in job.model.named_parameters()}
-    missing = [names[each] for each in job.trainable if each.grad is None]
-    not_finite = [
-        names[each] for each in job.trainable if each.grad is not None and not bool(torch.isfinite(each.grad).all())
-    ]
-    job.optimizer_step()
-    assert job.loss is not None
-    job.losses.append(float(job.loss))
-    job.clear()
-    return {"missing": missing, "not_finite": not_finite}
+    bad: dict[str, list[str]] = {"missing": [], "not_finite": []}
+
+    def check() -> None:
+        names = {parameter: name for name, parameter in job.model.named_parameters()}
+        for each in job.trainable:
+            if each.grad is None:
+                bad["missing"].append(names[each])
+            elif not bool(torch.isfinite(each.grad).all()):
+                bad["not_finite"].append(names[each])
+        assert job.loss is not None
+        job.losses.append(float(job.loss))
+
+    seconds = memory.metered_step(job, phases, before_clear=check)
+    return bad, seconds
 
 
 def _counted(case: Case, job: TrainingJob) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class StorageTracker(DispatchMode):
         self.flops = 0
         self.flops_by_phase: Counter[str] = Counter()
         self.operators_without_flops: Counter[str] = Counter()
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._operator_categories = operator_categories
         self._workspaces = workspaces or {}
         self._device_type = device_type
@@ -292,7 +292,7 @@ class StorageTracker(DispatchMode):
                 category = self._ledger.records[source.record].category
                 if category == DEQUANTIZED_TEMPORARIES:
                     return category
-        if phase in (FORWARD, BACKWARD) and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
+        if phase in (FORWARD, BACKWARD) and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
             return LOGITS_AND_LOSS
         return PHASE_CATEGORY.get(phase, OTHER)
 

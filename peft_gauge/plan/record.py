@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from peft_gauge.training.loops import Loop
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
+    from peft_gauge.training.settings import StepSettings
     from peft_gauge.training.sharding import Sharding
-    from peft_gauge.training.step import StepSettings
     from peft_gauge.training.targets import Adapted
 
 Loss = Literal["full", "chunked", "cce"]

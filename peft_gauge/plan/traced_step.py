@@ -36,7 +36,7 @@ from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.call import ModelCall
 from peft_gauge.traces.sites import site_here
 from peft_gauge.training import stored_layers
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from peft_gauge.plan.record import Collective, PlanRequest
+    from peft_gauge.training.settings import StepSettings
 
 TRACED_MICRO_BATCHES = 3
 """Accumulated micro-batches after the second are all equal: the first creates the gradients, the second adds to them,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from peft_gauge.collector import no_collector
+from peft_gauge.collector import end_quickly, no_collector
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import fork_server
 from peft_gauge.isolation.fork_server import CannotFork, Forked
@@ -294,6 +294,7 @@ def main() -> None:
     """Run the worker. All library output goes to standard error: standard output carries the outcomes."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    end_quickly()
     with no_collector():
         requests, find = pickle.load(sys.stdin.buffer)
         quiet()

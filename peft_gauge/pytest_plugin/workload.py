@@ -29,8 +29,7 @@ from peft_gauge import isolation, machine
 from peft_gauge.clock.rounds import StoppingRule, WarmUp
 from peft_gauge.errors import GaugeError
 from peft_gauge.isolation import fork_server
-from peft_gauge.measure import PRELOAD
-from peft_gauge.measure.passes import Pass
+from peft_gauge.measure import PRELOAD, Pass
 from peft_gauge.memory import gpus
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.pytest_plugin.selection import case_of

@@ -27,7 +27,8 @@ from peft_gauge.quality.facts import CLIP, ROWS_SCORED, TOKENS, FactSet, Order, 
 from peft_gauge.quality.training import Schedule, train, without_dropout
 from peft_gauge.training import methods, models
 from peft_gauge.training.models.construction import without_progress_bars
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,8 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.quality.facts import BITS, CLIP, TOKENS, FactSet, Order, Recall, bits_left, composed_facts, random_facts
 from peft_gauge.quality.updates import lora_update_norm
 from peft_gauge.training import methods
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
     from peft_gauge.quality.fact_bases import Decoder, LastLayers, Loaded

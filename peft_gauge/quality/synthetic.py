@@ -24,7 +24,8 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.quality.training import without_dropout
 from peft_gauge.quality.updates import lora_update_norm
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

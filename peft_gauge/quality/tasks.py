@@ -21,7 +21,8 @@ from peft_gauge.quality.examples import MASKED, calendar_examples, collate, enco
 from peft_gauge.quality.training import without_dropout
 from peft_gauge.quality.updates import lora_update_norm
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

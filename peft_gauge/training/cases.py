@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from peft_gauge.collector import no_collector
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings, TrainingJob
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peft_gauge.training.loops import Loop
     from peft_gauge.training.methods import Method
     from peft_gauge.training.models import ModelRecord
+    from peft_gauge.training.settings import StepSettings
+    from peft_gauge.training.step import TrainingJob
 
 BATCHES = 4
 """Number of different batches that a job trains on in turn."""
@@ -98,6 +100,8 @@ def build_job(
     if make is not None:
         return make(model, data)
     if plain:
+        from peft_gauge.training.step import TrainingJob
+
         return TrainingJob(model, data, settings)
     from peft_gauge.training import trainers
     from peft_gauge.training.trainer_job import TrainerJob
@@ -141,5 +145,6 @@ def count_on_meta(model: ModelRecord, method: Method) -> ParameterCount:
     unquantized = replace(method, quantization=None, prepare_kbit=False)
     key = (model, replace(unquantized, name="", title=""))
     if key not in _counts:
-        _counts[key] = count(methods.attach(models.build(model, device="meta", as_stored=False), unquantized))
+        with no_collector():
+            _counts[key] = count(methods.attach(models.build(model, device="meta", as_stored=False), unquantized))
     return _counts[key]

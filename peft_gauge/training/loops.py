@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_gauge.errors import GaugeError, unknown
 
 if TYPE_CHECKING:
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
 Loop = Literal["plain", "trainer", "sft"]
 LOOPS: tuple[Loop, ...] = ("plain", "trainer", "sft")
@@ -44,7 +44,7 @@ def step_settings(
 
     Raises `GaugeError` for an unknown loop, an invalid value, or arguments without a trainer.
     """
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
     check_loop(loop)
     given: dict[str, Any] = {

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
 Strategy = Literal["fsdp2", "ddp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from peft_gauge.training.loops import Loop
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
 STEPS = 1_000_000
 """The length of a trainer's run; only its first steps are taken. The learning rate decreases over it."""

@@ -20,7 +20,7 @@ from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.memory.categories import BACKWARD, FORWARD
 from peft_gauge.training.precision import check_mixed_precision
 from peft_gauge.training.quantization.library import import_peft
-from peft_gauge.training.step import StepSettings, check_optimizer
+from peft_gauge.training.settings import StepSettings, check_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

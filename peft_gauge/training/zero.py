@@ -29,7 +29,7 @@ from peft_gauge.memory.categories import (
     OPTIMIZER_STATE,
     QUANTIZATION_CONSTANTS,
 )
-from peft_gauge.training.step import StepSettings, TrainingJob, build_optimizer
+from peft_gauge.training.step import TrainingJob, build_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from peft_gauge.memory.tracker import StorageTracker
+    from peft_gauge.training.settings import StepSettings
     from peft_gauge.training.sharding import Sharding
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}

@@ -24,7 +24,7 @@ from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 if TYPE_CHECKING:
     from fixtures.plans import Plans

@@ -19,7 +19,7 @@ from peft_gauge.history.selection import newest_in_common
 from peft_gauge.plan import worker
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.documents import commands, commands_in_text
 from tests.support.paths import ROOT
 from tests.support.planning import plan_here

@@ -25,7 +25,7 @@ from peft_gauge.pytest_plugin import workers
 from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support import children
 from tests.support.paths import ROOT
 

@@ -30,7 +30,7 @@ from peft_gauge.plan.record import GpuFit, PlanRequest
 from peft_gauge.pytest_plugin.selection import selected_device
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support import fake_pynvml
 from tests.support.facts import lacking
 from tests.support.fake_pynvml import Card, Machine

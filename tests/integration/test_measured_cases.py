@@ -25,7 +25,7 @@ from peft_gauge.pytest_plugin.workload import Asked, Job, Workload, start_import
 from peft_gauge.report.terminal.digest import LINES
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.children import heed_ctrl_c
 from tests.support.facts import lacking
 from tests.support.paths import ROOT

@@ -19,7 +19,8 @@ from peft_gauge.memory.tracker import StorageTracker
 from peft_gauge.plan import fakes, kernels, policies
 from peft_gauge.plan.policies import answers
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -23,7 +23,7 @@ from peft_gauge.plan.record import PlanFailure, PlanRequest
 from peft_gauge.plan.worker import Preloaded
 from peft_gauge.pytest_plugin.workers import process_environment
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.children import heed_ctrl_c
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ from peft_gauge.training import methods, models
 from peft_gauge.isolation import child_environment
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.worker import Preloaded, plan_in_parallel
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 requests = [PlanRequest(models.resolve("toy-llama"), methods.QLORA, StepSettings(1, 8))] * 6
 preloaded = Preloaded(["planted_hanging"], child_environment())
 plan_in_parallel(requests, workers=2, preloaded=preloaded)

@@ -20,8 +20,8 @@ from peft_gauge.measure.ranks import SharedCase, check, check_same, collective_o
 from peft_gauge.pytest_plugin.selection import check_shared_steps
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import BATCHES, Case
+from peft_gauge.training.settings import StepSettings
 from peft_gauge.training.sharding import Sharding
-from peft_gauge.training.step import StepSettings
 from tests.support.facts import lacking
 from tests.support.forked import forked
 from tests.support.sharded_child import BATCH, GRADIENTS, SEQ, gradients_of, request

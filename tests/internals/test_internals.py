@@ -94,6 +94,56 @@ def test_torch_compile_can_be_put_off_to_the_first_call(monkeypatch: pytest.Monk
     assert plain.__name__ == "plain"
 
 
+def test_what_torch_compiles_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(function: Any, **options: Any) -> Any:
+        return lambda value: -function(value)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with from_torch.compiled_when_called():
+
+        @torch.compile
+        def plus_one(value: int) -> int:
+            return value + 1
+
+    assert plus_one(1) == -2
+    with from_torch.uncompiled():
+        with from_torch.uncompiled():
+            assert plus_one(1) == 2
+        assert plus_one(1) == 2
+    assert plus_one(1) == -2
+
+
+def test_what_torch_compiled_at_once_runs_as_it_is_written() -> None:
+    traced: list[Any] = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    doubled = torch.compile(lambda tensor: tensor * 2, backend=backend)
+    with from_torch.uncompiled():
+        assert doubled(torch.ones(2)).tolist() == [2, 2]
+    assert traced == []
+    assert doubled(torch.ones(2)).tolist() == [2, 2]
+    assert len(traced) == 1
+
+
+def test_torch_draws_no_values_for_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    before = dict(vars(nn.init))
+    with monkeypatch.context() as patch:
+        for name in ("uniform_", "normal_", "zero_"):
+            patch.setattr(torch.Tensor, name, draw)
+        with from_torch.no_initial_values():
+            layers = [nn.Linear(2, 3), nn.Embedding(4, 5)]
+        with pytest.raises(AssertionError):
+            nn.Linear(2, 3)
+    assert [tuple(parameter.shape) for layer in layers for parameter in layer.parameters()] == [(3, 2), (3,), (4, 5)]
+    assert dict(vars(nn.init)) == before
+
+
 def test_torch_fake_tensors_have_shapes_and_no_data() -> None:
     mode = from_torch.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -1011,7 +1061,7 @@ def test_a_piece_that_came_later_is_not_missed(monkeypatch: pytest.MonkeyPatch) 
 def _quantized_plan_warnings() -> list[str]:
     from peft_gauge.plan.planner import plan
     from peft_gauge.plan.record import PlanRequest
-    from peft_gauge.training.step import StepSettings
+    from peft_gauge.training.settings import StepSettings
 
     found = plan(PlanRequest(TOY, methods.QLORA, StepSettings(batch=1, seq=16), dtype="bfloat16"))
     return [warning for warning in found.warnings if "has no" in warning]

@@ -17,8 +17,8 @@ from peft_gauge.counting import count
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.plan.sharded_step import follow_sharded
 from peft_gauge.training import methods, models
+from peft_gauge.training.settings import StepSettings
 from peft_gauge.training.sharding import Sharding, shard
-from peft_gauge.training.step import StepSettings
 
 BATCH, SEQ = 2, 16
 

@@ -82,8 +82,6 @@ def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
     said: list[str] = []
     policy = ATTACHING.get(str(config.get("peft_type", "")))
     with ExitStack() as stack:
-        for name in ("kaiming_uniform_", "zeros_"):
-            stack.enter_context(patch.object(torch.nn.init, name, _unfilled))
         if policy is not None:
             policy(Patches(stack, said), config)
         heard = stack.enter_context(warnings.catch_warnings(record=True))
@@ -91,11 +89,6 @@ def attaching(method: Method | Mapping[str, Any]) -> Iterator[list[str]]:
         with translated():
             yield said
     said += _about_the_config(str(warning.message) for warning in heard)
-
-
-def _unfilled(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """The initial values of an adapter's weights, which PEFT computes before it moves the weights to ``meta``."""
-    return tensor
 
 
 def _about_the_config(messages: Iterable[str]) -> Iterator[str]:

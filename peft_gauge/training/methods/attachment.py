@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from peft_gauge._internals.transformers import checkpoint_trained_blocks
@@ -58,7 +58,7 @@ def attach(
     if grad_checkpointing:
         check_checkpointing(method)
     model = prepare_base(model, method, compute_dtype=compute_dtype, device=device)
-    with _seeded(seed):
+    with _unfilled() if next(model.parameters()).is_meta else _seeded(seed):
         attached = _attach_adapter(model, method, seed)
     _choose_trained(attached, method)
     if method.checkpoints_trained_only:
@@ -308,6 +308,12 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _unfilled() -> AbstractContextManager[None]:
+    from peft_gauge._internals.torch import no_initial_values
+
+    return no_initial_values()
 
 
 def effective_settings(model: nn.Module, method: Method) -> dict[str, Any]:

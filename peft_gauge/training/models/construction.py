@@ -55,7 +55,9 @@ def build(
     check_attention(record, attn_implementation)
     if device == "meta":
         model_class(record), auto_class(record)  # import now: in a device context torch 2.6 cannot import its compiler
-        with torch.device("meta"):
+        from peft_gauge._internals.torch import no_initial_values
+
+        with torch.device("meta"), no_initial_values():
             model = _in_dtype(_from_config(record, attn_implementation, wanted), wanted)
         # Flash attention casts float32 activations to this dtype if weights are packed.
         model.config.dtype = model.config.get_text_config().dtype = wanted

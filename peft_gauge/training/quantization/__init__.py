@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from peft_gauge.training.quantization.layers import LAYER_FORMATS, left_unquantized, output_heads, quantize_
-from peft_gauge.training.quantization.library import import_peft, load_bitsandbytes
+from peft_gauge.training.quantization.library import import_peft, load_bitsandbytes, uncompiled
 
-__all__ = ["LAYER_FORMATS", "import_peft", "left_unquantized", "load_bitsandbytes", "output_heads", "quantize_"]
+__all__ = [
+    "LAYER_FORMATS",
+    "import_peft",
+    "left_unquantized",
+    "load_bitsandbytes",
+    "output_heads",
+    "quantize_",
+    "uncompiled",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from peft_gauge.errors import GaugeError, unknown
 from peft_gauge.training.quantization.formats import bits_per_parameter, quantization_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 SAMPLE_SHAPE = (256, 1024)
 WEIGHT_STD = 0.02  # Llama's initialization; the relative error does not depend on it
@@ -56,9 +57,11 @@ def already_rounded(weight: Tensor, block_size: int = 32) -> bool:
     """
     if weight.numel() % block_size:
         raise GaugeError(f"{weight.numel()} weights do not divide into blocks of {block_size}")
-    ordered = weight.detach().float().reshape(-1, block_size).sort(dim=1).values
-    most_values = 1 + (ordered.diff(dim=1) != 0).sum(dim=1).max().item()
-    return most_values <= 16
+    blocks = weight.detach().float().reshape(-1, block_size)
+    # In parts, since one block with more values is enough.
+    return all(
+        1 + (part.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1).max().item() <= 16 for part in blocks.split(4096)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,38 +117,69 @@ class FormatComparison:
         }
 
 
-def compare_nf4(samples: Iterable[Tensor], *, rival: str = "int4", double_quant: bool = False) -> FormatComparison:
+class Samples:
+    """Weight matrices to compare formats on. Each format's errors are computed once, however many it is compared with.
+
+    Raises `GaugeError` without any matrix.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._weights = tuple(weights)
+        if not self._weights:
+            raise GaugeError("no weights to compare the formats on; pass at least one sample")
+        self._errors: dict[tuple[str, bool], tuple[float, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def errors(self, quant_format: str, *, double_quant: bool = False) -> tuple[float, ...]:
+        """The relative RMS error of each matrix in ``quant_format`` (`quantization_error`)."""
+        key = (quant_format, double_quant)
+        if key not in self._errors:
+            self._errors[key] = tuple(
+                quantization_error(weight, quant_format, double_quant=double_quant).relative_rms
+                for weight in self._weights
+            )
+        return self._errors[key]
+
+    @cached_property
+    def unfair(self) -> str | None:
+        """Why the matrices allow no fair comparison (`already_rounded`), or ``None``."""
+        rounded = sum(already_rounded(weight) for weight in self._weights)
+        if not rounded:
+            return None
+        return f"{rounded} of {len(self)} samples have at most 16 values per block: already rounded to 4 bit"
+
+
+@cache
+def drawn_samples(distribution: str, seeds: Sequence[int] = range(8)) -> Samples:
+    """`drawn_weight` of each seed. ``seeds`` must be hashable: a range or a tuple."""
+    return Samples(drawn_weight(distribution, seed) for seed in seeds)
+
+
+def compare_nf4(samples: Samples, *, rival: str = "int4", double_quant: bool = False) -> FormatComparison:
     """Compare NF4 with ``rival``, both in blocks of 64.
 
     Args:
-        samples: weight matrices, one pair of errors each. Fewer than six are always inconclusive.
+        samples: one pair of errors per matrix. Fewer than six are always inconclusive.
         double_quant: use double quantization for NF4, and for FP4 as the rival.
     """
     rival_double_quant = double_quant and rival == "fp4"
-    nf4_errors, rival_errors, rounded = [], [], 0
-    for weight in samples:
-        nf4_errors.append(quantization_error(weight, "nf4", double_quant=double_quant).relative_rms)
-        rival_errors.append(quantization_error(weight, rival, double_quant=rival_double_quant).relative_rms)
-        rounded += already_rounded(weight)
-    if not nf4_errors:
-        raise GaugeError("no weights to compare the formats on; pass at least one sample")
-    unfair = f"{rounded} of {len(nf4_errors)} samples have at most 16 values per block: already rounded to 4 bit"
     return FormatComparison(
         rival=rival,
-        nf4_errors=tuple(nf4_errors),
-        rival_errors=tuple(rival_errors),
+        nf4_errors=samples.errors("nf4", double_quant=double_quant),
+        rival_errors=samples.errors(rival, double_quant=rival_double_quant),
         nf4_bits=bits_per_parameter("nf4", double_quant=double_quant),
         rival_bits=bits_per_parameter(rival, double_quant=rival_double_quant),
-        unfair=unfair if rounded else None,
+        unfair=samples.unfair,
     )
 
 
 def nf4_against_int4(
-    distribution: str, seeds: Iterable[int] = range(8), *, rival: str = "int4", double_quant: bool = False
+    distribution: str, seeds: Sequence[int] = range(8), *, rival: str = "int4", double_quant: bool = False
 ) -> FormatComparison:
     """`compare_nf4` on weights drawn from ``distribution``, one sample per seed.
 
     INT4 in the literature (QLoRA, table 4) is symmetric, here ``"int4"``; ``"int4-minmax"`` is a stronger rival.
     """
-    samples = (drawn_weight(distribution, seed) for seed in seeds)
-    return compare_nf4(samples, rival=rival, double_quant=double_quant)
+    return compare_nf4(drawn_samples(distribution, seeds), rival=rival, double_quant=double_quant)

@@ -24,7 +24,7 @@ from peft_gauge.memory.overheads import (
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.facts import lacking
 
 Run = Callable[..., tuple[int, str, str]]

@@ -22,7 +22,7 @@ from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.report.format import ABSENT
 from peft_gauge.report.terminal import plan_table
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.paths import DATA
 from tests.support.planning import plan_here
 

@@ -48,7 +48,7 @@ from peft_gauge.environments.worker import CaseSpec, WorkerFailed
 from peft_gauge.errors import GaugeError
 from peft_gauge.history.reader import read_run, runs_in
 from peft_gauge.history.schema import SAMPLES
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.facts import lacking
 from tests.support.stepping_child import MACHINE, metrics
 

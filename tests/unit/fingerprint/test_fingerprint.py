@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,7 +22,10 @@ from peft_gauge.history.fingerprints import differences, digest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case, build_job
 from peft_gauge.training.quantization import load_bitsandbytes
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+
+if TYPE_CHECKING:
+    from peft_gauge.training.step import TrainingJob
 
 # peft asks transformers 5 for a property that it has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

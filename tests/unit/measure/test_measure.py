@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,9 +18,9 @@ from peft_gauge import meters
 from peft_gauge.clock.rounds import Round, Rounds, StoppingRule, Stopwatch, WarmUp
 from peft_gauge.clock.steadiness import DeviceState, HostState
 from peft_gauge.errors import GaugeError
-from peft_gauge.fingerprint import fingerprint
+from peft_gauge.fingerprint import fingerprint, record_step
 from peft_gauge.isolation import ProcessOutcome
-from peft_gauge.measure import memory, passes, speed
+from peft_gauge.measure import Pass, memory, passes, speed
 from peft_gauge.measure.passes import CaseSetup
 from peft_gauge.measure.slopes import Line, lines
 from peft_gauge.plan import ceilings
@@ -28,7 +29,8 @@ from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import cases, methods, models
 from peft_gauge.training.batches import cut
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 from tests.support.planted_cases import plan_of
 
 N = 1000  # trainable weights of `Product`
@@ -430,7 +432,7 @@ def test_a_forward_reads_all_weights_but_those_it_looks_up() -> None:
 # A whole case in this process ----------------------------------------------------------------------------------------
 
 
-def setup_of(method: str, *wanted: passes.Pass) -> CaseSetup:
+def setup_of(method: str, *wanted: Pass) -> CaseSetup:
     case = Case(models.resolve("toy-llama"), methods.get(method), StepSettings(2, 16), "cpu", "float32")
     stream = torch.arange(4 * 32) % 256
     return CaseSetup(case, case.model, stream, wanted, rule=StoppingRule(2, 2), warm_up=WarmUp(least=1, most=1))
@@ -457,6 +459,91 @@ def test_a_case_is_measured_whole(method: str) -> None:
     assert categories["optimizer_state"] == 2 * found["counted"]["trainable_bytes"]
     assert len(found["speed"]["samples"]["step_seconds"]) == len(found["speed"]["control_seconds"]) == 2
     assert found["work_seconds"] > 0
+
+
+STORAGES = (
+    "tensor_peak_bytes",
+    "resident_bytes",
+    "peak_by_category",
+    "resident_by_category",
+    "phase_of_peak",
+    "saved_activation_bytes_per_token",
+)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "bottleneck"])
+def test_the_fingerprints_step_has_the_memory_of_a_step_of_its_own(
+    method: str, accumulated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own: list[Any] = []
+
+    def tracked_step(*args: Any) -> memory.Tracked:
+        own.append(args)
+        return taken(*args)
+
+    taken = memory.tracked_step
+    monkeypatch.setattr(memory, "tracked_step", tracked_step)
+    setup = setup_of(method, "memory")
+    case = replace(setup.case, settings=replace(setup.case.settings, grad_accumulation=accumulated))
+    found = [
+        passes.measure(replace(setup, case=case, passes=each)) for each in (("memory",), ("fingerprint", "memory"))
+    ]
+    assert len(own) == 1
+    alone, shared = ({name: each["memory"][name] for name in STORAGES} for each in found)
+    assert shared == alone
+    assert shared["tensor_peak_bytes"] > shared["resident_bytes"] > 0
+
+
+class Other(Product):
+    """A loss that does not use ``labels``, which are a tensor of their own here."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool) -> Any:
+        return super().forward(input_ids, input_ids, use_cache)
+
+
+@pytest.mark.parametrize("other", ["vocabulary", "unused"])
+def test_a_step_that_was_tracked_otherwise_does_not_count(other: str) -> None:
+    job = product_job()
+    if other == "unused":
+        batches = [{"input_ids": torch.ones(BATCH, SEQ), "labels": torch.ones(BATCH, SEQ)}]
+        job = TrainingJob(Other(), batches, job.settings)
+        job.warm_up()
+    found: list[dict[str, Any] | None] = []
+    job.model.config = SimpleNamespace(vocab_size=8 if other == "vocabulary" else 7)  # type: ignore[assignment]
+    record_step(job, job.losses, use=lambda tracker, _: found.append(memory.of_tracker(tracker, job, False)))
+    assert found == [None]
+    job.model.config = SimpleNamespace(vocab_size=7)  # type: ignore[assignment]
+    if other == "vocabulary":
+        record_step(job, job.losses[:2], use=lambda tracker, _: found.append(memory.of_tracker(tracker, job, False)))
+        assert found[1] == memory.tracked_step(job, False)[1]
+
+
+def test_a_metered_step_is_looked_at_before_it_is_cleared() -> None:
+    job = product_job()
+    clock = [0.0]
+    weights: list[float] = []
+
+    def look() -> None:
+        assert job.loss is not None
+        assert job.trainable[0].grad is not None
+        weights.append(float(job.trainable[0].detach()[0]))
+        clock[0] = time.perf_counter()
+        time.sleep(0.05)
+
+    before, start = float(job.trainable[0].detach()[0]), time.perf_counter()
+    seconds = memory.metered_step(job, meters.Phases([]), before_clear=look)
+    assert 0 < seconds <= clock[0] - start
+    assert weights != [before]
+    assert job.loss is None
+    assert job.trainable[0].grad is None
+
+
+def test_the_trackers_cost_is_restated_by_the_timed_steps() -> None:
+    record = {"meters": {"tensors": {"overhead_times_a_step": 0.75}}}  # 3 s, next to a second step of 4 s
+    memory.compare_cost(record, 4.0, [1.0, 2.0, 9.0])
+    assert record["meters"]["tensors"]["overhead_times_a_step"] == 1.5
 
 
 @pytest.mark.integration

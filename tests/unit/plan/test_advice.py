@@ -16,8 +16,8 @@ from peft_gauge.plan.record import Plan, PlanFailure, PlanOutcome, PlanRequest
 from peft_gauge.report.terminal.advice_table import show_advice
 from peft_gauge.training import methods, models
 from peft_gauge.training.loops import step_settings
+from peft_gauge.training.settings import StepSettings
 from peft_gauge.training.sharding import Sharding
-from peft_gauge.training.step import StepSettings
 
 pytestmark = pytest.mark.integration
 TOY = models.resolve("toy-llama", weights="random")

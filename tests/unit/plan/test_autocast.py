@@ -16,7 +16,8 @@ from peft_gauge.plan.autocast import as_on_cuda
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 from tests.unit.plan.test_planner import TOY, hold_against_a_real_step
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.

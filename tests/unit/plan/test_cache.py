@@ -14,7 +14,7 @@ from peft_gauge.plan import cache
 from peft_gauge.plan.cache import KEPT_VERSIONS, PlanCache, code_of
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.planted_cases import PlantedPlanning, plan_of
 
 REQUEST = PlanRequest(models.resolve("toy-llama"), methods.LORA, StepSettings(1, 8))

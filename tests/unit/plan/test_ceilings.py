@@ -19,7 +19,7 @@ from peft_gauge.training import methods
 from peft_gauge.training.cases import Case
 from peft_gauge.training.loops import step_settings
 from peft_gauge.training.models import resolve
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.
 pytestmark = pytest.mark.integration

@@ -20,7 +20,7 @@ from peft_gauge.plan.adaptation import NO_CUT_LOSS
 from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 INSTALLED = cut_cross_entropy.has_cut_cross_entropy()
 needs_package = pytest.mark.skipif(not INSTALLED, reason="run: nox -s cce")

@@ -38,8 +38,8 @@ from peft_gauge.plan.reserve import PASSES, Steps, device_estimate
 from peft_gauge.plan.search import find, largest_that_fits
 from peft_gauge.training import methods, models
 from peft_gauge.training.methods import Quantization
+from peft_gauge.training.settings import OPTIMIZERS, StepSettings
 from peft_gauge.training.sharding import Sharding
-from peft_gauge.training.step import OPTIMIZERS, StepSettings
 from tests.support import published_models as published
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.plan.recipes import STORED, Recipe, read
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 # Imports trainers: seconds, which are too long for the unit tests.
 pytestmark = pytest.mark.integration

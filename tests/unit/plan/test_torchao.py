@@ -15,7 +15,8 @@ from peft_gauge.plan.planner import UNCOMPILED, plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.loops import step_settings
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 needs_package = pytest.mark.skipif(not torchao.has_torchao(), reason="run: nox -s torchao")
 

@@ -13,7 +13,7 @@ from peft_gauge.pytest_plugin.progress import Estimate, ProgressLine, is_shown
 from peft_gauge.pytest_plugin.workload import Job
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 TOY = models.resolve("toy-llama", weights="random")
 LORA, IA3 = (Job(Case(TOY, method, StepSettings(1, 16), "cpu", "float32")) for method in (methods.LORA, methods.IA3))

@@ -12,7 +12,7 @@ from peft_gauge.plan.record import PlanRequest
 from peft_gauge.pytest_plugin.workload import Job, Workload, check_markers
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 TOY = models.resolve("toy-llama", weights="random")
 CONFIG = SimpleNamespace(getoption={"--seq": 16}.__getitem__)

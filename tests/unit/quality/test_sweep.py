@@ -18,7 +18,8 @@ from peft_gauge.quality import sweep as sweeping
 from peft_gauge.quality.sweep import Lengths, Setting, Trained, knees, metrics, over_seeds, pareto_rows, sweep
 from peft_gauge.report.terminal import sweep_table
 from peft_gauge.training import methods
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method

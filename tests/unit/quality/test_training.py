@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
 from peft_gauge.quality.training import RATE_FACTOR, Schedule, search_rate, thinned, train, without_dropout
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
+from peft_gauge.training.step import TrainingJob
 
 
 class Slope(nn.Module):

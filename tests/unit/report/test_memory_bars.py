@@ -20,8 +20,8 @@ from peft_gauge.report.charts import memory_bars
 from peft_gauge.report.charts.memory_bars import SEGMENTS, label, segments
 from peft_gauge.report.charts.memory_picture import Card
 from peft_gauge.training import methods, models
+from peft_gauge.training.settings import StepSettings
 from peft_gauge.training.sharding import Sharding
-from peft_gauge.training.step import StepSettings
 
 Run = Callable[..., tuple[int, str, str]]
 GB = 10**9

@@ -23,7 +23,7 @@ from peft_gauge.plan.record import PlanRequest
 from peft_gauge.report.charts import memory_picture
 from peft_gauge.report.charts.memory_picture import HEIGHT, LABEL_DISTANCE, LOOKS, Card, Frame, Point, shown_gb
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.facts import lacking
 from tests.support.planning import plan_here
 

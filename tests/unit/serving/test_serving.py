@@ -20,7 +20,7 @@ from peft_gauge.serving.observed import Mixing
 from peft_gauge.serving.server import BASE, FIRST, Server, grow, stored_bytes, token_ids
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.
 pytestmark = pytest.mark.integration

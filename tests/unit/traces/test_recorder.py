@@ -25,7 +25,7 @@ from peft_gauge.traces.phases import MARK_BYTES
 from peft_gauge.traces.reader import read, step_log
 from peft_gauge.training import cases, methods, models
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.snapshots import ADAM, EMBEDDING, GRADS, LINEAR, Device, frame, snapshot
 
 # Seconds, which are too long for the unit tests.

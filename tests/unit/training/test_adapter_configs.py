@@ -18,7 +18,7 @@ from peft_gauge.plan.planner import plan
 from peft_gauge.plan.record import PlanRequest
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support.paths import DATA
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::UserWarning")]

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from peft_gauge.errors import GaugeError
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import Case, build_job
-from peft_gauge.training.step import StepSettings, TrainingJob
+from peft_gauge.training.settings import StepSettings
 from tests.support import published_models as published
 
 if TYPE_CHECKING:
     from peft_gauge.training.methods import Method
+    from peft_gauge.training.step import TrainingJob
 
 
 # Builds, plans or trains models: seconds, which are too long for the unit tests.

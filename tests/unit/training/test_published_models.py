@@ -14,7 +14,7 @@ from peft_gauge.errors import GaugeError
 from peft_gauge.plan import planner
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.training import methods, models
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from tests.support import published_models as published
 from tests.support.facts import lacking
 

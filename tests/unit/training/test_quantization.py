@@ -21,6 +21,7 @@ from peft_gauge.training.quantization import formats, layers, library
 from peft_gauge.training.quantization.comparison import (
     DISTRIBUTIONS,
     FormatComparison,
+    Samples,
     already_rounded,
     compare_nf4,
     drawn_weight,
@@ -57,7 +58,7 @@ PUBLISHED_NF4 = (
 @pytest.fixture(autouse=True)
 def uncompiled() -> Iterator[None]:
     """bitsandbytes compiles its operators for layers that no kernel takes, which takes seconds and changes nothing."""
-    with torch.compiler.set_stance("force_eager"):
+    with quantization.uncompiled():
         yield
 
 
@@ -296,8 +297,8 @@ def test_a_4_bit_grid_favours_uniform_formats_and_is_declared_unfair() -> None:
     fresh = [drawn_weight("normal", seed) for seed in range(6)]
     rounded = [formats.dequantized(weight, "int4-minmax", block_size=32) for weight in fresh]
 
-    on_fresh = compare_nf4(fresh, rival="int4-minmax")
-    on_rounded = compare_nf4(rounded, rival="int4-minmax")
+    on_fresh = compare_nf4(Samples(fresh), rival="int4-minmax")
+    on_rounded = compare_nf4(Samples(rounded), rival="int4-minmax")
 
     assert on_fresh.unfair is None
     assert on_rounded.unfair is not None
@@ -305,14 +306,38 @@ def test_a_4_bit_grid_favours_uniform_formats_and_is_declared_unfair() -> None:
     assert min(on_rounded.ratios) > max(on_fresh.ratios)
 
 
+def test_each_error_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[tuple[str, bool]] = []
+
+    def error(weight: Tensor, quant_format: str, *, double_quant: bool) -> Any:
+        computed.append((quant_format, double_quant))
+        return formats.quantization_error(weight, quant_format, double_quant=double_quant)
+
+    monkeypatch.setattr("peft_gauge.training.quantization.comparison.quantization_error", error)
+    samples = Samples(drawn_weight("normal", seed) for seed in (0, 1))
+    for rival in ("fp4", "int4"):
+        for double_quant in (False, True):
+            compared = compare_nf4(samples, rival=rival, double_quant=double_quant)
+            nf4 = [
+                formats.quantization_error(drawn_weight("normal", seed), "nf4", double_quant=double_quant).relative_rms
+                for seed in (0, 1)
+            ]
+            assert list(compared.nf4_errors) == nf4
+    assert computed == [
+        each
+        for pair in (("nf4", False), ("fp4", False), ("nf4", True), ("fp4", True), ("int4", False))
+        for each in [pair] * 2
+    ]
+
+
 def test_the_comparison_takes_the_formats_that_it_names() -> None:
     weight = drawn_weight("normal", 7)
-    compared = nf4_against_int4("normal", [7], rival="fp4", double_quant=True)
+    compared = nf4_against_int4("normal", (7,), rival="fp4", double_quant=True)
 
     assert compared.nf4_errors == (formats.quantization_error(weight, "nf4", double_quant=True).relative_rms,)
     assert compared.rival_errors == (formats.quantization_error(weight, "fp4", double_quant=True).relative_rms,)
     assert compared.nf4_bits == compared.rival_bits == formats.bits_per_parameter("nf4", double_quant=True)
-    assert nf4_against_int4("normal", [7], double_quant=True).rival_bits == 4.5
+    assert nf4_against_int4("normal", (7,), double_quant=True).rival_bits == 4.5
     assert compared.metrics()["samples"] == 1
 
 
@@ -677,7 +702,7 @@ def test_a_second_quantization_is_refused() -> None:
         (lambda: formats.bits_per_parameter("int8"), "int8"),
         (lambda: drawn_weight("cauchy", 0), "cauchy"),
         (lambda: already_rounded(torch.ones(33)), "33 weights"),
-        (lambda: compare_nf4([]), "no weights"),
+        (lambda: Samples([]), "no weights"),
     ],
 )
 def test_bad_input_is_one_clear_line(call: Any, message: str) -> None:

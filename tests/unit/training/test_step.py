@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_gauge.errors import GaugeError
-from peft_gauge.training import models
+from peft_gauge.training import models, step
 from peft_gauge.training.batches import batches, chat_examples
-from peft_gauge.training.step import OPTIMIZERS, StepSettings, TrainingJob
+from peft_gauge.training.settings import OPTIMIZERS, StepSettings
+from peft_gauge.training.step import TrainingJob
 
 
 class Quadratic(nn.Module):
@@ -107,6 +108,19 @@ def test_learned_sees_two_weights_that_changed_places() -> None:
     job.warm_up()
     assert not job.learned()
     job.trainable[0].data = torch.tensor([2.0, 1.0])
+    assert job.learned()
+
+
+def test_learned_sees_places_far_apart() -> None:
+    """A large tensor is read in parts; two weights at the same place of two parts have changed places."""
+    job = quadratic_job(optimizer="sgd", learning_rate=0.0)
+    far = 3 * 2**20
+    values = torch.zeros(far + 7)
+    values[5] = 1.0
+    job.trainable[0].data = values
+    job._at_start = [step._digest(parameter) for parameter in job.trainable]
+    assert not job.learned()
+    values[[5, far + 5]] = values[[far + 5, 5]]
     assert job.learned()
 
 

@@ -25,7 +25,7 @@ from peft_gauge.plan import fakes, planner
 from peft_gauge.plan.record import Plan, PlanRequest
 from peft_gauge.training import cases, methods, models, quantization, stored_layers
 from peft_gauge.training.cases import Case
-from peft_gauge.training.step import StepSettings
+from peft_gauge.training.settings import StepSettings
 from peft_gauge.training.stored_formats import stored_format
 from tests.support import published_models as published
 from tests.support.facts import lacking
