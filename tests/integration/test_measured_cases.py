@@ -429,6 +429,7 @@ def test_a_library_that_cannot_work_here_is_a_skip_and_a_case_that_does_not_fit_
     assert cases["test_peak lora"]["reason"] == "the adapter does not fit the model"
 
 
+@pytest.mark.slow  # tests/unit/training/test_trainer_job.py measures such a step every time
 def test_a_trainers_step_is_measured_and_planned(tmp_path: Path) -> None:
     suite = Suite(tmp_path)
     done = suite.run(
@@ -453,6 +454,7 @@ def test_a_trainers_step_is_measured_and_planned(tmp_path: Path) -> None:
     assert "gradient_checkpointing=false" in skipped["reason"]
 
 
+@pytest.mark.slow
 def test_the_attention_that_is_asked_for_is_measured_and_planned(tmp_path: Path) -> None:
     suite = Suite(tmp_path)
     done = suite.run(MEMORY, "-k=peak", "--method=ia3", "--attention=eager", "--dtype=bfloat16", planted={})

@@ -69,8 +69,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def a_step(step: str, method: methods.Method) -> Any:
-    """Accumulation is the loop's, whatever the method: of two here, of the others every week."""
-    repeated = step == "trainer-accumulation" and method.name not in ("full", "qlora")
+    """Accumulation and TRL's loss are the loop's, whatever the method: of some here, of the others every week."""
+    repeated = step != "trainer" and method.name not in ("full", "qlora", "prefix" if step == "sft" else "")
     return pytest.param(*STEPS[step], method, id=f"{step}-{method.name}", marks=pytest.mark.slow if repeated else ())
 
 

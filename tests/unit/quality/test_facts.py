@@ -200,16 +200,25 @@ HASTY = Decoder(0, facts=64, steps=60)
 """Pretrained in seconds."""
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("facts")
+
+
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The decoder `HASTY` in a cache of its own."""
-    monkeypatch.setenv("PEFT_GAUGE_CACHE", str(tmp_path))
-    monkeypatch.setattr(fact_bases, "PRETRAINING_BATCH", 64)
+def hasty(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """The decoder `HASTY` in a cache of these tests, which the first of them pretrains."""
+    pretrain_hastily(monkeypatch, own_cache)
+
+
+def pretrain_hastily(patch: pytest.MonkeyPatch, cache: Path) -> None:
+    patch.setenv("PEFT_GAUGE_CACHE", str(cache))
+    patch.setattr(fact_bases, "PRETRAINING_BATCH", 64)
     fact_tasks._loaded.cache_clear()
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_decoder_is_pretrained_once_and_stores_facts(tmp_path: Path) -> None:
+def test_a_decoder_is_pretrained_once_and_stores_facts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretrain_hastily(monkeypatch, tmp_path)
     task = Facts(HASTY, seed=0, number=32, steps=80, batch=32)
     prepared = task.prepared()
 
