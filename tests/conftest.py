@@ -37,6 +37,7 @@ if WORKERS > 1:
 gc.disable()  # until the tests are collected: what is imported and collected makes no garbage
 
 
+@pytest.hookimpl(trylast=True)  # after the plugin is there
 def pytest_configure(config: pytest.Config) -> None:
     """Do without pytest's capture of logging, which takes 2 ms a test and which no test uses, unless an option asks for
     it."""
