@@ -155,11 +155,12 @@ def adjusted(
     A base that ``quantize`` quantizes is prepared for k-bit training, as for QLoRA, unless ``prepare_kbit`` is False.
     """
     from peft_gauge.training.methods import Quantization
-    from peft_gauge.training.quantization import LAYER_FORMATS
 
     changes: dict[str, Any] = {}
     quantization = method.quantization
     if quantize is not None:
+        from peft_gauge.training.quantization import LAYER_FORMATS
+
         if quantize not in LAYER_FORMATS:
             raise unknown("quantized layer format", quantize, LAYER_FORMATS)
         if quantization is None:

@@ -19,7 +19,6 @@ from peft_gauge._internals.transformers import mark_loaded
 from peft_gauge.errors import GaugeError, one_line
 from peft_gauge.memory.categories import BACKWARD, FORWARD
 from peft_gauge.training.precision import check_mixed_precision
-from peft_gauge.training.quantization.library import import_peft
 from peft_gauge.training.settings import StepSettings, check_optimizer
 
 if TYPE_CHECKING:
@@ -182,6 +181,8 @@ def step_settings(loop: Loop, given: Mapping[str, Any], seq: int) -> tuple[StepS
 
 
 def _config_class(loop: Loop) -> Any:
+    from peft_gauge.training.quantization import import_peft
+
     import_peft()  # before these import it
     if loop == "trainer":
         from transformers import TrainingArguments

@@ -68,6 +68,17 @@ def test_a_planted_import_is_named(line: str, report_on_planted: str) -> None:
 
 
 LIGHT = [
+    "conftest",  # pytest reads the options of a run by it
+    "fixtures.facts",
+    "fixtures.measured",
+    "fixtures.plans",
+    "fixtures.replay",
+    "fixtures.sweeps",
+    "fixtures.verdicts",
+    "fixtures.weights",
+    "peft_gauge.pytest_plugin.hooks",
+    "peft_gauge.commands.plan",
+    "peft_gauge.plan.recipes",
     "peft_gauge.cli",
     "peft_gauge.training.methods",
     "peft_gauge.training.models",
