@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
@@ -165,7 +166,7 @@ class Bounded:
         """Elementwise bound on |computed - exact|: the smaller of the worst and the probable case."""
         return torch.minimum(self.worst, CONFIDENCE * self.spread)
 
-    @property
+    @cached_property
     def size(self) -> torch.Tensor:
         """Elementwise bound on the magnitude of the value, exact or computed.
 
