@@ -64,11 +64,11 @@ AUTOCAST = "-bf16-autocast"
 """The end of a model's name: its step is planned under autocast, as trainers take it. Textbooks leave autocast out,
 and then a QLoRA step is larger."""
 
-# They would take a bare run half a minute more: 16 plans, and 65 adapters. Except for many-adapters and
+# They would take a bare run half a minute more: 19 plans, and 65 adapters. Except for many-adapters, memory-order and
 # method-comparison, a bare run decides these claims by another step.
 SLOW = {
     ("many-adapters", "smollm2-135m"),
-    *(("memory-order", model) for model in ("tinyllama", f"tinyllama{AUTOCAST}", f"llama-2-7b{AUTOCAST}")),
+    *(("memory-order", f"{model}{loop}") for model in ("tinyllama", "llama-2-7b") for loop in ("", AUTOCAST)),
     *((claim, f"llama-2-{size}") for claim in ("full-memory", "full-impractical") for size in ("13b", "70b")),
     ("qlora-4gb", f"llama-2-7b{AUTOCAST}"),
     *(("method-comparison", model) for model in ("tinyllama", f"tinyllama{AUTOCAST}")),
