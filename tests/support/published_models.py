@@ -69,8 +69,8 @@ def cut_file(name: str, folder: Path, **changes: Any) -> Path:
     return file
 
 
-def first_layers(name: str, layers: int) -> models.ModelRecord:
+def first_layers(name: str, layers: int, **changes: Any) -> models.ModelRecord:
     """A record of ``fixtures/models`` cut to its first ``layers``: as wide as it is, with its embeddings, its head and
-    its vocabulary; random weights."""
-    config = {**models.resolve(name).config, "num_hidden_layers": layers}
+    its vocabulary, except for ``changes`` of the config; random weights."""
+    config = {**models.resolve(name).config, "num_hidden_layers": layers, **changes}
     return models.ModelRecord(f"{name}-cut", "folder", json.dumps(config), "random")

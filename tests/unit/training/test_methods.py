@@ -29,7 +29,7 @@ pytestmark = pytest.mark.integration
 EVERY = [*methods.METHODS.values()]
 
 TOY = models.resolve("toy-llama", weights="random")
-LARGER = published.first_layers("smollm2-135m", 4)
+LARGER = published.first_layers("smollm2-135m", 4, vocab_size=2048)
 RECORDS = {record.name: record for record in (TOY, LARGER)}
 
 Base = Callable[[str], Any]
