@@ -47,8 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.unregister(plugin)
 
 
+WAITING = {"test_fork_server.py": "unit/c", "test_isolation.py": "unit/m"}
+"""Files that wait for processes most of their time, and the place in the order of paths at which they come: among unit
+tests, which leave no core idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test is a unit test, or of integration, by where it stands; one of a unit that takes seconds says so itself."""
+    if all(item.path.is_relative_to(TESTS) for item in items):
+        items.sort(key=lambda item: WAITING.get(item.path.name, item.path.relative_to(TESTS).as_posix()))
     for item in items:
         if item.path.is_relative_to(TESTS / "integration"):
             item.add_marker(pytest.mark.integration)
