@@ -1,7 +1,9 @@
 """Measure one case in this process: load, prepare, warm up; then the fingerprint, the memory pass and the time pass.
 
-The fingerprint comes first, since its losses are those of the first steps: the warm-up takes two, and the fingerprint
-records the third. Memory is next, since the time pass builds a second base model as its control.
+The fingerprint comes first, since its losses are those of the first steps: the first creates the optimizer's state, the
+second is checked for its gradients, and the fingerprint records the third. A measured process takes no step twice: on a
+CPU the second step is metered for the memory pass, and the third gives it the memory by category. The time pass comes
+last, since it builds a second base model as its control.
 """
 
 from __future__ import annotations

@@ -738,7 +738,7 @@ def saved_runs() -> tuple[Run, ...]:
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_against_itself_is_the_same_in_all_but_what_cannot_be_told(every: int) -> None:
-    for run in saved_runs()[:: -every]:
+    for run in saved_runs()[::-every]:
         found = compare(run, run, RULES)
         assert all(row.says == "same" or row.metric.endswith("_seconds") for row in found.rows)
         assert found.counts["same"] >= len(run.cases)  # the outcome of each, at the least
