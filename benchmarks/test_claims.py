@@ -22,7 +22,7 @@ from peft_gauge.serving.observed import time_switches, visit
 from peft_gauge.serving.server import Server, grow, token_ids
 from peft_gauge.training import methods, models
 from peft_gauge.training.cases import count_on_meta
-from peft_gauge.training.quantization import formats
+from peft_gauge.training.quantization import formats, import_peft
 from peft_gauge.training.quantization.comparison import FormatComparison, compare_nf4, nf4_against_int4
 from peft_gauge.training.settings import StepSettings
 
@@ -129,10 +129,7 @@ def square_layer(size: int, rank: int) -> tuple[int, int]:
     import torch
     from torch import nn
 
-    from peft_gauge.training.quantization import import_peft
-
     peft = import_peft()
-
     with torch.device("meta"):
         layer = nn.Sequential(nn.Linear(size, size, bias=False))
         adapted = peft.get_peft_model(layer, peft.LoraConfig(r=rank, target_modules=["0"]))

@@ -330,7 +330,6 @@ def bytes_of_a_layer(metric: PublishedValue, _: object) -> int:
     from torch import nn
 
     peft = import_peft()
-
     size, quantization = metric.stated["size"], metric.quantization()
     with torch.device("meta"):
         layer = nn.Sequential(nn.Linear(size, size, bias=False))

@@ -86,9 +86,7 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_unconfigure() -> None:
-    gc.freeze()  # pytest would now collect garbage five times, and Python as it ends
     suite.SESSIONS.close()
 
 

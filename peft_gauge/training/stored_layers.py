@@ -56,11 +56,16 @@ def store_(model: PreTrainedModel, stored: StoredFormat) -> None:
 
 def check_adapter(stored: StoredFormat, peft_type: str) -> None:
     """Raise `GaugeError` if PEFT has no layers of ``peft_type`` for a base in the format ``stored``."""
+    if stored.kind not in ("gptq", "awq"):
+        return
+    from peft_gauge.training.quantization import import_peft
+
+    import_peft()  # before these import it
     from peft import PeftType
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if stored.kind not in ("gptq", "awq") or peft_type not in list(PeftType):
+    if peft_type not in list(PeftType):
         return
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     if issubclass(config, PromptLearningConfig) or find_spec(f"peft.tuners.{peft_type.lower()}.{stored.kind}"):

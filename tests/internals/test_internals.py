@@ -137,10 +137,11 @@ def test_torch_draws_no_values_for_new_weights(monkeypatch: pytest.MonkeyPatch) 
         for name in ("uniform_", "normal_", "zero_"):
             patch.setattr(torch.Tensor, name, draw)
         with from_torch.no_initial_values():
-            layers = [nn.Linear(2, 3), nn.Embedding(4, 5)]
+            layers = [nn.Linear(2, 3), nn.Embedding(4, 5), nn.LayerNorm(6)]
         with pytest.raises(AssertionError):
             nn.Linear(2, 3)
-    assert [tuple(parameter.shape) for layer in layers for parameter in layer.parameters()] == [(3, 2), (3,), (4, 5)]
+    shapes = [tuple(parameter.shape) for layer in layers for parameter in layer.parameters()]
+    assert shapes == [(3, 2), (3,), (4, 5), (6,), (6,)]
     assert dict(vars(nn.init)) == before
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from peft_gauge._internals.transformers import checkpoint_trained_blocks
@@ -55,10 +55,12 @@ def attach(
         seed: for new weights.
         device: move the base there first, layer by layer if it gets quantized (default: it stays where it is).
     """
+    from peft_gauge._internals.torch import no_initial_values
+
     if grad_checkpointing:
         check_checkpointing(method)
     model = prepare_base(model, method, compute_dtype=compute_dtype, device=device)
-    with _unfilled() if next(model.parameters()).is_meta else _seeded(seed):
+    with no_initial_values() if next(model.parameters()).is_meta else _seeded(seed):
         attached = _attach_adapter(model, method, seed)
     _choose_trained(attached, method)
     if method.checkpoints_trained_only:
@@ -308,12 +310,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def _unfilled() -> AbstractContextManager[None]:
-    from peft_gauge._internals.torch import no_initial_values
-
-    return no_initial_values()
 
 
 def effective_settings(model: nn.Module, method: Method) -> dict[str, Any]:

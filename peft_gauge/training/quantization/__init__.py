@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from peft_gauge._internals.torch import uncompiled
 from peft_gauge.training.quantization.layers import LAYER_FORMATS, left_unquantized, output_heads, quantize_
-from peft_gauge.training.quantization.library import import_peft, load_bitsandbytes, uncompiled
+from peft_gauge.training.quantization.library import import_peft, load_bitsandbytes
 
 __all__ = [
     "LAYER_FORMATS",

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from peft_gauge._internals.bitsandbytes import NOTICES, native_library
-from peft_gauge._internals.torch import compiled_when_called, uncompiled, unset_fake_temporarily
+from peft_gauge._internals.torch import compiled_when_called, unset_fake_temporarily
 from peft_gauge.collector import no_collector
 from peft_gauge.errors import GaugeError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
-
-__all__ = ["hide_notices", "import_peft", "load_bitsandbytes", "uncompiled"]
 
 MINIMUM_BITSANDBYTES = (0, 46, 1)  # the first that trains 4-bit layers on CPU
 

@@ -478,20 +478,25 @@ STORAGES = (
 def test_the_fingerprints_step_has_the_memory_of_a_step_of_its_own(
     method: str, accumulated: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own: list[Any] = []
+    taken: list[str] = []
 
-    def tracked_step(*args: Any) -> memory.Tracked:
-        own.append(args)
-        return taken(*args)
+    def counted(name: str) -> Any:
+        step = getattr(memory, name)
 
-    taken = memory.tracked_step
-    monkeypatch.setattr(memory, "tracked_step", tracked_step)
+        def call(*args: Any, **options: Any) -> Any:
+            taken.append(name)
+            return step(*args, **options)
+
+        return call
+
+    for name in ("metered_step", "tracked_step"):
+        monkeypatch.setattr(memory, name, counted(name))
     setup = setup_of(method, "memory")
     case = replace(setup.case, settings=replace(setup.case.settings, grad_accumulation=accumulated))
     found = [
         passes.measure(replace(setup, case=case, passes=each)) for each in (("memory",), ("fingerprint", "memory"))
     ]
-    assert len(own) == 1
+    assert taken == ["metered_step", "tracked_step", "metered_step"]
     alone, shared = ({name: each["memory"][name] for name in STORAGES} for each in found)
     assert shared == alone
     assert shared["tensor_peak_bytes"] > shared["resident_bytes"] > 0
